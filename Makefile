@@ -1,0 +1,68 @@
+# Every target creates the environment it needs in .venv; `make help` lists them.
+
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+CONSTRAINTS := .ci/constraints.txt
+CODE := exporter targets devices tests
+PROMPT := The capital of France is
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format format-check lint types wheel benchmark clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the embedded model
+	rm -rf out/demo-phone out/demo-laptop
+	$(BIN)/edge-exporter build demo --device galaxy-s24-ultra --target gguf -o out/demo-phone
+	$(BIN)/edge-exporter build demo --device core-ultra-200v --target onnx -o out/demo-laptop
+	$(BIN)/edge-exporter run out/demo-phone -p "$(PROMPT)"
+	$(BIN)/edge-exporter run out/demo-laptop -p "$(PROMPT)"
+	$(BIN)/edge-exporter verify out/demo-phone
+	$(BIN)/edge-exporter verify out/demo-laptop
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+check: format-check lint types test wheel ## all that must pass before a commit
+
+format: $(READY) ## rewrite the code in the house format
+	$(BIN)/python -m ruff format $(CODE)
+	$(BIN)/python -m ruff check --select I --fix $(CODE)
+
+format-check: $(READY)
+	$(BIN)/python -m ruff format --check $(CODE)
+
+lint: $(READY) ## look for mistakes and for breaches of style
+	$(BIN)/python -m ruff check $(CODE)
+
+# mypy reads the file system, not package-dir: it is shown a copy laid out as in the wheel.
+types: $(READY) ## check the types of the product code
+	rm -rf build/types
+	mkdir -p build/types
+	cp -Rp exporter build/types/
+	cp -Rp targets devices build/types/exporter/
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p exporter
+
+# setuptools would add what an earlier build left behind.
+wheel: $(READY) ## build the wheel into dist/
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+benchmark: $(READY) ## measure accuracy, speed and memory anew
+	$(BIN)/python -m pytest tests/benchmarks --timeout=0 -s
+
+clean: ## remove everything that was made, the environment too
+	rm -rf .venv build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One call to pip for everything, so that torch is resolved once, under its pin.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=..." >&2; exit 1; }
+	@echo "Installing into .venv. llama-cpp-python compiles llama.cpp: about 8 minutes on 2 cores, the first time only."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) pip
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) --editable '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Device profiles, one TOML file a device; read with `exporter.device.profile.load_device`."""

@@ -1,0 +1,184 @@
+"""Write a bundle: stage it beside its final place, list every byte, then rename it in one step."""
+
+import errno
+import os
+import secrets
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from exporter.bundle.manifest import MANIFEST, FileEntry, Header, Manifest, files_below, role_of, sha256_of
+from exporter.errors import ExporterError, RequestError
+from exporter.report.data import to_json
+
+REFUSALS = {
+    # Another job may have made the output while this one ran.
+    errno.ENOTEMPTY: ("already exists", "choose another -o or delete it"),
+    errno.ENOSPC: ("the disk is full", "free some space or choose another -o"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another -o"),
+    errno.EACCES: ("no permission to write", "choose another -o"),
+    errno.EPERM: ("no permission to write", "choose another -o"),
+    errno.EROFS: ("the file system is read-only", "choose another -o"),
+    errno.ENAMETOOLONG: ("the name is too long for the file system", "choose a shorter -o"),
+}
+
+
+@contextmanager
+def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
+    """Give a new folder beside `output`, on its file system, and remove what is left of it at the end.
+
+    Whatever ends the block, Ctrl-C included, nothing half-written stays; `write_bundle` moves the folder away
+    when it is complete.
+
+    Args:
+        output: Where the bundle will stand; must not exist.
+        need_bytes: Free disk space that the job needs.
+
+    Raises:
+        RequestError: `output` exists, its parent does not exist or cannot be written, or the disk is too full.
+    """
+    _refuse_existing(output)
+    if not output.parent.is_dir():
+        raise RequestError(
+            "the folder that is to hold the bundle does not exist",
+            where=output.parent,
+            next_step="create it or choose another -o",
+        )
+    _require_space(output.parent, need_bytes)
+    folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
+    try:
+        with _refusing(output):
+            # Not tempfile.mkdtemp: its private mode would stay with the finished bundle.
+            folder.mkdir()
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise RequestError("already exists", where=path, next_step="choose another -o or delete it")
+
+
+def _require_space(folder: Path, need_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise RequestError(
+            "not enough free disk space",
+            where=folder,
+            got=f"{free:,} bytes",
+            expected=f"at least {need_bytes:,} bytes",
+            next_step="free some space or choose another -o",
+        )
+
+
+@contextmanager
+def _refusing(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses below the parent of `output` into a request that cannot work."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS or not _concerns(error, output.parent):
+            raise
+        what, next_step = REFUSALS[error.errno]
+        raise RequestError(what, where=output, next_step=next_step) from error
+
+
+def _concerns(error: OSError, folder: Path) -> bool:
+    """Return whether an error may come from below `folder`; a failed write names no file."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return error.filename is None
+    return Path(error.filename).absolute().is_relative_to(folder.absolute())
+
+
+def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
+    """Add the manifest to a staged folder and give the folder its final name in one step.
+
+    Args:
+        staging: Folder on the file system of `output` that holds all files but the manifest; it is moved.
+        output: Where the bundle will stand; must not exist.
+        header: What the manifest says besides the files.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        RequestError: `output` exists, or the file system refuses to write.
+        ExporterError: the folder holds something that is neither a file nor a folder.
+    """
+    _refuse_existing(output)
+    with _refusing(output):
+        manifest = Manifest.of(header, _entries(staging))
+        (staging / MANIFEST).write_text(to_json(manifest), encoding="utf-8", newline="\n")
+        _sync(staging)
+        staging.rename(output)
+        _sync_one(output.parent)
+    return manifest
+
+
+def _entries(folder: Path) -> list[FileEntry]:
+    entries = []
+    for path in _only_files(folder):
+        size, digest = sha256_of(folder / path)
+        entries.append(FileEntry(path=path, role=role_of(path), size=size, sha256=digest))
+    return entries
+
+
+def _only_files(folder: Path) -> list[str]:
+    paths, strange = files_below(folder)
+    if strange:
+        raise ExporterError(
+            "neither a file nor a folder", where=folder / strange[0], next_step="give a folder of plain files"
+        )
+    return paths
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's files and names to the disk, so that a power cut cannot leave a bundle with holes."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_one(Path(parent, name))
+        _sync_one(Path(parent))
+
+
+def _sync_one(path: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a folder, and flushes at close what was written
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tar(bundle: Path, tar: Path) -> None:
+    """Pack a bundle's folder, under its own name, into a tar file that is the same for the same bundle.
+
+    Raises:
+        RequestError: `tar` exists or lies inside the bundle, or the file system refuses to write.
+        ExporterError: the bundle holds something that is neither a file nor a folder.
+    """
+    _refuse_existing(tar)
+    if tar.absolute().is_relative_to(bundle.absolute()):
+        raise RequestError("lies inside the bundle it is to hold", where=tar, next_step="choose a place beside it")
+    partial = tar.with_name(f".{tar.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with _refusing(tar):
+            _pack(bundle, partial)
+            _sync_one(partial)
+            partial.replace(tar)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pack(bundle: Path, tar: Path) -> None:
+    name = bundle.absolute().name
+    with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
+        for path in _only_files(bundle):
+            # A new TarInfo has no owner, mode 644 and time 0: nothing of this machine gets in.
+            member = tarfile.TarInfo(f"{name}/{path}")
+            member.size = (bundle / path).stat().st_size
+            with (bundle / path).open("rb") as file:
+                archive.addfile(member, file)

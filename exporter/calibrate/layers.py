@@ -1,0 +1,93 @@
+"""The float model, run by transformers' own modules with one layer's weights in memory at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
+from exporter.model.model import Model
+from exporter.weights.format import Float32
+
+ROWS_AT_ONCE = 8192
+
+
+class LayerStream:
+    """A decoder whose layers are loaded, run and dropped in turn.
+
+    Hidden states and token windows are [windows, length, ...]; all computation is float32.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        config = type(model.config).from_dict(model.config.to_dict())
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(config).eval()
+        # The rotary embedding has buffers that follow from the config alone.
+        self._rotary = type(self._skeleton.model.rotary_emb)(config)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self._model.architecture.layers
+
+    def embed(self, windows: Float32) -> torch.Tensor:
+        """Return the embedded tokens, float32 [windows, length, hidden]; reads only the rows needed once."""
+        table = self._model.read(EMBEDDING)
+        return torch.from_numpy(table[windows])
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Load one decoder layer; its weights go at the end."""
+        module = self._skeleton.model.layers[index]
+        state = {name: torch.from_numpy(self._model.read(layer_tensor(index, name))) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return a layer's output for one window, float32 [1, length, hidden]."""
+        positions = torch.arange(hidden.shape[1])[None]
+        return module(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden, positions),
+            use_cache=False,
+        )
+
+    def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the head sees: the final normalisation of the last layer's output."""
+        norm = self._skeleton.model.norm
+        norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
+        return norm(hidden)
+
+    def head(self) -> torch.Tensor:
+        """Return the head's matrix, float32 [vocab, hidden]."""
+        return torch.from_numpy(self._model.read(EMBEDDING if self._model.architecture.tied else HEAD))
+
+
+def check_finite(hidden: torch.Tensor, where: str) -> None:
+    """Raise where activations are not finite."""
+    from exporter.errors import InputError
+
+    if not torch.isfinite(hidden.sum()):
+        raise InputError("the activations are not finite", where=where, next_step="check the model's weights there")
+
+
+@torch.inference_mode()
+def hidden_states(stream: LayerStream, windows: np.ndarray, progress: object = None) -> torch.Tensor:
+    """Return the normalised hidden states that the head sees, float32 [windows, length, hidden]."""
+    hidden = stream.embed(windows)
+    for index in range(stream.layers):
+        with stream.layer(index) as module:
+            for window in range(len(hidden)):
+                hidden[window] = stream.run(module, hidden[window : window + 1])[0]
+        check_finite(hidden, f"layer {index}")
+    return stream.normalise(hidden)

@@ -1,0 +1,154 @@
+"""What the inputs of the matrices look like: second moments, collected layer by layer and kept in the cache.
+
+For a matrix W that multiplies inputs x, the output error of a change D is E|Dx|^2 = tr(D H D^T) with H = E[x x^T],
+so H weighs every error of W (Hassibi and Stork 1993; Frantar et al. 2022, eq. 2). Its diagonal is llama.cpp's
+importance matrix.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from exporter.cache import cache_folder, replacing
+from exporter.calibrate.layers import LayerStream, check_finite
+from exporter.calibrate.text import Windows
+from exporter.errors import InputError
+from exporter.model.families import LINEARS
+from exporter.model.model import Model
+from exporter.weights.format import Float32
+
+Progress = Callable[[int, int], None]
+VERSION = 1
+HEAD_SITE = "head_in"
+
+
+class Statistics:
+    """Second moments by site, in files of a cache folder; read when asked for.
+
+    A site is where the input of one or more matrices is observed: `layers.3.mlp_in`, `head_in`. The embedding's
+    input is the token itself, so an untied embedding has none.
+    """
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self._folder = folder
+        self.tokens = tokens
+
+    def second_moment(self, site: str) -> Float32 | None:
+        """Return H = E[x x^T], float32 [columns, columns]; None for a site that was not observed."""
+        path = self._folder / f"{site}.npy"
+        return np.load(path, allow_pickle=False) if path.is_file() else None
+
+    def importance(self, site: str) -> Float32 | None:
+        """Return E[x^2] of every column, float32 [columns]; None for a site that was not observed."""
+        path = self._folder / f"{site}.npy"
+        if not path.is_file():
+            return None
+        return np.ascontiguousarray(np.load(path, mmap_mode="r", allow_pickle=False).diagonal())
+
+
+def statistics_key(model: Model, windows: Windows) -> str:
+    """Return the cache key of the statistics of a model on a text."""
+    return hashlib.sha256(f"{VERSION}:{model.digest}:{windows.digest}".encode()).hexdigest()[:32]
+
+
+@torch.inference_mode()
+def collect(model: Model, windows: Windows, progress: Progress) -> Statistics:
+    """Run the float model over the windows and return the second moments of every matrix's inputs.
+
+    Layers that an interrupted run finished are not run again.
+
+    Args:
+        model: The model.
+        windows: The calibration text.
+        progress: Called with layers done and their total.
+
+    Raises:
+        InputError: activations are not finite, or a channel of the input is never used (named by layer).
+    """
+    folder = cache_folder("statistics", statistics_key(model, windows))
+    statistics = Statistics(folder, windows.tokens.size)
+    if (folder / f"{HEAD_SITE}.npy").is_file():
+        return statistics
+    stream = LayerStream(model)
+    first, hidden = _resume(folder, stream, windows)
+    for index in range(first, stream.layers):
+        progress(index, stream.layers)
+        with stream.layer(index) as module, _observed(module, index, folder):
+            for window in range(len(hidden)):
+                hidden[window] = stream.run(module, hidden[window : window + 1])[0]
+        check_finite(hidden, f"layer {index}")
+        _checkpoint(folder, index + 1, hidden)
+    _save_moment(folder, HEAD_SITE, [stream.normalise(hidden[window]) for window in range(len(hidden))])
+    (folder / "checkpoint.npz").unlink(missing_ok=True)
+    progress(stream.layers, stream.layers)
+    return statistics
+
+
+def _resume(folder: Path, stream: LayerStream, windows: Windows) -> tuple[int, torch.Tensor]:
+    path = folder / "checkpoint.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as saved:
+            return int(saved["layers"]), torch.from_numpy(saved["hidden"])
+    return 0, stream.embed(windows.tokens)
+
+
+def _checkpoint(folder: Path, layers: int, hidden: torch.Tensor) -> None:
+    with replacing(folder / "checkpoint.npz") as partial, partial.open("wb") as file:
+        np.savez(file, layers=np.array(layers), hidden=hidden.numpy())
+
+
+class _Moment:
+    """A running sum of x x^T over the inputs of one module."""
+
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs, float32 [..., columns]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if self.total is None:
+            self.total = torch.zeros(rows.shape[1], rows.shape[1])
+        self.total.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    def save(self, folder: Path, site: str) -> None:
+        """Write E[x x^T] under the site's name."""
+        assert self.total is not None
+        mean = (self.total / self.count).numpy()
+        if not np.isfinite(mean).all():
+            raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
+        with replacing(folder / f"{site}.npy") as partial, partial.open("wb") as file:
+            np.save(file, mean)
+
+
+@contextmanager
+def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
+    """Sum the second moments of the inputs of a layer's matrices while it runs, then save them."""
+    observers = {site: path for path, site in reversed(LINEARS.values())}
+    moments = {site: _Moment() for site in observers}
+    hooks = [
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda _, inputs, moment=moments[site]: moment.add(inputs[0])
+        )
+        for site, path in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for site, moment in moments.items():
+        moment.save(folder, f"layers.{layer}.{site}")
+
+
+def _save_moment(folder: Path, site: str, inputs: list[torch.Tensor]) -> None:
+    moment = _Moment()
+    for part in inputs:
+        moment.add(part)
+    moment.save(folder, site)

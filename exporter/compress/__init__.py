@@ -1,0 +1,1 @@
+"""Compression: one file a method."""

@@ -1,0 +1,92 @@
+"""A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.method import importance_of, load_method, relative_error
+from exporter.errors import RequestError
+from exporter.model.model import Model
+from exporter.weights.format import EncodedMatrix, Float32
+from exporter.weights.group import Decision
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one matrix.
+
+    Attributes:
+        planned_sha256: SHA-256 of the planned weights, float32, rows in the source's order.
+        output_error: Relative squared error of the outputs on the calibration text (of the weights where the
+            inputs were not observed).
+    """
+
+    planned_sha256: str
+    output_error: float
+
+
+class CompressedModel:
+    """The matrices of a model in the formats decided on; each is encoded when the target asks for it.
+
+    Args:
+        model: The source.
+        decisions: One for each weight group.
+        statistics: Second moments of the inputs; None where no method and no format needs them.
+        encoded: Called after each matrix with its number and the total.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        decisions: list[Decision],
+        statistics: Statistics | None,
+        encoded: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.model = model
+        self.decisions = {decision.group.name: decision for decision in decisions}
+        self.outcomes: dict[str, Outcome] = {}
+        self._statistics = statistics
+        self._encoded = encoded
+
+    def encode(self, name: str) -> EncodedMatrix:
+        """Read, compress and return one matrix; its outcome is kept.
+
+        Raises:
+            InputError: the matrix holds NaN or infinity.
+        """
+        decision = self.decisions[name]
+        weight = self.model.read(name)
+        second_moment = self._second_moment(decision)
+        matrix = load_method(decision.method).encode(weight, decision.format, second_moment)
+        planned = hashlib.sha256(matrix.planned.tobytes()).hexdigest()
+        self.outcomes[name] = Outcome(planned, relative_error(weight, matrix.planned, second_moment))
+        self._encoded(len(self.outcomes), len(self.decisions))
+        return matrix
+
+    def vector(self, name: str) -> Float32:
+        """Return a norm or bias, which stays as it is."""
+        return self.model.read(name)
+
+    def importance(self, name: str) -> Float32 | None:
+        """Return E[x^2] of a matrix's inputs, float32 [columns], or None where they are not observed."""
+        return importance_of(self._second_moment(self.decisions[name]))
+
+    def _second_moment(self, decision: Decision) -> Float32 | None:
+        return self._statistics and self._statistics.second_moment(decision.group.site)
+
+
+def check_formats(decisions: list[Decision]) -> None:
+    """Refuse formats that cannot hold their matrices.
+
+    Raises:
+        RequestError: a matrix's width does not fit its format.
+    """
+    for decision in decisions:
+        if not decision.format.fits(decision.group.columns):
+            raise RequestError(
+                f"{decision.format.name} cannot hold rows of {decision.group.columns} weights",
+                where=decision.group.name,
+                expected=f"a multiple of {decision.format.block_columns}",
+                next_step="choose another type",
+            )

@@ -1,0 +1,96 @@
+"""Whether an artifact fits a device: its file and peak memory against RAM and the limit of one app."""
+
+import math
+
+from exporter.device.profile import DeviceClass, DeviceProfile, Fact
+from exporter.errors import ExporterError
+from exporter.measures import Basis, Check, Quantity
+
+UNIT = "bytes"
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+# A Raspberry Pi 5 pages its weights once they come within 0.3 to 0.5 GB of its RAM (nyunai/edge-llm-leaderboard).
+# The largest share of an 8 GB iPhone that an app was seen to get left 2 GB (introlab/rtabmap pull request 1446);
+# for other phones, tablets and laptops that is carried over.
+OS_RESERVE_BYTES: dict[DeviceClass, float] = {"phone": 2e9, "tablet": 2e9, "laptop": 2e9, "board": 0.5e9}
+LARGEST_RESERVED_SHARE = 0.5
+
+
+def check_fit(
+    profile: DeviceProfile, file_bytes: int, peak_memory: Quantity, file_basis: Basis = "measured"
+) -> list[Check]:
+    """Compare an artifact with the memory of a device.
+
+    Args:
+        profile: The device.
+        file_bytes: Size of the model's files.
+        peak_memory: Most memory the runtime holds while it runs the artifact, weights included, in bytes.
+        file_basis: How the file size is known: `estimated` before the file is written.
+
+    Returns:
+        The checks `device.app_memory`, `device.ram` and `device.file_size`, in bytes.
+
+    Raises:
+        ExporterError: the file or the peak memory is not a positive number of bytes.
+    """
+    if peak_memory.unit != UNIT or peak_memory.value <= 0 or file_bytes <= 0:
+        raise ExporterError(
+            "the sizes of an artifact are not positive numbers of bytes",
+            where=f"device {profile.name}",
+            got=f"a file of {file_bytes} bytes and a peak memory of {peak_memory.value:g} {peak_memory.unit}",
+            expected="bytes above zero",
+        )
+    return [_app_memory(profile, peak_memory), _ram(profile, peak_memory), _file_size(profile, file_bytes, file_basis)]
+
+
+def _app_memory(profile: DeviceProfile, peak: Quantity) -> Check:
+    limit, wider = profile.app_memory_limit_bytes, profile.app_memory_limit_with_entitlement_bytes
+    advice = ""
+    if wider is not None and peak.value <= wider.value:
+        advice = f"; it fits an app with the entitlement for more memory, {_known(wider)}"
+    rule = f"what one app may use, {_known(limit)}"
+    return _check("device.app_memory", f"peak memory {_known(peak)}", peak.value, rule, limit.value, advice)
+
+
+def _ram(profile: DeviceProfile, peak: Quantity) -> Check:
+    ram = profile.ram_bytes
+    reserve = min(OS_RESERVE_BYTES[profile.device_class], LARGEST_RESERVED_SHARE * ram.value)
+    limit = ram.value - reserve
+    rule = f"{_size(limit)}: RAM of {_known(ram)} less {_size(reserve)} for the system (estimated)"
+    return _check("device.ram", f"peak memory {_known(peak)}", peak.value, rule, limit)
+
+
+def _file_size(profile: DeviceProfile, file_bytes: int, basis: Basis) -> Check:
+    limit, storage = profile.app_memory_limit_bytes, profile.storage_read_bytes_per_s
+    advice = "; a mapped file must stay in memory to be fast"
+    if storage is not None:
+        advice += f", or each token reads the rest from storage at {storage.value / 1e6:,.0f} MB/s ({storage.basis})"
+    rule = f"what one app may use, {_known(limit)}"
+    # A file of the whole limit leaves no room for the cache and the buffers.
+    most = math.ceil(limit.value) - 1
+    return _check("device.file_size", f"a model of {_size(file_bytes)} ({basis})", file_bytes, rule, most, advice)
+
+
+def _check(name: str, what: str, value: float, rule: str, limit: float, advice: str = "") -> Check:
+    """Compare two numbers of bytes; `advice` ends the sentence where the value does not fit."""
+    fits = value <= limit
+    detail = f"{what} is within {rule}" if fits else f"{what} exceeds {rule}, by {_size(value - limit)}{advice}"
+    return Check(
+        name=name,
+        status="passed" if fits else "failed",
+        detail=detail,
+        value=float(value),
+        limit=limit,
+        unit=UNIT,
+    )
+
+
+def _known(number: Quantity | Fact) -> str:
+    return f"{_size(number.value)} ({number.basis})"
+
+
+def _size(size_bytes: float) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:,.2f} {name}"
+    return f"{size_bytes:,.0f} bytes"

@@ -1,0 +1,292 @@
+"""Device profiles: what a named device is and can do, each number with its basis and source.
+
+A profile is one TOML file, in the package `exporter.devices` or the user's own, and its file name is its
+name. Files are hostile until checked: their size is bounded, and impossible numbers are refused.
+"""
+
+import os
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.measures import Basis, Document
+from exporter.registry import names
+
+PACKAGE = "exporter.devices"
+MAX_FILE_BYTES = 1 << 20
+MAX_TEXT = 1000
+MIB, TIB = 1 << 20, 1 << 40
+
+ArmFeature = Literal["neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
+X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512-bf16", "avx512-vnni", "amx-int8"]
+Feature = Literal[ArmFeature, X86Feature]
+DeviceClass = Literal["phone", "tablet", "laptop", "board"]
+
+IMPOSSIBLE = "impossible"
+EXPECTED = {
+    "bool_type": "true or false",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "model_type": "a table",
+    "string_type": "text",
+    "tuple_type": "a list",
+}
+
+
+def _impossible(what: str, got: object, expected: str) -> PydanticCustomError:
+    return PydanticCustomError(IMPOSSIBLE, "{what}", {"what": what, "got": str(got), "expected": expected})
+
+
+def _readable(text: str) -> str:
+    # Control characters would reach terminals and reports.
+    if not text.strip() or len(text) > MAX_TEXT or not text.isprintable():
+        raise _impossible("the text cannot be shown", _shown(text), f"1 to {MAX_TEXT} printable characters on one line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_readable)]
+
+
+class Fact(Document):
+    """A number about a device, in the unit that its key names.
+
+    Attributes:
+        value: The number.
+        basis: `published` where it was read or follows by arithmetic from what was read about this device,
+            `estimated` where any part of it is recalled, planned or carried over from a related device.
+        source: Where it is from, and how it follows from there.
+    """
+
+    value: float
+    basis: Basis
+    source: Text
+
+
+def _within(low: float, high: float, words: str) -> AfterValidator:
+    def check(fact: Fact) -> Fact:
+        if not low <= fact.value <= high:
+            raise _impossible("the number is impossible", f"{fact.value:,.13g}", words)
+        return fact
+
+    return AfterValidator(check)
+
+
+Clock = Annotated[Fact, _within(0.1, 7, "0.1 to 7 GHz")]
+Ram = Annotated[Fact, _within(64 * MIB, TIB, "64 MiB to 1 TiB, in bytes")]
+AppMemory = Annotated[Fact, _within(MIB, TIB, "1 MiB to 1 TiB, in bytes")]
+Bandwidth = Annotated[Fact, _within(0.1e9, 5e12, "0.1e9 to 5e12 bytes/s")]
+StorageRead = Annotated[Fact, _within(1e6, 1e11, "1e6 to 1e11 bytes/s")]
+
+
+class Cluster(Document):
+    """Cores of one kind."""
+
+    name: Text
+    cores: int = Field(ge=1, le=256)
+    clock_ghz: Clock
+
+
+class InstructionSet(Document):
+    """The instructions that matter to the kernels of language models, of one architecture."""
+
+    features: tuple[Feature, ...] = Field(strict=False, min_length=1)
+    basis: Basis
+    source: Text
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        features = set(self.features)
+        if len(features) < len(self.features):
+            raise _impossible("a feature is listed twice", ", ".join(self.features), "each feature once")
+        if features & set(get_args(ArmFeature)) and features & set(get_args(X86Feature)):
+            raise _impossible("no core has both Arm and x86 features", ", ".join(self.features), "one architecture")
+        return self
+
+
+class PreferredTarget(Document):
+    """The target that `auto` means on this device, and why."""
+
+    target: Literal["gguf", "onnx"]
+    reason: Text
+
+
+class Threads(Document):
+    """The number of threads to decode with, and why."""
+
+    count: int = Field(ge=1, le=256)
+    reason: Text
+
+
+class DeviceProfile(Document):
+    """What a device is and can do.
+
+    Attributes:
+        name: File name without `.toml`: the name on the command line.
+        clusters: Cores by kind, the fastest first.
+        ram_bytes: Installed memory.
+        app_memory_limit_bytes: What one app may use; on laptops and boards the usable share of the memory.
+        app_memory_limit_with_entitlement_bytes: The same for an app with the system's entitlement for more.
+        peak_bandwidth_bytes_per_s: Of the memory, by its data sheet.
+        effective_bandwidth_bytes_per_s: What decoding on the CPU draws of it.
+        storage_read_bytes_per_s: Sequential reads.
+    """
+
+    schema_version: Literal[1]
+    name: Text
+    title: Text
+    device_class: DeviceClass
+    soc: Text
+    os: Text
+    clusters: tuple[Cluster, ...] = Field(strict=False, min_length=1, max_length=16)
+    isa: InstructionSet
+    ram_bytes: Ram
+    app_memory_limit_bytes: AppMemory
+    app_memory_limit_with_entitlement_bytes: AppMemory | None = None
+    peak_bandwidth_bytes_per_s: Bandwidth
+    effective_bandwidth_bytes_per_s: Bandwidth
+    storage_read_bytes_per_s: StorageRead | None = None
+    preferred: PreferredTarget
+    threads: Threads
+
+    @property
+    def cores(self) -> int:
+        """Cores of all clusters."""
+        return sum(cluster.cores for cluster in self.clusters)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.cores > 256:
+            raise _impossible("the clusters have too many cores", self.cores, "at most 256")
+        if self.threads.count > self.cores:
+            raise _impossible("threads.count exceeds the cores", self.threads.count, f"at most {self.cores}")
+        self._require_order("effective_bandwidth_bytes_per_s", "peak_bandwidth_bytes_per_s")
+        self._require_order("app_memory_limit_bytes", "ram_bytes")
+        if self.app_memory_limit_with_entitlement_bytes is not None:
+            self._require_order("app_memory_limit_with_entitlement_bytes", "ram_bytes")
+            self._require_order("app_memory_limit_bytes", "app_memory_limit_with_entitlement_bytes")
+        return self
+
+    def _require_order(self, lower: str, upper: str) -> None:
+        low, high = getattr(self, lower).value, getattr(self, upper).value
+        if low > high:
+            raise _impossible(f"{lower} exceeds {upper}", f"{low:,.13g}", f"at most {high:,.13g}")
+
+
+def device_names() -> list[str]:
+    """Return the names of the profiles that come with the exporter, sorted."""
+    return names(PACKAGE, suffix=".toml")
+
+
+def load_device(name_or_path: str) -> DeviceProfile:
+    """Return the profile of a named device, or the one in the user's own TOML file.
+
+    Args:
+        name_or_path: A name of `device_names()`, or a path: it ends with `.toml` or contains a separator.
+
+    Raises:
+        RequestError: no such device, or no such file.
+        InputError: the file is not a profile: too large, not TOML, an unknown or missing key, a wrong type,
+            or an impossible number.
+    """
+    if name_or_path.endswith(".toml") or any(sign in name_or_path for sign in (os.sep, os.altsep) if sign):
+        return _read_profile(Path(name_or_path))
+    known = device_names()
+    if name_or_path not in known:
+        advice = did_you_mean(name_or_path, known)
+        raise RequestError(f"unknown device {_shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
+    return _read_profile(files(PACKAGE) / f"{name_or_path}.toml")
+
+
+def _read_profile(file: Path | Traversable) -> DeviceProfile:
+    try:
+        profile = DeviceProfile.model_validate(_parse(file))
+    except ValidationError as error:
+        raise _refusal(error, file) from error
+    stem = file.name.removesuffix(".toml")
+    if profile.name != stem:
+        raise InputError(
+            "the name of the device is not the name of its file",
+            where=f"{file}: name",
+            got=_shown(profile.name),
+            expected=_shown(stem),
+            next_step="rename one of the two",
+        )
+    return profile
+
+
+def _parse(file: Path | Traversable) -> dict[str, Any]:
+    data = _read_bounded(file)
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError("the device profile is not TOML", where=file, got=error, expected="TOML in UTF-8") from error
+
+
+def _read_bounded(file: Path | Traversable) -> bytes:
+    try:
+        if not file.is_file():
+            raise RequestError("there is no such file", where=file, next_step="give the path of a device profile")
+        with file.open("rb") as opened:
+            data: bytes = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError("the device profile cannot be read", where=file, got=error.strerror) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError("the device profile is too large", where=file, expected=f"at most {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def _refusal(error: ValidationError, file: object) -> InputError:
+    """Return the first fault as one sentence; a misspelt key comes before the key that it leaves missing."""
+    fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    location, kind = fault["loc"], fault["type"]
+    if kind == "extra_forbidden":
+        *parents, key = location
+        advice = did_you_mean(str(key), _known_keys(parents))
+        return InputError(f"unknown key {_shown(key)}", where=_at(file, parents), next_step=advice)
+    where = _at(file, location)
+    if kind == "missing":
+        return InputError("the key is missing", where=where, next_step="add it; other profiles show how")
+    if kind == IMPOSSIBLE:
+        facts = fault["ctx"]
+        return InputError(facts["what"], where=where, got=facts["got"], expected=facts["expected"])
+    return InputError("the value is wrong", where=where, got=_shown(fault["input"]), expected=_expected(fault))
+
+
+def _expected(fault: ErrorDetails) -> str:
+    return EXPECTED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
+
+
+def _at(file: object, location: Sequence[int | str]) -> str:
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    return ": ".join(filter(None, (str(file), "".join(steps).removeprefix("."))))
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Return the keys of the table at a location of the schema."""
+    table: type[BaseModel] = DeviceProfile
+    for step in location:
+        if isinstance(step, str):
+            table = _tables(table.model_fields[step].annotation)[0]
+    return list(table.model_fields)
+
+
+def _tables(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models in an annotation such as `tuple[Cluster, ...]` or `Fact | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for inner in get_args(annotation) for table in _tables(inner)]
+
+
+def _shown(value: object) -> str:
+    shortener = Repr()
+    shortener.maxstring = shortener.maxother = 80
+    return "a table" if isinstance(value, dict) else shortener.repr(value)

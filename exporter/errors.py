@@ -1,0 +1,82 @@
+"""The tree of errors, by what the user must do about them.
+
+    ExporterError            70  a fault of ours
+    ├── CheckError            1  a check of accuracy or of the device failed
+    ├── RequestError          2  the request cannot work as stated: change the command
+    │   └── MissingDependencyError   install what is named
+    ├── InputError            3  the model, text or bundle is bad: change the input
+    └── RuntimeCrashError    70  a runtime died in its child process
+
+Each message is one sentence: where, what failed, what was got, what was expected, the next step.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ExporterError(Exception):
+    """An error whose message a user can act upon.
+
+    Args:
+        what: What failed, without a full stop.
+        where: The file, tensor, layer or option it concerns.
+        got: What was found.
+        expected: What would have been right.
+        next_step: What the user can do now.
+    """
+
+    exit_code = 70
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        next_step: str | None = None,
+    ) -> None:
+        sentence = what if where is None else f"{where}: {what}"
+        if got is not None:
+            sentence += f"; got {got}"
+        if expected is not None:
+            sentence += f", expected {expected}" if got is not None else f"; expected {expected}"
+        if next_step is not None:
+            sentence += f"; {next_step}"
+        super().__init__(sentence + ".")
+
+
+class CheckError(ExporterError):
+    """A check of accuracy or of the device failed."""
+
+    exit_code = 1
+
+
+class RequestError(ExporterError):
+    """The request cannot work as stated."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(RequestError):
+    """An optional library is not installed."""
+
+
+class InputError(ExporterError):
+    """A model, text, profile or bundle is damaged or of an unsupported kind."""
+
+    exit_code = 3
+
+
+class RuntimeCrashError(ExporterError):
+    """A runtime died in its child process."""
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """Return the next step for a name that is not known: the nearest name, or all of them."""
+    names = sorted(known)
+    by_case = {name.casefold(): name for name in names}
+    near = get_close_matches(wrong.casefold(), by_case, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {by_case[near[0]]!r}? Known: {', '.join(names)}"
+    return f"known: {', '.join(names)}"

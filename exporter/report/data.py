@@ -1,0 +1,248 @@
+"""What a bundle says about itself: report.json, measurements.json, and both together.
+
+`Report` holds what the same job gives again, byte for byte; `Measurements` holds what differs from run to run.
+"""
+
+import json
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from exporter.errors import InputError
+from exporter.measures import Check, Document, Quantity
+
+Verdict = Literal["passed", "failed", "incomplete"]
+Count = Annotated[int, Field(ge=0)]
+D = TypeVar("D", bound=Document)
+
+
+class ModelFacts(Document):
+    """The model before compression.
+
+    Attributes:
+        name: What the user calls it.
+        origin: Where it came from, such as `Hugging Face folder`.
+        architecture: Class name in config.json.
+        parameters: Number of weights, a tied embedding counted once.
+        digest: SHA-256 over the source's files.
+        warnings: Sentences on what limits the result, such as a source that was quantised before.
+    """
+
+    name: str
+    origin: str
+    architecture: str
+    parameters: Count
+    digest: str
+    warnings: tuple[str, ...] = ()
+
+
+class TensorRow(Document):
+    """The decision on one matrix, and what it cost.
+
+    Attributes:
+        name: Tensor name in the source model.
+        role: Role in the network, such as `down`.
+        layer: Index of the decoder layer, or None outside the layers.
+        rows: Outputs (for the embedding: tokens).
+        columns: Inputs.
+        format: The weight format's own name.
+        method: How the codes were chosen.
+        reason: Why this format and method.
+        stored_bytes: Bytes in the model file.
+        bits_per_weight: Stored bits for each weight, scales and padding included.
+        weight_error: Relative squared error of the planned weights under the second moments of the inputs;
+            None where it was not computed.
+    """
+
+    name: str
+    role: str
+    layer: Count | None
+    rows: Count
+    columns: Count
+    format: str
+    method: str
+    reason: str
+    stored_bytes: Count
+    bits_per_weight: float
+    weight_error: float | None
+
+
+class Accuracy(Document):
+    """The artifact in its runtime against the original model, on the same tokens.
+
+    Attributes:
+        kl_mean: KL(original || artifact) a token, in `nats`.
+        kl_p99: Its 99th percentile, in `nats`.
+        top1_agreement: Share of tokens where both choose the same next token, as a `fraction`.
+        perplexity_ratio: Perplexity of the artifact over that of the original, a `ratio`.
+        runtime_rounding_kl: What the runtime's own rounding of activations adds, in `nats`.
+        tokens: Number of tokens compared.
+        text_digest: SHA-256 of the text they come from.
+    """
+
+    kl_mean: Quantity
+    kl_p99: Quantity
+    top1_agreement: Quantity
+    perplexity_ratio: Quantity
+    runtime_rounding_kl: Quantity
+    tokens: Count
+    text_digest: str
+
+
+class Size(Document):
+    """Bytes that the runtime's model files take on disk, and stored bits for each weight."""
+
+    file_bytes: Quantity
+    bits_per_weight: Quantity
+
+
+class TextFacts(Document):
+    """What may be said of a text that is private: how it came about, its SHA-256 and its size."""
+
+    kind: Literal["file", "self-sampled"]
+    digest: str
+    tokens: Count
+    bytes: Count
+
+
+class Recipe(Document):
+    """What was asked for: together with the model and the tool's version it decides the content.
+
+    Attributes:
+        scheme: Name of the formats' mix, such as `Q4_K_M` or `int4`.
+        method: Name of the compression method.
+        calibration: The text that the statistics come from.
+        evaluation: The text that accuracy was measured on.
+        seed: Seed of everything random.
+        context: Tokens of a window in calibration and evaluation.
+    """
+
+    scheme: str
+    method: str
+    calibration: TextFacts
+    evaluation: TextFacts
+    seed: int
+    context: Count
+
+
+class Report(Document):
+    """report.json: what the same job gives again, byte for byte."""
+
+    schema_version: Literal[1] = 1
+    model: ModelFacts
+    device: str
+    device_title: str
+    target: str
+    recipe: Recipe
+    size: Size
+    accuracy: Accuracy
+    checks: tuple[Check, ...]
+    tensors: tuple[TensorRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check in this document was run and passed."""
+        return verdict(self.checks) == "passed"
+
+
+class Speed(Document):
+    """Speed of the artifact in its runtime, in `tokens/s` and `ms`."""
+
+    prefill_tokens_per_s: Quantity
+    decode_tokens_per_s: Quantity
+    time_to_first_token_ms: Quantity
+
+
+class Memory(Document):
+    """Peak resident `bytes` of the runtime's process, and how many were there before the model was loaded."""
+
+    peak_bytes: Quantity
+    interpreter_bytes: Quantity
+
+
+class StageTime(Document):
+    """How long one stage of the job took, and the peak resident memory during it."""
+
+    name: str
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: Count
+
+
+class HostFacts(Document):
+    """The machine that measured."""
+
+    cpu: str
+    cores: Count
+    ram_bytes: Count
+    system: str
+    python: str
+
+
+class Measurements(Document):
+    """measurements.json: what differs from run to run.
+
+    Attributes:
+        speed: Of the artifact in its runtime.
+        memory: Of the runtime's process.
+        stages: Time and memory of the job itself, in order.
+        host: The machine.
+        versions: Library name -> version.
+        created: When the job ended, ISO 8601 in UTC.
+        checks: Checks whose values differ from run to run, such as measured memory against a device's limit.
+    """
+
+    schema_version: Literal[1] = 1
+    speed: Speed
+    memory: Memory
+    stages: tuple[StageTime, ...]
+    host: HostFacts
+    versions: dict[str, str]
+    created: str
+    checks: tuple[Check, ...] = ()
+
+
+def verdict(checks: tuple[Check, ...]) -> Verdict:
+    """Sum up checks: failed if any failed, incomplete if any was not run (or there are none), else passed."""
+    states = {check.status for check in checks}
+    if "failed" in states:
+        return "failed"
+    return "passed" if states == {"passed"} else "incomplete"
+
+
+def merged(report: Report, measurements: Measurements) -> dict[str, object]:
+    """Return both documents as one JSON-able object, with the checks of both and the verdict over them."""
+    checks = report.checks + measurements.checks
+    return {
+        **measurements.model_dump(mode="json"),
+        **report.model_dump(mode="json"),
+        "checks": [check.model_dump(mode="json") for check in checks],
+        "verdict": verdict(checks),
+    }
+
+
+def to_json(document: Document) -> str:
+    """Return a document's only spelling: keys sorted, floats as their shortest exact decimals, a last newline."""
+    return canonical_json(document.model_dump(mode="json"))
+
+
+def canonical_json(value: object) -> str:
+    """Return the only spelling of a JSON-able value; see `to_json`."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(kind: type[D], text: str | bytes, where: object) -> D:
+    """Parse a document of the given kind from untrusted text.
+
+    Raises:
+        InputError: the text is not JSON, or not of the kind's schema.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"not a {kind.__name__} document: {key or 'the text'}: {first['msg']}",
+            where=where,
+            next_step="get the bundle again, or use the version of edge-exporter that made it",
+        ) from error

@@ -1,0 +1,42 @@
+"""Numbers as people read them."""
+
+BYTE_UNITS = ("kB", "MB", "GB", "TB")
+
+
+def significant(value: float) -> str:
+    """Return a number with three significant digits, and never fewer than its whole part has."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def byte_size(size: float) -> tuple[str, str]:
+    """Return a number of bytes in decimal units, as a number and its unit: `("105", "MB")`."""
+    if abs(size) < 1000:
+        return f"{size:,.0f}", "bytes"
+    for unit in BYTE_UNITS:
+        size /= 1000
+        if abs(size) < 999.5 or unit == BYTE_UNITS[-1]:
+            break
+    return significant(size), unit
+
+
+def amount(value: float, unit: str) -> tuple[str, str]:
+    """Return a value with its unit as people read it: bytes scaled, fractions in percent, a ratio with ×."""
+    if unit == "bytes":
+        return byte_size(value)
+    if unit == "fraction":
+        return f"{100 * value:.1f}", "%"
+    if unit == "ratio":
+        return f"{value:.3f}", "×"
+    return significant(value), unit
+
+
+def text(value: float, unit: str) -> str:
+    """Return `amount` as one text."""
+    number, shown = amount(value, unit)
+    return f"{number} {shown}".rstrip()

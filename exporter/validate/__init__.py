@@ -1,0 +1,1 @@
+"""Validation: accuracy, speed, memory and parity of an artifact in its own runtime."""

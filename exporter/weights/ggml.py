@@ -1,0 +1,231 @@
+"""GGUF weight formats through ggml's own quantisers and decoders, in the library that llama-cpp-python ships."""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.weights.format import Bytes, Float32
+
+ROWS_AT_ONCE = 1024
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    library = next(path for path in sorted(folder.iterdir()) if path.name.startswith(("libggml-base.", "ggml-base.")))
+    ggml = ctypes.CDLL(str(library))
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    ggml.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    ggml.ggml_validate_row_data.restype = ctypes.c_bool
+    ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    return ggml
+
+
+class _TypeTraits(ctypes.Structure):
+    """The head of ggml's `struct ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+@dataclass(frozen=True)
+class _BlockLayout:
+    """How a block of 32 weights with scales of its own is laid out; `levels[code]` times the scale is a weight.
+
+    Attributes:
+        levels: What each code stands for before scaling, float32 [codes].
+        offset: Whether a minimum, a second float16, is added after scaling.
+        pack: Codes, uint8 [rows, 32], to the bytes that follow scale and minimum.
+    """
+
+    levels: Float32
+    offset: bool
+    pack: Callable[[Bytes], Bytes]
+
+
+def _nibbles(codes: Bytes) -> Bytes:
+    """Low nibbles hold the first half of the block, high nibbles the second (ggml's `block_q4_0`)."""
+    return codes[:, :16] | (codes[:, 16:] << 4)
+
+
+def _nibbles_and_fifth_bits(codes: Bytes) -> Bytes:
+    """The fifth bits of all 32 codes as one little-endian word, then the nibbles (ggml's `block_q5_0`)."""
+    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
+    return np.concatenate([fifth, _nibbles(codes & 15)], axis=1)
+
+
+def _signed_bytes(codes: Bytes) -> Bytes:
+    return codes - np.uint8(128)
+
+
+_IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_LAYOUTS = {
+    "Q4_0": _BlockLayout(np.arange(-8, 8, dtype=np.float32), False, _nibbles),
+    "Q4_1": _BlockLayout(np.arange(16, dtype=np.float32), True, _nibbles),
+    "Q5_0": _BlockLayout(np.arange(-16, 16, dtype=np.float32), False, _nibbles_and_fifth_bits),
+    "Q5_1": _BlockLayout(np.arange(32, dtype=np.float32), True, _nibbles_and_fifth_bits),
+    "Q8_0": _BlockLayout(np.arange(-128, 128, dtype=np.float32), False, _signed_bytes),
+    "IQ4_NL": _BlockLayout(_IQ4_LEVELS, False, _nibbles),
+}
+
+
+class _BlockGrid:
+    """The codes of one block column by column, its scales being those of the reference quantiser."""
+
+    def __init__(self, layout: _BlockLayout, reference: Bytes) -> None:
+        self._layout = layout
+        self._scales = np.ascontiguousarray(reference[:, : 4 if layout.offset else 2])
+        halves = self._scales.view(np.float16).astype(np.float32)
+        self._scale = halves[:, 0]
+        self._minimum = halves[:, 1] if layout.offset else np.zeros(len(halves), np.float32)
+        self._inverse = np.divide(1.0, self._scale, out=np.zeros_like(self._scale), where=self._scale != 0)
+        self._edges = (layout.levels[1:] + layout.levels[:-1]) / 2
+
+    def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
+        """Return the nearest codes, uint8 [rows], and what they decode to, float32 [rows]."""
+        codes = np.searchsorted(self._edges, (values - self._minimum) * self._inverse).astype(np.uint8)
+        return codes, self._layout.levels[codes] * self._scale + self._minimum
+
+    def pack(self, codes: Bytes) -> Bytes:
+        """Return the encoded block, uint8 [rows, bytes of a block]."""
+        return np.concatenate([self._scales, self._layout.pack(codes)], axis=1)
+
+
+@dataclass(frozen=True)
+class GgmlFormat:
+    """A ggml tensor type."""
+
+    type: gguf.GGMLQuantizationType
+
+    @property
+    def name(self) -> str:
+        """The type's own name, such as `Q4_K`."""
+        return self.type.name
+
+    @property
+    def block_columns(self) -> int:
+        """Weights in a block (32, or 256 for the K-quants)."""
+        return gguf.GGML_QUANT_SIZES[self.type][0]
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether ggml refuses to encode this type without importance."""
+        return bool(_ggml().ggml_quantize_requires_imatrix(int(self.type)))
+
+    def fits(self, columns: int) -> bool:
+        """Return whether a row of so many weights is a whole number of blocks."""
+        return columns % self.block_columns == 0
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of the tensor's data in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[self.type]
+        return rows * columns // block * size
+
+    def encode_rows(self, weight: Float32, importance: Float32 | None) -> Bytes:
+        """Encode whole rows with `ggml_quantize_chunk`, on all cores.
+
+        Raises:
+            InputError: values or importance are not finite, or importance is negative or missing; ggml would
+                abort the process or encode NaN.
+        """
+        rows, columns = weight.shape
+        if not self.fits(columns):
+            raise RequestError(
+                f"{self.name} cannot hold rows of {columns} weights", expected=f"a multiple of {self.block_columns}"
+            )
+        importance = self._checked(importance, columns)
+        weight = np.ascontiguousarray(weight, np.float32)
+        if not np.isfinite(weight.sum(dtype=np.float64)):
+            raise InputError("the weights to encode hold NaN or infinity", where=self.name)
+        encoded = np.empty((rows, self.stored_bytes(1, columns)), np.uint8)
+        ggml, kind = _ggml(), int(self.type)
+        pointer = None if importance is None else importance.ctypes.data
+
+        def encode(first: int) -> None:
+            count = min(ROWS_AT_ONCE, rows - first)
+            source, target = weight[first:].ctypes.data, encoded[first:].ctypes.data
+            ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, pointer)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(encode, range(0, rows, ROWS_AT_ONCE)))
+        return encoded
+
+    def _checked(self, importance: Float32 | None, columns: int) -> Float32 | None:
+        if importance is None:
+            if self.needs_importance:
+                raise InputError(
+                    f"{self.name} cannot be encoded without importance", next_step="collect statistics first"
+                )
+            return None
+        importance = np.ascontiguousarray(importance, np.float32)
+        if importance.shape != (columns,) or not np.isfinite(importance).all() or (importance < 0).any():
+            raise InputError(
+                f"the importance for {self.name} is not usable",
+                got=f"shape {importance.shape}, minimum {importance.min(initial=np.inf)}",
+                expected=f"{columns} finite numbers of at least 0",
+            )
+        return importance
+
+    def decode_rows(self, data: Bytes, columns: int) -> Float32:
+        """Return what llama.cpp decodes, float32 [rows, columns], through ggml's `to_float`."""
+        data = np.ascontiguousarray(data)
+        if self.type == gguf.GGMLQuantizationType.F32:
+            return data.view(np.float32)
+        decoded = np.empty((len(data), columns), np.float32)
+        to_float = _ggml().ggml_get_type_traits(int(self.type)).contents.to_float
+        to_float(data.ctypes.data, decoded.ctypes.data, decoded.size)
+        return decoded
+
+    def grid(self, block: Float32, importance: Float32 | None) -> _BlockGrid | None:
+        """Fix the scales of one block as the reference quantiser does; None for types with nested scales."""
+        layout = _LAYOUTS.get(self.name)
+        return layout and _BlockGrid(layout, self.encode_rows(block, importance))
+
+    def join(self, blocks: list[Bytes]) -> Bytes:
+        """Return encoded rows from their encoded blocks."""
+        return np.concatenate(blocks, axis=1)
+
+
+NOT_FOR_WEIGHTS = {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64", "MXFP4", "NVFP4", "Q1_0", "Q2_0"}
+
+
+def ggml_formats() -> dict[str, GgmlFormat]:
+    """Return every type that llama.cpp loads as a weight matrix, by name."""
+    return {kind.name: GgmlFormat(kind) for kind in gguf.GGMLQuantizationType if kind.name not in NOT_FOR_WEIGHTS}
+
+
+def ggml_format(name: str) -> GgmlFormat:
+    """Return the type of that name.
+
+    Raises:
+        RequestError: llama.cpp has no such type for weights.
+    """
+    formats = ggml_formats()
+    if name not in formats:
+        raise RequestError(f"unknown GGUF type {name!r}", next_step=did_you_mean(name, formats))
+    return formats[name]

@@ -1,0 +1,48 @@
+"""Weight groups and the decision made for each."""
+
+from dataclasses import dataclass
+
+from exporter.weights.format import WeightFormat
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """A stored matrix: one source tensor with all its uses.
+
+    Attributes:
+        name: Tensor name in the source model, such as `model.layers.0.mlp.down_proj.weight`.
+        role: Role in the network, such as `down`; see `exporter.model.families`.
+        layer: Index of the decoder layer, or None outside the layers.
+        rows: Outputs (for the embedding: tokens).
+        columns: Inputs.
+        uses: What the storage serves; a tied embedding has `("embedding", "head")`.
+        site: Where its input is observed, such as `layers.0.mlp_out`; see `exporter.calibrate.statistics`.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    rows: int
+    columns: int
+    uses: tuple[str, ...]
+    site: str
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one weight group, and why; data for the plan, the encoder and the report."""
+
+    group: WeightGroup
+    method: str
+    format: WeightFormat
+    reason: str
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the group in the model file."""
+        return self.format.stored_bytes(self.group.rows, self.group.columns)

@@ -1,0 +1,70 @@
+"""The named mixes (Q4_K_M and so on): llama.cpp itself is asked which type each tensor gets.
+
+llama.cpp chooses by tensor name, width, position and a few hyperparameters, never by the weights. So a
+skeleton of the model, in which each matrix keeps its width but only two rows, is quantised by
+`llama_model_quantize`, and the types are read back. That costs milliseconds and cannot drift from the library.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from transformers import PretrainedConfig
+
+from exporter.errors import RequestError
+from exporter.model.architecture import Architecture
+from exporter.model.tensors import gguf_names
+from exporter.targets.child import Child
+from exporter.targets.gguf.header import write_header
+from exporter.targets.gguf.quantise import quantise
+
+# Names of `llama_ftype` that llama-quantize takes and that make sense for a whole model.
+MIXES = (
+    "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S",
+    "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
+    "IQ3_M", "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32",
+)  # fmt: skip
+
+
+def mix_types(
+    mix: str, architecture: Architecture, config: PretrainedConfig, important: Iterable[str]
+) -> dict[str, str]:
+    """Return GGUF tensor name -> type name as `llama_model_quantize` assigns them.
+
+    Args:
+        mix: A name of `MIXES`.
+        architecture: Shape of the model.
+        config: Its transformers config.
+        important: GGUF names of the matrices for which there is importance; some mixes depend on it.
+
+    Raises:
+        RequestError: llama.cpp refuses the mix for this model (for example for want of importance).
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        skeleton, quantised = Path(scratch, "skeleton.gguf"), Path(scratch, "quantised.gguf")
+        widths = _write_skeleton(skeleton, architecture, config)
+        uniform = {name: np.ones(widths[name], np.float32) for name in important if name in widths}
+        with Child("llama.cpp's quantiser", quantise, skeleton, quantised, mix, uniform) as child:
+            status, log = child.result()
+        if status:
+            raise RequestError(f"llama.cpp refuses the mix {mix} for this model", got=log)
+        return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(quantised).tensors}
+
+
+def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedConfig) -> dict[str, int]:
+    """Write the skeleton and return the width of each matrix."""
+    writer = gguf.GGUFWriter(path, architecture.family.gguf_architecture)
+    write_header(writer, architecture, config)
+    names = gguf_names(architecture.layers)
+    widths = {names[group.name]: group.columns for group in architecture.groups()}
+    for name, columns in widths.items():
+        writer.add_tensor(name, np.zeros((2, columns), np.float32))
+    for name, shape in architecture.vectors().items():
+        writer.add_tensor(names[name], np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return widths

@@ -1,0 +1,26 @@
+"""llama.cpp's own quantiser, as it is; it belongs in a child process, since it may abort."""
+
+import ctypes
+from pathlib import Path
+
+import llama_cpp
+
+from exporter.weights.format import Float32
+
+
+def quantise(source: Path, target: Path, mix: str, importance: dict[str, Float32]) -> tuple[int, str]:
+    """Run `llama_model_quantize` in this process and return its status and the last error it logged."""
+    lines: list[str] = []
+    callback = llama_cpp.llama_log_callback(lambda _, text, __: lines.append(text.decode(errors="replace")))
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if mix == 'F32' else 'MOSTLY'}_{mix}")
+    if importance:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(entries, importance.items(), strict=False):
+            entry.name, entry.size = name.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+    errors = [line.strip() for line in lines if "fail" in line or "error" in line]
+    return status, errors[-1] if errors else ""

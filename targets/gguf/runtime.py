@@ -1,0 +1,169 @@
+"""llama.cpp, inside a child process."""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import llama_cpp
+import numpy as np
+
+from exporter.errors import InputError
+from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
+from exporter.weights.format import Float32
+
+GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
+UBATCH = 512
+
+
+class LlamaCpp:
+    """A GGUF file loaded by llama.cpp.
+
+    Args:
+        path: The GGUF file.
+        context: Tokens a sequence may have.
+        threads: Threads to compute with.
+        exact: Keep keys and values in float32 (llama.cpp's default is float16).
+        sequences: Sequences held at once.
+    """
+
+    serves = True
+
+    def __init__(self, path: Path, context: int, threads: int, exact: bool = False, sequences: int = 1) -> None:
+        self._before = resident_bytes()
+        started = time.perf_counter()
+        self._log = llama_cpp.llama_log_callback(lambda level, text, _: print(text.decode(errors="replace"), end=""))
+        llama_cpp.llama_log_set(self._log, None)
+        llama_cpp.llama_backend_init()
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise InputError("llama.cpp cannot load the file", where=path)
+        self._context_size = context
+        self._context = llama_cpp.llama_init_from_model(
+            self._model, _context_parameters(context, threads, exact, sequences)
+        )
+        if not self._context:
+            raise InputError(f"llama.cpp cannot make a context of {context} tokens", where=path)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._batch = llama_cpp.llama_batch_init(UBATCH, 0, 1)
+        self._load_s = time.perf_counter() - started
+
+    def logits(self, tokens: list[int]) -> Float32:
+        """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
+        self._forget()
+        chunks = range(0, len(tokens), UBATCH)
+        parts = [self._decode(tokens[at : at + UBATCH], at, every=True) for at in chunks]
+        return np.concatenate(parts)
+
+    def generate(self, tokens: list[int], count: int) -> list[int]:
+        """Return `count` greedy tokens, fewer where the model ends its text."""
+        made: list[int] = []
+        position = self._prefill(tokens)
+        while len(made) < count:
+            token = int(self._row().argmax())
+            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+                break
+            made.append(token)
+            self._decode([token], position, every=False)
+            position += 1
+        return made
+
+    def sample(self, starts: list[list[int]], length: int, seed: int) -> list[list[int]]:
+        """Return sequences of `length` tokens sampled at temperature 1 from each start, all at once."""
+        self._forget()
+        generator = np.random.default_rng(seed)
+        texts = [list(start) for start in starts]
+        for position in range(length - 1):
+            rows = self._decode_column([text[position] for text in texts], position)
+            # Gumbel's trick: the largest of logit + noise is a sample of the softmax.
+            drawn = (rows + generator.gumbel(size=rows.shape).astype(np.float32)).argmax(axis=1)
+            for text, token in zip(texts, drawn, strict=True):
+                if len(text) == position + 1:
+                    text.append(int(token))
+        return texts
+
+    def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
+        """Time prefill and decode after one warm-up; medians over the repeats."""
+        self.generate(prompt[:UBATCH], 2)
+        prefills, decodes = [], []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            position = self._prefill(prompt)
+            first = time.perf_counter()
+            for step in range(decode):
+                self._decode([int(self._row().argmax())], position + step, every=False)
+            prefills.append(first - started)
+            decodes.append(time.perf_counter() - first)
+        return Timing(
+            prefill_tokens_per_s=len(prompt) / median(prefills),
+            decode_tokens_per_s=decode / median(decodes),
+            first_token_s=median(prefills),
+            load_s=self._load_s,
+            peak_bytes=peak_resident_bytes(),
+            interpreter_bytes=self._before,
+        )
+
+    def _forget(self) -> None:
+        llama_cpp.llama_memory_clear(self._memory, True)
+
+    def _prefill(self, tokens: list[int]) -> int:
+        """Decode a prompt from an empty context and return its length."""
+        self._forget()
+        for at in range(0, len(tokens), UBATCH):
+            self._decode(tokens[at : at + UBATCH], at, every=False)
+        return len(tokens)
+
+    def _decode(self, tokens: list[int], position: int, every: bool) -> Float32:
+        """Decode tokens of one sequence; return the logits of every token, or an empty array."""
+        if position + len(tokens) > self._context_size:
+            raise InputError(
+                "the text is longer than the context", got=position + len(tokens), expected=self._context_size
+            )
+        count = len(tokens)
+        self._fill(tokens, [position + i for i in range(count)], [0] * count, every)
+        self._batch.logits[count - 1] = 1
+        self._run()
+        return self._rows(count) if every else np.empty((0, self._vocab_size), np.float32)
+
+    def _decode_column(self, tokens: list[int], position: int) -> Float32:
+        """Decode one token of each sequence; return the logits of all, float32 [sequences, vocab]."""
+        count = len(tokens)
+        self._fill(tokens, [position] * count, list(range(count)), True)
+        self._run()
+        return self._rows(count)
+
+    def _fill(self, tokens: list[int], positions: list[int], sequences: list[int], every: bool) -> None:
+        self._batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
+            self._batch.token[i] = token
+            self._batch.pos[i] = position
+            self._batch.n_seq_id[i] = 1
+            self._batch.seq_id[i][0] = sequence
+            self._batch.logits[i] = every
+
+    def _run(self) -> None:
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status:
+            raise InputError("llama.cpp failed to decode", got=f"status {status}", expected=0)
+
+    def _rows(self, count: int) -> Float32:
+        pointer = llama_cpp.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(count, self._vocab_size)).copy()
+
+    def _row(self) -> Float32:
+        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
+
+
+def _context_parameters(context: int, threads: int, exact: bool, sequences: int) -> llama_cpp.llama_context_params:
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = context * sequences
+    parameters.n_seq_max = sequences
+    parameters.n_batch = parameters.n_ubatch = UBATCH
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.no_perf = True
+    if exact:
+        parameters.type_k = parameters.type_v = GGML_TYPE_F32
+        parameters.flash_attn_type = 0
+    return parameters

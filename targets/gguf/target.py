@@ -1,0 +1,177 @@
+"""The target `gguf`: one file for llama.cpp and Ollama."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from exporter.cache import replacing
+from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.errors import RequestError, did_you_mean
+from exporter.model.model import Model
+from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
+from exporter.targets.child import Child
+from exporter.targets.gguf.header import frequency_factors, rope, write_header
+from exporter.targets.gguf.mixes import MIXES, mix_types
+from exporter.targets.gguf.runtime import LlamaCpp
+from exporter.targets.gguf.vocabulary import copy_vocabulary, write_vocabulary
+from exporter.targets.target import Artifact
+from exporter.weights.format import Float32
+from exporter.weights.ggml import ggml_format, ggml_formats
+from exporter.weights.group import Decision, WeightGroup
+
+MODEL_FILE = "model.gguf"
+MODELFILE = "Modelfile"
+
+
+class Gguf:
+    """One GGUF file, its tensors in any type of llama.cpp's, and a Modelfile for Ollama."""
+
+    name = "gguf"
+    title = "llama.cpp"
+    default_type = "Q4_K_M"
+    default_method = "rtn"
+
+    def types(self) -> list[str]:
+        """Return the named mixes, then the single types."""
+        return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
+
+    def decide(self, model: Model, type: str, method: str) -> list[Decision]:
+        """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
+        rope(model.config)
+        if type not in self.types():
+            raise RequestError(f"unknown GGUF type {type!r}", next_step=did_you_mean(type, self.types()))
+        decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
+        check_formats(decisions)
+        return decisions
+
+    def _mixed(self, model: Model, mix: str, method: str) -> list[Decision]:
+        names = gguf_names(model.architecture.layers)
+        groups = model.groups()
+        observed = [names[group.name] for group in groups if group.site != "tokens"]
+        types = mix_types(mix, model.architecture, model.config, observed)
+        usual = max(set(types.values()), key=list(types.values()).count)
+        return [_mix_decision(group, method, types[names[group.name]], mix, usual) for group in groups]
+
+    def _single(self, model: Model, type: str, method: str) -> list[Decision]:
+        format = ggml_format(type)
+        return [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
+
+    def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
+        """Return tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""
+        vectors = sum(4 * int(np.prod(shape)) for shape in model.architecture.vectors().values())
+        tokenizer = model.folder / "tokenizer.json"
+        text = tokenizer.stat().st_size if tokenizer.is_file() else 16 * model.architecture.vocab
+        # tokenizer.json holds each token and each merge about once, with JSON around them.
+        return sum(decision.stored_bytes for decision in decisions) + vectors + text // 2
+
+    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
+        """Return weights, float16 keys and values, compute buffers for 512 tokens, and the interpreter."""
+        shape = model.architecture
+        keys_and_values = 2 * 2 * context * shape.layers * shape.kv_heads * shape.head_dim
+        batch = min(context, 512)
+        scores = 4 * batch * (3 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim)
+        logits = 4 * shape.vocab * batch
+        return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
+
+    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+        """Write the GGUF file tensor by tensor, then the Modelfile."""
+        model = compressed.model
+        artifact = Artifact(self.name, folder, (folder / MODEL_FILE,))
+        with replacing(folder / MODEL_FILE) as partial:
+            _write_gguf(partial, compressed, type)
+        (folder / MODELFILE).write_text(f"FROM ./{MODEL_FILE}\n", encoding="utf-8")
+        return artifact
+
+    def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
+        """Return a function that decodes a matrix from the file with ggml's own `to_float`."""
+        tensors = {tensor.name: tensor for tensor in open_gguf(artifact.weights[0]).tensors}
+        names = gguf_names(model.architecture.layers)
+
+        def read(group: WeightGroup) -> Float32:
+            tensor = tensors[names[group.name]]
+            data = np.ascontiguousarray(tensor.data).view(np.uint8)
+            stored = ggml_format(tensor.tensor_type.name).decode_rows(data, group.columns)
+            order = row_order(model, group)
+            if order is None:
+                return stored
+            restored = np.empty_like(stored)
+            restored[order] = stored
+            return restored
+
+        return read
+
+    def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
+        """Return the type of each matrix as the file states it."""
+        types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(artifact.weights[0]).tensors}
+        names = gguf_names(model.architecture.layers)
+        return {group.name: types[names[group.name]] for group in model.groups()}
+
+    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
+        """Load the file in llama.cpp, in a child process."""
+        return Child(self.title, LlamaCpp, artifact.weights[0], context, threads, exact, sequences)
+
+
+# A Python process with numpy and llama.cpp loaded and no model, measured on x86-64 Linux.
+INTERPRETER_BYTES = 60 << 20
+
+
+def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: str) -> Decision:
+    format = ggml_format(type)
+    reason = f"{mix} as llama_model_quantize makes it"
+    if group.columns % 256 and type in FALLBACKS:
+        reason += f"; a width of {group.columns} is no multiple of 256, so llama.cpp falls back to {type}"
+    elif type != usual:
+        reason += f"; {type} where most matrices have {usual}"
+    return Decision(group, method, format, reason)
+
+
+# What llama.cpp takes for a K or IQ type whose blocks of 256 do not fit.
+FALLBACKS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16")
+
+
+def row_order(model: Model, group: WeightGroup) -> np.ndarray | None:
+    """Return for each stored row its row in the source, or None where the order is the same."""
+    shape = model.architecture
+    heads = {"q": shape.heads, "k": shape.kv_heads}.get(group.role)
+    if heads is None or not shape.family.rotary_interleaved_in_gguf:
+        return None
+    return interleaved_rows(group.rows, heads)
+
+
+def _write_gguf(path: Path, compressed: CompressedModel, type: str) -> None:
+    model = compressed.model
+    names = gguf_names(model.architecture.layers)
+    writer = gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(model.name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if hasattr(gguf.LlamaFileType, f"MOSTLY_{type}"):
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
+    write_header(writer, model.architecture, model.config)
+    if model.gguf:
+        copy_vocabulary(writer, model.gguf)
+    else:
+        write_vocabulary(writer, model.folder, model.architecture.vocab)
+    vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
+    vectors |= frequency_factors(model.config, model.architecture.head_dim)
+    for name, vector in vectors.items():
+        writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
+    for decision in compressed.decisions.values():
+        shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
+        kind = gguf.GGMLQuantizationType[decision.format.name]
+        writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.stored_bytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for vector in vectors.values():
+        writer.write_tensor_data(vector)
+    for decision in compressed.decisions.values():
+        data = compressed.encode(decision.group.name).data
+        order = row_order(model, decision.group)
+        writer.write_tensor_data(data if order is None else data[order])
+    writer.close()
+
+
+TARGET = Gguf()

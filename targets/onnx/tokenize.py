@@ -1,0 +1,65 @@
+"""How onnxruntime-genai tokenises a text and renders a chat, from a model folder and without its weights."""
+
+import json
+from pathlib import Path
+
+import onnxruntime_genai
+
+from exporter.errors import InputError, RequestError
+
+Chat = list[dict[str, str]]  # not imported from exporter.model.tokenizer: a child need not load transformers
+TEMPLATE = "chat_template.jinja"
+
+
+class GenaiTokenizer:
+    """The tokenizer and chat template of a folder for onnxruntime-genai; serves a `Child`.
+
+    Args:
+        folder: Holds genai_config.json, tokenizer.json and tokenizer_config.json; the ONNX graph is not read.
+
+    Raises:
+        InputError: onnxruntime-genai cannot read the tokenizer.
+    """
+
+    serves = True
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            self._tokenizer = onnxruntime_genai.Tokenizer(str(folder))
+            # Its default leaves out BOS and EOS even where tokenizer.json adds them.
+            self._tokenizer.update_options(add_special_tokens="true")
+        except RuntimeError as error:
+            raise InputError(
+                "onnxruntime-genai cannot read the tokenizer",
+                where=folder,
+                got=" ".join(str(error).split())[:300],
+                next_step="save the tokenizer again with AutoTokenizer.save_pretrained",
+            ) from error
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text, with BOS or EOS where the tokenizer adds them."""
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def render(self, chat: Chat, prompt: bool) -> str | None:
+        """Return a chat rendered by the folder's template; None where the template refuses it.
+
+        Args:
+            chat: Messages with `role` and `content`.
+            prompt: Ask for the start of an answer at the end.
+
+        Raises:
+            RequestError: the folder holds no chat template.
+        """
+        if not self._has_template():
+            raise RequestError("the folder holds no chat template", where=self._folder)
+        try:
+            return str(self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt))
+        except RuntimeError:
+            return None
+
+    def _has_template(self) -> bool:
+        settings = self._folder / "tokenizer_config.json"
+        if (self._folder / TEMPLATE).is_file():
+            return True
+        return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))

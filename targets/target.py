@@ -1,0 +1,96 @@
+"""What a target is, what it makes, and how it is found by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from exporter.compress.compressed import CompressedModel
+from exporter.model.model import Model
+from exporter.registry import folders, load
+from exporter.targets.child import Child
+from exporter.weights.format import Float32
+from exporter.weights.group import Decision, WeightGroup
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a runtime loads: the files of a bundle's `model/` folder.
+
+    Attributes:
+        target: Name of the target.
+        folder: Where the files are.
+        weights: The files that hold the model: their sizes count as the model's size.
+    """
+
+    target: str
+    folder: Path
+    weights: tuple[Path, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model in bytes."""
+        return sum(path.stat().st_size for path in self.weights)
+
+
+class Target(Protocol):
+    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`."""
+
+    name: str
+    title: str
+    default_type: str
+    default_method: str
+
+    def types(self) -> list[str]:
+        """Return the names that `--type` takes: named mixes and single formats."""
+
+    def decide(self, model: Model, type: str, method: str) -> list[Decision]:
+        """Return a decision for each weight group; reads no weights.
+
+        Raises:
+            RequestError: the type is unknown, or the target cannot carry this model.
+        """
+
+    def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
+        """Return the size of the model files that `lower` would write."""
+
+    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
+        """Return the peak memory of the runtime's process at a context, weights included."""
+
+    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+        """Write the artifact into an empty folder, matrix by matrix."""
+
+    def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
+        """Return a function that gives a matrix as the runtime decodes it from the artifact's bytes.
+
+        It returns float32 [rows, columns], rows in the source's order.
+        """
+
+    def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
+        """Return weight group -> the format that is really in the file."""
+
+    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
+        """Load the artifact in a child process that serves `Runtime`.
+
+        Args:
+            artifact: What to load.
+            context: Tokens a sequence may have.
+            threads: Threads to compute with.
+            exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
+            sequences: Sequences sampled at once.
+        """
+
+
+def target_names() -> list[str]:
+    """Return the names of the targets."""
+    return folders("exporter.targets", "target.py")
+
+
+def load_target(name: str) -> Target:
+    """Return a target by name.
+
+    Raises:
+        RequestError: there is no such target.
+    """
+    target: Target = load("exporter.targets.{}.target", name, target_names(), "target").TARGET
+    return target

@@ -1,0 +1,176 @@
+"""Loading tokenizers, the texts of the parity checks, and the checks themselves."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.model.tokenizer import (
+    PARITY_CHATS,
+    PARITY_CORPUS,
+    PRE_TOKENIZERS,
+    known_difference,
+    load_tokenizer,
+    parity_texts,
+    pre_tokenizer,
+    render_chat,
+    restore_pretokenizer,
+    token_ids,
+)
+from exporter.validate.parity import check_chat_template, check_tokenizer
+
+TEMPLATE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random.seed(0)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer("gpt-2")
+    backend.decoder = decoders.ByteLevel()
+    backend.normalizer = normalizers.NFC()
+    digits = [str(random.randrange(10**6)) for _ in range(300)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|bos|>", "<|eos|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*PARITY_CORPUS, *digits], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
+    made.chat_template = TEMPLATE
+    path = tmp_path_factory.mktemp("tokenizer")
+    made.save_pretrained(path)
+    return path
+
+
+def test_corpus_is_distinct_valid_text_without_nul() -> None:
+    assert len(set(PARITY_CORPUS)) == len(PARITY_CORPUS)
+    assert all(text.encode().decode() == text and "\0" not in text for text in PARITY_CORPUS)
+    assert all(message["role"] in ("system", "user", "assistant") for chat in PARITY_CHATS for message in chat)
+
+
+def test_parity_texts_hold_every_special_token_alone_inside_and_at_both_ends(folder: Path) -> None:
+    texts = parity_texts(load_tokenizer(folder))
+    for token in ("<|bos|>", "<|eos|>"):
+        assert token in texts
+        assert any(text.startswith(token) and text != token for text in texts)
+        assert any(text.endswith(token) and text != token for text in texts)
+        assert any(token in text[1:-1] for text in texts)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no tokenizer; expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(InputError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_remote_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.Tok", None]}}))
+    with pytest.raises(InputError, match="asks for remote code, which is never run; got auto_map"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_a_damaged_tokenizer_config_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match="is not JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_restored_pretokenizer_splits_digits_one_by_one(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert len(token_ids(tokenizer, "123456")) < 6
+    restore_pretokenizer(tokenizer, "smollm")
+    assert [tokenizer.decode([token]) for token in token_ids(tokenizer, "123456")] == list("123456")
+    assert not tokenizer.backend_tokenizer.model.ignore_merges
+    restore_pretokenizer(tokenizer, "llama-bpe")
+    assert tokenizer.backend_tokenizer.model.ignore_merges
+
+
+def test_an_unknown_pretokenizer_cannot_be_restored(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"'smollm3' cannot be rebuilt .* did you mean 'smollm'\?"):
+        restore_pretokenizer(load_tokenizer(folder), "smollm3")
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_pretokenizers_lose_no_text(name: str) -> None:
+    back = decoders.ByteLevel()
+    for text in PARITY_CORPUS:
+        assert back.decode([piece for piece, _ in pre_tokenizer(name).pre_tokenize_str(text)]) == text
+
+
+def test_text_that_the_tokenizer_normalises_has_a_known_difference(folder: Path) -> None:
+    reason = known_difference(load_tokenizer(folder))
+    assert reason("cafe\u0301") == "the tokenizer normalises such text (NFC), the runtime does not"
+    assert reason("caf\u00e9") is None
+
+
+def test_a_chat_that_the_template_refuses_renders_as_none(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert render_chat(tokenizer, [{"role": "user", "content": " x"}], prompt=False) == "<user> x"
+    assert render_chat(tokenizer, [{"role": "system", "content": "x"}], prompt=False) is None
+    tokenizer.chat_template = None
+    with pytest.raises(RequestError, match="the model has no chat template"):
+        render_chat(tokenizer, [{"role": "user", "content": "x"}], prompt=False)
+
+
+def test_equal_ids_pass() -> None:
+    check = check_tokenizer(["ab", "c"], lambda t: [ord(c) for c in t], lambda t: [ord(c) for c in t], "llama.cpp")
+    assert (check.name, check.status, check.value, check.limit) == ("parity.tokenizer.llama.cpp", "passed", 0, 0)
+    assert check.detail == "2 of 2 texts equal"
+
+
+def test_one_different_id_fails_and_is_shown() -> None:
+    check = check_tokenizer(["ab", "c"], lambda t: [1, 2, 3, 4], lambda t: [1, 2, 3, 5] if t == "c" else [1, 2, 3, 4], "x")
+    assert (check.status, check.value) == ("failed", 1)
+    assert check.detail == "1 of 2 texts equal; first difference: 'c': from position 1 got [2, 3, 5], expected [2, 3, 4]"
+
+
+def test_a_missing_last_id_fails() -> None:
+    assert check_tokenizer(["a"], lambda t: [1, 2], lambda t: [1], "x").status == "failed"
+
+
+def test_texts_with_a_known_difference_are_counted_apart() -> None:
+    check = check_tokenizer(["a", "b"], lambda t: [1], lambda t: [2 if t == "b" else 1], "x", {"b": "no NFC"}.get)
+    assert check.status == "passed"
+    assert check.detail == "1 of 1 texts equal; 1 texts set apart: no NFC"
+
+
+def test_what_a_runtime_cannot_do_is_not_run() -> None:
+    def cannot(_: object) -> None:
+        raise RequestError("the runtime has no chat template")
+
+    check = check_chat_template(PARITY_CHATS, lambda chat: "x", cannot, "onnxruntime-genai")
+    assert (check.name, check.status) == ("parity.chat_template.onnxruntime-genai", "not run")
+    assert check.detail == "the runtime has no chat template."
+    assert check_tokenizer([], lambda t: [], lambda t: [], "x").status == "not run"
+
+
+def test_a_runtime_that_dies_fails() -> None:
+    def dies(_: str) -> list[int]:
+        raise RuntimeCrashError("llama.cpp died")
+
+    check = check_tokenizer(["a"], lambda t: [1], dies, "llama.cpp")
+    assert (check.status, check.detail) == ("failed", "llama.cpp died.")
+
+
+def test_a_chat_that_only_one_side_refuses_fails() -> None:
+    chats = [[{"role": "user", "content": "x"}]]
+    assert check_chat_template(chats, lambda chat: None, lambda chat: None, "x").status == "passed"
+    check = check_chat_template(chats, lambda chat: None, lambda chat: "rendered", "x")
+    assert check.status == "failed"
+    assert "got 'rendered', expected None" in check.detail
