@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import importance_of, load_method, relative_error
 from exporter.errors import RequestError
@@ -59,8 +61,7 @@ class CompressedModel:
         weight = self.model.read(name)
         second_moment = self._second_moment(decision)
         matrix = load_method(decision.method).encode(weight, decision.format, second_moment)
-        planned = hashlib.sha256(matrix.planned.tobytes()).hexdigest()
-        self.outcomes[name] = Outcome(planned, relative_error(weight, matrix.planned, second_moment))
+        self.outcomes[name] = Outcome(weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment))
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
 
@@ -74,6 +75,11 @@ class CompressedModel:
 
     def _second_moment(self, decision: Decision) -> Float32 | None:
         return self._statistics and self._statistics.second_moment(decision.group.site)
+
+
+def weights_digest(weight: Float32) -> str:
+    """Return the SHA-256 of weights, float32 [rows, columns], with -0 counted as 0."""
+    return hashlib.sha256((weight + np.float32(0)).tobytes()).hexdigest()
 
 
 def check_formats(decisions: list[Decision]) -> None:

@@ -16,6 +16,7 @@ from exporter.model.architecture import Architecture
 from exporter.model.families import FAMILIES
 from exporter.model.model import Model
 from exporter.model.tensors import GgufSource, SafetensorsSource, open_gguf
+from exporter.model.tokenizer import PRE_TOKENIZERS, restore_pretokenizer
 
 DEMO = "demo"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

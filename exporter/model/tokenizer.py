@@ -5,6 +5,7 @@ conversations of this file.
 """
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,14 +212,15 @@ def _refuse_remote_code(folder: Path) -> None:
 
 
 def parity_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the corpus and texts with the tokenizer's own special and added tokens inside and at the ends."""
+    """Return the corpus, its characters at random, and texts with the tokenizer's own special and added tokens."""
     special = [token for token in tokenizer.all_special_tokens if token]
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     texts = list(PARITY_CORPUS)
     for token in dict.fromkeys(special):
         texts += [token, f"{token}Hello", f"Hello{token}", f" {token} ", f"a {token}\n{token}{token} b", token[:-1]]
     texts += [f"x{token} y{token}z" for token in dict.fromkeys(added)]
-    return texts
+    chance, characters = random.Random(0), "".join(PARITY_CORPUS)
+    return texts + ["".join(chance.choices(characters, k=30)) for _ in range(64)]
 
 
 def known_difference(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:

@@ -23,7 +23,10 @@ from exporter.model.tokenizer import (
 )
 from exporter.validate.parity import check_chat_template, check_tokenizer
 
-TEMPLATE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +138,13 @@ def test_equal_ids_pass() -> None:
 
 
 def test_one_different_id_fails_and_is_shown() -> None:
-    check = check_tokenizer(["ab", "c"], lambda t: [1, 2, 3, 4], lambda t: [1, 2, 3, 5] if t == "c" else [1, 2, 3, 4], "x")
+    check = check_tokenizer(
+        ["ab", "c"], lambda t: [1, 2, 3, 4], lambda t: [1, 2, 3, 5] if t == "c" else [1, 2, 3, 4], "x"
+    )
     assert (check.status, check.value) == ("failed", 1)
-    assert check.detail == "1 of 2 texts equal; first difference: 'c': from position 1 got [2, 3, 5], expected [2, 3, 4]"
+    assert (
+        check.detail == "1 of 2 texts equal; first difference: 'c': from position 1 got [2, 3, 5], expected [2, 3, 4]"
+    )
 
 
 def test_a_missing_last_id_fails() -> None:

@@ -1,0 +1,159 @@
+"""From the skeleton to the artifact: matrices become `MatMulNBits`, and data streams into the external file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporter.model.families import HEAD, LINEARS, layer_tensor
+from exporter.weights.format import Bytes, Float32
+from exporter.weights.matmulnbits import MatMulNBitsFormat
+
+DOMAIN = "com.microsoft"
+PAGE_BYTES = 4096
+ALIGNED_FROM_BYTES = 1 << 20
+SMALL_ALIGNMENT_BYTES = 64
+# What ONNX Runtime rounds activations to: 4 = int8 in blocks, its default for int4 on CPUs.
+ACCURACY_LEVEL = 4
+GATHER = "/model/embed_tokens/Gather"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix multiplication of the graph and the weight groups whose rows it holds, in order."""
+
+    node: ir.Node
+    groups: tuple[str, ...]
+
+
+def products(graph: ir.Graph) -> list[Product]:
+    """Return the matrix multiplications with weights, in the order of the graph."""
+    held = (Product(node, _groups_of(node)) for node in graph if node.op_type == "MatMul")
+    return [product for product in held if product.groups]
+
+
+def _groups_of(node: ir.Node) -> tuple[str, ...]:
+    """Return the source tensors of a node such as `/model/layers.3/attn/qkv_proj/MatMul`."""
+    parts = (node.name or "").strip("/").split("/")
+    if parts[0] == "lm_head":
+        return (HEAD,)
+    if len(parts) != 5 or not parts[1].startswith("layers."):
+        return ()
+    layer, projection = int(parts[1].removeprefix("layers.")), parts[3].removesuffix("_proj")
+    roles = "qkv" if projection == "qkv" else (projection,)
+    return tuple(layer_tensor(layer, f"{LINEARS[role][0]}.weight") for role in roles)
+
+
+class DataFile:
+    """The external data of a model, written tensor by tensor."""
+
+    def __init__(self, file: BinaryIO, name: str, folder: Path) -> None:
+        self._file = file
+        self._name = name
+        self._folder = folder
+
+    def append(self, name: str, values: NDArray[np.generic]) -> ir.ExternalTensor:
+        """Write a tensor, large ones on a page of their own so that they can be mapped, and return its reference."""
+        alignment = PAGE_BYTES if values.nbytes >= ALIGNED_FROM_BYTES else SMALL_ALIGNMENT_BYTES
+        self._file.write(b"\0" * (-self._file.tell() % alignment))
+        offset = self._file.tell()
+        self._file.write(np.ascontiguousarray(values).data)
+        return ir.ExternalTensor(
+            self._name,
+            offset,
+            values.nbytes,
+            ir.DataType.from_numpy(values.dtype),
+            shape=ir.Shape(values.shape),
+            name=name,
+            base_dir=self._folder,
+        )
+
+
+def put_matrix(
+    graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile
+) -> list[ir.Value]:
+    """Replace a `MatMul` by a `MatMulNBits` that holds the encoded rows; return its codes, scales, zero points."""
+    node = product.node
+    weight = node.inputs[1]
+    assert weight is not None and weight.name and weight.shape is not None
+    columns, rows = (int(n) for n in weight.shape.dims if isinstance(n, int))
+    stem = weight.name.removesuffix(".weight")
+    table = put_table(graph, file, stem, format, data, columns)
+    output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
+    replacement = ir.node(
+        "MatMulNBits",
+        inputs=[node.inputs[0], *table],
+        attributes={
+            "K": columns,
+            "N": rows,
+            "bits": format.bits,
+            "block_size": format.block_columns,
+            "accuracy_level": ACCURACY_LEVEL,
+        },
+        domain=DOMAIN,
+        outputs=[output],
+        name=f"{node.name}NBits",
+    )
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], node.outputs, [output])
+    del graph.initializers[weight.name]
+    return table
+
+
+def put_table(
+    graph: ir.Graph, file: DataFile, stem: str, format: MatMulNBitsFormat, data: Bytes, columns: int
+) -> list[ir.Value]:
+    """Write codes, scales and zero points and return their values."""
+    codes, scales, zero_points = format.split(data, columns)
+    parts = {"codes": codes, "scales": scales} | ({} if zero_points is None else {"zero_points": zero_points})
+    values = []
+    for part, array in parts.items():
+        tensor = file.append(f"{stem}.{part}", array)
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.register_initializer(value)
+        values.append(value)
+    return values
+
+
+def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns: int, table: list[ir.Value]) -> None:
+    """Gather the embedding from codes, scales and zero points, which a tied head shares."""
+    gather = next(node for node in graph if node.name == GATHER)
+    floats = gather.inputs[0]
+    assert floats is not None and floats.name
+    codes, *scales = table
+    shape = ir.tensor(np.array([rows, columns * format.bits // 8], np.int64), name=f"{GATHER}/shape")
+    shape_value = ir.Value(name=shape.name, shape=shape.shape, type=ir.TensorType(shape.dtype), const_value=shape)
+    graph.register_initializer(shape_value)
+    # The codes of a row side by side instead of block by block: the same bytes.
+    flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")
+    output = ir.Value(name=gather.outputs[0].name, shape=gather.outputs[0].shape, type=gather.outputs[0].type)
+    lookup = ir.node(
+        "GatherBlockQuantized",
+        inputs=[flat.outputs[0], gather.inputs[1], *scales],
+        attributes={"bits": format.bits, "block_size": format.block_columns, "gather_axis": 0, "quantize_axis": 1},
+        domain=DOMAIN,
+        outputs=[output],
+        name="/model/embed_tokens/GatherBlockQuantized",
+    )
+    ir.convenience.replace_nodes_and_values(graph, gather, [gather], [flat, lookup], gather.outputs, [output])
+    del graph.initializers[floats.name]
+
+
+def put_floats(graph: ir.Graph, name: str, values: Float32, file: DataFile) -> None:
+    """Give an initialiser its float32 values."""
+    graph.initializers[name].const_value = file.append(name, values)
+
+
+def move_rest(graph: ir.Graph, file: DataFile) -> None:
+    """Write the float initialisers that still hold their values: norms, biases, rotary tables.
+
+    Shapes stay in the graph, where shape inference needs them.
+    """
+    for name, value in graph.initializers.items():
+        held = value.const_value
+        if held is not None and held.dtype == ir.DataType.FLOAT and not isinstance(held, ir.ExternalTensor):
+            value.const_value = file.append(name, held.numpy())

@@ -1,0 +1,129 @@
+"""What ONNX Runtime decodes from the artifact's bytes: each table fed through its own operator, one at a time."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.errors import InputError
+from exporter.model.families import EMBEDDING, HEAD, LINEARS
+from exporter.weights.format import Float32
+from exporter.weights.group import WeightGroup
+
+OUTPUTS_AT_ONCE = 8192
+
+
+class Tables:
+    """The matrices of an ONNX decoder, found by the nodes that use them."""
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path.parent
+        try:
+            self._graph = onnx.load_model(str(path), load_external_data=False).graph
+        except Exception as error:  # noqa: BLE001  (protobuf's own exceptions have no common base)
+            raise InputError("the ONNX file is truncated or damaged", where=path, got=error) from error
+
+    @cached_property
+    def _nodes(self) -> dict[str, onnx.NodeProto]:
+        return {node.name: node for node in self._graph.node}
+
+    @cached_property
+    def _initialisers(self) -> dict[str, onnx.TensorProto]:
+        return {tensor.name: tensor for tensor in self._graph.initializer}
+
+    def decode(self, group: WeightGroup) -> Float32:
+        """Return a matrix as the runtime multiplies with it, float32 [rows, columns]."""
+        node, first = self._node(group)
+        last = first + group.rows
+        if node.op_type == "MatMul":
+            return np.ascontiguousarray(self._values(node.input[1]).T[first:last])
+        if node.op_type == "Gather":
+            return self._values(node.input[0])
+        tables = [self._values(name) for name in self._table_inputs(node)]
+        steps = range(first, last, OUTPUTS_AT_ONCE)
+        parts = [
+            _identity_product(node, [table[at : min(at + OUTPUTS_AT_ONCE, last)] for table in tables]) for at in steps
+        ]
+        return np.concatenate(parts)
+
+    def format_name(self, group: WeightGroup) -> str:
+        """Return the format that the node states, such as `int4-b32`."""
+        node, _ = self._node(group)
+        if node.op_type in ("MatMul", "Gather"):
+            return "F32"
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        asymmetric = "-asymmetric" if len(self._table_inputs(node)) == 3 else ""
+        return f"int{attributes['bits']}-b{attributes['block_size']}{asymmetric}"
+
+    def _node(self, group: WeightGroup) -> tuple[onnx.NodeProto, int]:
+        """Return the node that uses a matrix and the matrix's first row in it."""
+        if group.role == "embedding" and "head" not in group.uses:
+            return self._first("/model/embed_tokens/GatherBlockQuantized", "/model/embed_tokens/Gather"), 0
+        if group.name in (EMBEDDING, HEAD):
+            return self._first("/lm_head/MatMulNBits", "/lm_head/MatMul"), 0
+        part = "attn" if LINEARS[group.role][0].startswith("self_attn") else "mlp"
+        stem = f"/model/layers.{group.layer}/{part}"
+        own = [f"{stem}/{group.role}_proj/MatMul{suffix}" for suffix in ("NBits", "")]
+        if any(name in self._nodes for name in own):
+            return self._first(*own), 0
+        node = self._first(f"{stem}/qkv_proj/MatMulNBits", f"{stem}/qkv_proj/MatMul")
+        return node, self._first_row(node, group)
+
+    def _first(self, *names: str) -> onnx.NodeProto:
+        for name in names:
+            if name in self._nodes:
+                return self._nodes[name]
+        raise InputError("the graph lacks a node", where=self._folder, expected=" or ".join(names))
+
+    def _first_row(self, node: onnx.NodeProto, group: WeightGroup) -> int:
+        """Return where query, key or value begins in a fused matrix: query first, then key, then value."""
+        dims = self._initialisers[node.input[1]].dims
+        outputs = int(dims[1] if node.op_type == "MatMul" else dims[0])
+        if group.role == "q":
+            return 0
+        return outputs - (2 if group.role == "k" else 1) * group.rows
+
+    def _table_inputs(self, node: onnx.NodeProto) -> list[str]:
+        """Return the names of codes, scales and zero points."""
+        if node.op_type == "MatMulNBits":
+            return list(node.input[1:])
+        reshaped = next(n for n in self._graph.node if n.output and n.output[0] == node.input[0])
+        return [reshaped.input[0], *node.input[2:]]
+
+    def _values(self, name: str) -> np.ndarray:
+        tensor = self._initialisers[name]
+        try:
+            return numpy_helper.to_array(tensor, str(self._folder))
+        except (ValueError, OSError) as error:
+            raise InputError("the external data is truncated or missing", where=name, got=error) from error
+
+
+def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32:
+    """Multiply the identity by a table in a one-node model that computes in float32; return [rows, columns]."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    block, bits = attributes["block_size"], attributes["bits"]
+    codes = tables[0]
+    rows = len(codes)
+    columns = codes.size // rows * 8 // bits
+    codes = codes.reshape(rows, columns // block, -1)
+    names = ["codes", "scales", "zero_points"][: len(tables)]
+    flat = [codes, *(table.reshape(-1) for table in tables[1:])]
+    product = helper.make_node(
+        "MatMulNBits", ["x", *names], ["y"], domain="com.microsoft", K=columns, N=rows, bits=bits, block_size=block,
+        accuracy_level=0,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [product],
+        "identity",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [columns, columns])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [columns, rows])],
+        [numpy_helper.from_array(np.ascontiguousarray(part), name) for name, part in zip(names, flat, strict=True)],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0]
+    return np.ascontiguousarray(result.T)

@@ -1,0 +1,110 @@
+"""ONNX Runtime and onnxruntime-genai, inside a child process."""
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnxruntime
+import onnxruntime_genai as genai
+
+from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
+from exporter.weights.format import Float32
+
+
+class OnnxRuntime:
+    """A decoder folder: logits through onnxruntime, text through onnxruntime-genai. Each is loaded when needed.
+
+    Args:
+        folder: Holds model.onnx, its data, genai_config.json and the tokenizer.
+        context: Tokens a sequence may have.
+        threads: Threads to compute with.
+    """
+
+    serves = True
+
+    def __init__(self, folder: Path, context: int, threads: int) -> None:
+        self._folder = folder
+        self._context_size = context
+        self._threads = threads
+        self._before = resident_bytes()
+        self._loaded_session: onnxruntime.InferenceSession | None = None
+        self._loaded_model: genai.Model | None = None
+        self._load_s = 0.0
+        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self._head_width = int(settings["decoder"]["head_size"])
+        ends = settings["eos_token_id"]
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+
+    def logits(self, tokens: list[int]) -> Float32:
+        """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
+        session = self._session()
+        count = len(tokens)
+        feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, count), np.int64)}
+        if any(given.name == "position_ids" for given in session.get_inputs()):
+            feeds["position_ids"] = np.arange(count, dtype=np.int64)[None]
+        for given in session.get_inputs():
+            if given.name.startswith("past_key_values."):
+                feeds[given.name] = np.zeros((1, given.shape[1], 0, self._head_width), np.float32)
+        return session.run(["logits"], feeds)[0][0]
+
+    def generate(self, tokens: list[int], count: int) -> list[int]:
+        """Return `count` greedy tokens, fewer where the model ends its text."""
+        generator = self._generator(len(tokens) + count)
+        generator.append_tokens(np.array([tokens], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        made = [int(token) for token in generator.get_sequence(0)[len(tokens) :]]
+        return made[:-1] if made and made[-1] in self._ends else made
+
+    def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
+        """Time prefill and decode after one warm-up; medians over the repeats."""
+        self._model()
+        self.generate(prompt, 2)
+        prefills, decodes = [], []
+        for _ in range(repeats):
+            generator = self._generator(len(prompt) + decode + 1, min_length=len(prompt) + decode + 1)
+            started = time.perf_counter()
+            generator.append_tokens(np.array([prompt], np.int32))
+            generator.generate_next_token()
+            first = time.perf_counter()
+            for _ in range(decode):
+                generator.generate_next_token()
+            prefills.append(first - started)
+            decodes.append(time.perf_counter() - first)
+        return Timing(
+            prefill_tokens_per_s=len(prompt) / median(prefills),
+            decode_tokens_per_s=decode / median(decodes),
+            first_token_s=median(prefills),
+            load_s=self._load_s,
+            peak_bytes=peak_resident_bytes(),
+            interpreter_bytes=self._before,
+        )
+
+    def _session(self) -> onnxruntime.InferenceSession:
+        if self._loaded_session is None:
+            started = time.perf_counter()
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = self._threads
+            options.log_severity_level = 3
+            path = str(self._folder / "model.onnx")
+            self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._load_s = time.perf_counter() - started
+        return self._loaded_session
+
+    def _model(self) -> genai.Model:
+        if self._loaded_model is None:
+            started = time.perf_counter()
+            config = genai.Config(str(self._folder))
+            threads = {"intra_op_num_threads": self._threads}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
+            self._loaded_model = genai.Model(config)
+            self._load_s = time.perf_counter() - started
+        return self._loaded_model
+
+    def _generator(self, length: int, **search: object) -> genai.Generator:
+        model = self._model()
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=min(length, self._context_size), do_sample=False, **search)
+        return genai.Generator(model, parameters)

@@ -1,0 +1,89 @@
+"""The decoder's graph from onnxruntime-genai's model builder, made without its weights."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxruntime_genai.models import builder as genai_builder
+from onnxruntime_genai.models import builders
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from exporter.model.model import Model
+
+BUILDERS = {
+    "LlamaForCausalLM": builders.LlamaModel,
+    "MistralForCausalLM": builders.MistralModel,
+    "Qwen2ForCausalLM": builders.QwenModel,
+    "Qwen3ForCausalLM": builders.Qwen3Model,
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A float32 decoder graph whose matrices are placeholders, and the builder that made it.
+
+    Attributes:
+        graph: The model; initialisers of matrices hold no data, all others are complete.
+        builder: onnxruntime-genai's builder, for the files that go beside the graph.
+    """
+
+    graph: ir.Model
+    builder: Any
+
+    def write_companions(self, folder: Path) -> None:
+        """Write genai_config.json and the tokenizer's files."""
+        with _quiet():
+            self.builder.make_genai_config(self.builder.hf_config, {}, str(folder))
+            self.builder.save_processing(self.builder.hf_config._name_or_path, {}, str(folder))
+
+
+def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding: bool) -> Skeleton:
+    """Run the builder on a model of the right shape whose matrices take no memory.
+
+    Args:
+        model: The source; its norms and biases are read, its matrices are not.
+        scratch: A folder for the builder's own files.
+        fuse_qkv: One matrix multiplication for query, key and value.
+        share_embedding: The float32 graph gathers its embedding from the transposed head.
+    """
+    options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
+    folder = str(model.folder)
+    with _quiet(), torch.no_grad():
+        extra = genai_builder.parse_extra_options(folder, folder, str(scratch), "fp32", "cpu", str(scratch), options)
+        config = extra.pop("hf_details")["hf_config"]
+        extra.pop("_effective_builder_config", None)
+
+        class Builder(BUILDERS[model.architecture.family.architecture]):  # type: ignore[misc]  # chosen at run time
+            def load_weights(self, input_path: str) -> nn.Module:
+                return _weightless(model)
+
+        builder = Builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
+        builder.hf_config = config
+        builder.make_model(folder)
+    builder.model.graph.sort()
+    return Skeleton(builder.model, builder)
+
+
+def _weightless(model: Model) -> nn.Module:
+    """Return the transformers module with real vectors and with matrices that are one zero, repeated by stride."""
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(model.config)
+    vectors = model.architecture.vectors()
+    for name, parameter in list(module.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        value = torch.from_numpy(model.read(name)) if name in vectors else torch.zeros(()).expand(parameter.shape)
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+    return module
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the builder's prints from the user's terminal."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

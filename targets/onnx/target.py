@@ -1,0 +1,129 @@
+"""The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, its matrices in `MatMulNBits`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from exporter.cache import replacing
+from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.errors import RequestError, did_you_mean
+from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.model import Model
+from exporter.targets.child import Child
+from exporter.targets.onnx.graph import DataFile, move_rest, products, put_embedding, put_floats, put_matrix, put_table
+from exporter.targets.onnx.readback import Tables
+from exporter.targets.onnx.runtime import OnnxRuntime
+from exporter.targets.onnx.skeleton import build_skeleton
+from exporter.targets.target import Artifact
+from exporter.weights.format import Float32, WeightFormat
+from exporter.weights.ggml import ggml_format
+from exporter.weights.group import Decision, WeightGroup
+from exporter.weights.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
+FLOAT = "F32"
+# A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
+INTERPRETER_BYTES = 90 << 20
+
+
+class Onnx:
+    """model.onnx with its external data, genai_config.json and the tokenizer."""
+
+    name = "onnx"
+    title = "ONNX Runtime"
+    default_type = "int4"
+    default_method = "ldlq"
+
+    def types(self) -> list[str]:
+        """Return the short names, then every single format."""
+        return [*NAMED, FLOAT, *matmulnbits_formats()]
+
+    def decide(self, model: Model, type: str, method: str) -> list[Decision]:
+        """Return the same format for every matrix; a tied embedding and head share one storage."""
+        if type not in self.types():
+            raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
+        name = NAMED.get(type, type)
+        format: WeightFormat = ggml_format(FLOAT) if name == FLOAT else matmulnbits_format(name)
+        decisions = [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
+        check_formats(decisions)
+        return decisions
+
+    def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
+        """Return matrices, vectors, rotary tables and the graph."""
+        shape = model.architecture
+        vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
+        rotary = 2 * 4 * shape.context_length * shape.head_dim // 2
+        return sum(decision.stored_bytes for decision in decisions) + vectors + rotary + 4096 * shape.layers
+
+    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
+        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers."""
+        shape = model.architecture
+        keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
+        logits = 4 * shape.vocab * min(context, 512)
+        return 2 * self.estimated_file_bytes(model, decisions) + keys_and_values + logits + INTERPRETER_BYTES
+
+    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+        """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
+        model = compressed.model
+        floats = NAMED.get(type, type) == FLOAT
+        with TemporaryDirectory() as scratch:
+            skeleton = build_skeleton(model, Path(scratch), True, floats and model.architecture.tied)
+            with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
+                file = DataFile(opened, DATA_FILE, folder)
+                (_put_floats if floats else _put_integers)(skeleton.graph.graph, compressed, file)
+                move_rest(skeleton.graph.graph, file)
+            with replacing(folder / MODEL_FILE) as partial:
+                onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
+            skeleton.write_companions(folder)
+        return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
+
+    def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
+        """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
+        return Tables(artifact.weights[0]).decode
+
+    def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
+        """Return the format of each matrix as the graph states it."""
+        tables = Tables(artifact.weights[0])
+        return {group.name: tables.format_name(group) for group in model.groups()}
+
+    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
+        """Load the model in ONNX Runtime, in a child process."""
+        return Child(self.title, OnnxRuntime, artifact.folder, context, threads)
+
+
+def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
+    tied = compressed.model.architecture.tied
+    for product in products(graph):
+        names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
+        format = compressed.decisions[names[0]].format
+        assert isinstance(format, MatMulNBitsFormat)
+        data = np.concatenate([compressed.encode(name).data for name in names])
+        table = put_matrix(graph, product, format, data, file)
+    embedding = compressed.decisions[EMBEDDING]
+    rows, columns, format = embedding.group.rows, embedding.group.columns, embedding.format
+    assert isinstance(format, MatMulNBitsFormat)
+    if not tied:
+        table = put_table(graph, file, "model.embed_tokens", format, compressed.encode(EMBEDDING).data, columns)
+    put_embedding(graph, format, rows, columns, table)
+
+
+def _put_floats(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
+    tied = compressed.model.architecture.tied
+    for product in products(graph):
+        names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
+        values = np.concatenate([compressed.encode(name).planned for name in names])
+        weight = product.node.inputs[1]
+        assert weight is not None and weight.name
+        put_floats(graph, weight.name, np.ascontiguousarray(values.T), file)
+    if not tied:
+        put_floats(graph, EMBEDDING, compressed.encode(EMBEDDING).planned, file)
+
+
+TARGET = Onnx()
