@@ -42,17 +42,22 @@ class Runtime(Protocol):
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer where the model ends its text."""
 
-    def sample(self, starts: list[list[int]], length: int, seed: int) -> list[list[int]]:
-        """Return sequences of `length` tokens sampled at temperature 1 from each start, all at once."""
-
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids, special tokens in the text recognised, none added."""
+        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """Return the chat template's text, ready for the assistant's answer."""
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special tokens left out."""
+
+    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
+        """Return a chat as the runtime renders it, or None where the template refuses it.
+
+        Args:
+            messages: Dictionaries with `role` and `content`.
+            prompt: Ask for the start of an answer at the end.
+        """
 
 
 def resident_bytes() -> int:

@@ -6,6 +6,10 @@ adding to each later column k the feedback -(w_j - q_j) U_jk / U_jj minimises tr
 Formats whose scales span several blocks get the same feedback from block to block.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 from scipy.linalg import solve_triangular
 
@@ -13,7 +17,8 @@ from exporter.compress.method import importance_of
 from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
 
 DAMPING = 0.01
-ROWS_AT_ONCE = 8192
+# Rows are independent; the size is fixed so that the bytes do not depend on the number of cores.
+ROWS_AT_ONCE = 1024
 
 
 class Ldlq:
@@ -38,8 +43,9 @@ class Ldlq:
             factor = feedback_factor(second_moment, self._damping)
             importance = importance_of(second_moment)
             chunks = range(0, rows, ROWS_AT_ONCE)
-            parts = [_encode_rows(weight[at : at + ROWS_AT_ONCE], format, factor, importance) for at in chunks]
-            data = np.concatenate(parts)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                encode = partial(_encode_rows, format=format, factor=factor, importance=importance)
+                data = np.concatenate(list(pool.map(encode, (weight[at : at + ROWS_AT_ONCE] for at in chunks))))
         return EncodedMatrix(data, format.decode_rows(data, columns))
 
 

@@ -17,7 +17,7 @@ BLOCKS = (16, 32, 64, 128, 256)
 SCALE_BYTES = 4
 NAME = re.compile(r"int(\d)-b(\d+)(-asymmetric)?")
 # Shares of the full range tried as the range of a block: clipping its tails often costs less than coarse steps.
-CLIPPINGS = np.linspace(1.0, 0.7, 9, dtype=np.float32)
+CLIPPINGS = np.linspace(1.0, 0.7, 5, dtype=np.float32)
 VALUES_AT_ONCE = 1 << 18
 
 

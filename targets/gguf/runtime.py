@@ -1,5 +1,6 @@
 """llama.cpp, inside a child process."""
 
+import ctypes
 import time
 from pathlib import Path
 from statistics import median
@@ -8,6 +9,7 @@ import llama_cpp
 import numpy as np
 
 from exporter.errors import InputError
+from exporter.targets.gguf.tokenize import llama_render_chat, llama_tokenize
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
@@ -103,6 +105,24 @@ class LlamaCpp:
             peak_bytes=peak_resident_bytes(),
             interpreter_bytes=self._before,
         )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        return llama_tokenize(self._model, text)
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special tokens left out."""
+        pieces = (self._piece(token) for token in tokens)
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def _piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(size, 0)]
+
+    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
+        """Return a chat as llama-cpp-python's formatter renders it, or None where the template refuses it."""
+        return llama_render_chat(self._model, messages, prompt)
 
     def _forget(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)

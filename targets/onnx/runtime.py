@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnxruntime
 import onnxruntime_genai as genai
 
+from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
@@ -81,6 +83,22 @@ class OnnxRuntime:
             peak_bytes=peak_resident_bytes(),
             interpreter_bytes=self._before,
         )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        return self._tokenizer.ids(text)
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special tokens left out."""
+        return str(genai.Tokenizer(self._model()).decode(np.array(tokens, np.int32)))
+
+    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
+        """Return a chat as onnxruntime-genai renders it, or None where the template refuses it."""
+        return self._tokenizer.render(messages, prompt)
+
+    @cached_property
+    def _tokenizer(self) -> GenaiTokenizer:
+        return GenaiTokenizer(self._folder)
 
     def _session(self) -> onnxruntime.InferenceSession:
         if self._loaded_session is None:

@@ -1,0 +1,48 @@
+"""What is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to `build` or `plan`.
+
+    Attributes:
+        source: A Hugging Face folder, hub id, `.gguf` file, or `demo`.
+        device: A profile's name, or the path of a user's own TOML.
+        target: A target's name, or `auto` for the one that the device prefers.
+        type: A named mix or weight format of the target; None for the target's default.
+        method: A compression method; None for the target's default.
+        output: The bundle's folder; `plan` needs none.
+        calibration: A UTF-8 text, or None for text that the model samples itself.
+        evaluation: A UTF-8 text that accuracy is measured on, or None for sampled text of another seed.
+        seed: Seed of all that is random.
+        window: Tokens of a calibration or evaluation window.
+        calibration_windows: Windows to calibrate on.
+        evaluation_windows: Windows to measure accuracy on.
+        context: Tokens of context that memory and speed are stated for.
+        threads: Threads that runtimes compute with on this machine.
+    """
+
+    source: str
+    device: str
+    target: str = "auto"
+    type: str | None = None
+    method: str | None = None
+    output: Path | None = None
+    calibration: Path | None = None
+    evaluation: Path | None = None
+    seed: int = 0
+    window: int = 512
+    calibration_windows: int = 24
+    evaluation_windows: int = 8
+    context: int = 1024
+    threads: int = 2
