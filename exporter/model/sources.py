@@ -153,6 +153,9 @@ def _unpack_metadata(path: Path, folder: Path, tied: bool) -> PretrainedConfig:
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("transformers cannot read the header of the GGUF file", where=path, got=reason) from error
+    field = open_gguf(path).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() in PRE_TOKENIZERS:
+        restore_pretokenizer(tokenizer, field.contents())
     config.tie_word_embeddings = tied
     config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.__dict__.pop("quantization_config", None)

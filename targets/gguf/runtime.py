@@ -50,6 +50,8 @@ class LlamaCpp:
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._batch = llama_cpp.llama_batch_init(UBATCH, 0, 1)
         self._load_s = time.perf_counter() - started
+        self._sampled: list[list[int]] = []
+        self._position = 0
 
     def logits(self, tokens: list[int]) -> Float32:
         """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
@@ -71,18 +73,29 @@ class LlamaCpp:
             position += 1
         return made
 
-    def sample(self, starts: list[list[int]], length: int, seed: int) -> list[list[int]]:
-        """Return sequences of `length` tokens sampled at temperature 1 from each start, all at once."""
-        self._forget()
-        generator = np.random.default_rng(seed)
-        texts = [list(start) for start in starts]
-        for position in range(length - 1):
+    def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
+        """Continue several texts at once, at temperature 1, to `length` tokens each.
+
+        A call whose texts begin with what the last call returned goes on from its keys and values.
+
+        Args:
+            texts: One list of tokens for each sequence of the context.
+            length: Tokens that each text has in the end.
+            seed: Seed of the noise; token and position decide the draw, not the number of calls.
+        """
+        if texts != self._sampled:
+            self._forget()
+            self._position = 0
+        texts = [list(text) for text in texts]
+        for position in range(self._position, length - 1):
             rows = self._decode_column([text[position] for text in texts], position)
             # Gumbel's trick: the largest of logit + noise is a sample of the softmax.
-            drawn = (rows + generator.gumbel(size=rows.shape).astype(np.float32)).argmax(axis=1)
+            noise = np.random.default_rng([seed, position]).gumbel(size=rows.shape).astype(np.float32)
+            drawn = (rows + noise).argmax(axis=1)
             for text, token in zip(texts, drawn, strict=True):
                 if len(text) == position + 1:
                     text.append(int(token))
+        self._position, self._sampled = length - 1, texts
         return texts
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:

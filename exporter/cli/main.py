@@ -1,0 +1,213 @@
+"""`edge-exporter`: commands, one function each. Heavy imports wait until a command runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+import typer
+
+from exporter.errors import CheckError, ExporterError, RequestError
+
+app = typer.Typer(
+    name="edge-exporter",
+    help="Compress a language model, lower it to an edge runtime, prove it, and pack it for a device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
+]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="gguf, onnx, or auto for what the device prefers.")]
+TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model writes its own.")
+]
+EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF-8 text to measure accuracy on.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads that runtimes use on this machine.")]
+THREADS = min(os.cpu_count() or 1, 8)
+
+
+@app.command(epilog="Example: edge-exporter build demo --device galaxy-s24-ultra -o phone")
+def build(
+    model: ModelArgument,
+    device: DeviceOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder; must not exist.")],
+    target: TargetOption = "auto",
+    type: TypeOption = None,
+    method: MethodOption = None,
+    calibration: CalibrationOption = None,
+    evaluation: EvaluationOption = None,
+    seed: SeedOption = 0,
+    context: ContextOption = 1024,
+    threads: ThreadsOption = THREADS,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a proved bundle for a device."""
+    from exporter.cli import show
+    from exporter.job import Job
+    from exporter.pipeline import build as run_build
+
+    job = Job(
+        model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads
+    )
+    with show.progress(enabled=not as_json) as progress:
+        bundle = run_build(job, progress)
+    checks = bundle.report.checks + bundle.measurements.checks
+    show.document(show.bundle_facts(bundle.path), as_json, lambda: show.bundle(bundle.path))
+    _fail_on(checks)
+
+
+@app.command(epilog="Example: edge-exporter plan demo --device raspberry-pi-5 --type Q4_0")
+def plan(
+    model: ModelArgument,
+    device: DeviceOption,
+    target: TargetOption = "auto",
+    type: TypeOption = None,
+    method: MethodOption = None,
+    calibration: CalibrationOption = None,
+    evaluation: EvaluationOption = None,
+    context: ContextOption = 1024,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what build would do and need; reads no weights."""
+    from exporter.cli import show
+    from exporter.job import Job
+    from exporter.pipeline import plan as run_plan
+
+    made = run_plan(Job(model, device, target, type, method, None, calibration, evaluation, context=context))
+    show.document(show.plan_facts(made), as_json, lambda: show.plan(made))
+    _fail_on(made.checks)
+
+
+@app.command(epilog='Example: edge-exporter run phone -p "The capital of France is"')
+def run(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to answer with.")] = 48,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    threads: ThreadsOption = THREADS,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a bundle through its own runtime."""
+    from exporter.cli import show
+    from exporter.use import answer
+
+    given = answer(bundle, prompt, tokens, raw, threads)
+    show.document({"prompt": prompt, "answer": given}, as_json, lambda: print(given))
+
+
+@app.command(epilog="Example: edge-exporter verify phone")
+def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Check every byte of a bundle, offline."""
+    from exporter.bundle.verify import verify_bundle
+    from exporter.cli import show
+
+    _require_bundle(bundle)
+    checks = tuple(verify_bundle(bundle))
+    show.document(show.checks_facts(checks), as_json, lambda: show.checks(checks))
+    _fail_on(checks)
+
+
+@app.command(epilog="Example: edge-exporter bench phone --context 512")
+def bench(
+    bundle: BundleArgument, context: ContextOption = 512, threads: ThreadsOption = THREADS, as_json: JsonOption = False
+) -> None:
+    """Time a bundle on this machine, in a process of its own."""
+    from exporter.cli import show
+    from exporter.use import time_bundle
+
+    _require_bundle(bundle)
+    facts = time_bundle(bundle, context, threads)
+    show.document(facts, as_json, lambda: show.quantities(facts))
+
+
+@app.command(epilog="Example: edge-exporter compare phone laptop")
+def compare(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more bundles of one model.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Put bundles side by side, all measured on the same tokens."""
+    from exporter.cli import show
+
+    for bundle in bundles:
+        _require_bundle(bundle)
+    facts = [show.bundle_facts(bundle) for bundle in bundles]
+    show.document({"bundles": facts}, as_json, lambda: show.comparison(facts))
+
+
+@app.command(epilog="Example: edge-exporter inspect phone --json")
+def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_json: JsonOption = False) -> None:
+    """Show what is in a bundle or a GGUF file, as read back from the bytes."""
+    from exporter.cli import show
+
+    if path.suffix == ".gguf":
+        facts = show.gguf_facts(path)
+        show.document(facts, as_json, lambda: show.tensors(facts))
+    else:
+        _require_bundle(path)
+        show.document(show.bundle_facts(path), as_json, lambda: show.bundle(path))
+
+
+@app.command(epilog="Example: edge-exporter devices raspberry-pi-5")
+def devices(
+    name: Annotated[str | None, typer.Argument(help="A device's name or TOML; none lists all.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the device profiles, or show one with the source of each number."""
+    from exporter.cli import show
+    from exporter.device.profile import device_names, load_device
+
+    profiles = [load_device(one) for one in ([name] if name else device_names())]
+    facts = {"devices": [profile.model_dump(mode="json") for profile in profiles]}
+    show.document(facts, as_json, lambda: show.device(profiles[0]) if name else show.devices(profiles))
+
+
+def _require_bundle(path: Path) -> None:
+    if not (path / "manifest.json").is_file():
+        raise RequestError("this is no bundle", where=path, expected="a folder with manifest.json")
+
+
+def _fail_on(checks: Any) -> None:
+    failed = [check.name for check in checks if check.status == "failed"]
+    if failed:
+        raise CheckError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def main() -> Never:
+    """Run the command line; every expected failure is one sentence and its exit code."""
+    # The product uses the network only where the user names something on it.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except ExporterError as error:
+        _end(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted; nothing half-written was left", 130)
+    except typer.TyperException as error:
+        error.show()
+        sys.exit(2)
+
+
+def _end(sentence: str, code: int) -> Never:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": sentence, "exit_code": code}), file=sys.stderr)
+    else:
+        print(f"edge-exporter: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What the commands print: rich tables for people, one JSON document for machines."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from exporter.bundle.verify import read_manifest
+from exporter.device.profile import DeviceProfile
+from exporter.errors import InputError
+from exporter.measures import Check
+from exporter.plan import Plan
+from exporter.report.data import Measurements, Report, from_json, merged
+from exporter.report.figures import text as figure
+
+console = Console(soft_wrap=True)
+STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
+FIGURES = (
+    ("size.file_bytes", "model files"),
+    ("size.bits_per_weight", "bits a weight, all counted"),
+    ("accuracy.kl_mean", "KL(original || artifact), mean"),
+    ("accuracy.kl_p99", "KL, 99th percentile"),
+    ("accuracy.top1_agreement", "same next token"),
+    ("accuracy.perplexity_ratio", "perplexity ratio"),
+    ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
+    ("speed.prefill_tokens_per_s", "prefill"),
+    ("speed.decode_tokens_per_s", "decode"),
+    ("speed.time_to_first_token_ms", "time to first token"),
+    ("memory.peak_bytes", "peak memory"),
+)
+
+
+@contextmanager
+def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages with their steps and the time left, on the error stream."""
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    bars = Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled
+    )
+    tasks: dict[str, Any] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done)
+
+    with bars:
+        yield advance
+
+
+def document(facts: object, as_json: bool, show: Callable[[], None]) -> None:
+    """Print facts as JSON, or call what prints them for people."""
+    if as_json:
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        show()
+
+
+def bundle_facts(bundle: Path) -> dict[str, object]:
+    """Return report, measurements and manifest of a bundle as one JSON-able object."""
+    manifest = read_manifest(bundle)
+    report = from_json(Report, _bytes(bundle / "report.json"), bundle / "report.json")
+    measurements = from_json(Measurements, _bytes(bundle / "measurements.json"), bundle / "measurements.json")
+    return {**merged(report, measurements), "path": bundle.name, "content_digest": manifest.content_digest}
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError("a file of the bundle cannot be read", where=path, got=error.strerror) from error
+
+
+def bundle(path: Path) -> None:
+    """Print a bundle's figures and checks."""
+    facts: dict[str, Any] = bundle_facts(path)
+    console.print(f"[bold]{facts['model']['name']}[/] for {facts['device_title']}: {facts['target']}, ", end="")
+    console.print(f"{facts['recipe']['scheme']} by {facts['recipe']['method']}")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, title in FIGURES:
+        quantity = _at(facts, key)
+        table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
+    console.print(table)
+    for warning in facts["model"]["warnings"]:
+        console.print(f"[yellow]note:[/] {warning}")
+    checks(Check.model_validate(check) for check in facts["checks"])
+    console.print(f"bundle [bold]{path}[/], content {facts['content_digest'][:16]}, report {path / 'report.html'}")
+
+
+def _at(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    section, name = key.split(".")
+    found: dict[str, Any] = facts[section][name]
+    return found
+
+
+def checks(found: Iterable[Check]) -> None:
+    """Print checks, one a line."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for check in found:
+        table.add_row(STATUS[check.status], check.name, f"[dim]{check.detail}[/]")
+    console.print(table)
+
+
+def checks_facts(found: tuple[Check, ...]) -> dict[str, object]:
+    """Return checks as one JSON-able object."""
+    return {"checks": [check.model_dump(mode="json") for check in found]}
+
+
+def plan_facts(made: Plan) -> dict[str, object]:
+    """Return a plan as one JSON-able object; every number of it is estimated."""
+    estimates = {
+        "file_bytes": (made.file_bytes, "bytes"),
+        "runtime_peak_bytes": (made.runtime_peak_bytes, "bytes"),
+        "build_peak_bytes": (made.build_peak_bytes, "bytes"),
+        "disk_bytes": (made.disk_bytes, "bytes"),
+        "build_seconds": (made.seconds, "s"),
+    }
+    return {
+        "model": made.model_name,
+        "device": made.device.name,
+        "target": made.target.name,
+        "type": made.type,
+        "method": made.method,
+        **{name: {"value": value, "unit": unit, "basis": "estimated"} for name, (value, unit) in estimates.items()},
+        **checks_facts(made.checks),
+        "decisions": [
+            {"name": d.group.name, "format": d.format.name, "method": d.method, "bytes": d.stored_bytes,
+             "reason": d.reason}
+            for d in made.decisions
+        ],
+    }  # fmt: skip
+
+
+def plan(made: Plan) -> None:
+    """Print a plan."""
+    facts: dict[str, Any] = plan_facts(made)
+    console.print(f"[bold]{made.model_name}[/] for {made.device.title}: {made.target.name}, {made.type} by {made.method}")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "build_seconds"):
+        table.add_row(name.replace("_", " "), figure(facts[name]["value"], facts[name]["unit"]), "[dim]estimated[/]")
+    console.print(table)
+    counts: dict[tuple[str, str], int] = {}
+    for decision in made.decisions:
+        key = (decision.format.name, decision.reason)
+        counts[key] = counts.get(key, 0) + 1
+    for (format, reason), count in counts.items():
+        console.print(f"{count:4d} x {format:<8} [dim]{reason}[/]")
+    checks(made.checks)
+
+
+def quantities(facts: dict[str, Any]) -> None:
+    """Print named quantities."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, quantity in facts.items():
+        table.add_row(name, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
+    console.print(table)
+
+
+def comparison(facts: list[dict[str, Any]]) -> None:
+    """Print bundles in columns; a difference of the evaluation text is said, since KLs then do not compare."""
+    table = Table("", *(f"{one['path']}\n{one['target']} {one['recipe']['scheme']}" for one in facts), box=None)
+    for key, title in FIGURES:
+        found = [_at(one, key) for one in facts]
+        table.add_row(title, *(figure(quantity["value"], quantity["unit"]) for quantity in found))
+    console.print(table)
+    if len({one["accuracy"]["text_digest"] for one in facts}) > 1:
+        console.print("[yellow]note:[/] accuracy was measured on different texts and does not compare")
+
+
+def gguf_facts(path: Path) -> dict[str, object]:
+    """Return the tensors of a GGUF file."""
+    from exporter.model.tensors import open_gguf
+
+    if not path.is_file():
+        raise InputError("there is no such file", where=path)
+    tensors = [
+        {"name": t.name, "format": t.tensor_type.name, "shape": [int(n) for n in t.shape[::-1]], "bytes": int(t.n_bytes)}
+        for t in open_gguf(path).tensors
+    ]
+    return {"path": path.name, "tensors": tensors}
+
+
+def tensors(facts: dict[str, Any]) -> None:
+    """Print tensors, one a line."""
+    table = Table("tensor", "format", "shape", "bytes", box=None)
+    for tensor in facts["tensors"]:
+        table.add_row(tensor["name"], tensor["format"], "x".join(map(str, tensor["shape"])), str(tensor["bytes"]))
+    console.print(table)
+
+
+def devices(profiles: list[DeviceProfile]) -> None:
+    """Print profiles, one a line."""
+    table = Table("device", "class", "SoC", "RAM", "an app may use", "target", box=None)
+    for one in profiles:
+        memory = (figure(one.ram_bytes.value, "bytes"), figure(one.app_memory_limit_bytes.value, "bytes"))
+        table.add_row(one.name, one.device_class, one.soc, *memory, one.preferred.target)
+    console.print(table)
+
+
+def device(profile: DeviceProfile) -> None:
+    """Print one profile with the basis and source of each number."""
+    console.print(f"[bold]{profile.title}[/] ({profile.name}), {profile.soc}, {profile.os}")
+    table = Table("fact", "value", "basis", "source", box=None)
+    for name, fact in profile:
+        if hasattr(fact, "source") and hasattr(fact, "value"):
+            table.add_row(name, f"{fact.value:g}", fact.basis, fact.source)
+    for cluster in profile.clusters:
+        clock = cluster.clock_ghz
+        table.add_row(f"{cluster.cores} x {cluster.name}", f"{clock.value:g} GHz", clock.basis, clock.source)
+    console.print(table)

@@ -1,0 +1,99 @@
+"""The whole job, one call a stage: a model in, a proved bundle for a device out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.bundle.manifest import Manifest
+from exporter.bundle.write import staging_folder, write_bundle
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows, file_windows
+from exporter.compress.compressed import CompressedModel
+from exporter.documents import describe, header, write_documents
+from exporter.errors import RequestError
+from exporter.job import Job, Progress, silent
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.model.tokenizer import load_tokenizer
+from exporter.plan import Plan, make_plan
+from exporter.report.data import Measurements, Report
+from exporter.sampling import sampled_windows
+from exporter.stages import Stages
+from exporter.validate.proof import prove
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `build` made."""
+
+    path: Path
+    manifest: Manifest
+    report: Report
+    measurements: Measurements
+
+
+def plan(job: Job) -> Plan:
+    """Say what `build` would do and need; reads no weights."""
+    with open_model(job.source) as model:
+        return make_plan(model, job)
+
+
+def build(job: Job, progress: Progress = silent) -> Bundle:
+    """Compress, lower, prove and pack a model for a device.
+
+    Args:
+        job: What is asked for.
+        progress: Called with a stage's name, steps done and their total.
+
+    Raises:
+        ExporterError: see `exporter.errors`; nothing half-written stays.
+    """
+    if job.output is None:
+        raise RequestError("no output folder was named", next_step="name one with -o")
+    stages = Stages()
+    with stages.stage("open"):
+        opened = open_model(job.source)
+        model = opened.__enter__()
+    try:
+        with stages.stage("plan"):
+            planned = make_plan(model, job)
+        with staging_folder(job.output, planned.disk_bytes) as staging:
+            return _build(job, model, planned, staging, stages, progress)
+    finally:
+        opened.__exit__(None, None, None)
+
+
+def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages, progress: Progress) -> Bundle:
+    target = planned.target
+    with stages.stage("calibration text"):
+        calibration, evaluation = texts(job, model, progress)
+    with stages.stage("statistics"):
+        statistics = collect(model, calibration, lambda done, total: progress("statistics: layers", done, total))
+    with stages.stage("compress and lower"):
+        (staging / "model").mkdir()
+        compressed = CompressedModel(
+            model, planned.decisions, statistics, lambda done, total: progress("compress: matrices", done, total)
+        )
+        artifact = target.lower(compressed, planned.type, staging / "model")
+    with stages.stage("prove"):
+        progress("prove", 0, 1)
+        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads)
+        progress("prove", 1, 1)
+    report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)
+    write_documents(staging, report, measurements)
+    assert job.output is not None
+    manifest = write_bundle(staging, job.output, header(job, model, report))
+    return Bundle(job.output, manifest, report, measurements)
+
+
+def texts(job: Job, model: Model, progress: Progress) -> tuple[Windows, Windows]:
+    """Return calibration and evaluation windows: the user's texts, or text that the model samples itself."""
+    tokenizer = load_tokenizer(model.folder)
+    named = (
+        file and file_windows(file, tokenizer, count, job.window)
+        for file, count in ((job.calibration, job.calibration_windows), (job.evaluation, job.evaluation_windows))
+    )
+    calibration, evaluation = named
+    if calibration is None or evaluation is None:
+        sampled = sampled_windows(job, model, tokenizer, progress)
+        calibration, evaluation = calibration or sampled[0], evaluation or sampled[1]
+    return calibration, evaluation

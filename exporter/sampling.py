@@ -1,0 +1,53 @@
+"""The stage that lets the model write its own calibration and evaluation text, through a quick Q8_0 artifact.
+
+llama.cpp samples for every target: both targets are then calibrated and compared on the same text, which is
+sampled once and kept in the cache.
+"""
+
+import hashlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from exporter.cache import cache_folder, replacing
+from exporter.calibrate.sample import starts
+from exporter.calibrate.text import Windows
+from exporter.compress.compressed import CompressedModel
+from exporter.job import Job, Progress
+from exporter.model.model import Model
+from exporter.targets.target import load_target
+
+QUICK_TYPE = "Q8_0"
+
+
+def sampled_windows(
+    job: Job, model: Model, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[Windows, Windows]:
+    """Return calibration and evaluation windows, different sequences of one seeded sampling."""
+    count = job.calibration_windows + job.evaluation_windows
+    named = f"{model.digest}:{QUICK_TYPE}:{job.seed}:{job.calibration_windows}:{job.evaluation_windows}:{job.window}"
+    key = hashlib.sha256(named.encode()).hexdigest()[:32]
+    path = cache_folder("samples") / f"{key}.npy"
+    if not path.is_file():
+        tokens = _sample(model, starts(tokenizer, count, job.seed), job, progress)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, tokens)
+    tokens = np.load(path, allow_pickle=False)
+    split = job.calibration_windows
+    return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
+
+
+def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
+    target = load_target("gguf")
+    with TemporaryDirectory() as scratch:
+        compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
+        artifact = target.lower(compressed, QUICK_TYPE, Path(scratch))
+        with target.open(artifact, job.window, job.threads, sequences=len(openings)) as child:
+            texts = openings
+            # Sampling continues from where it is, so that progress can be shown between calls.
+            for length in range(64, job.window + 64, 64):
+                texts = child.call("sample", texts, min(length, job.window), job.seed)
+                progress("sample: tokens", min(length, job.window), job.window)
+    return np.array(texts)

@@ -1,0 +1,59 @@
+"""Using a finished bundle: talking to it and timing it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from exporter.bundle.verify import read_manifest
+from exporter.errors import InputError
+from exporter.measures import Quantity
+from exporter.targets.target import Artifact, Target, load_target
+
+PROMPT_SHARE = 0.75
+
+
+def open_bundle(bundle: Path) -> tuple[Target, Artifact]:
+    """Return the target and artifact of a bundle whose files have the sizes that its manifest states.
+
+    Raises:
+        InputError: a file is missing or truncated.
+    """
+    manifest = read_manifest(bundle)
+    for entry in manifest.files:
+        path = bundle / entry.path
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.size:
+            raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=entry.size)
+    weights = tuple(bundle / entry.path for entry in manifest.files if entry.role == "model")
+    return load_target(manifest.target), Artifact(manifest.target, bundle / "model", weights)
+
+
+def answer(bundle: Path, prompt: str, tokens: int, raw: bool, threads: int) -> str:
+    """Return the bundle's greedy answer to a prompt."""
+    target, artifact = open_bundle(bundle)
+    with target.open(artifact, 2048, threads) as child:
+        chat = None if raw else child.call("render_chat", [{"role": "user", "content": prompt}], True)
+        given = child.call("tokenize", prompt if chat is None else chat)
+        text: str = child.call("text", child.call("generate", given, tokens))
+        return text.strip()
+
+
+def time_bundle(bundle: Path, context: int, threads: int) -> dict[str, object]:
+    """Return speed and memory of a bundle on this machine."""
+    target, artifact = open_bundle(bundle)
+    prompt = int(context * PROMPT_SHARE)
+    with target.open(artifact, context, threads) as child:
+        # Token ids from a small range exist in every vocabulary; speed does not depend on which they are.
+        ids = np.random.default_rng(0).integers(100, 300, prompt).tolist()
+        timing = child.call("measure", ids, min(64, context - prompt - 1), 5)
+    values = {
+        "speed.prefill_tokens_per_s": (timing.prefill_tokens_per_s, "tokens/s"),
+        "speed.decode_tokens_per_s": (timing.decode_tokens_per_s, "tokens/s"),
+        "speed.time_to_first_token_ms": (1000 * timing.first_token_s, "ms"),
+        "speed.load_ms": (1000 * timing.load_s, "ms"),
+        "memory.peak_bytes": (float(timing.peak_bytes), "bytes"),
+        "memory.interpreter_bytes": (float(timing.interpreter_bytes), "bytes"),
+    }
+    made = {name: Quantity(value=value, unit=unit, basis="measured") for name, (value, unit) in values.items()}
+    return json.loads(json.dumps({name: quantity.model_dump() for name, quantity in made.items()}))  # type: ignore[no-any-return]
