@@ -42,7 +42,7 @@ class Job:
     evaluation: Path | None = None
     seed: int = 0
     window: int = 512
-    calibration_windows: int = 24
-    evaluation_windows: int = 8
-    context: int = 1024
+    calibration_windows: int = 16
+    evaluation_windows: int = 6
+    context: int = 512
     threads: int = 2

@@ -79,7 +79,9 @@ class Child:
         with open(self._log.name, encoding="utf-8", errors="replace") as log:  # noqa: PTH123  (a name, not a path of ours)
             tail = " / ".join(line.strip() for line in log.readlines()[-3:])
         return RuntimeCrashError(
-            f"{self._title} died in its child process", got=f"{ended}{': ' + tail if tail else ''}", expected="an answer"
+            f"{self._title} died in its child process",
+            got=f"{ended}{': ' + tail if tail else ''}",
+            expected="an answer",
         )
 
     def close(self) -> None:
@@ -95,7 +97,9 @@ class Child:
         """Return the child."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the child."""
         self.close()
 
@@ -121,7 +125,7 @@ def _answer(pipe: Connection, function: Callable[..., object], args: tuple[objec
         value = function(*args)
     except ExporterError as error:
         return _send(pipe, False, error)
-    except Exception as error:  # noqa: BLE001  (the outermost edge of this process)
+    except Exception as error:
         return _send(pipe, False, RuntimeCrashError(f"{type(error).__name__}: {error}".rstrip(".")))
     if hasattr(value, "serves"):
         _send(pipe, True, True)

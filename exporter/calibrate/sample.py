@@ -40,9 +40,7 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def sample_windows(
-    sampler: Sampler, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
-) -> Windows:
+def sample_windows(sampler: Sampler, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Windows:
     """Return `count` windows of `length` sampled tokens."""
     texts = sampler.sample(starts(tokenizer, count, seed), length, seed)
     return Windows.of(np.array(texts), "self-sampled", 0)

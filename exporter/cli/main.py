@@ -49,7 +49,7 @@ def build(
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
     seed: SeedOption = 0,
-    context: ContextOption = 1024,
+    context: ContextOption = 512,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,7 +77,7 @@ def plan(
     method: MethodOption = None,
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
-    context: ContextOption = 1024,
+    context: ContextOption = 512,
     as_json: JsonOption = False,
 ) -> None:
     """Say what build would do and need; reads no weights."""
@@ -95,7 +95,9 @@ def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to answer with.")] = 48,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """What the commands print: rich tables for people, one JSON document for machines."""
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from exporter.plan import Plan
 from exporter.report.data import Measurements, Report, from_json, merged
 from exporter.report.figures import text as figure
 
-console = Console(soft_wrap=True)
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
 FIGURES = (
     ("size.file_bytes", "model files"),
@@ -139,7 +140,9 @@ def plan_facts(made: Plan) -> dict[str, object]:
 def plan(made: Plan) -> None:
     """Print a plan."""
     facts: dict[str, Any] = plan_facts(made)
-    console.print(f"[bold]{made.model_name}[/] for {made.device.title}: {made.target.name}, {made.type} by {made.method}")
+    console.print(
+        f"[bold]{made.model_name}[/] for {made.device.title}: {made.target.name}, {made.type} by {made.method}"
+    )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "build_seconds"):
         table.add_row(name.replace("_", " "), figure(facts[name]["value"], facts[name]["unit"]), "[dim]estimated[/]")
@@ -179,7 +182,12 @@ def gguf_facts(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise InputError("there is no such file", where=path)
     tensors = [
-        {"name": t.name, "format": t.tensor_type.name, "shape": [int(n) for n in t.shape[::-1]], "bytes": int(t.n_bytes)}
+        {
+            "name": t.name,
+            "format": t.tensor_type.name,
+            "shape": [int(n) for n in t.shape[::-1]],
+            "bytes": int(t.n_bytes),
+        }
         for t in open_gguf(path).tensors
     ]
     return {"path": path.name, "tensors": tensors}

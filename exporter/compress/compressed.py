@@ -61,7 +61,9 @@ class CompressedModel:
         weight = self.model.read(name)
         second_moment = self._second_moment(decision)
         matrix = load_method(decision.method).encode(weight, decision.format, second_moment)
-        self.outcomes[name] = Outcome(weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment))
+        self.outcomes[name] = Outcome(
+            weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment)
+        )
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
 

@@ -91,9 +91,7 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        return sum(group.size for group in self.groups()) + sum(
-            _size(shape) for shape in self.vectors().values()
-        )
+        return sum(group.size for group in self.groups()) + sum(_size(shape) for shape in self.vectors().values())
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices in the order of the forward pass; the embedding is first, an untied head last."""
@@ -165,9 +163,7 @@ class Architecture:
             )
 
 
-def _whole(
-    config: PretrainedConfig, key: str, where: object, most: int = MAX_WIDTH, default: int | None = None
-) -> int:
+def _whole(config: PretrainedConfig, key: str, where: object, most: int = MAX_WIDTH, default: int | None = None) -> int:
     value = getattr(config, key, None)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:

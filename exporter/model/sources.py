@@ -111,7 +111,7 @@ def _open_hub(source: str) -> Model:
             got=str(error).splitlines()[0],
             next_step="check the name and the connection, or give a local folder",
         ) from error
-    return _open_folder(Path(folder), source.split("/")[-1])
+    return _open_folder(Path(folder), source.rsplit("/", maxsplit=1)[-1])
 
 
 def _demo_file() -> Path:

@@ -68,18 +68,29 @@ MARGIN_NATS = 0.5
 
 
 @torch.inference_mode()
-def distance(reference: Reference, logits: Logits) -> Distance:
-    """Compare an artifact's logits with the reference's.
+def distances(references: list[Reference], logits: Logits) -> list[Distance]:
+    """Compare an artifact's logits with several references on the same tokens; the artifact runs once.
 
     The first half of each window only gives context. Sums are in float64, since KL may be below 1e-9.
     """
-    rows = []
-    for window, tokens in enumerate(reference.tokens):
+    rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in references]
+    for window, tokens in enumerate(references[0].tokens):
         other = torch.from_numpy(np.ascontiguousarray(logits(tokens.tolist())))
         for start in range(len(tokens) // 2, len(tokens) - 1, TOKENS_AT_ONCE):
             positions = slice(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
             following = torch.from_numpy(tokens[positions.start + 1 : positions.stop + 1])
-            rows.append(_compare(reference.logits(window, positions), other[positions], following))
+            got = other[positions].double().log_softmax(-1)
+            for reference, found in zip(references, rows, strict=True):
+                found.append(_compare(reference.logits(window, positions), got, following))
+    return [_summed(found) for found in rows]
+
+
+def distance(reference: Reference, logits: Logits) -> Distance:
+    """Compare an artifact's logits with one reference; see `distances`."""
+    return distances([reference], logits)[0]
+
+
+def _summed(rows: list[tuple[torch.Tensor, ...]]) -> Distance:
     kl, same, margin, gain = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
     sure = margin > MARGIN_NATS
     return Distance(
@@ -92,9 +103,12 @@ def distance(reference: Reference, logits: Logits) -> Distance:
     )
 
 
-def _compare(expected: torch.Tensor, got: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return KL, same first token, lead of the first token, and loss of log-likelihood, each [positions]."""
-    p, q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+def _compare(expected: torch.Tensor, q: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Compare logits with log-probabilities, both [positions, vocab].
+
+    Returns KL, same first token, lead of the first token, and loss of log-likelihood, each [positions].
+    """
+    p = expected.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     best = p.topk(2, dim=-1)
     same = best.indices[:, 0] == q.argmax(-1)

@@ -1,5 +1,6 @@
 """Everything an artifact is asked before it is packed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,8 +20,10 @@ from exporter.model.tokenizer import (
 from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
 from exporter.targets.target import Artifact, Target
-from exporter.validate.accuracy import Distance, Reference, dequantised, distance
+from exporter.validate.accuracy import Distance, Reference, dequantised, distances
 from exporter.validate.parity import check_chat_template, check_tokenizer
+from exporter.weights.format import Float32
+from exporter.weights.group import WeightGroup
 
 # Above this the difference between the artifact and its own weights is no rounding of activations any more.
 MOST_ROUNDING_KL = 0.1
@@ -59,12 +62,12 @@ def prove(
         threads: Threads of the runtime.
     """
     model = compressed.model
-    checks = [check_weights(target, artifact, compressed), check_stored_types(target, artifact, compressed)]
+    read = target.read_back(artifact, model)
+    checks = [check_weights(read, compressed), check_stored_types(target, artifact, compressed)]
     original = Reference.of(model, tokens)
-    own = Reference.of(dequantised(model, target.read_back(artifact, model)), tokens)
+    own = Reference.of(dequantised(model, read), tokens)
     with target.open(artifact, tokens.shape[1], threads) as child:
-        logits = partial(child.call, "logits")
-        accuracy, rounding = distance(original, logits), distance(own, logits)
+        accuracy, rounding = distances([original, own], partial(child.call, "logits"))
         checks += check_parity(child, model, target.title)
     checks.append(check_rounding(rounding))
     with target.open(artifact, context, threads) as child:
@@ -73,9 +76,8 @@ def prove(
     return Proof(accuracy, rounding, timing, tuple(checks))
 
 
-def check_weights(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
+def check_weights(read: Callable[[WeightGroup], Float32], compressed: CompressedModel) -> Check:
     """Decode every matrix as the runtime does, from the artifact's bytes, and compare with the planned weights."""
-    read = target.read_back(artifact, compressed.model)
     groups = compressed.model.groups()
     wrong = [g.name for g in groups if weights_digest(read(g)) != compressed.outcomes[g.name].planned_sha256]
     detail = f"{len(groups) - len(wrong)} of {len(groups)} matrices decode to exactly the planned weights"
@@ -126,4 +128,3 @@ def check_parity(child: Child, model: Model, runtime: str) -> list[Check]:
 
 def _check(name: str, passed: bool, detail: str) -> Check:
     return Check(name=name, status="passed" if passed else "failed", detail=detail)
-

@@ -121,7 +121,9 @@ class MatMulNBitsFormat:
         norm = np.einsum("ij,ij,ij->i", weights, steps, steps)
         fit = np.einsum("ij,ij,ij->i", weights, steps, blocks)
         scale = np.where((norm > 0) & (fit > 0) if self.asymmetric else norm > 0, fit / np.where(norm > 0, norm, 1), 0)
-        return _IntegerGrid(self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point)
+        return _IntegerGrid(
+            self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point
+        )
 
     def _ranged(self, blocks: Float32, share: np.float32) -> _IntegerGrid:
         """Return the grid whose range is a share of the blocks' own."""
@@ -163,7 +165,9 @@ class MatMulNBitsFormat:
         rows, blocks = scale.shape
         codes = _unpack_bits(packed.reshape(rows, -1), self.bits).reshape(rows, blocks, self.block_columns)
         middle = np.float32(1 << (self.bits - 1))
-        zero = middle if zero_points is None else _unpack_bits(zero_points, self.bits)[:, :blocks, None].astype(np.float32)
+        zero = (
+            middle if zero_points is None else _unpack_bits(zero_points, self.bits)[:, :blocks, None].astype(np.float32)
+        )
         return ((codes.astype(np.float32) - zero) * scale[:, :, None]).reshape(rows, columns)
 
 

@@ -89,9 +89,9 @@ class LlamaCpp:
         texts = [list(text) for text in texts]
         for position in range(self._position, length - 1):
             rows = self._decode_column([text[position] for text in texts], position)
-            # Gumbel's trick: the largest of logit + noise is a sample of the softmax.
-            noise = np.random.default_rng([seed, position]).gumbel(size=rows.shape).astype(np.float32)
-            drawn = (rows + noise).argmax(axis=1)
+            # Gumbel's trick: the largest of logit - log(exponential noise) is a sample of the softmax.
+            noise = np.random.default_rng([seed, position]).standard_exponential(rows.shape, np.float32)
+            drawn = (rows - np.log(noise)).argmax(axis=1)
             for text, token in zip(texts, drawn, strict=True):
                 if len(text) == position + 1:
                     text.append(int(token))

@@ -77,7 +77,6 @@ class Gguf:
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, then the Modelfile."""
-        model = compressed.model
         artifact = Artifact(self.name, folder, (folder / MODEL_FILE,))
         with replacing(folder / MODEL_FILE) as partial:
             _write_gguf(partial, compressed, type)

@@ -23,7 +23,7 @@ class Tables:
         self._folder = path.parent
         try:
             self._graph = onnx.load_model(str(path), load_external_data=False).graph
-        except Exception as error:  # noqa: BLE001  (protobuf's own exceptions have no common base)
+        except Exception as error:
             raise InputError("the ONNX file is truncated or damaged", where=path, got=error) from error
 
     @cached_property

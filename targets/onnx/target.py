@@ -1,6 +1,5 @@
 """The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, its matrices in `MatMulNBits`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory

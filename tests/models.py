@@ -1,0 +1,88 @@
+"""Small random models that the tests make from a seed."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+FAMILIES = tuple(KINDS)
+VOCAB = 320
+TEXT = ["the capital of France is Paris", "numbers 12 345 6789", "hello, world! it's a test", "  spaces   and\nlines"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_model(
+    folder: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 2,
+    intermediate: int = 96,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random model with a trained byte-level tokenizer as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    config_class, model_class = KINDS[family]
+    config = config_class(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    model = model_class(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Larger than the usual start, so that logits differ enough for an oracle to see a fault.
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else 0.15)
+    size = "200KB" if shards > 1 else "5GB"
+    model.save_pretrained(folder, max_shard_size=size)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 10, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[1],
+        chat_template=TEMPLATE,
+    )

@@ -1,0 +1,52 @@
+"""Outside oracles for GGUF types: gguf-py's decoder in numpy, and ggml's own decoder for what we pack."""
+
+import gguf
+import numpy as np
+import pytest
+
+from exporter.errors import InputError, RequestError
+from exporter.weights.ggml import ggml_format, ggml_formats
+
+PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", list(ggml_formats()))
+def test_decodes_as_gguf_py_does(name: str) -> None:
+    weight, format = weights(8, 512), ggml_format(name)
+    data = format.encode_rows(weight, np.linspace(0.1, 2, 512, dtype=np.float32))
+    assert data.nbytes == format.stored_bytes(8, 512)
+    np.testing.assert_array_equal(format.decode_rows(data, 512), gguf.dequantize(data, format.type))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_grid_decodes_to_its_own_values_and_a_flipped_nibble_is_seen(name: str) -> None:
+    block, format = weights(64, 32), ggml_format(name)
+    grid = format.grid(block, None)
+    assert grid is not None
+    rounded = [grid.round(column, block[:, column]) for column in range(32)]
+    data = grid.pack(np.stack([codes for codes, _ in rounded], axis=1))
+    planned = np.stack([values for _, values in rounded], axis=1)
+    np.testing.assert_array_equal(format.decode_rows(data, 32), planned)
+    header = 4 if name in ("Q4_1", "Q5_1") else 2
+    for position in range(header, data.shape[1]):
+        damaged = data.copy()
+        damaged[:, position] ^= 0x10
+        assert not np.array_equal(format.decode_rows(damaged, 32), planned), position
+
+
+def test_refuses_what_would_abort_or_encode_nan() -> None:
+    weight = weights(2, 256)
+    with pytest.raises(InputError, match="IQ2_XXS cannot be encoded without importance"):
+        ggml_format("IQ2_XXS").encode_rows(weight, None)
+    with pytest.raises(InputError, match="importance for Q4_K is not usable"):
+        ggml_format("Q4_K").encode_rows(weight, np.full(256, -1, np.float32))
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        ggml_format("Q4_K").encode_rows(np.full((2, 256), np.nan, np.float32), None)
+    with pytest.raises(RequestError, match="Q4_K cannot hold rows of 96 weights"):
+        ggml_format("Q4_K").encode_rows(weights(2, 96), None)
+    with pytest.raises(RequestError, match="did you mean 'Q4_K'"):
+        ggml_format("Q4_k")

@@ -1,0 +1,158 @@
+"""Both targets against transformers: the same logits in float32, the planned weights in every format."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from exporter.calibrate.layers import LayerStream
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows
+from exporter.compress.compressed import CompressedModel
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.targets.child import Child
+from exporter.targets.gguf.quantise import quantise
+from exporter.targets.target import Artifact, load_target
+from exporter.validate.accuracy import Reference, distance
+from exporter.validate.proof import check_stored_types, check_weights
+from tests.models import FAMILIES, VOCAB, tiny_model
+
+TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
+
+
+def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, CompressedModel]:
+    folder.mkdir()
+    made = load_target(target)
+    statistics = None
+    if method == "ldlq":
+        statistics = collect(model, Windows.of(TOKENS, "file", 0), lambda done, total: None)
+    compressed = CompressedModel(model, made.decide(model, type, method), statistics)
+    return made.lower(compressed, type, folder), compressed
+
+
+def kl(model: Model, artifact: Artifact) -> float:
+    with load_target(artifact.target).open(artifact, 64, 1, exact=True) as child:
+        return distance(Reference.of(model, TOKENS), lambda tokens: child.call("logits", tokens)).kl_mean
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str) -> None:
+    folder = tiny_model(tmp_path / "model", family, tied=family != "mistral")
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with open_model(str(folder)) as model:
+        streamed = Reference.of(model, TOKENS)
+        with torch.inference_mode():
+            expected = whole(torch.from_numpy(TOKENS)).logits
+        torch.testing.assert_close(streamed.logits(1, slice(0, 48)), expected[1], rtol=0, atol=2e-5)
+        artifact, _ = lower(model, tmp_path / "artifact", target, "F32")
+        assert kl(model, artifact) < 1e-6
+        with load_target(target).open(artifact, 64, 1) as child:
+            greedy = child.call("generate", TOKENS[0, :8].tolist(), 32)
+    prompt = torch.from_numpy(TOKENS[:1, :8])
+    made = whole.generate(prompt, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompt))[0, 8:]
+    ids = made.tolist()
+    assert greedy == (ids[: ids.index(1)] if 1 in ids else ids)
+
+
+@pytest.mark.parametrize(
+    ("target", "type", "method"),
+    [("gguf", "Q8_0", "rtn"), ("gguf", "Q4_0", "ldlq"), ("onnx", "int4", "ldlq"), ("onnx", "int8", "rtn"),
+     ("onnx", "int4-b16-asymmetric", "rtn")],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_artifact_holds_the_planned_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, target: str, type: str, method: str
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    with open_model(str(tiny_model(tmp_path / "model", family, tied=family != "qwen2"))) as model:
+        artifact, compressed = lower(model, tmp_path / "artifact", target, type, method)
+        made = load_target(target)
+        assert check_weights(made.read_back(artifact, model), compressed).status == "passed"
+        assert check_stored_types(made, artifact, compressed).status == "passed"
+        again, _ = lower(model, tmp_path / "again", target, type, method)
+        for one, other in zip(artifact.weights, again.weights, strict=True):
+            assert one.read_bytes() == other.read_bytes()
+        flip(artifact.weights[-1], -40)
+        assert check_weights(made.read_back(artifact, model), compressed).status == "failed"
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("hidden", [256, 64])
+@pytest.mark.parametrize("mix", ["Q4_K_M", "IQ4_XS", "Q2_K"])
+def test_named_mixes_are_those_of_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mix: str, hidden: int
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    folder = tiny_model(tmp_path / "model", hidden=hidden, intermediate=256 if hidden == 256 else 96, layers=4)
+    with open_model(str(folder)) as model:
+        statistics = collect(model, Windows.of(TOKENS, "file", 0), lambda done, total: None)
+        target = load_target("gguf")
+        (tmp_path / "ours").mkdir()
+        compressed = CompressedModel(model, target.decide(model, mix, "rtn"), statistics)
+        ours = target.lower(compressed, mix, tmp_path / "ours").weights[0]
+        floats, _ = lower(model, tmp_path / "float", "gguf", "F32")
+        names = target_names(model)
+        importance = {names[name]: compressed.importance(name) for name in compressed.decisions}
+    stock = tmp_path / "stock.gguf"
+    with Child("llama.cpp", quantise, floats.weights[0], stock, mix, importance) as child:
+        assert child.result() == (0, "")
+    assert digests(ours) == digests(stock)
+
+
+def target_names(model: Model) -> dict[str, str]:
+    from exporter.model.tensors import gguf_names
+
+    return gguf_names(model.architecture.layers)
+
+
+def digests(path: Path) -> dict[str, tuple[str, str]]:
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}
+
+
+def swap_nibbles(data: np.ndarray, name: str) -> None:
+    if "ffn_down" in name:
+        blocks = data.reshape(-1, 18)
+        blocks[:, 2:] = (blocks[:, 2:] << 4) | (blocks[:, 2:] >> 4)
+
+
+def shift_scales(data: np.ndarray, name: str) -> None:
+    if "ffn_down" in name:
+        blocks = data.reshape(len(data), -1, 18)
+        blocks[:, :, :2] = np.roll(blocks[:, :, :2], 1, axis=0)
+
+
+def unpermute_query(data: np.ndarray, name: str) -> None:
+    if "attn_q" in name:
+        data[:] = data[np.random.default_rng(0).permutation(len(data))]
+
+
+@pytest.mark.parametrize("damage", [swap_nibbles, shift_scales, unpermute_query])
+def test_the_forward_oracle_sees_damage(tmp_path: Path, damage: Callable[[np.ndarray, str], None]) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        artifact, _ = lower(model, tmp_path / "artifact", "gguf", "Q4_0")
+        before = kl(model, artifact)
+        for tensor in gguf.GGUFReader(artifact.weights[0], "r+").tensors:
+            damage(tensor.data, tensor.name)
+        assert kl(model, artifact) > 1.5 * before
+
+
+def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        stream = LayerStream(model)
+        with stream.layer(0) as module:
+            assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+        assert all(parameter.device.type == "meta" for parameter in module.parameters())
+        assert stream.head().shape == (VOCAB, 64)
