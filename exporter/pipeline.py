@@ -1,6 +1,6 @@
 """The whole job, one call a stage: a model in, a proved bundle for a device out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.bundle.manifest import Manifest
@@ -34,7 +34,19 @@ class Bundle:
 def plan(job: Job) -> Plan:
     """Say what `build` would do and need; reads no weights."""
     with open_model(job.source) as model:
-        return make_plan(model, job)
+        return make_plan(model, fitted(job, model))
+
+
+def fitted(job: Job, model: Model) -> Job:
+    """Return the job with windows no longer than the model's context.
+
+    Raises:
+        RequestError: the context asked for is longer than the model's.
+    """
+    longest = model.architecture.context_length
+    if job.context > longest:
+        raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")
+    return replace(job, window=min(job.window, longest))
 
 
 def build(job: Job, progress: Progress = silent) -> Bundle:
@@ -54,6 +66,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         opened = open_model(job.source)
         model = opened.__enter__()
     try:
+        job = fitted(job, model)
         with stages.stage("plan"):
             planned = make_plan(model, job)
         with staging_folder(job.output, planned.disk_bytes) as staging:

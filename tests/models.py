@@ -54,7 +54,7 @@ def tiny_model(
         num_key_value_heads=2,
         head_dim=hidden // 4,
         vocab_size=VOCAB,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,

@@ -1,6 +1,7 @@
 """`edge-exporter`: commands, one function each. Heavy imports wait until a command runs."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -192,6 +193,7 @@ def main() -> Never:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except ExporterError as error:

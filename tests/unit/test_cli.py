@@ -1,0 +1,106 @@
+"""The command line as a user meets it: whole runs in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two texts and a bundle for each target."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(folder / "model")
+    words = "the capital of France is Paris, numbers 12 345 and hello world. "
+    (folder / "calibration.txt").write_text(words * 400)
+    (folder / "evaluation.txt").write_text(words[::-1] * 400)
+    for target in ("gguf", "onnx"):
+        made = build(folder, "Q8_0" if target == "gguf" else "int8", target, f"bundle-{target}")
+        assert made.returncode == 0, made.stderr
+    return folder
+
+
+def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"EDGE_EXPORTER_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "exporter.cli.main", *arguments]
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = root
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def build(folder: Path, type: str, target: str, output: str) -> subprocess.CompletedProcess[str]:
+    return cli(
+        folder, "build", "model", "--device", "raspberry-pi-5", "--target", target, "--type", type, "-o", output,
+        "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--context", "128", "--json",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_bundle_is_whole_and_says_what_it_is(world: Path, target: str) -> None:
+    bundle = f"bundle-{target}"
+    verified = cli(world, "verify", bundle, "--json")
+    assert verified.returncode == 0, verified.stderr
+    facts = json.loads(cli(world, "inspect", bundle, "--json").stdout)
+    assert facts["target"] == target
+    assert facts["accuracy"]["top1_agreement"]["value"] > 0.9
+    for section, name in (("size", "file_bytes"), ("speed", "decode_tokens_per_s"), ("memory", "peak_bytes")):
+        assert facts[section][name]["basis"] == "measured"
+    assert {check["name"] for check in facts["checks"]} >= {"lowering.weights", "lowering.formats", "device.ram"}
+    assert cli(world, "run", bundle, "-p", "hello").returncode == 0
+    assert "compare" not in cli(world, "compare", "bundle-gguf", "bundle-onnx").stderr
+
+
+def test_the_same_job_gives_the_same_content(world: Path) -> None:
+    assert build(world, "Q8_0", "gguf", "again").returncode == 0
+    digests = [
+        json.loads((world / name / "manifest.json").read_text())["content_digest"] for name in ("bundle-gguf", "again")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_flipped_byte_fails_the_check(world: Path) -> None:
+    path = world / "bundle-onnx" / "model" / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    verified = cli(world, "verify", "bundle-onnx")
+    assert verified.returncode == 1
+    assert "checks failed" in verified.stderr
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("build", "model", "-d", "raspberry-pi-6", "-o", "x"), 2, "did you mean 'raspberry-pi-5'"),
+        (("build", "model", "-d", "raspberry-pi-5", "-o", "bundle-gguf"), 2, "exists"),
+        (("build", "model", "-d", "raspberry-pi-5", "-o", "no/where"), 2, "does not exist"),
+        (("plan", "model", "-d", "raspberry-pi-5", "--type", "Q4_K_X"), 2, "unknown GGUF type 'Q4_K_X'"),
+        (("plan", "model", "-d", "raspberry-pi-5", "-t", "gguff"), 2, "did you mean 'gguf'"),
+        (("plan", "model", "-d", "raspberry-pi-5", "-t", "onnx", "--type", "int4-b256"), 2, "cannot hold rows of 64"),
+        (("plan", "nothing", "-d", "raspberry-pi-5"), 2, "there is no such model"),
+        (("build", "model", "-d", "raspberry-pi-5", "-o", "x", "--calibration", "none.txt"), 2, "no such text file"),
+        (("verify", "model"), 2, "this is no bundle"),
+        (("plan", "model"), 2, "device"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(world: Path, arguments: tuple[str, ...], code: int, sentence: str) -> None:
+    before = sorted(path.name for path in world.iterdir())
+    done = cli(world, *arguments)
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in world.iterdir()) == before
+
+
+def test_listing_devices_and_planning(world: Path) -> None:
+    assert "raspberry-pi-5" in cli(world, "devices").stdout
+    planned = json.loads(cli(world, "plan", "model", "-d", "raspberry-pi-5", "--json").stdout)
+    assert planned["file_bytes"]["basis"] == "estimated"
+    assert len(planned["decisions"]) == 15
