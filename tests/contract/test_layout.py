@@ -28,13 +28,15 @@ MADE = {"__pycache__", ".DS_Store"}
 ORDER = [
     {"errors", "cache", "measures", "registry", "weights"},
     {"model", "device", "devices"},
-    {"job"},
+    {"job", "stages"},
     {"calibrate", "compress"},
     {"targets"},
+    {"plan", "sampling"},
     {"validate"},
     {"report"},
     {"bundle"},
-    {"pipeline"},
+    {"documents"},
+    {"pipeline", "use"},
     {"cli"},
     {"__main__"},
 ]
