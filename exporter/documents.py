@@ -36,6 +36,7 @@ from exporter.report.html import render_html
 from exporter.stages import Stages
 from exporter.targets.target import Artifact
 from exporter.validate.proof import Proof
+from exporter.validate.selftest import SelfTest
 
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
 RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ("onnxruntime", "onnxruntime-genai")}
@@ -205,8 +206,9 @@ def header(job: Job, model: Model, report: Report) -> Header:
     )
 
 
-def write_documents(staging: Path, report: Report, measurements: Measurements) -> None:
-    """Write report.json, measurements.json and report.html into the staged bundle."""
+def write_documents(staging: Path, report: Report, measurements: Measurements, self_test: SelfTest) -> None:
+    """Write report.json, measurements.json, selftest.json and report.html into the staged bundle."""
+    (staging / "selftest.json").write_text(to_json(self_test), encoding="utf-8")
     (staging / "report.json").write_text(to_json(report), encoding="utf-8")
     (staging / "measurements.json").write_text(to_json(measurements), encoding="utf-8")
     (staging / "report.html").write_text(render_html(report, measurements), encoding="utf-8")

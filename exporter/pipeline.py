@@ -59,7 +59,8 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     Raises:
         ExporterError: see `exporter.errors`; nothing half-written stays.
     """
-    if job.output is None:
+    output = job.output
+    if output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
     stages = Stages()
     with stages.stage("open"):
@@ -69,7 +70,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         job = fitted(job, model)
         with stages.stage("plan"):
             planned = make_plan(model, job)
-        with staging_folder(job.output, planned.disk_bytes) as staging:
+        with staging_folder(output, planned.disk_bytes) as staging:
             return _build(job, model, planned, staging, stages, progress)
     finally:
         opened.__exit__(None, None, None)
@@ -92,7 +93,7 @@ def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages,
         proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads)
         progress("prove", 1, 1)
     report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)
-    write_documents(staging, report, measurements)
+    write_documents(staging, report, measurements, proof.self_test)
     assert job.output is not None
     manifest = write_bundle(staging, job.output, header(job, model, report))
     return Bundle(job.output, manifest, report, measurements)
@@ -101,11 +102,12 @@ def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages,
 def texts(job: Job, model: Model, progress: Progress) -> tuple[Windows, Windows]:
     """Return calibration and evaluation windows: the user's texts, or text that the model samples itself."""
     tokenizer = load_tokenizer(model.folder)
-    named = (
-        file and file_windows(file, tokenizer, count, job.window)
-        for file, count in ((job.calibration, job.calibration_windows), (job.evaluation, job.evaluation_windows))
-    )
-    calibration, evaluation = named
+
+    def read(file: Path | None, count: int) -> Windows | None:
+        return None if file is None else file_windows(file, tokenizer, count, job.window)
+
+    calibration = read(job.calibration, job.calibration_windows)
+    evaluation = read(job.evaluation, job.evaluation_windows)
     if calibration is None or evaluation is None:
         sampled = sampled_windows(job, model, tokenizer, progress)
         calibration, evaluation = calibration or sampled[0], evaluation or sampled[1]

@@ -1,14 +1,17 @@
 """Using a finished bundle: talking to it and timing it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from exporter.bundle.verify import read_manifest
 from exporter.errors import InputError
-from exporter.measures import Quantity
+from exporter.measures import Check, Quantity
+from exporter.report.data import from_json
 from exporter.targets.target import Artifact, Target, load_target
+from exporter.validate.selftest import SelfTest, run_self_test
 
 PROMPT_SHARE = 0.75
 
@@ -37,6 +40,15 @@ def answer(bundle: Path, prompt: str, tokens: int, raw: bool, threads: int) -> s
         given = child.call("tokenize", prompt if chat is None else chat)
         text: str = child.call("text", child.call("generate", given, tokens))
         return text.strip()
+
+
+def self_test(bundle: Path, threads: int) -> Check:
+    """Run the bundle's self-test in its own runtime."""
+    target, artifact = open_bundle(bundle)
+    path = bundle / "selftest.json"
+    test = from_json(SelfTest, path.read_bytes(), path)
+    with target.open(artifact, max(64, len(test.prompt)), threads) as child:
+        return run_self_test(test, partial(child.call, "logits"))
 
 
 def time_bundle(bundle: Path, context: int, threads: int) -> dict[str, object]:

@@ -124,13 +124,16 @@ def _answer(pipe: Connection, function: Callable[..., object], args: tuple[objec
     try:
         value = function(*args)
     except ExporterError as error:
-        return _send(pipe, False, error)
+        _send(pipe, False, error)
+        return None
     except Exception as error:
-        return _send(pipe, False, RuntimeCrashError(f"{type(error).__name__}: {error}".rstrip(".")))
+        _send(pipe, False, RuntimeCrashError(f"{type(error).__name__}: {error}".rstrip(".")))
+        return None
     if hasattr(value, "serves"):
         _send(pipe, True, True)
         return value
-    return _send(pipe, True, value)
+    _send(pipe, True, value)
+    return None
 
 
 def _send(pipe: Connection, succeeded: bool, value: object) -> None:

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
-from exporter.weights.format import Float32
-
-ROWS_AT_ONCE = 8192
 
 
 class LayerStream:
@@ -26,7 +25,7 @@ class LayerStream:
         config = type(model.config).from_dict(model.config.to_dict())
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(config).eval()
+            self._skeleton = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
         # The rotary embedding has buffers that follow from the config alone.
         self._rotary = type(self._skeleton.model.rotary_emb)(config)
 
@@ -35,8 +34,8 @@ class LayerStream:
         """Number of decoder layers."""
         return self._model.architecture.layers
 
-    def embed(self, windows: Float32) -> torch.Tensor:
-        """Return the embedded tokens, float32 [windows, length, hidden]; reads only the rows needed once."""
+    def embed(self, windows: NDArray[np.int64]) -> torch.Tensor:
+        """Return the embedded tokens, float32 [windows, length, hidden]."""
         table = self._model.read(EMBEDDING)
         return torch.from_numpy(table[windows])
 
@@ -54,19 +53,21 @@ class LayerStream:
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return a layer's output for one window, float32 [1, length, hidden]."""
         positions = torch.arange(hidden.shape[1])[None]
-        return module(
+        output: torch.Tensor = module(
             hidden,
             attention_mask=None,
             position_ids=positions,
             position_embeddings=self._rotary(hidden, positions),
             use_cache=False,
         )
+        return output
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the head sees: the final normalisation of the last layer's output."""
         norm = self._skeleton.model.norm
         norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
-        return norm(hidden)
+        normalised: torch.Tensor = norm(hidden)
+        return normalised
 
     def head(self) -> torch.Tensor:
         """Return the head's matrix, float32 [vocab, hidden]."""
@@ -75,14 +76,12 @@ class LayerStream:
 
 def check_finite(hidden: torch.Tensor, where: str) -> None:
     """Raise where activations are not finite."""
-    from exporter.errors import InputError
-
     if not torch.isfinite(hidden.sum()):
         raise InputError("the activations are not finite", where=where, next_step="check the model's weights there")
 
 
 @torch.inference_mode()
-def hidden_states(stream: LayerStream, windows: np.ndarray, progress: object = None) -> torch.Tensor:
+def hidden_states(stream: LayerStream, windows: NDArray[np.int64]) -> torch.Tensor:
     """Return the normalised hidden states that the head sees, float32 [windows, length, hidden]."""
     hidden = stream.embed(windows)
     for index in range(stream.layers):

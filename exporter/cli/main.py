@@ -111,13 +111,16 @@ def run(
 
 
 @app.command(epilog="Example: edge-exporter verify phone")
-def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Check every byte of a bundle, offline."""
+def verify(bundle: BundleArgument, threads: ThreadsOption = THREADS, as_json: JsonOption = False) -> None:
+    """Check every byte of a bundle and run its self-test, offline."""
     from exporter.bundle.verify import verify_bundle
     from exporter.cli import show
+    from exporter.use import self_test
 
     _require_bundle(bundle)
     checks = tuple(verify_bundle(bundle))
+    if all(check.status == "passed" for check in checks):
+        checks += (self_test(bundle, threads),)
     show.document(show.checks_facts(checks), as_json, lambda: show.checks(checks))
     _fail_on(checks)
 
@@ -201,8 +204,7 @@ def main() -> Never:
     except (KeyboardInterrupt, typer.Abort):
         _end("interrupted; nothing half-written was left", 130)
     except typer.TyperException as error:
-        error.show()
-        sys.exit(2)
+        _end(error.message if hasattr(error, "message") else str(error), 2)
 
 
 def _end(sentence: str, code: int) -> Never:

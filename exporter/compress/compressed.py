@@ -76,7 +76,7 @@ class CompressedModel:
         return importance_of(self._second_moment(self.decisions[name]))
 
     def _second_moment(self, decision: Decision) -> Float32 | None:
-        return self._statistics and self._statistics.second_moment(decision.group.site)
+        return None if self._statistics is None else self._statistics.second_moment(decision.group.site)
 
 
 def weights_digest(weight: Float32) -> str:

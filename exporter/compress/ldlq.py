@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from exporter.compress.method import importance_of
 from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
 
 DAMPING = 0.01
@@ -41,7 +40,7 @@ class Ldlq:
             data = format.encode_rows(weight, None)
         else:
             factor = feedback_factor(second_moment, self._damping)
-            importance = importance_of(second_moment)
+            importance = np.ascontiguousarray(second_moment.diagonal())
             chunks = range(0, rows, ROWS_AT_ONCE)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 encode = partial(_encode_rows, format=format, factor=factor, importance=importance)

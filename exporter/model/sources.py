@@ -86,7 +86,8 @@ def load_config(folder: Path) -> PretrainedConfig:
             "the weights are already quantised", where=path, next_step="give the model before quantisation"
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return config
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("transformers cannot read the config", where=path, got=reason) from error
@@ -161,7 +162,7 @@ def _unpack_metadata(path: Path, folder: Path, tied: bool) -> PretrainedConfig:
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    return load_config(folder)
 
 
 def _grid_warning(reader: gguf.GGUFReader) -> tuple[str, ...]:

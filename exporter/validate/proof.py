@@ -22,6 +22,7 @@ from exporter.targets.runtime import Timing
 from exporter.targets.target import Artifact, Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
 from exporter.validate.parity import check_chat_template, check_tokenizer
+from exporter.validate.selftest import SelfTest, make_self_test
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
@@ -40,12 +41,14 @@ class Proof:
         rounding: Of the artifact against the float model with the artifact's own weights.
         timing: Speed and memory in a process of its own.
         checks: Of lowering, formats, tokenizer and chat template.
+        self_test: What the artifact must answer again.
     """
 
     accuracy: Distance
     rounding: Distance
     timing: Timing
     checks: tuple[Check, ...]
+    self_test: SelfTest
 
 
 def prove(
@@ -68,12 +71,13 @@ def prove(
     own = Reference.of(dequantised(model, read), tokens)
     with target.open(artifact, tokens.shape[1], threads) as child:
         accuracy, rounding = distances([original, own], partial(child.call, "logits"))
+        self_test = make_self_test(partial(child.call, "logits"), model.architecture.vocab, 0)
         checks += check_parity(child, model, target.title)
     checks.append(check_rounding(rounding))
     with target.open(artifact, context, threads) as child:
         prompt = tokens.reshape(-1)[: context - DECODE_TOKENS - 1].tolist()
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
-    return Proof(accuracy, rounding, timing, tuple(checks))
+    return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
 
 def check_weights(read: Callable[[WeightGroup], Float32], compressed: CompressedModel) -> Check:

@@ -70,13 +70,13 @@ class _BlockLayout:
 
 def _nibbles(codes: Bytes) -> Bytes:
     """Low nibbles hold the first half of the block, high nibbles the second (ggml's `block_q4_0`)."""
-    return codes[:, :16] | (codes[:, 16:] << 4)
+    return codes[:, :16] | (codes[:, 16:] << np.uint8(4))
 
 
 def _nibbles_and_fifth_bits(codes: Bytes) -> Bytes:
     """The fifth bits of all 32 codes as one little-endian word, then the nibbles (ggml's `block_q5_0`)."""
-    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-    return np.concatenate([fifth, _nibbles(codes & 15)], axis=1)
+    fifth = np.packbits(codes >> np.uint8(4), axis=1, bitorder="little")
+    return np.concatenate([fifth, _nibbles(codes & np.uint8(15))], axis=1)
 
 
 def _signed_bytes(codes: Bytes) -> Bytes:
@@ -204,7 +204,7 @@ class GgmlFormat:
     def grid(self, block: Float32, importance: Float32 | None) -> _BlockGrid | None:
         """Fix the scales of one block as the reference quantiser does; None for types with nested scales."""
         layout = _LAYOUTS.get(self.name)
-        return layout and _BlockGrid(layout, self.encode_rows(block, importance))
+        return None if layout is None else _BlockGrid(layout, self.encode_rows(block, importance))
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks."""

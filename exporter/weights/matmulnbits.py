@@ -6,8 +6,10 @@ their scales, then their zero points; `split` gives the three initialisers that 
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.errors import RequestError, did_you_mean
 from exporter.weights.format import Bytes, Float32
@@ -171,7 +173,7 @@ class MatMulNBitsFormat:
         return ((codes.astype(np.float32) - zero) * scale[:, :, None]).reshape(rows, columns)
 
 
-def _usable(scale: Float32) -> Float32:
+def _usable(scale: NDArray[np.floating[Any]]) -> Float32:
     """Replace scales that are zero or so small that a weight over them overflows."""
     return np.where(np.abs(scale) < 1e-30, np.float32(1.0), scale).astype(np.float32)
 

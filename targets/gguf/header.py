@@ -1,5 +1,7 @@
 """The header of a GGUF file: what llama.cpp must know of a decoder besides its tensors and vocabulary."""
 
+from typing import Any
+
 import gguf
 import numpy as np
 from transformers import PretrainedConfig
@@ -13,7 +15,7 @@ from exporter.weights.format import Float32
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
-def rope(config: PretrainedConfig) -> dict[str, object]:
+def rope(config: PretrainedConfig) -> dict[str, Any]:
     """Return the rotary parameters of a transformers config.
 
     Raises:

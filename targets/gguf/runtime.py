@@ -190,7 +190,7 @@ class LlamaCpp:
 
 
 def _context_parameters(context: int, threads: int, exact: bool, sequences: int) -> llama_cpp.llama_context_params:
-    parameters = llama_cpp.llama_context_default_params()
+    parameters: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
     parameters.n_ctx = context * sequences
     parameters.n_seq_max = sequences
     parameters.n_batch = parameters.n_ubatch = UBATCH

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -107,7 +107,9 @@ def put_table(
 ) -> list[ir.Value]:
     """Write codes, scales and zero points and return their values."""
     codes, scales, zero_points = format.split(data, columns)
-    parts = {"codes": codes, "scales": scales} | ({} if zero_points is None else {"zero_points": zero_points})
+    parts: dict[str, NDArray[Any]] = {"codes": codes, "scales": scales}
+    if zero_points is not None:
+        parts["zero_points"] = zero_points
     values = []
     for part, array in parts.items():
         tensor = file.append(f"{stem}.{part}", array)
@@ -126,7 +128,7 @@ def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns
     assert floats is not None and floats.name
     codes, *scales = table
     shape = ir.tensor(np.array([rows, columns * format.bits // 8], np.int64), name=f"{GATHER}/shape")
-    shape_value = ir.Value(name=shape.name, shape=shape.shape, type=ir.TensorType(shape.dtype), const_value=shape)
+    shape_value = ir.Value(name=shape.name, shape=ir.Shape([2]), type=ir.TensorType(shape.dtype), const_value=shape)
     graph.register_initializer(shape_value)
     # The codes of a row side by side instead of block by block: the same bytes.
     flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")

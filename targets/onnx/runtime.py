@@ -49,7 +49,8 @@ class OnnxRuntime:
         for given in session.get_inputs():
             if given.name.startswith("past_key_values."):
                 feeds[given.name] = np.zeros((1, given.shape[1], 0, self._head_width), np.float32)
-        return session.run(["logits"], feeds)[0][0]
+        logits: Float32 = session.run(["logits"], feeds)[0][0]
+        return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer where the model ends its text."""

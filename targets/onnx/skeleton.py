@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from exporter.model.model import Model
 
-BUILDERS = {
+BUILDERS: dict[str, Any] = {
     "LlamaForCausalLM": builders.LlamaModel,
     "MistralForCausalLM": builders.MistralModel,
     "Qwen2ForCausalLM": builders.QwenModel,
@@ -59,11 +59,9 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         config = extra.pop("hf_details")["hf_config"]
         extra.pop("_effective_builder_config", None)
 
-        class Builder(BUILDERS[model.architecture.family.architecture]):  # type: ignore[misc]  # chosen at run time
-            def load_weights(self, input_path: str) -> nn.Module:
-                return _weightless(model)
-
-        builder = Builder(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
+        kind = BUILDERS[model.architecture.family.architecture]
+        builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
+        builder.load_weights = lambda input_path: _weightless(model)
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
@@ -73,7 +71,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
 def _weightless(model: Model) -> nn.Module:
     """Return the transformers module with real vectors and with matrices that are one zero, repeated by stride."""
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(model.config)
+        module: nn.Module = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
     vectors = model.architecture.vectors()
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
