@@ -36,8 +36,8 @@ class Runtime(Protocol):
 
     serves: bool
 
-    def logits(self, tokens: list[int]) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
+    def logits(self, tokens: list[int], first: int = 0) -> Float32:
+        """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer where the model ends its text."""

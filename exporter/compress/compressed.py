@@ -81,7 +81,7 @@ class CompressedModel:
 
 def weights_digest(weight: Float32) -> str:
     """Return the SHA-256 of weights, float32 [rows, columns], with -0 counted as 0."""
-    return hashlib.sha256((weight + np.float32(0)).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(weight + np.float32(0)).data).hexdigest()
 
 
 def check_formats(decisions: list[Decision]) -> None:

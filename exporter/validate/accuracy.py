@@ -13,7 +13,7 @@ from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
 TOKENS_AT_ONCE = 64
-Logits = Callable[[list[int]], Float32]
+Logits = Callable[[list[int], int], Float32]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,12 @@ def distances(references: list[Reference], logits: Logits) -> list[Distance]:
     """
     rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in references]
     for window, tokens in enumerate(references[0].tokens):
-        other = torch.from_numpy(np.ascontiguousarray(logits(tokens.tolist())))
-        for start in range(len(tokens) // 2, len(tokens) - 1, TOKENS_AT_ONCE):
+        half = len(tokens) // 2
+        other = torch.from_numpy(np.ascontiguousarray(logits(tokens.tolist(), half)))
+        for start in range(half, len(tokens) - 1, TOKENS_AT_ONCE):
             positions = slice(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
             following = torch.from_numpy(tokens[positions.start + 1 : positions.stop + 1])
-            got = other[positions].double().log_softmax(-1)
+            got = other[positions.start - half : positions.stop - half].double().log_softmax(-1)
             for reference, found in zip(references, rows, strict=True):
                 found.append(_compare(reference.logits(window, positions), got, following))
     return [_summed(found) for found in rows]

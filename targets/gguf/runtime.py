@@ -53,12 +53,14 @@ class LlamaCpp:
         self._sampled: list[list[int]] = []
         self._position = 0
 
-    def logits(self, tokens: list[int]) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
+    def logits(self, tokens: list[int], first: int = 0) -> Float32:
+        """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
         self._forget()
-        chunks = range(0, len(tokens), UBATCH)
+        if first:
+            self._prefill(tokens[:first])
+        chunks = range(first, len(tokens), UBATCH)
         parts = [self._decode(tokens[at : at + UBATCH], at, every=True) for at in chunks]
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer where the model ends its text."""

@@ -39,8 +39,8 @@ class OnnxRuntime:
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
 
-    def logits(self, tokens: list[int]) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], from an empty context."""
+    def logits(self, tokens: list[int], first: int = 0) -> Float32:
+        """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
         session = self._session()
         count = len(tokens)
         feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, count), np.int64)}
@@ -49,7 +49,7 @@ class OnnxRuntime:
         for given in session.get_inputs():
             if given.name.startswith("past_key_values."):
                 feeds[given.name] = np.zeros((1, given.shape[1], 0, self._head_width), np.float32)
-        logits: Float32 = session.run(["logits"], feeds)[0][0]
+        logits: Float32 = session.run(["logits"], feeds)[0][0, first:]
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:

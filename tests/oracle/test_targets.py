@@ -38,7 +38,7 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
 
 def kl(model: Model, artifact: Artifact) -> float:
     with load_target(artifact.target).open(artifact, 64, 1, exact=True) as child:
-        return distance(Reference.of(model, TOKENS), lambda tokens: child.call("logits", tokens)).kl_mean
+        return distance(Reference.of(model, TOKENS), lambda tokens, first: child.call("logits", tokens, first)).kl_mean
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
