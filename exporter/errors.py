@@ -43,7 +43,8 @@ class ExporterError(Exception):
             sentence += f", expected {expected}" if got is not None else f"; expected {expected}"
         if next_step is not None:
             sentence += f"; {next_step}"
-        super().__init__(sentence + ".")
+        # A message that came through a pipe from a child process ends with its stop already.
+        super().__init__(sentence.removesuffix(".") + ".")
 
 
 class CheckError(ExporterError):

@@ -63,3 +63,11 @@ def seeded() -> None:
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests from reading or filling the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

