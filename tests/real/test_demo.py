@@ -26,10 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("target", "device", "most_kl"), [("gguf", "galaxy-s24-ultra", 0.08), ("onnx", "core-ultra-200v", 0.25)]
+    ("target", "type", "device", "most_kl"),
+    [("gguf", "Q4_K_M", "galaxy-s24-ultra", 0.1), ("onnx", "int8", "core-ultra-200v", 0.05)],
 )
-def test_demo_answers_and_verifies(folder: Path, target: str, device: str, most_kl: float) -> None:
-    cli(folder, "build", "demo", "--device", device, "--target", target, "-o", target)
+def test_demo_answers_and_verifies(folder: Path, target: str, type: str, device: str, most_kl: float) -> None:
+    cli(folder, "build", "demo", "--device", device, "--target", target, "--type", type, "-o", target)
     cli(folder, "verify", target)
     assert "Paris" in cli(folder, "run", target, "-p", "The capital of France is")
     facts = json.loads(cli(folder, "inspect", target, "--json"))
