@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from exporter.bundle.verify import read_manifest
-from exporter.errors import InputError
+from exporter.errors import InputError, RequestError
 from exporter.measures import Check, Quantity
 from exporter.report.data import from_json
 from exporter.targets.target import Artifact, Target, load_target
@@ -32,14 +32,27 @@ def open_bundle(bundle: Path) -> tuple[Target, Artifact]:
     return load_target(manifest.target), Artifact(manifest.target, bundle / "model", weights)
 
 
-def answer(bundle: Path, prompt: str, tokens: int, raw: bool, threads: int) -> str:
-    """Return the bundle's greedy answer to a prompt."""
+def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> str:
+    """Return the bundle's greedy continuation of a prompt.
+
+    Args:
+        bundle: The bundle's folder.
+        prompt: Text to continue, or what the user says in a chat.
+        tokens: Most tokens to answer with.
+        chat: Put the prompt into the model's chat template.
+        threads: Threads of the runtime.
+
+    Raises:
+        RequestError: a chat is asked of a model without a chat template.
+    """
     target, artifact = open_bundle(bundle)
     with target.open(artifact, 2048, threads) as child:
-        chat = None if raw else child.call("render_chat", [{"role": "user", "content": prompt}], True)
-        given = child.call("tokenize", prompt if chat is None else chat)
-        text: str = child.call("text", child.call("generate", given, tokens))
-        return text.strip()
+        text = child.call("render_chat", [{"role": "user", "content": prompt}], True) if chat else prompt
+        if text is None:
+            raise RequestError("the model's chat template refuses the prompt", next_step="leave out --chat")
+        given = child.call("tokenize", text)
+        made: str = child.call("text", child.call("generate", given, tokens))
+        return made.strip()
 
 
 def self_test(bundle: Path, threads: int) -> Check:

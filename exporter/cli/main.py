@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Never
 
@@ -94,11 +95,9 @@ def plan(
 @app.command(epilog='Example: edge-exporter run phone -p "The capital of France is"')
 def run(
     bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text for the model to continue.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to answer with.")] = 48,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Say the prompt in a chat, by the model's template.")] = False,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,7 +105,7 @@ def run(
     from exporter.cli import show
     from exporter.use import answer
 
-    given = answer(bundle, prompt, tokens, raw, threads)
+    given = answer(bundle, prompt, tokens, chat, threads)
     show.document({"prompt": prompt, "answer": given}, as_json, lambda: print(given))
 
 
@@ -204,7 +203,10 @@ def main() -> Never:
     except (KeyboardInterrupt, typer.Abort):
         _end("interrupted; nothing half-written was left", 130)
     except typer.TyperException as error:
-        _end(error.message if hasattr(error, "message") else str(error), 2)
+        _end(error.format_message(), 2)
+    except Exception:
+        traceback.print_exc()
+        _end("this is a fault of edge-exporter, not of your input: please report it with the lines above", 70)
 
 
 def _end(sentence: str, code: int) -> Never:

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
@@ -202,6 +203,20 @@ class GgufSource:
         return require_finite(np.array(values), name)
 
 
+class QuickGgufReader(gguf.GGUFReader):
+    """gguf's reader without the memory maps of single values, which cost it most of its time."""
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
+        order = self.byte_order if override_order is None else override_order
+        return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+
 def open_gguf(path: Path) -> gguf.GGUFReader:
     """Open a GGUF file by memory map.
 
@@ -213,7 +228,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
             magic = file.read(4)
         if magic != b"GGUF":
             raise ValueError(f"the first bytes are {magic!r}, not b'GGUF'")
-        return gguf.GGUFReader(path)
+        return QuickGgufReader(path)
     except OSError as error:
         raise InputError("the GGUF file cannot be opened", where=path, got=error.strerror) from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
-from exporter.model.tensors import gguf_names
+from exporter.model.tensors import gguf_names, open_gguf
 from exporter.targets.child import Child
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise
@@ -50,7 +50,7 @@ def mix_types(
             status, log = child.result()
         if status:
             raise RequestError(f"llama.cpp refuses the mix {mix} for this model", got=log)
-        return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(quantised).tensors}
+        return {tensor.name: tensor.tensor_type.name for tensor in open_gguf(quantised).tensors}
 
 
 def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedConfig) -> dict[str, int]:

@@ -27,15 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("target", "type", "device", "most_kl"),
-    [("gguf", "Q4_K_M", "galaxy-s24-ultra", 0.1), ("onnx", "int8", "core-ultra-200v", 0.05)],
+    [("gguf", "Q4_K_M", "galaxy-s24-ultra", 0.1), ("onnx", "int4", "core-ultra-200v", 0.25)],
 )
 def test_demo_answers_and_verifies(folder: Path, target: str, type: str, device: str, most_kl: float) -> None:
     cli(folder, "build", "demo", "--device", device, "--target", target, "--type", type, "-o", target)
     cli(folder, "verify", target)
     answer = cli(folder, "run", target, "-p", "The capital of France is")
-    assert answer.strip()
-    if target == "gguf":
-        assert "Paris" in answer
+    assert "Paris" in answer
     facts = json.loads(cli(folder, "inspect", target, "--json"))
     assert facts["verdict"] == "passed"
     assert facts["accuracy"]["kl_mean"]["value"] < most_kl
