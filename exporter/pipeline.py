@@ -89,9 +89,7 @@ def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
     with stages.stage("prove"):
-        progress("prove", 0, 1)
-        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads)
-        progress("prove", 1, 1)
+        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
     report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)
     write_documents(staging, report, measurements, proof.self_test)
     assert job.output is not None

@@ -1,6 +1,6 @@
 """The float model, run by transformers' own modules with one layer's weights in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,6 +12,14 @@ from transformers import AutoModelForCausalLM
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
+
+# Windows are run together up to so many tokens: matrix products are fast there, and activations still small.
+TOKENS_AT_ONCE = 2048
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Report no progress."""
 
 
 class LayerStream:
@@ -50,17 +58,20 @@ class LayerStream:
         finally:
             module.to("meta")
 
-    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return a layer's output for one window, float32 [1, length, hidden]."""
-        positions = torch.arange(hidden.shape[1])[None]
-        output: torch.Tensor = module(
-            hidden,
-            attention_mask=None,
-            position_ids=positions,
-            position_embeddings=self._rotary(hidden, positions),
-            use_cache=False,
-        )
-        return output
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
+        """Replace the hidden states, float32 [windows, length, hidden], by a layer's output, some windows at a time."""
+        windows, length, _ = hidden.shape
+        positions = torch.arange(length)[None]
+        embedded = self._rotary(hidden[:1], positions)
+        step = max(1, TOKENS_AT_ONCE // length)
+        for first in range(0, windows, step):
+            hidden[first : first + step] = module(
+                hidden[first : first + step],
+                attention_mask=None,
+                position_ids=positions,
+                position_embeddings=embedded,
+                use_cache=False,
+            )
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the head sees: the final normalisation of the last layer's output."""
@@ -81,12 +92,13 @@ def check_finite(hidden: torch.Tensor, where: str) -> None:
 
 
 @torch.inference_mode()
-def hidden_states(stream: LayerStream, windows: NDArray[np.int64]) -> torch.Tensor:
+def hidden_states(stream: LayerStream, windows: NDArray[np.int64], progress: Progress = silent) -> torch.Tensor:
     """Return the normalised hidden states that the head sees, float32 [windows, length, hidden]."""
     hidden = stream.embed(windows)
     for index in range(stream.layers):
+        progress(index, stream.layers)
         with stream.layer(index) as module:
-            for window in range(len(hidden)):
-                hidden[window] = stream.run(module, hidden[window : window + 1])[0]
+            stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
+    progress(stream.layers, stream.layers)
     return stream.normalise(hidden)

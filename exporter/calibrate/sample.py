@@ -5,21 +5,10 @@ Liu et al. 2023, LLM-QAT, section 3.1). Half of the sequences begin as the chat 
 writes both sides of a conversation (Xu et al. 2024, Magpie); the others begin with a random token.
 """
 
-from typing import Protocol
-
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from exporter.calibrate.text import Windows
-
 PROBE = "\u0001"
-
-
-class Sampler(Protocol):
-    """What samples: a runtime that holds a quick artifact of the model."""
-
-    def sample(self, starts: list[list[int]], length: int, seed: int) -> list[list[int]]:
-        """Return sequences of `length` tokens sampled at temperature 1 from each start."""
 
 
 def starts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
@@ -39,8 +28,3 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text = str(tokenizer.apply_chat_template(chat, tokenize=False)).split(PROBE)[0]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-
-def sample_windows(sampler: Sampler, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Windows:
-    """Return `count` windows of `length` sampled tokens."""
-    texts = sampler.sample(starts(tokenizer, count, seed), length, seed)
-    return Windows.of(np.array(texts), "self-sampled", 0)

@@ -6,7 +6,7 @@ importance matrix.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from exporter.cache import cache_folder, replacing
-from exporter.calibrate.layers import LayerStream, check_finite
+from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.text import Windows
 from exporter.errors import InputError
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
-Progress = Callable[[int, int], None]
-VERSION = 1
+VERSION = 2
 HEAD_SITE = "head_in"
+# Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the whole square.
+STRIPES = 4
 
 
 class Statistics:
@@ -79,11 +80,12 @@ def collect(model: Model, windows: Windows, progress: Progress) -> Statistics:
     for index in range(first, stream.layers):
         progress(index, stream.layers)
         with stream.layer(index) as module, _observed(module, index, folder):
-            for window in range(len(hidden)):
-                hidden[window] = stream.run(module, hidden[window : window + 1])[0]
+            stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
         _checkpoint(folder, index + 1, hidden)
-    _save_moment(folder, HEAD_SITE, [stream.normalise(hidden[window]) for window in range(len(hidden))])
+    head = _Moment(hidden.shape[-1])
+    head.add(stream.normalise(hidden))
+    head.save(folder, HEAD_SITE)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
     progress(stream.layers, stream.layers)
     return statistics
@@ -103,24 +105,27 @@ def _checkpoint(folder: Path, layers: int, hidden: torch.Tensor) -> None:
 
 
 class _Moment:
-    """A running sum of x x^T over the inputs of one module."""
+    """A running sum of x x^T over the inputs of one module; only what lies on and left of the diagonal is summed."""
 
-    def __init__(self) -> None:
-        self.total: torch.Tensor | None = None
-        self.count = 0
+    def __init__(self, columns: int) -> None:
+        self._total = torch.zeros(columns, columns)
+        self._count = 0
 
     def add(self, inputs: torch.Tensor) -> None:
         """Add inputs, float32 [..., columns]."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if self.total is None:
-            self.total = torch.zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
-        self.count += len(rows)
+        step = -(-len(self._total) // STRIPES)
+        for first in range(0, len(self._total), step):
+            last = first + step
+            self._total[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+        self._count += len(rows)
 
     def save(self, folder: Path, site: str) -> None:
         """Write E[x x^T] under the site's name."""
-        assert self.total is not None
-        mean = (self.total / self.count).numpy()
+        mean = self._total.numpy()
+        mean /= self._count
+        for row in range(len(mean)):
+            mean[row, row + 1 :] = mean[row + 1 :, row]
         if not np.isfinite(mean).all():
             raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
         with replacing(folder / f"{site}.npy") as partial, partial.open("wb") as file:
@@ -131,7 +136,7 @@ class _Moment:
 def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
     """Sum the second moments of the inputs of a layer's matrices while it runs, then save them."""
     observers = {site: path for path, site in reversed(LINEARS.values())}
-    moments = {site: _Moment() for site in observers}
+    moments = {site: _Moment(module.get_submodule(path).in_features) for site, path in observers.items()}
     hooks = [
         module.get_submodule(path).register_forward_pre_hook(
             lambda _, inputs, moment=moments[site]: moment.add(inputs[0])
@@ -146,9 +151,3 @@ def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
     for site, moment in moments.items():
         moment.save(folder, f"layers.{layer}.{site}")
 
-
-def _save_moment(folder: Path, site: str, inputs: list[torch.Tensor]) -> None:
-    moment = _Moment()
-    for part in inputs:
-        moment.add(part)
-    moment.save(folder, site)

@@ -163,8 +163,9 @@ def _metadata_folder(path: Path, reader: gguf.GGUFReader) -> Path:
 def _unpack_metadata(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
     """Write config.json and the tokenizer of a GGUF file into a folder."""
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with _read_by(reader):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("transformers cannot read the header of the GGUF file", where=path, got=reason) from error
@@ -176,6 +177,17 @@ def _unpack_metadata(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
     config.__dict__.pop("quantization_config", None)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _read_by(reader: gguf.GGUFReader) -> Iterator[None]:
+    """Let transformers, which would parse the GGUF file twice more, use the reader that has it open."""
+    original = gguf.GGUFReader
+    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def _grid_warning(reader: gguf.GGUFReader) -> tuple[str, ...]:

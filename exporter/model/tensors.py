@@ -185,22 +185,23 @@ class GgufSource:
         self._heads = heads
         held = {tensor.name: tensor for tensor in reader.tensors}
         self._tensors = {hf: held[name] for hf, name in gguf_names(layers).items() if name in held}
+        self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""
-        return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        return dict(self._shapes)
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
         tensor = self._tensors[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        values = values.reshape(self.shapes()[name])
+        values = values.reshape(self._shapes[name])
         for role, heads in self._heads.items():
             if name.endswith(f"{role}_proj.weight"):
                 restored = np.empty_like(values)
                 restored[interleaved_rows(len(values), heads)] = values
                 values = restored
-        return require_finite(np.array(values), name)
+        return require_finite(values if values.flags.writeable else values.copy(), name)
 
 
 class QuickGgufReader(gguf.GGUFReader):

@@ -1,18 +1,22 @@
 """How far an artifact's behaviour is from the original's: one measure for every target, through its real runtime."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from exporter.calibrate.layers import LayerStream, hidden_states
+from exporter.cache import cache_folder, replacing
+from exporter.calibrate.layers import LayerStream, Progress, hidden_states, silent
 from exporter.calibrate.text import Tokens
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
-TOKENS_AT_ONCE = 64
+# Few enough that the double-precision copies of their logits stay in the processor's caches.
+POSITIONS_AT_ONCE = 16
+VERSION = 1
 Logits = Callable[[list[int], int], Float32]
 
 
@@ -33,10 +37,30 @@ class Reference:
     head: torch.Tensor
 
     @classmethod
-    def of(cls, model: Model, tokens: Tokens) -> "Reference":
-        """Run a float model over windows of tokens, layer by layer."""
+    def of(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
+        """Run a float model over windows of tokens, layer by layer.
+
+        Args:
+            model: The float model.
+            tokens: int64 [windows, length].
+            progress: Called with layers done and their total.
+        """
         stream = LayerStream(model)
-        return cls(tokens, hidden_states(stream, tokens), stream.head())
+        return cls(tokens, hidden_states(stream, tokens, progress), stream.head())
+
+    @classmethod
+    def of_original(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
+        """Do the same for a model from its source; its hidden states stay in the cache for its next artifact."""
+        text = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+        key = hashlib.sha256(f"{VERSION}:{model.digest}:{tokens.shape}:{text}".encode()).hexdigest()[:32]
+        path = cache_folder("references") / f"{key}.npy"
+        if path.is_file():
+            hidden = torch.from_numpy(np.load(path, allow_pickle=False))
+            return cls(tokens, hidden, LayerStream(model).head())
+        reference = cls.of(model, tokens, progress)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, reference.hidden.numpy())
+        return reference
 
     def logits(self, window: int, positions: slice) -> torch.Tensor:
         """Return logits of some positions of a window, float32 [positions, vocab]."""
@@ -68,22 +92,32 @@ MARGIN_NATS = 0.5
 
 
 @torch.inference_mode()
-def distances(references: list[Reference], logits: Logits) -> list[Distance]:
+def distances(references: list[Reference], logits: Logits, progress: Progress = silent) -> list[Distance]:
     """Compare an artifact's logits with several references on the same tokens; the artifact runs once.
 
     The first half of each window only gives context. Sums are in float64, since KL may be below 1e-9.
+
+    Args:
+        references: All on the windows of the first, or on the first of these windows.
+        logits: Gives the artifact's logits of a window's tokens from a position on, float32 [positions, vocab].
+        progress: Called with windows done and their total.
     """
-    rows: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in references]
-    for window, tokens in enumerate(references[0].tokens):
+    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in references]
+    windows = references[0].tokens
+    for window, tokens in enumerate(windows):
+        progress(window, len(windows))
         half = len(tokens) // 2
-        other = torch.from_numpy(np.ascontiguousarray(logits(tokens.tolist(), half)))
-        for start in range(half, len(tokens) - 1, TOKENS_AT_ONCE):
-            positions = slice(start, min(start + TOKENS_AT_ONCE, len(tokens) - 1))
-            following = torch.from_numpy(tokens[positions.start + 1 : positions.stop + 1])
-            got = other[positions.start - half : positions.stop - half].double().log_softmax(-1)
-            for reference, found in zip(references, rows, strict=True):
-                found.append(_compare(reference.logits(window, positions), got, following))
-    return [_summed(found) for found in rows]
+        following = torch.from_numpy(tokens[half + 1 :])
+        got = torch.from_numpy(logits(tokens.tolist(), half))
+        for reference, rows in zip(references, found, strict=True):
+            if window >= len(reference.tokens):
+                continue
+            expected = reference.logits(window, slice(half, len(tokens) - 1))
+            for start in range(0, len(following), POSITIONS_AT_ONCE):
+                part = slice(start, min(start + POSITIONS_AT_ONCE, len(following)))
+                rows.append(_compare(expected[part], got[part], following[part]))
+    progress(len(windows), len(windows))
+    return [_summed(rows) for rows in found]
 
 
 def distance(reference: Reference, logits: Logits) -> Distance:
@@ -104,17 +138,19 @@ def _summed(rows: list[tuple[torch.Tensor, ...]]) -> Distance:
     )
 
 
-def _compare(expected: torch.Tensor, q: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Compare logits with log-probabilities, both [positions, vocab].
+def _compare(expected: torch.Tensor, got: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Compare logits, both float32 [positions, vocab].
 
     Returns KL, same first token, lead of the first token, and loss of log-likelihood, each [positions].
     """
-    p = expected.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    best = p.topk(2, dim=-1)
-    same = best.indices[:, 0] == q.argmax(-1)
-    loss = (p - q).gather(1, following[:, None])[:, 0]
-    return kl, same.double(), best.values[:, 0] - best.values[:, 1], loss
+    first = expected.max(dim=-1)
+    second = expected.scatter(1, first.indices[:, None], -torch.inf).amax(-1)
+    same = first.indices == got.argmax(-1)
+    p = expected.log_softmax(-1, dtype=torch.float64)
+    gain = p - got.log_softmax(-1, dtype=torch.float64)
+    loss = gain.gather(1, following[:, None])[:, 0]
+    kl = gain.mul_(p.exp_()).sum(-1)
+    return kl, same.double(), (first.values - second).double(), loss
 
 
 class _Replaced:

@@ -6,6 +6,7 @@ from functools import partial
 
 from exporter.calibrate.text import Tokens
 from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.model import Model
 from exporter.model.tokenizer import (
@@ -28,6 +29,8 @@ from exporter.weights.group import WeightGroup
 
 # Above this the difference between the artifact and its own weights is no rounding of activations any more.
 MOST_ROUNDING_KL = 0.1
+# The runtime's rounding differs little from window to window: the first third of them tells it.
+ROUNDING_SHARE = 3
 DECODE_TOKENS = 32
 REPEATS = 3
 
@@ -52,7 +55,13 @@ class Proof:
 
 
 def prove(
-    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, context: int, threads: int
+    target: Target,
+    artifact: Artifact,
+    compressed: CompressedModel,
+    tokens: Tokens,
+    context: int,
+    threads: int,
+    progress: Progress = silent,
 ) -> Proof:
     """Compare an artifact with its original through the real runtime, and time it.
 
@@ -63,28 +72,46 @@ def prove(
         tokens: Evaluation windows, int64 [windows, length].
         context: Tokens of context to time and to measure memory at.
         threads: Threads of the runtime.
+        progress: Called with what is done, steps done and their total.
     """
     model = compressed.model
-    read = target.read_back(artifact, model)
-    checks = [check_weights(read, compressed), check_stored_types(target, artifact, compressed)]
-    original = Reference.of(model, tokens)
-    own = Reference.of(dequantised(model, read), tokens)
-    with target.open(artifact, tokens.shape[1], threads) as child:
-        accuracy, rounding = distances([original, own], partial(child.call, "logits"))
-        self_test = make_self_test(partial(child.call, "logits"), model.architecture.vocab, 0)
-        checks += check_parity(child, model, target.title)
-    checks.append(check_rounding(rounding))
     with target.open(artifact, context, threads) as child:
         prompt = tokens.reshape(-1)[: context - DECODE_TOKENS - 1].tolist()
+        progress("prove: speed", 0, 1)
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
+        progress("prove: speed", 1, 1)
+    original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
+    decoded = Decoded(target.read_back(artifact, model))
+    some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
+    own = Reference.of(dequantised(model, decoded), some, partial(progress, "prove: layers of the artifact"))
+    checks = [check_weights(decoded.digests, compressed), check_stored_types(target, artifact, compressed)]
+    with target.open(artifact, tokens.shape[1], threads) as child:
+        logits = partial(child.call, "logits")
+        accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))
+        self_test = make_self_test(logits, model.architecture.vocab, 0)
+        checks += check_parity(child, model, target.title)
+    checks.append(check_rounding(rounding))
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
 
-def check_weights(read: Callable[[WeightGroup], Float32], compressed: CompressedModel) -> Check:
-    """Decode every matrix as the runtime does, from the artifact's bytes, and compare with the planned weights."""
-    groups = compressed.model.groups()
-    wrong = [g.name for g in groups if weights_digest(read(g)) != compressed.outcomes[g.name].planned_sha256]
-    detail = f"{len(groups) - len(wrong)} of {len(groups)} matrices decode to exactly the planned weights"
+class Decoded:
+    """Matrices as the runtime decodes them from the artifact's bytes, each digested when it is read."""
+
+    def __init__(self, read: Callable[[WeightGroup], Float32]) -> None:
+        self._read = read
+        self.digests: dict[str, str] = {}
+
+    def __call__(self, group: WeightGroup) -> Float32:
+        weight = self._read(group)
+        self.digests[group.name] = weights_digest(weight)
+        return weight
+
+
+def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check:
+    """Compare the digests of all matrices, decoded from the artifact as its runtime does, with the planned ones."""
+    planned = {name: outcome.planned_sha256 for name, outcome in compressed.outcomes.items()}
+    wrong = [name for name, digest in planned.items() if decoded.get(name) != digest]
+    detail = f"{len(planned) - len(wrong)} of {len(planned)} matrices decode to exactly the planned weights"
     return _check("lowering.weights", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
 
 

@@ -4,8 +4,11 @@ A weight is (code - zero point) x scale, the scale being float32. An encoded row
 their scales, then their zero points; `split` gives the three initialisers that the operator takes.
 """
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ SCALE_BYTES = 4
 NAME = re.compile(r"int(\d)-b(\d+)(-asymmetric)?")
 # Shares of the full range tried as the range of a block: clipping its tails often costs less than coarse steps.
 CLIPPINGS = np.linspace(1.0, 0.7, 5, dtype=np.float32)
-VALUES_AT_ONCE = 1 << 18
+ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,22 @@ class _IntegerGrid:
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
         """Return the nearest codes, uint8 [rows], and what they decode to, float32 [rows]."""
-        codes = np.rint(values / self.scale) + self.zero_point
-        codes = np.clip(codes, 0, (1 << self.bits) - 1)
-        return codes.astype(np.uint8), (codes - self.zero_point) * self.scale
+        codes = self.nearest(values)
+        return codes.astype(np.uint8), self.decode(codes)
+
+    def nearest(self, values: Float32) -> Float32:
+        """Return the nearest codes as whole float32 numbers; values and codes are [..., rows]."""
+        codes = values / self.scale
+        np.rint(codes, out=codes)
+        codes += self.zero_point
+        np.maximum(codes, 0, out=codes)
+        return np.minimum(codes, (1 << self.bits) - 1, out=codes)
+
+    def decode(self, codes: Float32) -> Float32:
+        """Return what codes stand for, in their own memory."""
+        codes -= self.zero_point
+        codes *= self.scale
+        return codes
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block: packed codes, the scale's bytes, the zero point where there is one."""
@@ -86,60 +102,62 @@ class MatMulNBitsFormat:
             raise RequestError(
                 f"{self.name} cannot hold rows of {columns} weights", expected=f"a multiple of {self.block_columns}"
             )
-        step = max(1, VALUES_AT_ONCE // columns)
-        return np.concatenate([self._encode(weight[at : at + step], importance) for at in range(0, rows, step)])
+        encode = partial(self._encode, importance=importance)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            chunks = (weight[at : at + ROWS_AT_ONCE] for at in range(0, rows, ROWS_AT_ONCE))
+            return np.concatenate(list(pool.map(encode, chunks)))
 
     def _encode(self, weight: Float32, importance: Float32 | None) -> Bytes:
-        rows, columns = weight.shape
-        blocks = weight.reshape(-1, self.block_columns)
-        weights = np.ones(columns, np.float32) if importance is None else importance
-        repeated = np.tile(weights.reshape(-1, self.block_columns), (rows, 1))
-        grid = self._best_grid(blocks, repeated)
-        codes, _ = _round_all(grid, blocks)
-        packed = grid.pack(codes).reshape(rows, columns // self.block_columns, -1)
-        return self.join([packed[:, i] for i in range(packed.shape[1])])
+        encoded = []
+        for start in range(0, weight.shape[1], self.block_columns):
+            columns = slice(start, start + self.block_columns)
+            block = weight[:, columns]
+            grid = self.grid(block, None if importance is None else importance[columns])
+            encoded.append(grid.pack(grid.nearest(block.T).astype(np.uint8).T))
+        return self.join(encoded)
 
     def grid(self, block: Float32, importance: Float32 | None) -> _IntegerGrid:
-        """Fix scale and zero point of one block for every row: those of the least weighted squared error."""
-        weights = np.ones(block.shape[1], np.float32) if importance is None else importance
-        return self._best_grid(block, np.broadcast_to(weights, block.shape))
+        """Fix scale and zero point of one block for every row: those of the least weighted squared error.
 
-    def _best_grid(self, blocks: Float32, weights: Float32) -> _IntegerGrid:
-        """Try clipped ranges, refit the scale to the codes by least squares, keep the best of each row."""
-        candidates = [self._fitted(blocks, weights, share) for share in (CLIPPINGS if self.bits < 8 else CLIPPINGS[:1])]
-        errors = np.stack([_error(grid, blocks, weights) for grid in candidates])
+        Clipped ranges are tried, the scale is fitted to the codes by least squares, and each row keeps its best.
+        """
+        weights = np.ones(self.block_columns, np.float32) if importance is None else importance
+        # Columns first: what is summed over columns then runs along the rows.
+        columns = np.array(block.T, order="C")
+        low, high = columns.min(axis=0), columns.max(axis=0)
+        shares = CLIPPINGS if self.bits < 8 else CLIPPINGS[:1]
+        candidates = [self._fitted(columns, weights, low * share, high * share) for share in shares]
+        errors = np.stack([_error(grid, columns, weights) for grid in candidates])
         best = errors.argmin(axis=0)
-        rows = np.arange(len(blocks))
+        rows = np.arange(len(block))
         scale = np.stack([grid.scale for grid in candidates])[best, rows]
         zero_point = np.stack([grid.zero_point for grid in candidates])[best, rows]
         return _IntegerGrid(self.bits, self.asymmetric, scale, zero_point)
 
-    def _fitted(self, blocks: Float32, weights: Float32, share: np.float32) -> _IntegerGrid:
-        grid = self._ranged(blocks, share)
+    def _fitted(self, columns: Float32, weights: Float32, low: Float32, high: Float32) -> _IntegerGrid:
+        """Return the grid of a range, its scale fitted to columns, float32 [block columns, rows]."""
+        grid = self._ranged(low, high)
         if self.bits == 8:
             return grid
-        codes, _ = _round_all(grid, blocks)
-        steps = codes - grid.zero_point[:, None]
-        norm = np.einsum("ij,ij,ij->i", weights, steps, steps)
-        fit = np.einsum("ij,ij,ij->i", weights, steps, blocks)
-        scale = np.where((norm > 0) & (fit > 0) if self.asymmetric else norm > 0, fit / np.where(norm > 0, norm, 1), 0)
-        return _IntegerGrid(
-            self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point
-        )
+        steps = grid.nearest(columns)
+        steps -= grid.zero_point
+        norm, fit = weights @ (steps * steps), weights @ (steps * columns)
+        fits = (norm > 0) & (fit > 0) if self.asymmetric else norm > 0
+        scale = np.where(fits, fit / np.where(fits, norm, 1), grid.scale)
+        return _IntegerGrid(self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point)
 
-    def _ranged(self, blocks: Float32, share: np.float32) -> _IntegerGrid:
-        """Return the grid whose range is a share of the blocks' own."""
+    def _ranged(self, low: Float32, high: Float32) -> _IntegerGrid:
+        """Return the grid that spans from `low` to `high`, each float32 [rows]."""
         codes = (1 << self.bits) - 1
         if self.asymmetric:
-            low, high = np.minimum(blocks.min(axis=1), 0) * share, np.maximum(blocks.max(axis=1), 0) * share
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
             scale = _usable((high - low) / codes)
             zero_point = np.clip(np.rint(-low / scale), 0, codes)
         else:
             middle = 1 << (self.bits - 1)
             # The side with one more code gets the largest value: its sign decides the sign of the scale.
-            largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
-            scale = _usable(largest * share / -middle)
-            zero_point = np.full(len(blocks), middle, np.float32)
+            scale = _usable(np.where(high > -low, high, low) / -middle)
+            zero_point = np.full(len(low), middle)
         return _IntegerGrid(self.bits, self.asymmetric, scale, zero_point.astype(np.float32))
 
     def join(self, blocks: list[Bytes]) -> Bytes:
@@ -178,14 +196,12 @@ def _usable(scale: NDArray[np.floating[Any]]) -> Float32:
     return np.where(np.abs(scale) < 1e-30, np.float32(1.0), scale).astype(np.float32)
 
 
-def _round_all(grid: _IntegerGrid, blocks: Float32) -> tuple[Bytes, Float32]:
-    wide = _IntegerGrid(grid.bits, grid.asymmetric, grid.scale[:, None], grid.zero_point[:, None])
-    return wide.round(0, blocks)
-
-
-def _error(grid: _IntegerGrid, blocks: Float32, weights: Float32) -> Float32:
-    difference = _round_all(grid, blocks)[1] - blocks
-    error: Float32 = np.einsum("ij,ij,ij->i", weights, difference, difference)
+def _error(grid: _IntegerGrid, columns: Float32, weights: Float32) -> Float32:
+    """Return each row's weighted squared error, float32 [rows]."""
+    difference = grid.decode(grid.nearest(columns))
+    difference -= columns
+    difference *= difference
+    error: Float32 = weights @ difference
     return error
 
 

@@ -91,12 +91,10 @@ class LlamaCpp:
         texts = [list(text) for text in texts]
         for position in range(self._position, length - 1):
             rows = self._decode_column([text[position] for text in texts], position)
-            # Gumbel's trick: the largest of logit - log(exponential noise) is a sample of the softmax.
-            noise = np.random.default_rng([seed, position]).standard_exponential(rows.shape, np.float32)
-            drawn = (rows - np.log(noise)).argmax(axis=1)
-            for text, token in zip(texts, drawn, strict=True):
+            chances = np.random.default_rng([seed, position]).random(len(texts))
+            for text, row, chance in zip(texts, rows, chances, strict=True):
                 if len(text) == position + 1:
-                    text.append(int(token))
+                    text.append(_drawn(row, chance))
         self._position, self._sampled = length - 1, texts
         return texts
 
@@ -159,14 +157,14 @@ class LlamaCpp:
         self._fill(tokens, [position + i for i in range(count)], [0] * count, every)
         self._batch.logits[count - 1] = 1
         self._run()
-        return self._rows(count) if every else np.empty((0, self._vocab_size), np.float32)
+        return self._view(count).copy() if every else np.empty((0, self._vocab_size), np.float32)
 
     def _decode_column(self, tokens: list[int], position: int) -> Float32:
-        """Decode one token of each sequence; return the logits of all, float32 [sequences, vocab]."""
+        """Decode one token of each sequence; return the logits of all, valid until the next call, [sequences, vocab]."""
         count = len(tokens)
         self._fill(tokens, [position] * count, list(range(count)), True)
         self._run()
-        return self._rows(count)
+        return self._view(count)
 
     def _fill(self, tokens: list[int], positions: list[int], sequences: list[int], every: bool) -> None:
         self._batch.n_tokens = len(tokens)
@@ -182,13 +180,19 @@ class LlamaCpp:
         if status:
             raise InputError("llama.cpp failed to decode", got=f"status {status}", expected=0)
 
-    def _rows(self, count: int) -> Float32:
+    def _view(self, count: int) -> Float32:
         pointer = llama_cpp.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(count, self._vocab_size)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(count, self._vocab_size))
 
     def _row(self) -> Float32:
         pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
+
+
+def _drawn(logits: Float32, chance: float) -> int:
+    """Return the token at which the softmax of logits, float32 [vocab], summed up, passes `chance` in [0, 1)."""
+    sums = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
+    return int(np.searchsorted(sums, chance * sums[-1], side="right"))
 
 
 def _context_parameters(context: int, threads: int, exact: bool, sequences: int) -> llama_cpp.llama_context_params:
