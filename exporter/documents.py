@@ -34,7 +34,7 @@ from exporter.report.data import (
 )
 from exporter.report.html import render_html
 from exporter.stages import Stages
-from exporter.targets.target import Artifact
+from exporter.targets.artifact import Artifact
 from exporter.validate.proof import Proof
 from exporter.validate.selftest import SelfTest
 

@@ -17,6 +17,7 @@ from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
 from exporter.job import Job, Progress
 from exporter.model.model import Model
+from exporter.targets.artifact import open_artifact
 from exporter.targets.target import load_target
 
 QUICK_TYPE = "Q8_0"
@@ -44,7 +45,7 @@ def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progres
     with TemporaryDirectory() as scratch:
         compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
         artifact = target.lower(compressed, QUICK_TYPE, Path(scratch))
-        with target.open(artifact, job.window, job.threads, sequences=len(openings)) as child:
+        with open_artifact(artifact, job.window, job.threads, sequences=len(openings)) as child:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.
             for length in range(64, job.window + 64, 64):

@@ -10,14 +10,14 @@ from exporter.bundle.verify import read_manifest
 from exporter.errors import InputError, RequestError
 from exporter.measures import Check, Quantity
 from exporter.report.data import from_json
-from exporter.targets.target import Artifact, Target, load_target
+from exporter.targets.artifact import Artifact, open_artifact
 from exporter.validate.selftest import SelfTest, run_self_test
 
 PROMPT_SHARE = 0.75
 
 
-def open_bundle(bundle: Path) -> tuple[Target, Artifact]:
-    """Return the target and artifact of a bundle whose files have the sizes that its manifest states.
+def open_bundle(bundle: Path) -> Artifact:
+    """Return the artifact of a bundle whose files have the sizes that its manifest states.
 
     Raises:
         InputError: a file is missing or truncated.
@@ -29,7 +29,7 @@ def open_bundle(bundle: Path) -> tuple[Target, Artifact]:
         if size != entry.size:
             raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=entry.size)
     weights = tuple(bundle / entry.path for entry in manifest.files if entry.role == "model")
-    return load_target(manifest.target), Artifact(manifest.target, bundle / "model", weights)
+    return Artifact(manifest.target, bundle / "model", weights)
 
 
 def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> str:
@@ -45,8 +45,8 @@ def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> 
     Raises:
         RequestError: a chat is asked of a model without a chat template.
     """
-    target, artifact = open_bundle(bundle)
-    with target.open(artifact, 2048, threads) as child:
+    artifact = open_bundle(bundle)
+    with open_artifact(artifact, 2048, threads) as child:
         text = child.call("render_chat", [{"role": "user", "content": prompt}], True) if chat else prompt
         if text is None:
             raise RequestError("the model's chat template refuses the prompt", next_step="leave out --chat")
@@ -57,18 +57,18 @@ def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> 
 
 def self_test(bundle: Path, threads: int) -> Check:
     """Run the bundle's self-test in its own runtime."""
-    target, artifact = open_bundle(bundle)
+    artifact = open_bundle(bundle)
     path = bundle / "selftest.json"
     test = from_json(SelfTest, path.read_bytes(), path)
-    with target.open(artifact, max(64, len(test.prompt)), threads) as child:
+    with open_artifact(artifact, max(64, len(test.prompt)), threads) as child:
         return run_self_test(test, partial(child.call, "logits"))
 
 
 def time_bundle(bundle: Path, context: int, threads: int) -> dict[str, object]:
     """Return speed and memory of a bundle on this machine."""
-    target, artifact = open_bundle(bundle)
+    artifact = open_bundle(bundle)
     prompt = int(context * PROMPT_SHARE)
-    with target.open(artifact, context, threads) as child:
+    with open_artifact(artifact, context, threads) as child:
         # Token ids from a small range exist in every vocabulary; speed does not depend on which they are.
         ids = np.random.default_rng(0).integers(100, 300, prompt).tolist()
         timing = child.call("measure", ids, min(64, context - prompt - 1), 5)

@@ -28,7 +28,7 @@ class Child:
     """
 
     def __init__(self, title: str, factory: Callable[..., object], *args: object) -> None:
-        self._title = title
+        self.title = title
         self._log = tempfile.NamedTemporaryFile(prefix="edge-exporter-", suffix=".log")  # noqa: SIM115  (closed in close)
         self._pipe, theirs = _spawn.Pipe()
         self._process = _spawn.Process(target=_serve, args=(theirs, self._log.name, factory, args), daemon=True)
@@ -79,7 +79,7 @@ class Child:
         with open(self._log.name, encoding="utf-8", errors="replace") as log:  # noqa: PTH123  (a name, not a path of ours)
             tail = " / ".join(line.strip() for line in log.readlines()[-3:])
         return RuntimeCrashError(
-            f"{self._title} died in its child process",
+            f"{self.title} died in its child process",
             got=f"{ended}{': ' + tail if tail else ''}",
             expected="an answer",
         )

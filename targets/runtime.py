@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from exporter.targets.artifact import Artifact
 from exporter.weights.format import Float32
 
 
@@ -34,7 +35,11 @@ class Timing:
 class Runtime(Protocol):
     """A loaded artifact inside a child process. Token ids are lists of int throughout."""
 
+    title: str
     serves: bool
+
+    def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
+        """Load an artifact; see `open_artifact`."""
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""

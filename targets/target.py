@@ -1,43 +1,21 @@
 """What a target is, what it makes, and how it is found by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
-from exporter.registry import folders, load
-from exporter.targets.child import Child
+from exporter.registry import load
+from exporter.targets.artifact import Artifact, target_names
 from exporter.weights.format import Float32
 from exporter.weights.group import Decision, WeightGroup
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What a runtime loads: the files of a bundle's `model/` folder.
-
-    Attributes:
-        target: Name of the target.
-        folder: Where the files are.
-        weights: The files that hold the model: their sizes count as the model's size.
-    """
-
-    target: str
-    folder: Path
-    weights: tuple[Path, ...]
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the model in bytes."""
-        return sum(path.stat().st_size for path in self.weights)
 
 
 class Target(Protocol):
     """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`."""
 
     name: str
-    title: str
     default_type: str
     default_method: str
 
@@ -68,22 +46,6 @@ class Target(Protocol):
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return weight group -> the format that is really in the file."""
-
-    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
-        """Load the artifact in a child process that serves `Runtime`.
-
-        Args:
-            artifact: What to load.
-            context: Tokens a sequence may have.
-            threads: Threads to compute with.
-            exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
-            sequences: Sequences sampled at once.
-        """
-
-
-def target_names() -> list[str]:
-    """Return the names of the targets."""
-    return folders("exporter.targets", "target.py")
 
 
 def load_target(name: str) -> Target:

@@ -27,4 +27,3 @@ def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     chat = [{"role": "user", "content": PROBE}]
     text = str(tokenizer.apply_chat_template(chat, tokenize=False)).split(PROBE)[0]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-

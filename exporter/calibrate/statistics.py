@@ -150,4 +150,3 @@ def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
             hook.remove()
     for site, moment in moments.items():
         moment.save(folder, f"layers.{layer}.{site}")
-

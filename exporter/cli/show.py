@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,9 +15,11 @@ from exporter.bundle.verify import read_manifest
 from exporter.device.profile import DeviceProfile
 from exporter.errors import InputError
 from exporter.measures import Check
-from exporter.plan import Plan
 from exporter.report.data import Measurements, Report, from_json, merged
 from exporter.report.figures import text as figure
+
+if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
+    from exporter.plan import Plan
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
@@ -112,7 +114,7 @@ def checks_facts(found: tuple[Check, ...]) -> dict[str, object]:
     return {"checks": [check.model_dump(mode="json") for check in found]}
 
 
-def plan_facts(made: Plan) -> dict[str, object]:
+def plan_facts(made: "Plan") -> dict[str, object]:
     """Return a plan as one JSON-able object; every number of it is estimated."""
     estimates = {
         "file_bytes": (made.file_bytes, "bytes"),
@@ -137,7 +139,7 @@ def plan_facts(made: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def plan(made: Plan) -> None:
+def plan(made: "Plan") -> None:
     """Print a plan."""
     facts: dict[str, Any] = plan_facts(made)
     console.print(

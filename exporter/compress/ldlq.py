@@ -7,8 +7,7 @@ Formats whose scales span several blocks get the same feedback from block to blo
 """
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
-from scipy.linalg.lapack import dtrtri
+from numpy.typing import NDArray
 
 from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
 
@@ -52,9 +51,24 @@ def feedback_factor(second_moment: Float32, damping: float) -> Float32:
     damped = second_moment.astype(np.float64)
     mean = damped.trace() / len(damped)
     damped[np.diag_indices_from(damped)] += damping * (mean if mean > 0 else 1.0)
-    lower = cholesky(damped[::-1, ::-1], lower=True, overwrite_a=True, check_finite=False)
-    inverse, _ = dtrtri(lower, lower=True, overwrite_c=True)
+    inverse = _triangle_inverse(np.linalg.cholesky(damped[::-1, ::-1]))
     return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
+
+
+def _triangle_inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the inverse of a lower triangle, by halves: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+
+    SciPy has one too, but a BLAS of its own, whose waiting threads slow down NumPy's.
+    """
+    size = len(lower)
+    if size <= 64:
+        return np.tril(np.linalg.inv(lower))
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half] = _triangle_inverse(lower[:half, :half])
+    inverse[half:, half:] = _triangle_inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def _encode_rows(weight: Float32, format: WeightFormat, factor: Float32, importance: Float32) -> Bytes:
@@ -79,8 +93,8 @@ def _round_columns(columns: Float32, grid: Grid, factor: Float32, errors: Float3
     """Round the columns of one block in order; return the encoded block and fill in errors / U_jj, [columns, rows]."""
     codes = np.empty(columns.shape, np.uint8)
     feedback = np.ascontiguousarray(factor.T)
-    for column, values in enumerate(columns):
-        values -= feedback[column, :column] @ errors[:column]
+    for column in range(len(columns)):
+        values = columns[column] - feedback[column, :column] @ errors[:column]
         codes[column], rounded = grid.round(column, values)
         np.subtract(values, rounded, out=errors[column])
         errors[column] /= factor[column, column]
@@ -91,7 +105,7 @@ def _round_block(block: Float32, format: WeightFormat, factor: Float32, importan
     """Round one block with the reference quantiser; return it encoded and its errors times U_bb^-1, [columns, rows]."""
     data = format.encode_rows(block, importance)
     difference = block - format.decode_rows(data, block.shape[1])
-    return data, solve_triangular(factor, difference.T, trans="T", lower=False, check_finite=False)
+    return data, np.linalg.solve(factor.T, difference.T)
 
 
 METHOD = Ldlq()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exporter.cache import cache_folder, replacing
 from exporter.calibrate.layers import LayerStream, Progress, hidden_states, silent
@@ -16,8 +17,10 @@ from exporter.weights.group import WeightGroup
 
 # Few enough that the double-precision copies of their logits stay in the processor's caches.
 POSITIONS_AT_ONCE = 16
+MEASURES = 4
 VERSION = 1
 Logits = Callable[[list[int], int], Float32]
+Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -102,22 +105,23 @@ def distances(references: list[Reference], logits: Logits, progress: Progress = 
         logits: Gives the artifact's logits of a window's tokens from a position on, float32 [positions, vocab].
         progress: Called with windows done and their total.
     """
-    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in references]
     windows = references[0].tokens
+    half = windows.shape[1] // 2
+    following = torch.from_numpy(windows[:, half + 1 :])
+    # Kept whole from the start: small tensors that outlive the large ones they follow would scatter the heap.
+    found = [torch.zeros(MEASURES, *following[: len(r.tokens)].shape, dtype=torch.float64) for r in references]
     for window, tokens in enumerate(windows):
         progress(window, len(windows))
-        half = len(tokens) // 2
-        following = torch.from_numpy(tokens[half + 1 :])
         got = torch.from_numpy(logits(tokens.tolist(), half))
-        for reference, rows in zip(references, found, strict=True):
+        for reference, measured in zip(references, found, strict=True):
             if window >= len(reference.tokens):
                 continue
             expected = reference.logits(window, slice(half, len(tokens) - 1))
-            for start in range(0, len(following), POSITIONS_AT_ONCE):
-                part = slice(start, min(start + POSITIONS_AT_ONCE, len(following)))
-                rows.append(_compare(expected[part], got[part], following[part]))
+            for start in range(0, len(expected), POSITIONS_AT_ONCE):
+                part = slice(start, min(start + POSITIONS_AT_ONCE, len(expected)))
+                measured[:, window, part] = _compare(expected[part], got[part], following[window, part])
     progress(len(windows), len(windows))
-    return [_summed(rows) for rows in found]
+    return [_summed(*measured.flatten(1).numpy()) for measured in found]
 
 
 def distance(reference: Reference, logits: Logits) -> Distance:
@@ -125,32 +129,31 @@ def distance(reference: Reference, logits: Logits) -> Distance:
     return distances([reference], logits)[0]
 
 
-def _summed(rows: list[tuple[torch.Tensor, ...]]) -> Distance:
-    kl, same, margin, gain = (torch.cat(column).numpy() for column in zip(*rows, strict=True))
-    sure = margin > MARGIN_NATS
+def _summed(kl: Float64, same: Float64, lead: Float64, loss: Float64) -> Distance:
+    sure = lead > MARGIN_NATS
     return Distance(
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1_agreement=float(same.mean()),
         confident_agreement=float(same[sure].mean()) if sure.any() else 1.0,
-        perplexity_ratio=float(np.exp(gain.mean())),
+        perplexity_ratio=float(np.exp(loss.mean())),
         tokens=len(kl),
     )
 
 
-def _compare(expected: torch.Tensor, got: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _compare(expected: torch.Tensor, got: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """Compare logits, both float32 [positions, vocab].
 
-    Returns KL, same first token, lead of the first token, and loss of log-likelihood, each [positions].
+    Returns float64 [MEASURES, positions]: KL, same first token, lead of the reference's first, loss of log-likelihood.
     """
     first = expected.max(dim=-1)
-    second = expected.scatter(1, first.indices[:, None], -torch.inf).amax(-1)
+    lead = first.values - expected.scatter(1, first.indices[:, None], -torch.inf).amax(-1)
     same = first.indices == got.argmax(-1)
     p = expected.log_softmax(-1, dtype=torch.float64)
     gain = p - got.log_softmax(-1, dtype=torch.float64)
     loss = gain.gather(1, following[:, None])[:, 0]
     kl = gain.mul_(p.exp_()).sum(-1)
-    return kl, same.double(), (first.values - second).double(), loss
+    return torch.stack([kl, same, lead, loss])
 
 
 class _Replaced:

@@ -18,9 +18,10 @@ from exporter.model.tokenizer import (
     render_chat,
     token_ids,
 )
+from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
-from exporter.targets.target import Artifact, Target
+from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
 from exporter.validate.parity import check_chat_template, check_tokenizer
 from exporter.validate.selftest import SelfTest, make_self_test
@@ -75,7 +76,7 @@ def prove(
         progress: Called with what is done, steps done and their total.
     """
     model = compressed.model
-    with target.open(artifact, context, threads) as child:
+    with open_artifact(artifact, context, threads) as child:
         prompt = tokens.reshape(-1)[: context - DECODE_TOKENS - 1].tolist()
         progress("prove: speed", 0, 1)
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
@@ -85,11 +86,11 @@ def prove(
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
     own = Reference.of(dequantised(model, decoded), some, partial(progress, "prove: layers of the artifact"))
     checks = [check_weights(decoded.digests, compressed), check_stored_types(target, artifact, compressed)]
-    with target.open(artifact, tokens.shape[1], threads) as child:
+    with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
         accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))
         self_test = make_self_test(logits, model.architecture.vocab, 0)
-        checks += check_parity(child, model, target.title)
+        checks += check_parity(child, model)
     checks.append(check_rounding(rounding))
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
@@ -102,6 +103,7 @@ class Decoded:
         self.digests: dict[str, str] = {}
 
     def __call__(self, group: WeightGroup) -> Float32:
+        """Return a matrix, float32 [rows, columns], rows in the source's order."""
         weight = self._read(group)
         self.digests[group.name] = weights_digest(weight)
         return weight
@@ -131,10 +133,10 @@ def check_rounding(rounding: Distance) -> Check:
     return check.model_copy(update={"value": rounding.kl_mean, "limit": MOST_ROUNDING_KL, "unit": "nats"})
 
 
-def check_parity(child: Child, model: Model, runtime: str) -> list[Check]:
+def check_parity(child: Child, model: Model) -> list[Check]:
     """Compare the runtime's tokenizer and chat template with transformers'."""
     tokenizer = load_tokenizer(model.folder)
-    runtime = runtime.lower().replace(" ", "-")
+    runtime = child.title.lower().replace(" ", "-")
     found = [
         check_tokenizer(
             parity_texts(tokenizer),

@@ -144,7 +144,9 @@ class MatMulNBitsFormat:
         norm, fit = weights @ (steps * steps), weights @ (steps * columns)
         fits = (norm > 0) & (fit > 0) if self.asymmetric else norm > 0
         scale = np.where(fits, fit / np.where(fits, norm, 1), grid.scale)
-        return _IntegerGrid(self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point)
+        return _IntegerGrid(
+            self.bits, self.asymmetric, _usable(np.where(scale == 0, grid.scale, scale)), grid.zero_point
+        )
 
     def _ranged(self, low: Float32, high: Float32) -> _IntegerGrid:
         """Return the grid that spans from `low` to `high`, each float32 [rows]."""

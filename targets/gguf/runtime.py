@@ -2,13 +2,13 @@
 
 import ctypes
 import time
-from pathlib import Path
 from statistics import median
 
 import llama_cpp
 import numpy as np
 
 from exporter.errors import InputError
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.tokenize import llama_render_chat, llama_tokenize
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
@@ -21,16 +21,18 @@ class LlamaCpp:
     """A GGUF file loaded by llama.cpp.
 
     Args:
-        path: The GGUF file.
+        artifact: The GGUF file.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Keep keys and values in float32 (llama.cpp's default is float16).
         sequences: Sequences held at once.
     """
 
+    title = "llama.cpp"
     serves = True
 
-    def __init__(self, path: Path, context: int, threads: int, exact: bool = False, sequences: int = 1) -> None:
+    def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
+        (path,) = artifact.weights
         self._before = resident_bytes()
         started = time.perf_counter()
         self._log = llama_cpp.llama_log_callback(lambda level, text, _: print(text.decode(errors="replace"), end=""))
@@ -160,7 +162,7 @@ class LlamaCpp:
         return self._view(count).copy() if every else np.empty((0, self._vocab_size), np.float32)
 
     def _decode_column(self, tokens: list[int], position: int) -> Float32:
-        """Decode one token of each sequence; return the logits of all, valid until the next call, [sequences, vocab]."""
+        """Decode one token of each sequence; return a view of their logits, float32 [sequences, vocab]."""
         count = len(tokens)
         self._fill(tokens, [position] * count, list(range(count)), True)
         self._run()
@@ -206,3 +208,6 @@ def _context_parameters(context: int, threads: int, exact: bool, sequences: int)
         parameters.type_k = parameters.type_v = GGML_TYPE_F32
         parameters.flash_attn_type = 0
     return parameters
+
+
+RUNTIME = LlamaCpp

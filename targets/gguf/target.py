@@ -11,12 +11,10 @@ from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
-from exporter.targets.child import Child
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.header import frequency_factors, rope, write_header
 from exporter.targets.gguf.mixes import MIXES, mix_types
-from exporter.targets.gguf.runtime import LlamaCpp
 from exporter.targets.gguf.vocabulary import copy_vocabulary, write_vocabulary
-from exporter.targets.target import Artifact
 from exporter.weights.format import Float32
 from exporter.weights.ggml import ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
@@ -29,7 +27,6 @@ class Gguf:
     """One GGUF file, its tensors in any type of llama.cpp's, and a Modelfile for Ollama."""
 
     name = "gguf"
-    title = "llama.cpp"
     default_type = "Q4_K_M"
     default_method = "rtn"
 
@@ -106,10 +103,6 @@ class Gguf:
         types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(artifact.weights[0]).tensors}
         names = gguf_names(model.architecture.layers)
         return {group.name: types[names[group.name]] for group in model.groups()}
-
-    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
-        """Load the file in llama.cpp, in a child process."""
-        return Child(self.title, LlamaCpp, artifact.weights[0], context, threads, exact, sequences)
 
 
 # A Python process with numpy and llama.cpp loaded and no model, measured on x86-64 Linux.

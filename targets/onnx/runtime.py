@@ -3,13 +3,14 @@
 import json
 import time
 from functools import cached_property
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import onnxruntime
 import onnxruntime_genai as genai
 
+from exporter.errors import RequestError
+from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
@@ -19,14 +20,20 @@ class OnnxRuntime:
     """A decoder folder: logits through onnxruntime, text through onnxruntime-genai. Each is loaded when needed.
 
     Args:
-        folder: Holds model.onnx, its data, genai_config.json and the tokenizer.
+        artifact: A folder with model.onnx, its data, genai_config.json and the tokenizer.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
+        exact: Changes nothing: the graph itself says how activations are rounded.
+        sequences: Must be 1.
     """
 
+    title = "ONNX Runtime"
     serves = True
 
-    def __init__(self, folder: Path, context: int, threads: int) -> None:
+    def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
+        if sequences != 1:
+            raise RequestError("ONNX Runtime runs one sequence at a time here", got=sequences, expected=1)
+        folder = artifact.folder
         self._folder = folder
         self._context_size = context
         self._threads = threads
@@ -127,3 +134,6 @@ class OnnxRuntime:
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=min(length, self._context_size), do_sample=False, **search)
         return genai.Generator(model, parameters)
+
+
+RUNTIME = OnnxRuntime

@@ -13,12 +13,10 @@ from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
-from exporter.targets.child import Child
+from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, move_rest, products, put_embedding, put_floats, put_matrix, put_table
 from exporter.targets.onnx.readback import Tables
-from exporter.targets.onnx.runtime import OnnxRuntime
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.target import Artifact
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision, WeightGroup
@@ -36,7 +34,6 @@ class Onnx:
     """model.onnx with its external data, genai_config.json and the tokenizer."""
 
     name = "onnx"
-    title = "ONNX Runtime"
     default_type = "int4"
     default_method = "ldlq"
 
@@ -91,10 +88,6 @@ class Onnx:
         """Return the format of each matrix as the graph states it."""
         tables = Tables(artifact.weights[0])
         return {group.name: tables.format_name(group) for group in model.groups()}
-
-    def open(self, artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
-        """Load the model in ONNX Runtime, in a child process."""
-        return Child(self.title, OnnxRuntime, artifact.folder, context, threads)
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:

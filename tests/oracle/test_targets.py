@@ -16,9 +16,10 @@ from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
-from exporter.targets.target import Artifact, load_target
+from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
 from exporter.validate.proof import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, VOCAB, tiny_model
@@ -37,7 +38,7 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
 
 
 def kl(model: Model, artifact: Artifact) -> float:
-    with load_target(artifact.target).open(artifact, 64, 1, exact=True) as child:
+    with open_artifact(artifact, 64, 1, exact=True) as child:
         return distance(Reference.of(model, TOKENS), lambda tokens, first: child.call("logits", tokens, first)).kl_mean
 
 
@@ -53,7 +54,7 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
         torch.testing.assert_close(streamed.logits(1, slice(0, 48)), expected[1], rtol=0, atol=2e-5)
         artifact, _ = lower(model, tmp_path / "artifact", target, "F32")
         assert kl(model, artifact) < 1e-6
-        with load_target(target).open(artifact, 64, 1) as child:
+        with open_artifact(artifact, 64, 1) as child:
             greedy = child.call("generate", TOKENS[0, :8].tolist(), 32)
     prompt = torch.from_numpy(TOKENS[:1, :8])
     made = whole.generate(prompt, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompt))[0, 8:]

@@ -1,0 +1,46 @@
+"""What a target made, and how it is loaded to be used; nothing here needs the libraries that made it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.registry import folders, load
+from exporter.targets.child import Child
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a runtime loads: the files of a bundle's `model/` folder.
+
+    Attributes:
+        target: Name of the target.
+        folder: Where the files are.
+        weights: The files that hold the model: their sizes count as the model's size.
+    """
+
+    target: str
+    folder: Path
+    weights: tuple[Path, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the model in bytes."""
+        return sum(path.stat().st_size for path in self.weights)
+
+
+def target_names() -> list[str]:
+    """Return the names of the targets."""
+    return folders("exporter.targets", "target.py")
+
+
+def open_artifact(artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
+    """Load an artifact in a child process that serves `exporter.targets.runtime.Runtime`.
+
+    Args:
+        artifact: What to load.
+        context: Tokens a sequence may have.
+        threads: Threads to compute with.
+        exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
+        sequences: Sequences sampled at once.
+    """
+    runtime = load("exporter.targets.{}.runtime", artifact.target, target_names(), "target").RUNTIME
+    return Child(runtime.title, runtime, artifact, context, threads, exact, sequences)
