@@ -1,7 +1,9 @@
 """Small random models that the tests make from a seed."""
 
+import hashlib
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -86,3 +88,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         pad_token=special[1],
         chat_template=TEMPLATE,
     )
+
+
+def tensor_digests(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the type and the SHA-256 of the data of every tensor of a GGUF file, by gguf's own reader."""
+    tensors = gguf.GGUFReader(path).tensors
+    return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}

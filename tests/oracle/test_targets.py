@@ -1,11 +1,11 @@
 """Both targets against transformers: the same logits in float32, the planned weights in every format."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,13 +16,14 @@ from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
 from exporter.validate.proof import Decoded, check_stored_types, check_weights
-from tests.models import FAMILIES, VOCAB, tiny_model
+from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
 
@@ -112,49 +113,65 @@ def test_named_mixes_are_those_of_llama_cpp(
         compressed = CompressedModel(model, target.decide(model, mix, "rtn"), statistics)
         ours = target.lower(compressed, mix, tmp_path / "ours").weights[0]
         floats, _ = lower(model, tmp_path / "float", "gguf", "F32")
-        names = target_names(model)
+        names = gguf_names(model.architecture.layers)
         importance = {names[name]: compressed.importance(name) for name in compressed.decisions}
     stock = tmp_path / "stock.gguf"
     with Child("llama.cpp", quantise, floats.weights[0], stock, mix, importance) as child:
         assert child.result() == (0, "")
-    assert digests(ours) == digests(stock)
+    assert tensor_digests(ours) == tensor_digests(stock)
 
 
-def target_names(model: Model) -> dict[str, str]:
-    from exporter.model.tensors import gguf_names
-
-    return gguf_names(model.architecture.layers)
+def swap_nibbles(codes: np.ndarray, scales: np.ndarray) -> None:
+    codes[:] = (codes << 4) | (codes >> 4)
 
 
-def digests(path: Path) -> dict[str, tuple[str, str]]:
-    tensors = gguf.GGUFReader(path).tensors
-    return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}
+def shift_scales(codes: np.ndarray, scales: np.ndarray) -> None:
+    scales[:] = np.roll(scales, 1, axis=0)
 
 
-def swap_nibbles(data: np.ndarray, name: str) -> None:
-    if "ffn_down" in name:
-        blocks = data.reshape(-1, 18)
-        blocks[:, 2:] = (blocks[:, 2:] << 4) | (blocks[:, 2:] >> 4)
+def unpermute(codes: np.ndarray, scales: np.ndarray) -> None:
+    """Move rows between the order of Hugging Face and that of llama.cpp, as if it had been forgotten or done twice."""
+    order = interleaved_rows(len(codes), 4)
+    codes[:], scales[:] = codes[order], scales[order]
 
 
-def shift_scales(data: np.ndarray, name: str) -> None:
-    if "ffn_down" in name:
-        blocks = data.reshape(len(data), -1, 18)
-        blocks[:, :, :2] = np.roll(blocks[:, :, :2], 1, axis=0)
+Parts = tuple[np.ndarray, np.ndarray]
 
 
-def unpermute_query(data: np.ndarray, name: str) -> None:
-    if "attn_q" in name:
-        data[:] = data[np.random.default_rng(0).permutation(len(data))]
+def gguf_parts(artifact: Artifact, query: bool) -> Parts:
+    """Return codes and scales of Q4_0 rows, views of the file: [rows, blocks, bytes]."""
+    name = "blk.1.attn_q.weight" if query else "blk.1.ffn_down.weight"
+    (tensor,) = (t for t in gguf.GGUFReader(artifact.weights[0], "r+").tensors if t.name == name)
+    blocks = tensor.data.reshape(len(tensor.data), -1, 18)
+    return blocks[:, :, 2:], blocks[:, :, :2]
 
 
-@pytest.mark.parametrize("damage", [swap_nibbles, shift_scales, unpermute_query])
-def test_the_forward_oracle_sees_damage(tmp_path: Path, damage: Callable[[np.ndarray, str], None]) -> None:
+def onnx_parts(artifact: Artifact, query: bool) -> Parts:
+    """Return codes and scales of int4 rows, views of the file: [rows, blocks, bytes] and [rows, blocks]."""
+    stem = "model.layers.1.attn.qkv_proj.MatMul" if query else "model.layers.1.mlp.down_proj.MatMul"
+    graph = onnx.load_model(str(artifact.weights[0]), load_external_data=False).graph
+    found = {}
+    for tensor in graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.name.startswith(stem):
+            kind = np.uint8 if tensor.data_type == onnx.TensorProto.UINT8 else np.float32
+            offset, shape = int(where["offset"]), tuple(tensor.dims)
+            found[kind] = np.memmap(artifact.weights[1], kind, "r+", offset=offset, shape=shape)
+    rows = 64 if query else None  # the query's rows come first in the fused matrix
+    return found[np.uint8][:rows], found[np.float32][:rows]
+
+
+@pytest.mark.parametrize(("target", "type", "parts"), [("gguf", "Q4_0", gguf_parts), ("onnx", "int4", onnx_parts)])
+@pytest.mark.parametrize("damage", [swap_nibbles, shift_scales, unpermute])
+def test_the_forward_oracle_sees_damage(
+    tmp_path: Path, target: str, type: str, parts: Callable[[Artifact, bool], Parts], damage: Callable[..., None]
+) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        artifact, _ = lower(model, tmp_path / "artifact", "gguf", "Q4_0")
+        artifact, _ = lower(model, tmp_path / "artifact", target, type)
         before = kl(model, artifact)
-        for tensor in gguf.GGUFReader(artifact.weights[0], "r+").tensors:
-            damage(tensor.data, tensor.name)
+        codes, scales = parts(artifact, damage is unpermute)
+        damage(codes, scales)
+        del codes, scales
         assert kl(model, artifact) > 1.5 * before
 
 

@@ -1,0 +1,113 @@
+"""The reference model, through the real runtimes, against llama.cpp's and onnxruntime-genai's own tools."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from exporter.calibrate.statistics import Statistics, collect
+from exporter.calibrate.text import Windows, file_windows
+from exporter.compress.compressed import CompressedModel
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.model.tensors import gguf_names
+from exporter.model.tokenizer import load_tokenizer
+from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.child import Child
+from exporter.targets.gguf.quantise import quantise
+from exporter.targets.target import load_target
+from exporter.validate.accuracy import Distance, Reference, distance
+from tests.models import tensor_digests
+from tests.reference import plain_texts, reference_model
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference_model(tmp_path_factory.mktemp("reference") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    with open_model(str(folder)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def texts(model: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Windows, Windows]:
+    tokenizer = load_tokenizer(model.folder)
+    calibration, evaluation = plain_texts(tmp_path_factory.mktemp("texts"))
+    return file_windows(calibration, tokenizer, 16, WINDOW), file_windows(evaluation, tokenizer, 8, WINDOW)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Model, texts: tuple[Windows, Windows]) -> Statistics:
+    return collect(model, texts[0], lambda done, total: None)
+
+
+@pytest.fixture(scope="module")
+def original(model: Model, texts: tuple[Windows, Windows]) -> Reference:
+    return Reference.of(model, texts[1].tokens)
+
+
+def lower(model: Model, folder: Path, target: str, type: str, method: str, statistics: Statistics | None) -> Artifact:
+    folder.mkdir()
+    made = load_target(target)
+    return made.lower(CompressedModel(model, made.decide(model, type, method), statistics), type, folder)
+
+
+def measure(original: Reference, artifact: Artifact) -> Distance:
+    with open_artifact(artifact, WINDOW, 2) as child:
+        return distance(original, lambda tokens, first: child.call("logits", tokens, first))
+
+
+def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
+    folder: Path, model: Model, statistics: Statistics, original: Reference, tmp_path: Path
+) -> None:
+    ours = lower(model, tmp_path / "ours", "onnx", "int4", "ldlq", statistics)
+    out = tmp_path / "stock"
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    subprocess.run([*builder, "-i", folder, "-o", out, "-c", tmp_path / "cache"], check=True, capture_output=True)
+    stock = Artifact("onnx", out, (out / "model.onnx", out / "model.onnx.data"))
+    kl, stock_kl = measure(original, ours).kl_mean, measure(original, stock).kl_mean
+    print(f"int4: KL {kl:.4f} at {ours.file_bytes:,} bytes; stock {stock_kl:.4f} at {stock.file_bytes:,}")
+    assert ours.file_bytes <= stock.file_bytes
+    assert kl <= 0.6 * stock_kl
+
+
+@pytest.mark.parametrize(("target", "type"), [("gguf", "Q8_0"), ("onnx", "int8")])
+def test_eight_bits_choose_the_same_tokens(
+    model: Model, original: Reference, tmp_path: Path, target: str, type: str
+) -> None:
+    found = measure(original, lower(model, tmp_path / "artifact", target, type, "rtn", None))
+    print(
+        f"{type}: KL {found.kl_mean:.5f}, the same first token at {found.top1_agreement:.2%} of {found.tokens} places"
+    )
+    assert found.tokens >= 2000
+    assert found.top1_agreement >= 0.95
+    assert found.confident_agreement == 1.0
+
+
+@pytest.fixture(scope="module")
+def floats(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (path,) = lower(model, tmp_path_factory.mktemp("floats") / "f32", "gguf", "F32", "rtn", None).weights
+    return path
+
+
+@pytest.mark.parametrize("mix", ["Q4_K_M", "IQ4_XS"])
+def test_named_mixes_are_those_of_llama_cpp(
+    model: Model, statistics: Statistics, floats: Path, tmp_path: Path, mix: str
+) -> None:
+    (ours,) = lower(model, tmp_path / "ours", "gguf", mix, "rtn", statistics).weights
+    names = gguf_names(model.architecture.layers)
+    observed = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
+    importance = {name: values for name, values in observed.items() if values is not None}
+    stock = tmp_path / "stock.gguf"
+    with Child("llama.cpp's quantiser", quantise, floats, stock, mix, importance) as child:
+        assert child.result() == (0, "")
+    assert len(tensor_digests(ours)) == 272
+    assert tensor_digests(ours) == tensor_digests(stock)
