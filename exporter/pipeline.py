@@ -10,6 +10,7 @@ from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
 from exporter.errors import RequestError
+from exporter.forecast import stage_seconds
 from exporter.job import Job, Progress, silent
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -31,10 +32,12 @@ class Bundle:
     measurements: Measurements
 
 
-def plan(job: Job) -> Plan:
-    """Say what `build` would do and need; reads no weights."""
+def plan(job: Job) -> tuple[Plan, dict[str, float]]:
+    """Say what `build` would do and need, and the seconds of each stage; reads no weights."""
     with open_model(job.source) as model:
-        return make_plan(model, fitted(job, model))
+        job = fitted(job, model)
+        planned = make_plan(model, job)
+        return planned, stage_seconds(model, job, planned.decisions, planned.file_bytes)
 
 
 def fitted(job: Job, model: Model) -> Job:

@@ -1,9 +1,6 @@
 """What a job would do and need, said before a weight is read."""
 
-import time
 from dataclasses import dataclass
-
-import torch
 
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
@@ -13,13 +10,10 @@ from exporter.model.model import Model
 from exporter.targets.target import Target, load_target
 from exporter.weights.group import Decision
 
-# Nanoseconds a weight, measured on 2 cores of an x86-64 machine: encoding, and reading back twice.
-ENCODE_NANOSECONDS = {"rtn": 90.0, "ldlq": 210.0}
-READ_BACK_NANOSECONDS = 60.0
-# Tokens a second of the sampler and of the runtimes follow the machine's float32 speed by about these factors.
-SAMPLING_FLOPS_SHARE = 2.0
-FIXED_SECONDS = 25.0
-BASE_BYTES = 700 << 20
+# Interpreter, torch and transformers, and what the allocator keeps of finished stages.
+BASE_BYTES = 650 << 20
+# Copies of the largest matrix in float32 while it is encoded: read, decoded, changed, and their products.
+ENCODED_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,6 @@ class Plan:
         runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
         build_peak_bytes: Estimated peak memory of the build.
         disk_bytes: Disk space that the build needs where the bundle is written.
-        seconds: Estimated time of the build on this machine.
         checks: The estimates against the device's limits.
     """
 
@@ -51,12 +44,11 @@ class Plan:
     runtime_peak_bytes: int
     build_peak_bytes: int
     disk_bytes: int
-    seconds: float
     checks: tuple[Check, ...]
 
 
 def make_plan(model: Model, job: Job) -> Plan:
-    """Decide on every weight group and estimate sizes, memory and time; reads no weights.
+    """Decide on every weight group and estimate sizes and memory; reads no weights.
 
     Raises:
         RequestError: the device, target, type or method is unknown, or they do not go together.
@@ -77,39 +69,19 @@ def make_plan(model: Model, job: Job) -> Plan:
         decisions=decisions,
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
-        build_peak_bytes=_build_peak(model, job, file_bytes),
+        build_peak_bytes=_build_peak(model, job, file_bytes, peak),
         disk_bytes=file_bytes + (64 << 20),
-        seconds=_seconds(model, job, method),
         checks=tuple(check_fit(device, file_bytes, quantity, "estimated")),
     )
 
 
-def _build_peak(model: Model, job: Job, file_bytes: int) -> int:
-    """Interpreter and libraries, the largest matrix in float32 five times, hidden states, and the artifact loaded."""
-    largest = 4 * max(group.size for group in model.groups())
-    hidden = 4 * job.window * model.architecture.hidden * (job.calibration_windows + 2 * job.evaluation_windows)
-    logits = 4 * model.architecture.vocab * job.window
-    return BASE_BYTES + 5 * largest + hidden + 2 * logits + file_bytes
-
-
-def _seconds(model: Model, job: Job, method: str) -> float:
-    """Sum the stages: float passes at this machine's measured speed, encoding and reading back by weights."""
-    weights = model.architecture.parameters
-    calibration, evaluation = job.calibration_windows * job.window, job.evaluation_windows * job.window
-    sites = {group.site: group.columns for group in model.groups() if group.site != "tokens"}
-    moments = 2.0 * calibration * sum(columns**2 for columns in sites.values())
-    passes = 2.0 * weights * (calibration + 4 * evaluation)
-    sampling = 0.0 if job.calibration and job.evaluation else SAMPLING_FLOPS_SHARE * 2.0 * weights * calibration
-    flops = (moments + passes + sampling) / _flops_per_s()
-    return FIXED_SECONDS + flops + weights * 1e-9 * (ENCODE_NANOSECONDS.get(method, 210.0) + READ_BACK_NANOSECONDS)
-
-
-def _flops_per_s() -> float:
-    """Return this machine's float32 speed at the shapes that layers have."""
-    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
-    times = []
-    for _ in range(12):
-        started = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started)
-    return 2.0 * 512 * 1024 * 1024 / sorted(times)[len(times) // 2]
+def _build_peak(model: Model, job: Job, file_bytes: int, runtime_peak: int) -> int:
+    """Return the larger of two stages' needs: encoding the largest matrix, and comparing logits with the runtime's."""
+    shape = model.architecture
+    encoding = ENCODED_COPIES * 4 * max(group.size for group in model.groups())
+    logits = 4 * shape.vocab * job.window // 2
+    hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden
+    heads = 2 * 4 * shape.vocab * shape.hidden
+    # The mapped artifact; logits expected, got, and twice on their way; the runtime with its own.
+    comparing = heads + hidden + file_bytes + 4 * logits + runtime_peak + 2 * logits
+    return BASE_BYTES + max(encoding, comparing)

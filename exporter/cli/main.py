@@ -87,8 +87,8 @@ def plan(
     from exporter.job import Job
     from exporter.pipeline import plan as run_plan
 
-    made = run_plan(Job(model, device, target, type, method, None, calibration, evaluation, context=context))
-    show.document(show.plan_facts(made), as_json, lambda: show.plan(made))
+    made, seconds = run_plan(Job(model, device, target, type, method, None, calibration, evaluation, context=context))
+    show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
     _fail_on(made.checks)
 
 

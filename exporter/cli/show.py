@@ -114,14 +114,14 @@ def checks_facts(found: tuple[Check, ...]) -> dict[str, object]:
     return {"checks": [check.model_dump(mode="json") for check in found]}
 
 
-def plan_facts(made: "Plan") -> dict[str, object]:
+def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
     """Return a plan as one JSON-able object; every number of it is estimated."""
     estimates = {
         "file_bytes": (made.file_bytes, "bytes"),
         "runtime_peak_bytes": (made.runtime_peak_bytes, "bytes"),
         "build_peak_bytes": (made.build_peak_bytes, "bytes"),
         "disk_bytes": (made.disk_bytes, "bytes"),
-        "build_seconds": (made.seconds, "s"),
+        "build_seconds": (sum(seconds.values()), "s"),
     }
     return {
         "model": made.model_name,
@@ -129,7 +129,8 @@ def plan_facts(made: "Plan") -> dict[str, object]:
         "target": made.target.name,
         "type": made.type,
         "method": made.method,
-        **{name: {"value": value, "unit": unit, "basis": "estimated"} for name, (value, unit) in estimates.items()},
+        **{name: _estimated(value, unit) for name, (value, unit) in estimates.items()},
+        "stage_seconds": {stage: _estimated(taken, "s") for stage, taken in seconds.items()},
         **checks_facts(made.checks),
         "decisions": [
             {"name": d.group.name, "format": d.format.name, "method": d.method, "bytes": d.stored_bytes,
@@ -139,16 +140,23 @@ def plan_facts(made: "Plan") -> dict[str, object]:
     }  # fmt: skip
 
 
-def plan(made: "Plan") -> None:
+def _estimated(value: float, unit: str) -> dict[str, object]:
+    return {"value": value, "unit": unit, "basis": "estimated"}
+
+
+def plan(made: "Plan", seconds: dict[str, float]) -> None:
     """Print a plan."""
-    facts: dict[str, Any] = plan_facts(made)
+    facts: dict[str, Any] = plan_facts(made, seconds)
     console.print(
         f"[bold]{made.model_name}[/] for {made.device.title}: {made.target.name}, {made.type} by {made.method}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "build_seconds"):
         table.add_row(name.replace("_", " "), figure(facts[name]["value"], facts[name]["unit"]), "[dim]estimated[/]")
+    for stage, quantity in facts["stage_seconds"].items():
+        table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity['value'], 's')}[/]", "")
     console.print(table)
+    console.print("[dim]calibration text, statistics and the original's own answers stay in the cache[/]")
     counts: dict[tuple[str, str], int] = {}
     for decision in made.decisions:
         key = (decision.format.name, decision.reason)

@@ -64,12 +64,12 @@ class Gguf:
         return sum(decision.stored_bytes for decision in decisions) + vectors + text // 2
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return weights, float16 keys and values, compute buffers for 512 tokens, and the interpreter."""
+        """Return weights, float16 keys and values, compute buffers, the last token's logits, and the interpreter."""
         shape = model.architecture
         keys_and_values = 2 * 2 * context * shape.layers * shape.kv_heads * shape.head_dim
         batch = min(context, 512)
         scores = 4 * batch * (3 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim)
-        logits = 4 * shape.vocab * batch
+        logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:

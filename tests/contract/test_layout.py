@@ -33,7 +33,7 @@ ORDER = [
     {"targets"},
     {"plan", "sampling"},
     {"validate"},
-    {"report"},
+    {"report", "forecast"},
     {"bundle"},
     {"documents"},
     {"pipeline", "use"},

@@ -1,0 +1,124 @@
+"""How long each stage of a build will take on this machine: counted work over speeds measured on the spot.
+
+What is counted is arithmetic (multiplications and additions of the matrices) and weights to encode. The machine's
+speed at float32 products and at encoding each format is measured in about a second; the shares of that speed which
+the stages reach were measured on 2 cores of an x86-64 machine.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+
+from exporter.calibrate.statistics import STRIPES
+from exporter.compress.compressed import weights_digest
+from exporter.compress.method import load_method, relative_error
+from exporter.job import Job
+from exporter.model.model import Model
+from exporter.validate.proof import DECODE_TOKENS, REPEATS, ROUNDING_SHARE
+from exporter.weights.format import WeightFormat
+from exporter.weights.ggml import ggml_format
+from exporter.weights.group import Decision
+
+# Shares of the speed of large products: layers with their attention, one token at a time for many texts, a prompt in
+# a runtime, double-precision factors.
+LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE = 0.8, 0.42, 0.9, 0.15
+DECODED_BYTES_PER_SECOND = 8e9
+# Comparing one position's logits, and decoding a weight from the artifact.
+COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = 35.0, 20.0
+OPEN_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 3.0, 0.5, 1.0
+PROBE_SHAPE = (1024, 512)
+
+
+def stage_seconds(model: Model, job: Job, decisions: list[Decision], file_bytes: int) -> dict[str, float]:
+    """Return stage -> seconds of a build that finds nothing in the cache; reads no weights.
+
+    Args:
+        model: The source.
+        job: What is asked for.
+        decisions: One for each weight group.
+        file_bytes: Size of the artifact.
+    """
+    flops_per_s = _flops_per_s()
+    calibration, evaluation = job.calibration_windows * job.window, job.evaluation_windows * job.window
+    token = _token_flops(model, job.window)
+    prompt = token / (PROMPT_SHARE * flops_per_s)
+    return {
+        "open": OPEN_SECONDS,
+        "calibration text": _sampling(model, job, token / (SAMPLING_SHARE * flops_per_s)),
+        "statistics": calibration * (token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
+        "compress and lower": OPEN_SECONDS + sum(_encoding(decision, flops_per_s) for decision in decisions),
+        "prove": 2 * CHILD_SECONDS
+        + PARITY_SECONDS
+        + (1 + REPEATS) * job.context * prompt
+        + REPEATS * DECODE_TOKENS * file_bytes / DECODED_BYTES_PER_SECOND
+        + evaluation * (1 + 1 / ROUNDING_SHARE) * token / (LAYERS_SHARE * flops_per_s)
+        + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
+        + evaluation * prompt
+        + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS,
+    }
+
+
+def _token_flops(model: Model, window: int) -> float:
+    """Return the arithmetic of one token of a window: its matrices, and on average half a window of keys and values."""
+    shape = model.architecture
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * window / 2
+    return 2.0 * shape.parameters + attention
+
+
+def _moment_flops(model: Model) -> float:
+    """Return the arithmetic of one token's second moments."""
+    sites = {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+    return (1 + 1 / STRIPES) * sum(columns**2 for columns in sites.values())
+
+
+def _sampling(model: Model, job: Job, token_seconds: float) -> float:
+    if job.calibration and job.evaluation:
+        return 0.0
+    tokens = (job.calibration_windows + job.evaluation_windows) * job.window
+    quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"))
+    return OPEN_SECONDS + quick + tokens * token_seconds
+
+
+def _encoding(decision: Decision, flops_per_s: float) -> float:
+    """Return the seconds of one matrix: its weights at the measured speed, and what grows faster than their number."""
+    columns = decision.group.columns
+    seconds = decision.group.size * 1e-9 * _encode_nanoseconds(decision.method, decision.format)
+    products = 4.0 * decision.group.size * columns / flops_per_s
+    factor = (
+        2 / 3 * columns**3 / (FACTOR_SHARE * flops_per_s) if load_method(decision.method).needs_second_moment else 0
+    )
+    return seconds + products + factor
+
+
+@cache
+def _encode_nanoseconds(method: str, format: WeightFormat) -> float:
+    """Return the time a weight takes to be encoded, decoded and digested, measured on random weights."""
+    chance = np.random.default_rng(0)
+    weight = chance.standard_normal(PROBE_SHAPE, np.float32)
+    inputs = chance.standard_normal((2 * PROBE_SHAPE[1], PROBE_SHAPE[1]), np.float32)
+    second_moment = inputs.T @ inputs / np.float32(len(inputs))
+
+    def encode() -> None:
+        planned = load_method(method).encode(weight, format, second_moment).planned
+        weights_digest(planned)
+        relative_error(weight, planned, None)
+
+    return 1e9 * _median_seconds(encode, 3) / weight.size
+
+
+def _flops_per_s() -> float:
+    """Return this machine's float32 speed at the shapes that layers have."""
+    left, right = torch.ones(2048, 1024), torch.ones(1024, 1024)
+    return 2.0 * 2048 * 1024 * 1024 / _median_seconds(lambda: left @ right, 12)
+
+
+def _median_seconds(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]

@@ -1,0 +1,70 @@
+"""What the main job takes, against what `plan` foretold and what is promised: `make benchmark`.
+
+Times hold for an otherwise idle machine; on a busy one the figures are printed all the same.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.reference import reference_model
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "The capital of France is"
+JOBS = (("gguf", "galaxy-s24-ultra"), ("onnx", "core-ultra-200v"))
+
+
+def cli(folder: Path, *arguments: str) -> str:
+    """Run a command with a cache of the folder's own and return what it printed."""
+    environment = os.environ | {"EDGE_EXPORTER_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "exporter.cli.main", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference_model(tmp_path_factory.mktemp("reference") / "model")
+
+
+@pytest.mark.parametrize(("target", "device"), JOBS)
+def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: str, device: str) -> None:
+    asked = [str(reference), "--device", device, "--target", target]
+    planned = json.loads(cli(tmp_path, "plan", *asked, "--json"))
+    cli(tmp_path, "build", *asked, "-o", "bundle")
+    made = json.loads((tmp_path / "bundle/measurements.json").read_text("utf-8"))
+    report = json.loads((tmp_path / "bundle/report.json").read_text("utf-8"))
+    print(f"\n{target}: stage, seconds foretold and taken, peak MiB")
+    for stage in made["stages"]:
+        foretold = planned["stage_seconds"].get(stage["name"], {"value": 0.0})["value"]
+        print(f"  {stage['name']:20} {foretold:7.1f} {stage['seconds']:7.1f} {stage['peak_bytes'] >> 20:7}")
+    peak = max(stage["peak_bytes"] for stage in made["stages"])
+    found = {
+        "build_seconds": sum(stage["seconds"] for stage in made["stages"]),
+        "build_peak_bytes": peak,
+        "file_bytes": report["size"]["file_bytes"]["value"],
+        "runtime_peak_bytes": made["memory"]["peak_bytes"]["value"],
+    }
+    shares = {name: planned[name]["value"] / value for name, value in found.items()}
+    for name, share in shares.items():
+        print(f"  {name:20} foretold {planned[name]['value']:,.0f}, found {found[name]:,.0f}, ratio {share:.3f}")
+    assert peak < 2 << 30
+    assert all(0.8 <= share <= 1.2 for share in shares.values())
+
+
+def test_the_demo_job_takes_under_three_minutes(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    for target, device in JOBS:
+        cli(tmp_path, "build", "demo", "--device", device, "--target", target, "-o", target)
+    for target, _ in JOBS:
+        assert "Paris" in cli(tmp_path, "run", target, "-p", PROMPT)
+        cli(tmp_path, "verify", target)
+    seconds = time.perf_counter() - started
+    print(f"\nbuild, run and verify for two devices: {seconds:.0f} s")
+    assert seconds < 180
