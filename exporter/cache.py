@@ -6,13 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from exporter.errors import RequestError
+
 
 def cache_folder(*parts: str) -> Path:
     """Return (and make) a folder of the cache: `$EDGE_EXPORTER_CACHE`, or the user's cache folder."""
     named = os.environ.get("EDGE_EXPORTER_CACHE")
     root = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edge-exporter")
     folder = root.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            "the cache folder cannot be made",
+            where=folder,
+            got=error.strerror,
+            next_step="name another in EDGE_EXPORTER_CACHE",
+        ) from error
     return folder
 
 

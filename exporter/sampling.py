@@ -42,7 +42,8 @@ def sampled_windows(
 
 def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     target = load_target("gguf")
-    with TemporaryDirectory() as scratch:
+    # Beside the samples: the folder of temporary files may be small, or in memory.
+    with TemporaryDirectory(prefix=".", dir=cache_folder("samples")) as scratch:
         compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
         artifact = target.lower(compressed, QUICK_TYPE, Path(scratch))
         with open_artifact(artifact, job.window, job.threads, sequences=len(openings)) as child:

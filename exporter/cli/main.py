@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -196,17 +197,38 @@ def main() -> Never:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("gguf").setLevel(logging.WARNING)
+    # Raised as exceptions of our own, so that what is half-written goes first and a sentence is said.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except ExporterError as error:
         _end(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _end("interrupted; nothing half-written was left", 130)
+    except _Interruption as interruption:
+        _end("interrupted; nothing half-written was left", interruption.exit_code)
     except typer.TyperException as error:
         _end(error.format_message(), 2)
+    except OSError as error:
+        _end(f"{_named(error)}: {error.strerror}; check the path, its permissions and the disk's free space", 2)
     except Exception:
         traceback.print_exc()
         _end("this is a fault of edge-exporter, not of your input: please report it with the lines above", 70)
+
+
+class _Interruption(BaseException):
+    """A signal asked to end: Ctrl-C, or the system."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def _interrupt(number: int, _: object) -> Never:
+    raise _Interruption(number)
+
+
+def _named(error: OSError) -> str:
+    return str(error.filename) if error.filename else "a file could not be read or written"
 
 
 def _end(sentence: str, code: int) -> Never:

@@ -36,7 +36,8 @@ class Architecture:
         head_dim: Width of a head.
         vocab: Rows of the embedding.
         tied: The embedding serves as the head.
-        context_length: Positions the model was made for.
+        context_length: Positions up to which every runtime attends as the model does: those that it was made for,
+            or its sliding window where that is shorter (llama.cpp has none for these families).
     """
 
     family: Family
@@ -77,7 +78,7 @@ class Architecture:
             head_dim=_whole(config, "head_dim", where, default=hidden // heads),
             vocab=_whole(config, "vocab_size", where),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            context_length=_whole(config, "max_position_embeddings", where),
+            context_length=_context_length(config, where),
         )
         if heads % architecture.kv_heads or architecture.head_dim % 2:
             raise InputError(
@@ -161,6 +162,13 @@ class Architecture:
                 got=f"{len(extra)} such tensors",
                 expected="none, since leaving them out would change the model",
             )
+
+
+def _context_length(config: PretrainedConfig, where: object) -> int:
+    positions = _whole(config, "max_position_embeddings", where)
+    if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
+        return positions
+    return min(positions, _whole(config, "sliding_window", where))
 
 
 def _whole(config: PretrainedConfig, key: str, where: object, most: int = MAX_WIDTH, default: int | None = None) -> int:

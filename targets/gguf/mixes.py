@@ -7,6 +7,7 @@ skeleton of the model, in which each matrix keeps its width but only two rows, i
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -55,16 +56,15 @@ def mix_types(
 
 def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedConfig) -> dict[str, int]:
     """Write the skeleton and return the width of each matrix."""
-    writer = gguf.GGUFWriter(path, architecture.family.gguf_architecture)
-    write_header(writer, architecture, config)
     names = gguf_names(architecture.layers)
     widths = {names[group.name]: group.columns for group in architecture.groups()}
-    for name, columns in widths.items():
-        writer.add_tensor(name, np.zeros((2, columns), np.float32))
-    for name, shape in architecture.vectors().items():
-        writer.add_tensor(names[name], np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(path, architecture.family.gguf_architecture)) as writer:
+        write_header(writer, architecture, config)
+        for name, columns in widths.items():
+            writer.add_tensor(name, np.zeros((2, columns), np.float32))
+        for name, shape in architecture.vectors().items():
+            writer.add_tensor(names[name], np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return widths

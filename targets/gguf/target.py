@@ -1,6 +1,7 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -135,7 +136,28 @@ def row_order(model: Model, group: WeightGroup) -> np.ndarray | None:
 def _write_gguf(path: Path, compressed: CompressedModel, type: str) -> None:
     model = compressed.model
     names = gguf_names(model.architecture.layers)
-    writer = gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)
+    vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
+    vectors |= frequency_factors(model.config, model.architecture.head_dim)
+    with closing(gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)) as writer:
+        _add_metadata(writer, model, type)
+        for name, vector in vectors.items():
+            writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
+        for decision in compressed.decisions.values():
+            shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
+            kind = gguf.GGMLQuantizationType[decision.format.name]
+            writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.stored_bytes, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for vector in vectors.values():
+            writer.write_tensor_data(vector)
+        for decision in compressed.decisions.values():
+            data = compressed.encode(decision.group.name).data
+            order = row_order(model, decision.group)
+            writer.write_tensor_data(data if order is None else data[order])
+
+
+def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model.name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -146,24 +168,6 @@ def _write_gguf(path: Path, compressed: CompressedModel, type: str) -> None:
         copy_vocabulary(writer, model.gguf)
     else:
         write_vocabulary(writer, model.folder, model.architecture.vocab)
-    vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
-    vectors |= frequency_factors(model.config, model.architecture.head_dim)
-    for name, vector in vectors.items():
-        writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
-    for decision in compressed.decisions.values():
-        shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
-        kind = gguf.GGMLQuantizationType[decision.format.name]
-        writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.stored_bytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for vector in vectors.values():
-        writer.write_tensor_data(vector)
-    for decision in compressed.decisions.values():
-        data = compressed.encode(decision.group.name).data
-        order = row_order(model, decision.group)
-        writer.write_tensor_data(data if order is None else data[order])
-    writer.close()
 
 
 TARGET = Gguf()
