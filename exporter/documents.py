@@ -107,6 +107,7 @@ def _accuracy(proof: Proof, evaluation: Windows) -> Accuracy:
         kl_mean=_measured(found.kl_mean, "nats"),
         kl_p99=_measured(found.kl_p99, "nats"),
         top1_agreement=_measured(found.top1_agreement, "fraction"),
+        confident_agreement=_measured(found.confident_agreement, "fraction"),
         perplexity_ratio=_measured(found.perplexity_ratio, "ratio"),
         runtime_rounding_kl=_measured(proof.rounding.kl_mean, "nats"),
         tokens=found.tokens,

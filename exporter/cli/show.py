@@ -29,6 +29,7 @@ FIGURES = (
     ("accuracy.kl_mean", "KL(original || artifact), mean"),
     ("accuracy.kl_p99", "KL, 99th percentile"),
     ("accuracy.top1_agreement", "same next token"),
+    ("accuracy.confident_agreement", "the same where the original is sure"),
     ("accuracy.perplexity_ratio", "perplexity ratio"),
     ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
     ("speed.prefill_tokens_per_s", "prefill"),

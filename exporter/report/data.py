@@ -74,6 +74,7 @@ class Accuracy(Document):
         kl_mean: KL(original || artifact) a token, in `nats`.
         kl_p99: Its 99th percentile, in `nats`.
         top1_agreement: Share of tokens where both choose the same next token, as a `fraction`.
+        confident_agreement: The same where the original's first choice leads by more than 0.5 nats, as a `fraction`.
         perplexity_ratio: Perplexity of the artifact over that of the original, a `ratio`.
         runtime_rounding_kl: What the runtime's own rounding of activations adds, in `nats`.
         tokens: Number of tokens compared.
@@ -83,6 +84,7 @@ class Accuracy(Document):
     kl_mean: Quantity
     kl_p99: Quantity
     top1_agreement: Quantity
+    confident_agreement: Quantity
     perplexity_ratio: Quantity
     runtime_rounding_kl: Quantity
     tokens: Count

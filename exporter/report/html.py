@@ -140,6 +140,11 @@ def _accuracy(report: Report) -> list[Figure]:
             "How often both models hold the same next token to be the likeliest.",
         ),
         Figure.of(
+            "Agreement where the original is sure",
+            found.confident_agreement,
+            "The same, where the original's first choice is ahead by more than 0.5 nats (a factor of 1.6).",
+        ),
+        Figure.of(
             "Perplexity ratio",
             found.perplexity_ratio,
             "How much more the text surprises this model than the original; 1 means no loss.",

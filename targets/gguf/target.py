@@ -15,7 +15,8 @@ from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.header import frequency_factors, rope, write_header
 from exporter.targets.gguf.mixes import MIXES, mix_types
-from exporter.targets.gguf.vocabulary import copy_vocabulary, write_vocabulary
+from exporter.targets.gguf.pretokenizer import write_vocabulary
+from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.weights.format import Float32
 from exporter.weights.ggml import ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup

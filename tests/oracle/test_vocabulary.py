@@ -24,16 +24,9 @@ from exporter.model.tokenizer import (
     token_ids,
 )
 from exporter.targets.child import Child
+from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
 from exporter.targets.gguf.tokenize import Case, LlamaTokenizer, compare_in_child, llama_tokenize, open_vocabulary
-from exporter.targets.gguf.vocabulary import (
-    copy_vocabulary,
-    likely_pre_tokenizers,
-    parity_cases,
-    prove,
-    read_vocabulary,
-    write_vocabulary,
-    write_vocabulary_file,
-)
+from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.validate.parity import check_chat_template, check_tokenizer
 

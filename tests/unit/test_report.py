@@ -53,6 +53,7 @@ def test_floats_survive_exactly(report: Report) -> None:
         "accuracy.kl_mean",
         "accuracy.kl_p99",
         "accuracy.top1_agreement",
+        "accuracy.confident_agreement",
         "accuracy.perplexity_ratio",
         "accuracy.runtime_rounding_kl",
         "size.file_bytes",

@@ -1,0 +1,157 @@
+"""Which of llama.cpp's pre-tokenizers a vocabulary needs, proven before it is written.
+
+llama.cpp carries the pre-tokenizers of BPE models as code and picks one by name. Which name is right is not looked
+up by a model's identity but found by trying: a name is taken when llama.cpp then gives the ids that transformers gives.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gguf import GGUFWriter
+from transformers import PreTrainedTokenizerBase
+
+from exporter.errors import InputError
+from exporter.model.tokenizer import (
+    PARITY_CORPUS,
+    PRE_TOKENIZERS,
+    WHOLE_WORDS_FIRST,
+    known_difference,
+    load_tokenizer,
+    parity_texts,
+    pre_tokenizer,
+)
+from exporter.targets.gguf.tokenize import Case, Comparison, compare_in_child
+from exporter.targets.gguf.vocabulary import (
+    Vocabulary,
+    add_vocabulary,
+    components,
+    read_vocabulary,
+    write_vocabulary_file,
+)
+
+# Names that llama.cpp knows besides those of PRE_TOKENIZERS, one for each way of splitting.
+OTHER_PRE_TOKENIZERS = (
+    "deepseek-v3", "deepseek-llm", "deepseek-coder", "qwen35", "minicpm5", "tiny_aya", "granite-embed-multi-97m",
+    "falcon", "default", "bailingmoe", "seed-coder", "exaone-moe", "jais-2", "youtu", "spark2_5", "afmoe", "laguna",
+    "chameleon", "superbpe", "ufakzeka", "poro-chat", "viking", "kimi-k2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VocabularyProof:
+    """What was shown about a written vocabulary.
+
+    Attributes:
+        pre_tokenizer: The name that gave equal ids.
+        compared: Cases (a text with a way of handling special tokens); the ids of all were equal.
+        set_apart: Texts not compared, since llama.cpp is known to treat them in another way: it does not normalise
+            text for byte-level BPE, and puts a space before every part of a text where Metaspace does so once.
+    """
+
+    pre_tokenizer: str
+    compared: int
+    set_apart: int
+
+
+def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> VocabularyProof:
+    """Add the vocabulary of a Hugging Face tokenizer to a GGUF file, after llama.cpp was shown to tokenise alike.
+
+    Args:
+        writer: Receives the keys `tokenizer.*`.
+        folder: Holds the tokenizer.
+        vocab_size: Rows of the embedding; ids that the tokenizer does not use become `[PADn]`.
+
+    Raises:
+        InputError: the tokenizer is of a kind that llama.cpp does not have, does not fit the embedding, or no
+            pre-tokenizer of llama.cpp gives the same ids.
+    """
+    tokenizer = load_tokenizer(folder)
+    vocabulary = read_vocabulary(tokenizer, folder, vocab_size)
+    cases, set_apart = parity_cases(tokenizer, vocabulary.model)
+    names = likely_pre_tokenizers(tokenizer) if vocabulary.model == "gpt2" else [vocabulary.pre_tokenizer]
+    proven = prove(vocabulary, names, cases, folder)
+    add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proven))
+    return VocabularyProof(proven, len(cases), set_apart)
+
+
+def parity_cases(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[list[Case], int]:
+    """Return what llama.cpp is asked, and the number of texts that it is known to treat in another way."""
+    texts = parity_texts(tokenizer)
+    apart = known_difference(tokenizer) if model == "gpt2" else _space_differs(tokenizer)
+    alike = [text for text in texts if apart(text) is None]
+    cases = [Case(text, True, True, tuple(tokenizer(text)["input_ids"])) for text in alike]
+    if model == "gpt2":  # the other kind forms special tokens from plain text wherever their pieces are tokens
+        cases += [Case(text, False, False, _plain_ids(tokenizer, text)) for text in alike]
+    return cases, len(texts) - len(alike)
+
+
+def _space_differs(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:
+    """Return what says where a Metaspace tokenizer puts no space before a text but llama.cpp does."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    metaspace = any(part["type"] == "Metaspace" for part in components(settings["pre_tokenizer"]))
+    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+
+    def reason(text: str) -> str | None:
+        differs = metaspace and (text.startswith((" ", "\u2581")) or any(token in text for token in added))
+        return "llama.cpp puts a space before every part of a text" if differs else None
+
+    return reason
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Return the ids of text that must not be able to name a special token."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def likely_pre_tokenizers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return llama.cpp's names, the likeliest first: those whose known form splits the corpus as the tokenizer does."""
+    backend = tokenizer.backend_tokenizer
+    whole_words = bool(backend.model.ignore_merges)
+    own = [backend.pre_tokenizer.pre_tokenize_str(text) for text in PARITY_CORPUS]
+
+    def unlikeness(name: str) -> tuple[int, bool]:
+        form = pre_tokenizer(name)
+        splits = [form.pre_tokenize_str(text) for text in PARITY_CORPUS]
+        different = sum(a != b for a, b in zip(own, splits, strict=True))
+        return different, (name in WHOLE_WORDS_FIRST) != whole_words
+
+    return [*sorted(PRE_TOKENIZERS, key=unlikeness), *OTHER_PRE_TOKENIZERS]
+
+
+def prove(vocabulary: Vocabulary, names: list[str], cases: list[Case], where: Path) -> str:
+    """Return the first pre-tokenizer under which llama.cpp gives the expected ids in all cases.
+
+    Raises:
+        InputError: there is none.
+    """
+    tried: list[Comparison] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "vocabulary.gguf"
+        write_vocabulary_file(file, vocabulary)
+        for result in compare_in_child(file, names, cases):
+            if result.different == 0:
+                return str(result.pre_tokenizer)
+            tried.append(result)
+    raise _no_equal(tried, len(cases), where)
+
+
+def _no_equal(tried: list[Comparison], cases: int, where: Path) -> InputError:
+    best = min(tried, key=lambda result: cases + 1 if result.different is None else result.different)
+    if best.example is None:
+        return InputError(
+            "llama.cpp loads this tokenizer under no pre-tokenizer",
+            where=where,
+            next_step="lower the model to onnx instead",
+        )
+    case, got = best.example
+    return InputError(
+        f"BPE pre-tokenizer was not recognized: under none of {len(tried)} does llama.cpp give this tokenizer's ids; "
+        f"the best, {best.pre_tokenizer!r}, differs in {best.different} of {cases} cases, such as {case.text[:60]!r}",
+        where=where,
+        got=list(got[:16]),
+        expected=list(case.ids[:16]),
+        next_step="lower the model to onnx instead, or restore the tokenizer of the model it was made from",
+    )

@@ -1,0 +1,82 @@
+"""Errors, whole-or-nothing writes, plug-ins and texts: what everything else stands on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.cache import cache_folder, replacing
+from exporter.calibrate.text import Windows, file_windows
+from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError, did_you_mean
+from exporter.model.tokenizer import load_tokenizer
+from exporter.registry import load, names
+from tests.models import tiny_model
+
+
+def test_an_error_is_one_sentence() -> None:
+    error = ExporterError("it failed", where="a.bin", got=3, expected="at least 4", next_step="add one")
+    assert str(error) == "a.bin: it failed; got 3, expected at least 4; add one."
+    assert str(ExporterError("it failed", expected=4)) == "it failed; expected 4."
+    assert str(ExporterError("it failed.")) == "it failed."
+
+
+def test_a_near_name_is_offered_and_a_far_one_lists_all() -> None:
+    assert did_you_mean("raspbery-pi-5", ["raspberry-pi-5", "pixel-9"]) == "did you mean 'raspberry-pi-5'?"
+    assert "'pixel-9'" in did_you_mean("zzz", ["pixel-9"]) or "pixel-9" in did_you_mean("zzz", ["pixel-9"])
+
+
+def test_a_write_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"
+    with replacing(path) as partial:
+        partial.write_text("after")
+        assert path.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "after"
+
+
+def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "own"))
+    assert cache_folder("a", "b") == tmp_path / "own" / "a" / "b"
+    monkeypatch.delenv("EDGE_EXPORTER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "edge-exporter"
+
+
+def test_plug_ins_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"rtn", "ldlq"} <= set(names("exporter.compress"))
+    with pytest.raises(RequestError, match="unknown method 'ldql'; did you mean 'ldlq'"):
+        load("exporter.compress.{}", "ldql", ["ldlq", "rtn"], "method")
+    with pytest.raises(MissingDependencyError, match="needs the library 'no_such_library'"):
+        load("no_such_library.{}", "x", ["x"], "target")
+
+
+def test_texts_are_cut_into_whole_windows(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "hello world, it's France. ".encode() * 100)
+    windows = file_windows(path, tokenizer, 6, 32)
+    ids = tokenizer(path.read_text("utf-8-sig"), add_special_tokens=False)["input_ids"]
+    assert windows.tokens.tolist() == np.array(ids[: 6 * 32]).reshape(6, 32).tolist()
+    assert windows.kind == "file"
+    assert windows.digest == Windows.of(windows.tokens.astype(np.int32), "file", 0).digest
+    assert windows.digest != Windows.of(windows.tokens[::-1], "file", 0).digest
+    found = len(ids) // 100
+    assert len(file_windows(path, tokenizer, 1000, 100).tokens) == found
+
+
+def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
+    short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
+    short.write_text("too short")
+    latin.write_bytes("für".encode("latin-1"))
+    with pytest.raises(InputError, match="the text is too short; got .* tokens, expected at least 128"):
+        file_windows(short, tokenizer, 4, 32)
+    with pytest.raises(InputError, match="the text is not UTF-8; got byte 1"):
+        file_windows(latin, tokenizer, 4, 32)
+    with pytest.raises(RequestError, match="there is no such text file"):
+        file_windows(tmp_path / "none.txt", tokenizer, 4, 32)
