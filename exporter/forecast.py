@@ -7,7 +7,6 @@ the stages reach were measured on 2 cores of an x86-64 machine.
 
 import time
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE = 0.8, 0.42, 0.9, 0.15
 DECODED_BYTES_PER_SECOND = 8e9
 # Comparing one position's logits, and decoding a weight from the artifact.
 COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = 35.0, 20.0
-OPEN_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 3.0, 0.5, 1.0
+OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5, 1.0
 PROBE_SHAPE = (1024, 512)
 
 
@@ -49,7 +48,7 @@ def stage_seconds(model: Model, job: Job, decisions: list[Decision], file_bytes:
         "open": OPEN_SECONDS,
         "calibration text": _sampling(model, job, token / (SAMPLING_SHARE * flops_per_s)),
         "statistics": calibration * (token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
-        "compress and lower": OPEN_SECONDS + sum(_encoding(decision, flops_per_s) for decision in decisions),
+        "compress and lower": VOCABULARY_SECONDS + _encoding(decisions, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
@@ -79,21 +78,22 @@ def _sampling(model: Model, job: Job, token_seconds: float) -> float:
         return 0.0
     tokens = (job.calibration_windows + job.evaluation_windows) * job.window
     quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"))
-    return OPEN_SECONDS + quick + tokens * token_seconds
+    return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
 
-def _encoding(decision: Decision, flops_per_s: float) -> float:
-    """Return the seconds of one matrix: its weights at the measured speed, and what grows faster than their number."""
-    columns = decision.group.columns
-    seconds = decision.group.size * 1e-9 * _encode_nanoseconds(decision.method, decision.format)
-    products = 4.0 * decision.group.size * columns / flops_per_s
-    factor = (
-        2 / 3 * columns**3 / (FACTOR_SHARE * flops_per_s) if load_method(decision.method).needs_second_moment else 0
-    )
-    return seconds + products + factor
+def _encoding(decisions: list[Decision], flops_per_s: float) -> float:
+    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
+    kinds = {(decision.method, decision.format.name): decision for decision in decisions}
+    speeds = {kind: _encode_nanoseconds(decision.method, decision.format) for kind, decision in kinds.items()}
+    seconds = 0.0
+    for decision in decisions:
+        size, columns = decision.group.size, decision.group.columns
+        factor = 2 / 3 * columns**3 if load_method(decision.method).needs_second_moment else 0.0
+        seconds += size * 1e-9 * speeds[decision.method, decision.format.name]
+        seconds += (4.0 * size * columns + factor / FACTOR_SHARE) / flops_per_s
+    return seconds
 
 
-@cache
 def _encode_nanoseconds(method: str, format: WeightFormat) -> float:
     """Return the time a weight takes to be encoded, decoded and digested, measured on random weights."""
     chance = np.random.default_rng(0)

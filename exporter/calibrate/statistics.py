@@ -136,7 +136,7 @@ class _Moment:
 def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
     """Sum the second moments of the inputs of a layer's matrices while it runs, then save them."""
     observers = {site: path for path, site in reversed(LINEARS.values())}
-    moments = {site: _Moment(module.get_submodule(path).in_features) for site, path in observers.items()}
+    moments = {site: _Moment(int(module.get_parameter(f"{path}.weight").shape[1])) for site, path in observers.items()}
     hooks = [
         module.get_submodule(path).register_forward_pre_hook(
             lambda _, inputs, moment=moments[site]: moment.add(inputs[0])

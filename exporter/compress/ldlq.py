@@ -6,6 +6,8 @@ adding to each later column k the feedback -(w_j - q_j) U_jk / U_jj minimises tr
 Formats whose scales span several blocks get the same feedback from block to block.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,7 +57,7 @@ def feedback_factor(second_moment: Float32, damping: float) -> Float32:
     return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
 
 
-def _triangle_inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
+def _triangle_inverse(lower: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
     """Return the inverse of a lower triangle, by halves: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
 
     SciPy has one too, but a BLAS of its own, whose waiting threads slow down NumPy's.

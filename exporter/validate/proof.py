@@ -6,6 +6,7 @@ from functools import partial
 
 from exporter.calibrate.text import Tokens
 from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.errors import ExporterError
 from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.model import Model
@@ -66,6 +67,8 @@ def prove(
 ) -> Proof:
     """Compare an artifact with its original through the real runtime, and time it.
 
+    A tokenizer or chat template that differs is a failed check; an artifact that is not the planned model is refused.
+
     Args:
         target: What made the artifact.
         artifact: The artifact.
@@ -74,6 +77,10 @@ def prove(
         context: Tokens of context to time and to measure memory at.
         threads: Threads of the runtime.
         progress: Called with what is done, steps done and their total.
+
+    Raises:
+        ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        RuntimeCrashError: the runtime died of the artifact.
     """
     model = compressed.model
     with open_artifact(artifact, context, threads) as child:
@@ -86,13 +93,26 @@ def prove(
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
     own = Reference.of(dequantised(model, decoded), some, partial(progress, "prove: layers of the artifact"))
     checks = [check_weights(decoded.digests, compressed), check_stored_types(target, artifact, compressed)]
+    _require(checks)
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
         accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))
+        checks.append(check_rounding(rounding))
+        _require(checks)
         self_test = make_self_test(logits, model.architecture.vocab, 0)
         checks += check_parity(child, model)
-    checks.append(check_rounding(rounding))
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
+
+
+def _require(lowered: list[Check]) -> None:
+    for check in lowered:
+        if check.status == "failed":
+            raise ExporterError(
+                "the artifact is not the model that was planned, so no bundle is written",
+                where=check.name,
+                got=check.detail,
+                next_step="please report this, with the model's name and the command",
+            )
 
 
 class Decoded:
@@ -127,7 +147,7 @@ def check_stored_types(target: Target, artifact: Artifact, compressed: Compresse
 
 def check_rounding(rounding: Distance) -> Check:
     """Hold the runtime's own rounding below what a packing error would cost."""
-    detail = "KL of the artifact against a float model with the artifact's own weights"
+    detail = f"KL {rounding.kl_mean:.4f} of the artifact against a float model with the artifact's own weights"
     passed = rounding.kl_mean <= MOST_ROUNDING_KL
     check = _check("lowering.runtime_rounding", passed, detail)
     return check.model_copy(update={"value": rounding.kl_mean, "limit": MOST_ROUNDING_KL, "unit": "nats"})

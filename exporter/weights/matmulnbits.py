@@ -42,11 +42,12 @@ class _IntegerGrid:
 
     def nearest(self, values: Float32) -> Float32:
         """Return the nearest codes as whole float32 numbers; values and codes are [..., rows]."""
-        codes = values / self.scale
+        codes: Float32 = values / self.scale
         np.rint(codes, out=codes)
         codes += self.zero_point
         np.maximum(codes, 0, out=codes)
-        return np.minimum(codes, (1 << self.bits) - 1, out=codes)
+        np.minimum(codes, (1 << self.bits) - 1, out=codes)
+        return codes
 
     def decode(self, codes: Float32) -> Float32:
         """Return what codes stand for, in their own memory."""

@@ -55,7 +55,7 @@ class Onnx:
         """Return matrices, vectors, rotary tables and the graph."""
         shape = model.architecture
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
-        rotary = 2 * 4 * model.config.max_position_embeddings * shape.head_dim // 2
+        rotary = 2 * 4 * int(model.config.max_position_embeddings) * shape.head_dim // 2
         return sum(decision.stored_bytes for decision in decisions) + vectors + rotary + 4096 * shape.layers
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:

@@ -60,9 +60,12 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str, stati
     return made.lower(CompressedModel(model, made.decide(model, type, method), statistics), type, folder)
 
 
-def measure(original: Reference, artifact: Artifact) -> Distance:
+def measure(original: Reference, artifact: Artifact, name: str) -> Distance:
     with open_artifact(artifact, WINDOW, 2) as child:
-        return distance(original, lambda tokens, first: child.call("logits", tokens, first))
+        found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
+    agreement = f"same first token {found.top1_agreement:.1%}, where sure {found.confident_agreement:.1%}"
+    print(f"\n{name}: {artifact.file_bytes:,} bytes, KL {found.kl_mean:.4f}, {agreement}, {found.tokens} tokens")
+    return found
 
 
 def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
@@ -73,8 +76,7 @@ def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
     subprocess.run([*builder, "-i", folder, "-o", out, "-c", tmp_path / "cache"], check=True, capture_output=True)
     stock = Artifact("onnx", out, (out / "model.onnx", out / "model.onnx.data"))
-    kl, stock_kl = measure(original, ours).kl_mean, measure(original, stock).kl_mean
-    print(f"int4: KL {kl:.4f} at {ours.file_bytes:,} bytes; stock {stock_kl:.4f} at {stock.file_bytes:,}")
+    kl, stock_kl = measure(original, ours, "onnx int4").kl_mean, measure(original, stock, "builder's int4").kl_mean
     assert ours.file_bytes <= stock.file_bytes
     assert kl <= 0.6 * stock_kl
 
@@ -83,10 +85,7 @@ def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
 def test_eight_bits_choose_the_same_tokens(
     model: Model, original: Reference, tmp_path: Path, target: str, type: str
 ) -> None:
-    found = measure(original, lower(model, tmp_path / "artifact", target, type, "rtn", None))
-    print(
-        f"{type}: KL {found.kl_mean:.5f}, the same first token at {found.top1_agreement:.2%} of {found.tokens} places"
-    )
+    found = measure(original, lower(model, tmp_path / "artifact", target, type, "rtn", None), f"{target} {type}")
     assert found.tokens >= 2000
     assert found.top1_agreement >= 0.95
     assert found.confident_agreement == 1.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from exporter import pipeline
 from exporter.cli.main import main
-from exporter.errors import RequestError
+from exporter.errors import ExporterError, RequestError
 from exporter.job import Job
+from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.target import Gguf
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +87,28 @@ def test_a_disk_that_refuses_to_write(
     with pytest.raises(RequestError, match=sentence):
         pipeline.build(job(folder))
     assert contents(folder) == before
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "check"),
+    [("blk.1.ffn_up.weight", "lowering.weights"), ("output_norm.weight", "lowering.runtime_rounding")],
+)
+def test_an_artifact_that_is_not_the_planned_model_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, check: str
+) -> None:
+    lower = Gguf.lower
+
+    def damaged(*arguments: Any) -> Artifact:
+        artifact = lower(*arguments)
+        (found,) = (one for one in gguf.GGUFReader(artifact.weights[0], "r+").tensors if one.name == tensor)
+        found.data[...] = -found.data
+        return artifact
+
+    monkeypatch.setattr(Gguf, "lower", damaged)
+    with pytest.raises(ExporterError, match=f"{check}: the artifact is not the model that was planned"):
+        pipeline.build(job(folder))
+    assert not (folder / "bundle").exists()
     assert not list(folder.glob(".*"))
 
 

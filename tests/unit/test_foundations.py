@@ -20,9 +20,10 @@ def test_an_error_is_one_sentence() -> None:
     assert str(ExporterError("it failed.")) == "it failed."
 
 
-def test_a_near_name_is_offered_and_a_far_one_lists_all() -> None:
-    assert did_you_mean("raspbery-pi-5", ["raspberry-pi-5", "pixel-9"]) == "did you mean 'raspberry-pi-5'?"
-    assert "'pixel-9'" in did_you_mean("zzz", ["pixel-9"]) or "pixel-9" in did_you_mean("zzz", ["pixel-9"])
+def test_a_near_name_is_offered_beside_all_that_are_known() -> None:
+    known = ["raspberry-pi-5", "pixel-9"]
+    assert did_you_mean("raspbery-pi-5", known) == "did you mean 'raspberry-pi-5'? Known: pixel-9, raspberry-pi-5"
+    assert "did you mean" not in did_you_mean("zzz", known)
 
 
 def test_a_write_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_plug_ins_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_texts_are_cut_into_whole_windows(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
     path = tmp_path / "text.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + "hello world, it's France. ".encode() * 100)
+    path.write_bytes(b"\xef\xbb\xbf" + b"hello world, it's France. " * 100)
     windows = file_windows(path, tokenizer, 6, 32)
     ids = tokenizer(path.read_text("utf-8-sig"), add_special_tokens=False)["input_ids"]
     assert windows.tokens.tolist() == np.array(ids[: 6 * 32]).reshape(6, 32).tolist()
@@ -74,7 +75,7 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
     short.write_text("too short")
     latin.write_bytes("für".encode("latin-1"))
-    with pytest.raises(InputError, match="the text is too short; got .* tokens, expected at least 128"):
+    with pytest.raises(InputError, match=r"the text is too short; got \d tokens, expected at least 128"):
         file_windows(short, tokenizer, 4, 32)
     with pytest.raises(InputError, match="the text is not UTF-8; got byte 1"):
         file_windows(latin, tokenizer, 4, 32)
