@@ -32,10 +32,10 @@ FIGURES = (
     ("accuracy.confident_agreement", "the same where the original is sure"),
     ("accuracy.perplexity_ratio", "perplexity ratio"),
     ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
-    ("speed.prefill_tokens_per_s", "prefill"),
-    ("speed.decode_tokens_per_s", "decode"),
-    ("speed.time_to_first_token_ms", "time to first token"),
-    ("memory.peak_bytes", "peak memory"),
+    ("speed.prefill_tokens_per_s", "prefill, on the host"),
+    ("speed.decode_tokens_per_s", "decode, on the host"),
+    ("speed.time_to_first_token_ms", "time to first token, on the host"),
+    ("memory.peak_bytes", "peak memory, on the host"),
 )
 
 
