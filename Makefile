@@ -15,6 +15,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the embedded model
+	mkdir -p out
 	rm -rf out/demo-phone out/demo-laptop
 	$(BIN)/edge-exporter build demo --device galaxy-s24-ultra --target gguf -o out/demo-phone
 	$(BIN)/edge-exporter build demo --device core-ultra-200v --target onnx -o out/demo-laptop

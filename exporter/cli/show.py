@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -57,6 +58,11 @@ def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
+def plain(value: object) -> str:
+    """Return text that came from outside as the terminal may see it: no markup, no control characters."""
+    return escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
+
+
 def document(facts: object, as_json: bool, show: Callable[[], None]) -> None:
     """Print facts as JSON, or call what prints them for people."""
     if as_json:
@@ -83,17 +89,21 @@ def _bytes(path: Path) -> bytes:
 def bundle(path: Path) -> None:
     """Print a bundle's figures and checks."""
     facts: dict[str, Any] = bundle_facts(path)
-    console.print(f"[bold]{facts['model']['name']}[/] for {facts['device_title']}: {facts['target']}, ", end="")
-    console.print(f"{facts['recipe']['scheme']} by {facts['recipe']['method']}")
+    console.print(
+        f"[bold]{plain(facts['model']['name'])}[/] for {plain(facts['device_title'])}: {facts['target']}, ", end=""
+    )
+    console.print(plain(f"{facts['recipe']['scheme']} by {facts['recipe']['method']}"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, title in FIGURES:
         quantity = _at(facts, key)
         table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
     console.print(table)
     for warning in facts["model"]["warnings"]:
-        console.print(f"[yellow]note:[/] {warning}")
+        console.print(f"[yellow]note:[/] {plain(warning)}")
     checks(Check.model_validate(check) for check in facts["checks"])
-    console.print(f"bundle [bold]{path}[/], content {facts['content_digest'][:16]}, report {path / 'report.html'}")
+    console.print(
+        f"bundle [bold]{plain(path)}[/], content {facts['content_digest'][:16]}, report {plain(path / 'report.html')}"
+    )
 
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def checks(found: Iterable[Check]) -> None:
     """Print checks, one a line."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for check in found:
-        table.add_row(STATUS[check.status], check.name, f"[dim]{check.detail}[/]")
+        table.add_row(STATUS[check.status], plain(check.name), f"[dim]{plain(check.detail)}[/]")
     console.print(table)
 
 
@@ -149,7 +159,8 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     """Print a plan."""
     facts: dict[str, Any] = plan_facts(made, seconds)
     console.print(
-        f"[bold]{made.model_name}[/] for {made.device.title}: {made.target.name}, {made.type} by {made.method}"
+        f"[bold]{plain(made.model_name)}[/] for {plain(made.device.title)}: {made.target.name}, "
+        f"{made.type} by {made.method}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "build_seconds"):
@@ -163,7 +174,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
         key = (decision.format.name, decision.reason)
         counts[key] = counts.get(key, 0) + 1
     for (format, reason), count in counts.items():
-        console.print(f"{count:4d} x {format:<8} [dim]{reason}[/]")
+        console.print(f"{count:4d} x {format:<8} [dim]{plain(reason)}[/]")
     checks(made.checks)
 
 
@@ -177,7 +188,11 @@ def quantities(facts: dict[str, Any]) -> None:
 
 def comparison(facts: list[dict[str, Any]]) -> None:
     """Print bundles in columns; a difference of the evaluation text is said, since KLs then do not compare."""
-    table = Table("", *(f"{one['path']}\n{one['target']} {one['recipe']['scheme']}" for one in facts), box=None)
+    table = Table(
+        "",
+        *(f"{plain(one['path'])}\n{plain(one['target'])} {plain(one['recipe']['scheme'])}" for one in facts),
+        box=None,
+    )
     for key, title in FIGURES:
         found = [_at(one, key) for one in facts]
         table.add_row(title, *(figure(quantity["value"], quantity["unit"]) for quantity in found))
@@ -208,7 +223,9 @@ def tensors(facts: dict[str, Any]) -> None:
     """Print tensors, one a line."""
     table = Table("tensor", "format", "shape", "bytes", box=None)
     for tensor in facts["tensors"]:
-        table.add_row(tensor["name"], tensor["format"], "x".join(map(str, tensor["shape"])), str(tensor["bytes"]))
+        table.add_row(
+            plain(tensor["name"]), tensor["format"], "x".join(map(str, tensor["shape"])), str(tensor["bytes"])
+        )
     console.print(table)
 
 
@@ -217,18 +234,19 @@ def devices(profiles: list[DeviceProfile]) -> None:
     table = Table("device", "class", "SoC", "RAM", "an app may use", "target", box=None)
     for one in profiles:
         memory = (figure(one.ram_bytes.value, "bytes"), figure(one.app_memory_limit_bytes.value, "bytes"))
-        table.add_row(one.name, one.device_class, one.soc, *memory, one.preferred.target)
+        table.add_row(*map(plain, (one.name, one.device_class, one.soc, *memory, one.preferred.target)))
     console.print(table)
 
 
 def device(profile: DeviceProfile) -> None:
     """Print one profile with the basis and source of each number."""
-    console.print(f"[bold]{profile.title}[/] ({profile.name}), {profile.soc}, {profile.os}")
+    console.print(f"[bold]{plain(profile.title)}[/] ({plain(profile.name)}), {plain(profile.soc)}, {plain(profile.os)}")
     table = Table("fact", "value", "basis", "source", box=None)
     for name, fact in profile:
         if hasattr(fact, "source") and hasattr(fact, "value"):
-            table.add_row(name, f"{fact.value:g}", fact.basis, fact.source)
+            table.add_row(name, f"{fact.value:g}", fact.basis, plain(fact.source))
     for cluster in profile.clusters:
         clock = cluster.clock_ghz
-        table.add_row(f"{cluster.cores} x {cluster.name}", f"{clock.value:g} GHz", clock.basis, clock.source)
+        name = plain(f"{cluster.cores} x {cluster.name}")
+        table.add_row(name, f"{clock.value:g} GHz", clock.basis, plain(clock.source))
     console.print(table)

@@ -104,3 +104,13 @@ def test_listing_devices_and_planning(world: Path) -> None:
     planned = json.loads(cli(world, "plan", "model", "-d", "raspberry-pi-5", "--json").stdout)
     assert planned["file_bytes"]["basis"] == "estimated"
     assert len(planned["decisions"]) == 15
+
+
+def test_names_from_outside_are_shown_as_they_are(world: Path) -> None:
+    odd = "odd \x1b[31m[red]model"
+    (world / odd).mkdir(exist_ok=True)
+    for path in (world / "model").iterdir():
+        (world / odd / path.name).write_bytes(path.read_bytes())
+    shown = cli(world, "plan", odd, "-d", "raspberry-pi-5")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("odd \ufffd[31m[red]model for ")
