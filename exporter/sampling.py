@@ -21,6 +21,8 @@ from exporter.targets.artifact import open_artifact
 from exporter.targets.target import load_target
 
 QUICK_TYPE = "Q8_0"
+# Raised when the same seed gives another text.
+VERSION = 2
 
 
 def sampled_windows(
@@ -28,8 +30,8 @@ def sampled_windows(
 ) -> tuple[Windows, Windows]:
     """Return calibration and evaluation windows, different sequences of one seeded sampling."""
     count = job.calibration_windows + job.evaluation_windows
-    named = f"{model.digest}:{QUICK_TYPE}:{job.seed}:{job.calibration_windows}:{job.evaluation_windows}:{job.window}"
-    key = hashlib.sha256(named.encode()).hexdigest()[:32]
+    decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
+    key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
     if not path.is_file():
         tokens = _sample(model, starts(tokenizer, count, job.seed), job, progress)

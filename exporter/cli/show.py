@@ -89,10 +89,8 @@ def _bytes(path: Path) -> bytes:
 def bundle(path: Path) -> None:
     """Print a bundle's figures and checks."""
     facts: dict[str, Any] = bundle_facts(path)
-    console.print(
-        f"[bold]{plain(facts['model']['name'])}[/] for {plain(facts['device_title'])}: {facts['target']}, ", end=""
-    )
-    console.print(plain(f"{facts['recipe']['scheme']} by {facts['recipe']['method']}"))
+    recipe = f"{facts['target']}, {facts['recipe']['scheme']} by {facts['recipe']['method']}"
+    console.print(f"[bold]{plain(facts['model']['name'])}[/] for {plain(facts['device_title'])}: {plain(recipe)}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, title in FIGURES:
         quantity = _at(facts, key)
@@ -101,9 +99,8 @@ def bundle(path: Path) -> None:
     for warning in facts["model"]["warnings"]:
         console.print(f"[yellow]note:[/] {plain(warning)}")
     checks(Check.model_validate(check) for check in facts["checks"])
-    console.print(
-        f"bundle [bold]{plain(path)}[/], content {facts['content_digest'][:16]}, report {plain(path / 'report.html')}"
-    )
+    content, page = facts["content_digest"][:16], path / "report.html"
+    console.print(f"bundle [bold]{plain(path)}[/], content {content}, report {plain(page)}")
 
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any]:
@@ -188,11 +185,8 @@ def quantities(facts: dict[str, Any]) -> None:
 
 def comparison(facts: list[dict[str, Any]]) -> None:
     """Print bundles in columns; a difference of the evaluation text is said, since KLs then do not compare."""
-    table = Table(
-        "",
-        *(f"{plain(one['path'])}\n{plain(one['target'])} {plain(one['recipe']['scheme'])}" for one in facts),
-        box=None,
-    )
+    titles = (f"{plain(one['path'])}\n{plain(one['target'] + ' ' + one['recipe']['scheme'])}" for one in facts)
+    table = Table("", *titles, box=None)
     for key, title in FIGURES:
         found = [_at(one, key) for one in facts]
         table.add_row(title, *(figure(quantity["value"], quantity["unit"]) for quantity in found))
@@ -223,9 +217,8 @@ def tensors(facts: dict[str, Any]) -> None:
     """Print tensors, one a line."""
     table = Table("tensor", "format", "shape", "bytes", box=None)
     for tensor in facts["tensors"]:
-        table.add_row(
-            plain(tensor["name"]), tensor["format"], "x".join(map(str, tensor["shape"])), str(tensor["bytes"])
-        )
+        shape = "x".join(map(str, tensor["shape"]))
+        table.add_row(plain(tensor["name"]), tensor["format"], shape, str(tensor["bytes"]))
     console.print(table)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
@@ -60,11 +62,11 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str, stati
     return made.lower(CompressedModel(model, made.decide(model, type, method), statistics), type, folder)
 
 
-def measure(original: Reference, artifact: Artifact, name: str) -> Distance:
-    with open_artifact(artifact, WINDOW, 2) as child:
+def measure(original: Reference, artifact: Artifact, name: str, exact: bool = False) -> Distance:
+    with open_artifact(artifact, WINDOW, 2, exact) as child:
         found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
     agreement = f"same first token {found.top1_agreement:.1%}, where sure {found.confident_agreement:.1%}"
-    print(f"\n{name}: {artifact.file_bytes:,} bytes, KL {found.kl_mean:.4f}, {agreement}, {found.tokens} tokens")
+    print(f"\n{name}: {artifact.file_bytes:,} bytes, KL {found.kl_mean:.4g}, {agreement}, {found.tokens} tokens")
     return found
 
 
@@ -92,21 +94,38 @@ def test_eight_bits_choose_the_same_tokens(
 
 
 @pytest.fixture(scope="module")
-def floats(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    (path,) = lower(model, tmp_path_factory.mktemp("floats") / "f32", "gguf", "F32", "rtn", None).weights
-    return path
+def floats(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return lower(model, tmp_path_factory.mktemp("floats") / "f32", "gguf", "F32", "rtn", None)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_float32_artifacts_are_the_model(
+    folder: Path, model: Model, original: Reference, floats: Artifact, tmp_path: Path, target: str
+) -> None:
+    artifact = floats if target == "gguf" else lower(model, tmp_path / "f32", "onnx", "F32", "rtn", None)
+    half = Reference(original.tokens[:4], original.hidden[:4], original.head)
+    assert measure(half, artifact, f"{target} F32", exact=True).kl_mean < 1e-6
+    prompt = load_tokenizer(folder)("The capital of France is")["input_ids"]
+    with open_artifact(artifact, WINDOW, 2, exact=True) as child:
+        greedy = child.call("generate", prompt, 32)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    made = whole.generate(ids, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(ids))[
+        0, len(prompt) :
+    ]
+    assert greedy == made.tolist()
 
 
 @pytest.mark.parametrize("mix", ["Q4_K_M", "IQ4_XS"])
 def test_named_mixes_are_those_of_llama_cpp(
-    model: Model, statistics: Statistics, floats: Path, tmp_path: Path, mix: str
+    model: Model, statistics: Statistics, floats: Artifact, tmp_path: Path, mix: str
 ) -> None:
     (ours,) = lower(model, tmp_path / "ours", "gguf", mix, "rtn", statistics).weights
     names = gguf_names(model.architecture.layers)
     observed = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     importance = {name: values for name, values in observed.items() if values is not None}
     stock = tmp_path / "stock.gguf"
-    with Child("llama.cpp's quantiser", quantise, floats, stock, mix, importance) as child:
+    with Child("llama.cpp's quantiser", quantise, floats.weights[0], stock, mix, importance) as child:
         assert child.result() == (0, "")
     assert len(tensor_digests(ours)) == 272
     assert tensor_digests(ours) == tensor_digests(stock)
