@@ -118,7 +118,9 @@ def verify(bundle: BundleArgument, threads: ThreadsOption = THREADS, as_json: Js
     from exporter.use import self_test
 
     _require_bundle(bundle)
-    checks = tuple(verify_bundle(bundle))
+    with show.progress(enabled=not as_json) as progress:
+        mib = 1 << 20
+        checks = tuple(verify_bundle(bundle, lambda done, total: progress("verify: MiB", done // mib, total // mib)))
     if all(check.status == "passed" for check in checks):
         checks += (self_test(bundle, threads),)
     show.document(show.checks_facts(checks), as_json, lambda: show.checks(checks))
