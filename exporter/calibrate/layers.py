@@ -60,18 +60,27 @@ class LayerStream:
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
         """Replace the hidden states, float32 [windows, length, hidden], by a layer's output, some windows at a time."""
-        windows, length, _ = hidden.shape
-        positions = torch.arange(length)[None]
-        embedded = self._rotary(hidden[:1], positions)
-        step = max(1, TOKENS_AT_ONCE // length)
-        for first in range(0, windows, step):
-            hidden[first : first + step] = module(
-                hidden[first : first + step],
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=embedded,
-                use_cache=False,
-            )
+        for part in _parts(hidden):
+            hidden[part] = self._output(module, hidden[part])
+
+    def differentiable(
+        self, module: nn.Module, hidden: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield some windows at a time: which they are, a layer's output, and the input that it can be derived by."""
+        for part in _parts(hidden):
+            given = hidden[part].clone().requires_grad_()
+            yield part, self._output(module, given), given
+
+    def _output(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(hidden.shape[1])[None]
+        output: torch.Tensor = module(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden[:1], positions),
+            use_cache=False,
+        )
+        return output
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the head sees: the final normalisation of the last layer's output."""
@@ -83,6 +92,12 @@ class LayerStream:
     def head(self) -> torch.Tensor:
         """Return the head's matrix, float32 [vocab, hidden]."""
         return torch.from_numpy(self._model.read(EMBEDDING if self._model.architecture.tied else HEAD))
+
+
+def _parts(hidden: torch.Tensor) -> Iterator[slice]:
+    windows, length, _ = hidden.shape
+    step = max(1, TOKENS_AT_ONCE // length)
+    return (slice(first, first + step) for first in range(0, windows, step))
 
 
 def check_finite(hidden: torch.Tensor, where: str) -> None:
