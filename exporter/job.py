@@ -30,6 +30,8 @@ class Job:
         evaluation_windows: Windows to measure accuracy on.
         context: Tokens of context that memory and speed are stated for.
         threads: Threads that runtimes compute with on this machine.
+        max_file_bytes: Most bytes of the model files; every matrix then gets the format that keeps behaviour best.
+        bits: The same as an average of bits a weight, everything in the files counted.
     """
 
     source: str
@@ -46,3 +48,5 @@ class Job:
     evaluation_windows: int = 6
     context: int = 512
     threads: int = 2
+    max_file_bytes: int | None = None
+    bits: float | None = None

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exporter.budget import budget_bytes, decide_within
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
-from exporter.errors import RequestError
+from exporter.errors import ExporterError, RequestError
 from exporter.forecast import stage_seconds
 from exporter.job import Job, Progress, silent
 from exporter.model.model import Model
@@ -72,6 +73,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     try:
         job = fitted(job, model)
         with stages.stage("plan"):
+            budget_bytes(job, model)
             planned = make_plan(model, job)
         with staging_folder(output, planned.disk_bytes) as staging:
             return _build(job, model, planned, staging, stages, progress)
@@ -85,12 +87,19 @@ def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages,
         calibration, evaluation = texts(job, model, progress)
     with stages.stage("statistics"):
         statistics = collect(model, calibration, lambda done, total: progress("statistics: layers", done, total))
+    budget = budget_bytes(job, model)
+    if budget is not None:
+        with stages.stage("allocate"):
+            decisions = decide_within(budget, job, model, target, planned.method, calibration, statistics, progress)
+            planned = replace(planned, decisions=decisions, type=f"at most {budget:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(
             model, planned.decisions, statistics, lambda done, total: progress("compress: matrices", done, total)
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
+        if budget is not None and artifact.file_bytes > budget:
+            raise ExporterError("the model files exceed their budget", got=artifact.file_bytes, expected=budget)
     with stages.stage("prove"):
         proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
     report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.registry import load
@@ -28,6 +29,12 @@ class Target(Protocol):
         Raises:
             RequestError: the type is unknown, or the target cannot carry this model.
         """
+
+    def storages(self, model: Model) -> list[Storage]:
+        """Return what is stored in one format each, and the formats that it may have here."""
+
+    def fixed_bytes(self, model: Model) -> int:
+        """Return the most bytes that the model files take besides their matrices."""
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of the model files that `lower` would write."""

@@ -39,11 +39,15 @@ class Sensitivities:
 
     def rows(self, layer: int | None, role: str) -> Float32:
         """Return E[g^2] of each output of a matrix, float32 [rows]; the head has no layer."""
-        return np.load(self._folder / f"{_name(layer, role)}.npy", allow_pickle=False)
+        return self._read(_name(layer, role))
 
     def lookups(self) -> tuple[Float32, Float32]:
         """Return how often each token is looked up, float32 [vocab], and E[g^2] of what is looked up, [hidden]."""
-        return tuple(np.load(self._folder / f"{name}.npy", allow_pickle=False) for name in ("tokens", "embedding"))  # type: ignore[return-value]
+        return self._read("tokens"), self._read("embedding")
+
+    def _read(self, name: str) -> Float32:
+        values: Float32 = np.load(self._folder / f"{name}.npy", allow_pickle=False)
+        return values
 
 
 def _name(layer: int | None, role: str) -> str:
@@ -144,7 +148,7 @@ def _observed(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         sums[role] = sums[role] + total if role in sums else total
 
     def watch(role: str, output: torch.Tensor) -> None:
-        output.register_hook(partial(add, role))
+        output.register_hook(partial(add, role))  # type: ignore[no-untyped-call]
 
     hooks = [
         module.get_submodule(path).register_forward_hook(lambda _, __, output, role=role: watch(role, output))

@@ -37,12 +37,20 @@ class Statistics:
 
     def __init__(self, folder: Path, tokens: int) -> None:
         self._folder = folder
+        self._last: tuple[str, Float32] | None = None
         self.tokens = tokens
 
     def second_moment(self, site: str) -> Float32 | None:
-        """Return H = E[x x^T], float32 [columns, columns]; None for a site that was not observed."""
+        """Return H = E[x x^T], float32 [columns, columns]; None for a site that was not observed.
+
+        The last one read is kept: asked for again, it is the same array.
+        """
         path = self._folder / f"{site}.npy"
-        return np.load(path, allow_pickle=False) if path.is_file() else None
+        if not path.is_file():
+            return None
+        if self._last is None or self._last[0] != site:
+            self._last = site, np.load(path, allow_pickle=False)
+        return self._last[1]
 
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] of every column, float32 [columns]; None for a site that was not observed."""

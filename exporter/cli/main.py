@@ -30,6 +30,13 @@ DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's na
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="gguf, onnx, or auto for what the device prefers.")]
 TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
+MaxFileBytesOption = Annotated[
+    int | None,
+    typer.Option("--max-file-bytes", min=1, help="Most bytes of the model files: each matrix gets its best format."),
+]
+BitsOption = Annotated[
+    float | None, typer.Option("--bits", min=0.1, help="The same as bits a weight, everything in the files counted.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model writes its own.")
@@ -49,6 +56,8 @@ def build(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    max_file_bytes: MaxFileBytesOption = None,
+    bits: BitsOption = None,
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
     seed: SeedOption = 0,
@@ -62,8 +71,9 @@ def build(
     from exporter.pipeline import build as run_build
 
     job = Job(
-        model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads
-    )
+        model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
+        max_file_bytes=max_file_bytes, bits=bits,
+    )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
     checks = bundle.report.checks + bundle.measurements.checks

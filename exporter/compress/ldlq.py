@@ -30,6 +30,7 @@ class Ldlq:
 
     def __init__(self, damping: float = DAMPING) -> None:
         self._damping = damping
+        self._last: tuple[Float32, Float32] | None = None
 
     def encode(self, weight: Float32, format: WeightFormat, second_moment: Float32 | None) -> EncodedMatrix:
         """Encode one matrix; without a second moment this is round to nearest."""
@@ -37,11 +38,17 @@ class Ldlq:
         if second_moment is None:
             data = format.encode_rows(weight, None)
         else:
-            factor = feedback_factor(second_moment, self._damping)
+            factor = self._factor(second_moment)
             importance = np.ascontiguousarray(second_moment.diagonal())
             chunks = (weight[first : first + ROWS_AT_ONCE] for first in range(0, rows, ROWS_AT_ONCE))
             data = np.concatenate([_encode_rows(chunk, format, factor, importance) for chunk in chunks])
         return EncodedMatrix(data, format.decode_rows(data, columns))
+
+    def _factor(self, second_moment: Float32) -> Float32:
+        """Return the factor; the last one is kept, since matrices that share an input come one after the other."""
+        if self._last is None or self._last[0] is not second_moment:
+            self._last = second_moment, feedback_factor(second_moment, self._damping)
+        return self._last[1]
 
 
 def feedback_factor(second_moment: Float32, damping: float) -> Float32:

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
 
 from exporter.cache import replacing
+from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
@@ -18,11 +20,18 @@ from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.weights.format import Float32
-from exporter.weights.ggml import ggml_format, ggml_formats
+from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
 
 MODEL_FILE = "model.gguf"
 MODELFILE = "Modelfile"
+
+
+# From which `storages` chooses: the types that llama.cpp computes with quickly, from 2 to 8 bits.
+ALPHABET = (
+    "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1",
+    "Q5_K", "Q6_K", "Q8_0",
+)  # fmt: skip
 
 
 class Gguf:
@@ -56,6 +65,34 @@ class Gguf:
     def _single(self, model: Model, type: str, method: str) -> list[Decision]:
         format = ggml_format(type)
         return [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
+
+    def storages(self, model: Model) -> list[Storage]:
+        """Return every matrix by itself; types that cannot do without importance only where inputs were observed."""
+        alphabet = [ggml_format(name) for name in ALPHABET]
+
+        def formats(group: WeightGroup) -> tuple[GgmlFormat, ...]:
+            observed = group.site != "tokens"
+            return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
+
+        return [Storage((group,), formats(group)) for group in model.groups()]
+
+    def fixed_bytes(self, model: Model) -> int:
+        """Return the size of the file without its matrices, and the most that their alignment takes."""
+        names = gguf_names(model.architecture.layers)
+        vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch, "empty.gguf")
+            with closing(gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)) as writer:
+                _add_metadata(writer, model, "")
+                for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
+                    writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+            header = path.stat().st_size
+        tensors = len(vectors) + len(model.groups()) + 1
+        frequencies = 4 * model.architecture.head_dim
+        return header + 4 * sum(vectors.values()) + frequencies + tensors * gguf.GGUF_DEFAULT_ALIGNMENT
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""

@@ -9,12 +9,24 @@ import onnx
 import onnx_ir as ir
 
 from exporter.cache import replacing
+from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
-from exporter.targets.onnx.graph import DataFile, move_rest, products, put_embedding, put_floats, put_matrix, put_table
+from exporter.targets.onnx.graph import (
+    ALIGNED_FROM_BYTES,
+    PAGE_BYTES,
+    SMALL_ALIGNMENT_BYTES,
+    DataFile,
+    move_rest,
+    products,
+    put_embedding,
+    put_floats,
+    put_matrix,
+    put_table,
+)
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.skeleton import build_skeleton
 from exporter.weights.format import Float32, WeightFormat
@@ -26,6 +38,12 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = "F32"
+# From which `storages` chooses: what ONNX Runtime has quick kernels for.
+ALPHABET = (
+    "int4-b16", "int4-b32", "int4-b64", "int4-b128", "int4-b16-asymmetric", "int4-b32-asymmetric",
+    "int4-b64-asymmetric", "int8-b32", "int8-b64", "int8-b128",
+)  # fmt: skip
+GRAPH_BYTES_PER_LAYER = 8192
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
@@ -51,12 +69,34 @@ class Onnx:
         check_formats(decisions)
         return decisions
 
-    def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
-        """Return matrices, vectors, rotary tables and the graph."""
+    def storages(self, model: Model) -> list[Storage]:
+        """Return the matrices, query, key and value of a layer as one."""
+        together: dict[object, list[WeightGroup]] = {}
+        for group in model.groups():
+            together.setdefault((group.layer, "qkv") if group.role in ("q", "k", "v") else group.name, []).append(group)
+        alphabet = [matmulnbits_format(name) for name in ALPHABET]
+        return [
+            Storage(tuple(groups), tuple(format for format in alphabet if format.fits(groups[0].columns)))
+            for groups in together.values()
+        ]
+
+    def fixed_bytes(self, model: Model) -> int:
+        """Return vectors, rotary tables, the graph, and the most that alignment takes."""
+        aligned = sum(PAGE_BYTES if group.size >= ALIGNED_FROM_BYTES else 0 for group in model.groups())
+        small = 4 * SMALL_ALIGNMENT_BYTES * (len(model.groups()) + len(model.architecture.vectors()))
+        return (
+            self._vectors_and_rotary(model) + GRAPH_BYTES_PER_LAYER * (model.architecture.layers + 2) + aligned + small
+        )
+
+    def _vectors_and_rotary(self, model: Model) -> int:
         shape = model.architecture
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
-        rotary = 2 * 4 * int(model.config.max_position_embeddings) * shape.head_dim // 2
-        return sum(decision.stored_bytes for decision in decisions) + vectors + rotary + 4096 * shape.layers
+        return vectors + 2 * 4 * int(model.config.max_position_embeddings) * shape.head_dim // 2
+
+    def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
+        """Return matrices, vectors, rotary tables and the graph."""
+        matrices = sum(decision.stored_bytes for decision in decisions)
+        return matrices + self._vectors_and_rotary(model) + GRAPH_BYTES_PER_LAYER * model.architecture.layers
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
         """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers."""

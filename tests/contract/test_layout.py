@@ -31,7 +31,7 @@ ORDER = [
     {"job", "stages"},
     {"calibrate", "compress"},
     {"targets"},
-    {"plan", "sampling"},
+    {"plan", "sampling", "budget"},
     {"validate"},
     {"report", "forecast"},
     {"bundle"},

@@ -1,0 +1,178 @@
+"""Which format each matrix gets: the least predicted KL divergence within a number of bytes.
+
+What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.sensitivity` on some rows of
+each matrix, encoded as the format's own quantiser would. One Lagrange multiplier over all matrices trades it against
+bytes (Shoham and Gersho 1988, section III); what bytes remain go to the upgrades that buy most for each of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.calibrate.sensitivity import Sensitivities
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.method import load_method
+from exporter.errors import RequestError
+from exporter.model.model import Model
+from exporter.weights.format import Float32, WeightFormat
+from exporter.weights.group import WeightGroup
+
+SAMPLED_ROWS = 256
+SAMPLED_TABLE_ROWS = 4096
+BISECTIONS = 150
+# Nats a byte: so dear that the smallest formats win.
+HIGHEST_PRICE = 1e30
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Matrices that must have one format, and the formats that they can have."""
+
+    groups: tuple[WeightGroup, ...]
+    formats: tuple[WeightFormat, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format for a storage: its bytes, and the KL divergence a token, in nats, that it is predicted to add."""
+
+    format: WeightFormat
+    bytes: int
+    kl: float
+
+
+def predict(
+    model: Model,
+    storages: Sequence[Storage],
+    method: str,
+    statistics: Statistics,
+    sensitivities: Sensitivities,
+    progress: Callable[[int, int], None],
+) -> list[list[Choice]]:
+    """Return the choices of each storage, from some rows of its matrices.
+
+    Args:
+        model: The source.
+        storages: What there is to decide.
+        method: Method that will encode.
+        statistics: Second moments of the inputs.
+        sensitivities: Of the outputs.
+        progress: Called with storages done and their total.
+    """
+    found = []
+    for done, storage in enumerate(storages):
+        progress(done, len(storages))
+        parts = [_sampled(model, group, statistics, sensitivities) for group in storage.groups]
+        found.append([_choice(storage, format, method, parts) for format in storage.formats])
+    progress(len(storages), len(storages))
+    return found
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows that stand for a matrix.
+
+    Attributes:
+        weight: float32 [rows, columns].
+        second_moment: E[x x^T] of the inputs, float32 [columns, columns], or None for a table that is only looked up.
+        rows: Sensitivity of each row as an output, scaled up to the whole matrix, float64 [rows].
+        lookups: The same of each row as what is looked up, float64 [rows], or None.
+        columns: Sensitivity of each column of what is looked up, float32 [columns], or None.
+    """
+
+    weight: Float32
+    second_moment: Float32 | None
+    rows: np.ndarray
+    lookups: np.ndarray | None
+    columns: Float32 | None
+
+    def kl(self, planned: Float32) -> float:
+        """Return the KL divergence that the planned weights are predicted to cause."""
+        change = planned - self.weight
+        kl = 0.0
+        if self.second_moment is not None:
+            kl += float(self.rows @ np.einsum("ij,ij->i", change @ self.second_moment, change))
+        if self.lookups is not None and self.columns is not None:
+            kl += float(self.lookups @ (change**2 @ self.columns))
+        return kl / 2
+
+
+def _sampled(model: Model, group: WeightGroup, statistics: Statistics, sensitivities: Sensitivities) -> _Sample:
+    table = group.layer is None
+    count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
+    # Spread evenly: neighbouring rows belong to one head.
+    chosen = np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
+    rows, lookups, columns = np.zeros(len(chosen)), None, None
+    if group.site != "tokens":
+        rows = _scaled_up(sensitivities.rows(group.layer, "head" if table else group.role), chosen)
+    if "embedding" in group.uses:
+        frequencies, columns = sensitivities.lookups()
+        lookups = _scaled_up(frequencies, chosen)
+    return _Sample(model.read(group.name)[chosen], statistics.second_moment(group.site), rows, lookups, columns)
+
+
+def _scaled_up(values: Float32, chosen: np.ndarray) -> np.ndarray:
+    part = values[chosen].astype(np.float64)
+    return part * (values.sum(dtype=np.float64) / max(part.sum(), 1e-300))
+
+
+def _choice(storage: Storage, format: WeightFormat, method: str, parts: list[_Sample]) -> Choice:
+    encode = load_method(method).encode
+    kl = sum(part.kl(encode(part.weight, format, part.second_moment).planned) for part in parts)
+    return Choice(format, sum(format.stored_bytes(group.rows, group.columns) for group in storage.groups), kl)
+
+
+def allocate(choices: Sequence[Sequence[Choice]], budget_bytes: int, fixed_bytes: int = 0) -> list[Choice]:
+    """Return one choice for each storage: the least sum of KL found within a budget of bytes.
+
+    Args:
+        choices: What each storage may have.
+        budget_bytes: Most bytes in all.
+        fixed_bytes: Bytes of the budget that are spent already, on what is no matrix.
+
+    Raises:
+        RequestError: even the smallest choices take more.
+    """
+    smallest = fixed_bytes + sum(min(choice.bytes for choice in some) for some in choices)
+    if smallest > budget_bytes:
+        raise RequestError(
+            "no choice of formats is so small",
+            got=f"{budget_bytes:,} bytes",
+            expected=f"at least {smallest:,}",
+            next_step="raise the budget by what is missing",
+        )
+    budget_bytes -= fixed_bytes
+    low, high = 0.0, HIGHEST_PRICE
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5 if low else high / 10
+        if _bytes(_cheapest(choices, middle)) <= budget_bytes:
+            high = middle
+        else:
+            low = middle
+    return _filled_up(choices, _cheapest(choices, high), budget_bytes)
+
+
+def _cheapest(choices: Sequence[Sequence[Choice]], price: float) -> list[Choice]:
+    return [min(some, key=lambda choice: (choice.kl + price * choice.bytes, choice.bytes)) for some in choices]
+
+
+def _filled_up(choices: Sequence[Sequence[Choice]], chosen: list[Choice], budget_bytes: int) -> list[Choice]:
+    """Spend what is left on the upgrades that buy most KL for each byte, one at a time."""
+    chosen = list(chosen)
+    while True:
+        left = budget_bytes - _bytes(chosen)
+        upgrades = [
+            ((now.kl - choice.kl) / max(choice.bytes - now.bytes, 1), index, choice)
+            for index, now in enumerate(chosen)
+            for choice in choices[index]
+            if choice.kl < now.kl and choice.bytes - now.bytes <= left
+        ]
+        if not upgrades:
+            return chosen
+        _, index, best = max(upgrades, key=lambda upgrade: upgrade[0])
+        chosen[index] = best
+
+
+def _bytes(chosen: Sequence[Choice]) -> int:
+    return sum(choice.bytes for choice in chosen)
