@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.layers import silent
 from exporter.calibrate.sensitivity import collect_sensitivities
+from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.model.sources import open_model
 from tests.models import tiny_model
@@ -55,3 +56,27 @@ def test_they_are_those_of_the_whole_model(folder: Path) -> None:
     assert gradient is not None
     np.testing.assert_allclose(embedding, gradient.pow(2).mean((0, 1)), rtol=2e-4)
     np.testing.assert_allclose(looked_up, np.bincount(TOKENS.reshape(-1), minlength=320) / TOKENS.size, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("model.layers.0.mlp.up_proj", "up"), ("model.layers.1.self_attn.o_proj", "o"), ("lm_head", "head")],
+)
+def test_they_predict_the_divergence_that_a_small_change_causes(folder: Path, name: str, role: str) -> None:
+    windows = Windows.of(np.random.default_rng(2).integers(2, 200, (24, 64)), "file", 0)
+    with open_model(str(folder)) as model:
+        found = collect_sensitivities(model, windows, 0, silent)
+        layer = int(name.split(".")[2]) if "layers" in name else None
+        site = {"up": "layers.0.mlp_in", "o": "layers.1.attention_out", "head": "head_in"}[role]
+        second_moment = collect(model, windows, silent).second_moment(site)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.from_numpy(windows.tokens)
+    weight = whole.get_submodule(name).weight
+    change = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = whole(tokens).logits.double().log_softmax(-1)
+        weight += change
+        after = whole(tokens).logits.double().log_softmax(-1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    error = np.einsum("ij,ij->i", change.numpy() @ second_moment, change.numpy())
+    assert 0.5 * float(found.rows(layer, role) @ error) == pytest.approx(measured, rel=0.25)

@@ -1,0 +1,87 @@
+"""Builds under a budget of bytes: kept, spent, and refused where nothing is so small."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter import pipeline
+from exporter.errors import RequestError
+from exporter.job import Job
+from exporter.model.sources import open_model
+from exporter.targets.target import load_target
+from tests.models import FAMILIES, tiny_model
+
+WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(WORDS)
+
+    def make(family: str = "llama", tied: bool = True, **changes: object) -> Job:
+        folder = tmp_path / f"{family}-{tied}"
+        if not folder.is_dir():
+            tiny_model(folder, family, tied=tied, hidden=128, intermediate=256)
+        text = tmp_path / "text.txt"
+        return Job(
+            str(folder), "raspberry-pi-5", output=tmp_path / "bundle", calibration=text, evaluation=text, context=128,
+            window=64, **changes,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+def test_a_budget_is_kept_and_spent(job: Callable[..., Job], family: str, tied: bool, target: str) -> None:
+    with open_model(job(family, tied).source) as model:
+        made = load_target(target)
+        fixed = made.fixed_bytes(model)
+        most = fixed + int(0.75 * model.architecture.parameters)
+    bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most))
+    size = bundle.report.size.file_bytes.value
+    matrices = sum(row.stored_bytes for row in bundle.report.tensors)
+    assert size <= most
+    assert matrices <= size <= matrices + fixed
+    # No matrix of this model is so large that a step of its format is more than a tenth of the budget.
+    assert matrices > 0.9 * (most - fixed)
+    assert len({row.format for row in bundle.report.tensors}) > 1
+    assert all("predicted to add KL" in row.reason for row in bundle.report.tensors)
+    assert bundle.report.recipe.scheme == f"at most {most:,} bytes"
+
+
+def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[..., Job], tmp_path: Path) -> None:
+    predicted = []
+    for index, bits in enumerate((14.0, 16.0, 18.0)):
+        made = pipeline.build(Job(**{**vars(job(target="gguf", bits=bits)), "output": tmp_path / str(index)}))
+        assert made.report.size.bits_per_weight.value <= bits
+        found = [re.search(r"KL (\S+) for", row.reason) for row in made.report.tensors]
+        predicted.append(sum(float(one.group(1)) for one in found if one))
+    assert predicted == sorted(predicted, reverse=True)
+
+
+def test_a_budget_that_nothing_fits_names_one_that_does(job: Callable[..., Job]) -> None:
+    with pytest.raises(RequestError, match="no choice of formats is so small") as refused:
+        pipeline.build(job(target="gguf", max_file_bytes=20_000))
+    least = int(re.search(r"at least ([\d,]+)", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
+    bundle = pipeline.build(job(target="gguf", max_file_bytes=least))
+    assert bundle.report.size.file_bytes.value <= least
+
+
+def test_a_budget_and_a_type_contradict_each_other(job: Callable[..., Job]) -> None:
+    for changes in ({"type": "Q4_0", "bits": 4.0}, {"max_file_bytes": 1, "bits": 4.0}):
+        with pytest.raises(RequestError, match=r"--\S+ and --\S+ contradict each other"):
+            pipeline.build(job(target="gguf", **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_is_in_one_storage(job: Callable[..., Job], family: str) -> None:
+    with open_model(job(family, tied=False).source) as model:
+        for target in ("gguf", "onnx"):
+            storages = load_target(target).storages(model)
+            names = [group.name for storage in storages for group in storage.groups]
+            assert sorted(names) == sorted(group.name for group in model.groups())
+            assert all(storage.formats for storage in storages)
