@@ -114,8 +114,8 @@ def _sampled(model: Model, group: WeightGroup, statistics: Statistics, sensitivi
 
 def _scaled_up(values: Float32, chosen: np.ndarray) -> np.ndarray:
     part = values[chosen].astype(np.float64)
-    part *= values.sum(dtype=np.float64) / max(part.sum(), 1e-300)
-    return part
+    scale = float(values.sum(dtype=np.float64)) / max(float(part.sum()), 1e-300)
+    return np.multiply(part, scale)
 
 
 def _choice(storage: Storage, format: WeightFormat, method: str, parts: list[_Sample]) -> Choice:
