@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.calibrate.sensitivity import Sensitivities
 from exporter.calibrate.statistics import Statistics
@@ -18,6 +19,7 @@ from exporter.model.model import Model
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.group import WeightGroup
 
+Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 256
 SAMPLED_TABLE_ROWS = 4096
 BISECTIONS = 150
@@ -83,8 +85,8 @@ class _Sample:
 
     weight: Float32
     second_moment: Float32 | None
-    rows: np.ndarray
-    lookups: np.ndarray | None
+    rows: Float64
+    lookups: Float64 | None
     columns: Float32 | None
 
     def kl(self, planned: Float32) -> float:
@@ -112,10 +114,11 @@ def _sampled(model: Model, group: WeightGroup, statistics: Statistics, sensitivi
     return _Sample(model.read(group.name)[chosen], statistics.second_moment(group.site), rows, lookups, columns)
 
 
-def _scaled_up(values: Float32, chosen: np.ndarray) -> np.ndarray:
-    part = values[chosen].astype(np.float64)
-    scale = float(values.sum(dtype=np.float64)) / max(float(part.sum()), 1e-300)
-    return np.multiply(part, scale)
+def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
+    """Return some of the values, float64, scaled so that they sum to what all of them do."""
+    part: Float64 = values[chosen].astype(np.float64)
+    part *= float(values.sum(dtype=np.float64)) / max(float(part.sum()), 1e-300)
+    return part
 
 
 def _choice(storage: Storage, format: WeightFormat, method: str, parts: list[_Sample]) -> Choice:
