@@ -3,7 +3,7 @@
 from exporter.calibrate.sensitivity import collect_sensitivities
 from exporter.calibrate.statistics import Statistics
 from exporter.calibrate.text import Windows
-from exporter.compress.allocate import allocate, predict
+from exporter.compress.allocate import allocate, predict, require_enough, smallest_bytes
 from exporter.errors import RequestError
 from exporter.job import Job, Progress
 from exporter.model.model import Model
@@ -11,19 +11,21 @@ from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
 
-def budget_bytes(job: Job, model: Model) -> int | None:
+def feasible_budget(job: Job, model: Model, target: Target) -> int | None:
     """Return the most bytes that the model files may take, or None where the job names a type instead.
 
     Raises:
-        RequestError: the job names more than one of bytes, bits and type.
+        RequestError: the job names more than one of bytes, bits and type, or fewer bytes than any choice of formats
+            takes.
     """
     named = [name for name in ("max_file_bytes", "bits", "type") if getattr(job, name) is not None]
     if len(named) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in named)
         raise RequestError(f"{options} contradict each other", next_step="name only one of them")
-    if job.bits is not None:
-        return int(job.bits * model.architecture.parameters / 8)
-    return job.max_file_bytes
+    budget = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
+    if budget is not None:
+        require_enough(budget, target.fixed_bytes(model) + sum(map(smallest_bytes, target.storages(model))))
+    return budget
 
 
 def decide_within(

@@ -1,9 +1,10 @@
 """The whole job, one call a stage: a model in, a proved bundle for a device out."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.budget import budget_bytes, decide_within
+from exporter.budget import decide_within, feasible_budget
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import collect
@@ -67,27 +68,25 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     if output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
     stages = Stages()
-    with stages.stage("open"):
-        opened = open_model(job.source)
-        model = opened.__enter__()
-    try:
+    with ExitStack() as opened:
+        with stages.stage("open"):
+            model = opened.enter_context(open_model(job.source))
         job = fitted(job, model)
         with stages.stage("plan"):
-            budget_bytes(job, model)
             planned = make_plan(model, job)
-        with staging_folder(output, planned.disk_bytes) as staging:
-            return _build(job, model, planned, staging, stages, progress)
-    finally:
-        opened.__exit__(None, None, None)
+            budget = feasible_budget(job, model, planned.target)
+        staging = opened.enter_context(staging_folder(output, planned.disk_bytes))
+        return _build(job, model, planned, budget, staging, stages, progress)
 
 
-def _build(job: Job, model: Model, planned: Plan, staging: Path, stages: Stages, progress: Progress) -> Bundle:
+def _build(
+    job: Job, model: Model, planned: Plan, budget: int | None, staging: Path, stages: Stages, progress: Progress
+) -> Bundle:
     target = planned.target
     with stages.stage("calibration text"):
         calibration, evaluation = texts(job, model, progress)
     with stages.stage("statistics"):
         statistics = collect(model, calibration, lambda done, total: progress("statistics: layers", done, total))
-    budget = budget_bytes(job, model)
     if budget is not None:
         with stages.stage("allocate"):
             decisions = decide_within(budget, job, model, target, planned.method, calibration, statistics, progress)

@@ -124,7 +124,31 @@ def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
 def _choice(storage: Storage, format: WeightFormat, method: str, parts: list[_Sample]) -> Choice:
     encode = load_method(method).encode
     kl = sum(part.kl(encode(part.weight, format, part.second_moment).planned) for part in parts)
-    return Choice(format, sum(format.stored_bytes(group.rows, group.columns) for group in storage.groups), kl)
+    return Choice(format, _stored_bytes(storage, format), kl)
+
+
+def smallest_bytes(storage: Storage) -> int:
+    """Return the bytes of a storage in its smallest format."""
+    return min(_stored_bytes(storage, format) for format in storage.formats)
+
+
+def _stored_bytes(storage: Storage, format: WeightFormat) -> int:
+    return sum(format.stored_bytes(group.rows, group.columns) for group in storage.groups)
+
+
+def require_enough(budget_bytes: int, smallest: int) -> None:
+    """Refuse a budget below the smallest choice.
+
+    Raises:
+        RequestError: it is; the smallest is named.
+    """
+    if smallest > budget_bytes:
+        raise RequestError(
+            "no choice of formats is so small",
+            got=f"{budget_bytes:,} bytes",
+            expected=f"at least {smallest:,}",
+            next_step="raise the budget by what is missing",
+        )
 
 
 def allocate(choices: Sequence[Sequence[Choice]], budget_bytes: int, fixed_bytes: int = 0) -> list[Choice]:
@@ -138,14 +162,7 @@ def allocate(choices: Sequence[Sequence[Choice]], budget_bytes: int, fixed_bytes
     Raises:
         RequestError: even the smallest choices take more.
     """
-    smallest = fixed_bytes + sum(min(choice.bytes for choice in some) for some in choices)
-    if smallest > budget_bytes:
-        raise RequestError(
-            "no choice of formats is so small",
-            got=f"{budget_bytes:,} bytes",
-            expected=f"at least {smallest:,}",
-            next_step="raise the budget by what is missing",
-        )
+    require_enough(budget_bytes, fixed_bytes + sum(min(choice.bytes for choice in some) for some in choices))
     budget_bytes -= fixed_bytes
     low, high = 0.0, HIGHEST_PRICE
     for _ in range(BISECTIONS):
