@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from exporter.compress.compressed import CompressedModel
 from exporter.errors import ExporterError, InputError, RequestError
+from exporter.job import Job
 from exporter.model.sources import open_model
+from exporter.pipeline import plan
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 
@@ -176,3 +178,15 @@ def test_gguf_source_is_the_model_it_was_made_from(folder: Path, tmp_path: Path)
     for length in (5, 20, 30, 200, 2000, len(data) // 2, len(data) - 100):
         cut.write_bytes(data[:length])
         refused(cut, InputError, "truncated or damaged|cannot read|missing|not supported")
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model", "mistral")
+    edit(folder, "config.json", sliding_window=256)
+    with open_model(str(folder)) as model:
+        assert model.architecture.context_length == 256
+    with pytest.raises(RequestError, match="the context is longer than the model's; got 512, expected at most 256"):
+        plan(Job(str(folder), "raspberry-pi-5", "gguf"))
+    edit(folder, "config.json", sliding_window=None)
+    with open_model(str(folder)) as model:
+        assert model.architecture.context_length == 1024
