@@ -45,6 +45,7 @@ EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
 ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads that runtimes use on this machine.")]
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 THREADS = min(os.cpu_count() or 1, 8)
 
 
@@ -210,7 +211,7 @@ def main() -> Never:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     # Raised as exceptions of our own, so that what is half-written goes first and a sentence is said.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTIONS:
         signal.signal(number, _interrupt)
     try:
         sys.exit(app(standalone_mode=False) or 0)
@@ -236,6 +237,9 @@ class _Interruption(BaseException):
 
 
 def _interrupt(number: int, _: object) -> Never:
+    # A second one must not cut short the cleaning up after the first.
+    for other in INTERRUPTIONS:
+        signal.signal(other, signal.SIG_IGN)
     raise _Interruption(number)
 
 
