@@ -1,9 +1,11 @@
 """Decisions under a budget of bytes: what every format of every matrix would cost, and the best use of the bytes."""
 
+from dataclasses import dataclass
+
 from exporter.calibrate.sensitivity import collect_sensitivities
 from exporter.calibrate.statistics import Statistics
 from exporter.calibrate.text import Windows
-from exporter.compress.allocate import allocate, predict, require_enough, smallest_bytes
+from exporter.compress.allocate import Storage, allocate, predict, require_enough, smallest_bytes
 from exporter.errors import RequestError
 from exporter.job import Job, Progress
 from exporter.model.model import Model
@@ -11,8 +13,23 @@ from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
 
-def feasible_budget(job: Job, model: Model, target: Target) -> int | None:
-    """Return the most bytes that the model files may take, or None where the job names a type instead.
+@dataclass(frozen=True)
+class Budget:
+    """What there is to spend, and on what.
+
+    Attributes:
+        file_bytes: Most bytes of the model files.
+        fixed_bytes: Bytes of them that are no matrix.
+        storages: What formats are chosen for.
+    """
+
+    file_bytes: int
+    fixed_bytes: int
+    storages: list[Storage]
+
+
+def feasible_budget(job: Job, model: Model, target: Target) -> Budget | None:
+    """Return the budget that the job names, or None where the job names a type instead.
 
     Raises:
         RequestError: the job names more than one of bytes, bits and type, or fewer bytes than any choice of formats
@@ -22,41 +39,38 @@ def feasible_budget(job: Job, model: Model, target: Target) -> int | None:
     if len(named) > 1:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in named)
         raise RequestError(f"{options} contradict each other", next_step="name only one of them")
-    budget = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
-    if budget is not None:
-        require_enough(budget, target.fixed_bytes(model) + sum(map(smallest_bytes, target.storages(model))))
+    most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
+    if most is None:
+        return None
+    budget = Budget(most, target.fixed_bytes(model), target.storages(model))
+    require_enough(most, budget.fixed_bytes + sum(map(smallest_bytes, budget.storages)))
     return budget
 
 
 def decide_within(
-    budget: int,
+    budget: Budget,
     job: Job,
     model: Model,
-    target: Target,
     method: str,
     calibration: Windows,
     statistics: Statistics,
     progress: Progress,
 ) -> list[Decision]:
-    """Return a decision for each matrix that together keep the model files within the budget.
-
-    Raises:
-        RequestError: no choice of formats is so small; the smallest is named.
-    """
+    """Return a decision for each matrix that together keep the model files within the budget."""
     sensitivities = collect_sensitivities(
         model, calibration, job.seed, lambda done, total: progress("sensitivities: layers", done, total)
     )
-    storages = target.storages(model)
     choices = predict(
         model,
-        storages,
+        budget.storages,
         method,
         statistics,
         sensitivities,
         lambda done, total: progress("predict: matrices", done, total),
     )
     decisions = {}
-    for storage, choice in zip(storages, allocate(choices, budget, target.fixed_bytes(model)), strict=True):
+    chosen = allocate(choices, budget.file_bytes, budget.fixed_bytes)
+    for storage, choice in zip(budget.storages, chosen, strict=True):
         reason = f"predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
             decisions[group.name] = Decision(group, method, choice.format, reason)

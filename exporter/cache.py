@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from exporter.errors import RequestError
 
 
@@ -38,3 +41,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_array(path: Path, values: NDArray[np.generic]) -> None:
+    """Write an array as a .npy file that is whole or not there at all."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, values)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.budget import decide_within, feasible_budget
+from exporter.budget import Budget, decide_within, feasible_budget
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import collect
@@ -80,7 +80,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
 
 
 def _build(
-    job: Job, model: Model, planned: Plan, budget: int | None, staging: Path, stages: Stages, progress: Progress
+    job: Job, model: Model, planned: Plan, budget: Budget | None, staging: Path, stages: Stages, progress: Progress
 ) -> Bundle:
     target = planned.target
     with stages.stage("calibration text"):
@@ -89,16 +89,18 @@ def _build(
         statistics = collect(model, calibration, lambda done, total: progress("statistics: layers", done, total))
     if budget is not None:
         with stages.stage("allocate"):
-            decisions = decide_within(budget, job, model, target, planned.method, calibration, statistics, progress)
-            planned = replace(planned, decisions=decisions, type=f"at most {budget:,} bytes")
+            decisions = decide_within(budget, job, model, planned.method, calibration, statistics, progress)
+            planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(
             model, planned.decisions, statistics, lambda done, total: progress("compress: matrices", done, total)
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
-        if budget is not None and artifact.file_bytes > budget:
-            raise ExporterError("the model files exceed their budget", got=artifact.file_bytes, expected=budget)
+        if budget is not None and artifact.file_bytes > budget.file_bytes:
+            raise ExporterError(
+                "the model files exceed their budget", got=artifact.file_bytes, expected=budget.file_bytes
+            )
     with stages.stage("prove"):
         proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
     report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, save_array
 from exporter.calibrate.sample import starts
 from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
@@ -35,8 +35,7 @@ def sampled_windows(
     path = cache_folder("samples") / f"{key}.npy"
     if not path.is_file():
         tokens = _sample(model, starts(tokenizer, count, job.seed), job, progress)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, tokens)
+        save_array(path, tokens)
     tokens = np.load(path, allow_pickle=False)
     split = job.calibration_windows
     return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)

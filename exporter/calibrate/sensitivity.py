@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, save_array
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.text import Windows
 from exporter.model.families import LINEARS
@@ -84,8 +84,8 @@ def collect_sensitivities(model: Model, windows: Windows, seed: int, progress: P
         del inputs
         path.unlink()
     counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
-    _save(folder, "tokens", counts.astype(np.float32))
-    _save(folder, "embedding", gradient.pow(2).mean(dim=(0, 1)).numpy())
+    save_array(folder / "tokens.npy", counts.astype(np.float32))
+    save_array(folder / "embedding.npy", gradient.pow(2).mean(dim=(0, 1)).numpy())
     progress(2 * stream.layers, 2 * stream.layers)
     return found
 
@@ -121,7 +121,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
             at_normalised[part] = p @ head
         (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
-    _save(folder, "head", (total / hidden[..., 0].numel()).float().numpy())
+    save_array(folder / "head.npy", (total / hidden[..., 0].numel()).float().numpy())
     return gradient
 
 
@@ -134,7 +134,7 @@ def _backwards(
         for part, outputs, given in stream.differentiable(module, inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
     for role, total in sums.items():
-        _save(folder, _name(index, role), (total / gradient[..., 0].numel()).numpy())
+        save_array(folder / f"{_name(index, role)}.npy", (total / gradient[..., 0].numel()).numpy())
     return before
 
 
@@ -159,8 +159,3 @@ def _observed(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _save(folder: Path, name: str, values: Float32) -> None:
-    with replacing(folder / f"{name}.npy") as partial, partial.open("wb") as file:
-        np.save(file, values)

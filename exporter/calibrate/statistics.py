@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, replacing, save_array
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.text import Windows
 from exporter.errors import InputError
@@ -136,8 +136,7 @@ class _Moment:
             mean[row, row + 1 :] = mean[row + 1 :, row]
         if not np.isfinite(mean).all():
             raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
-        with replacing(folder / f"{site}.npy") as partial, partial.open("wb") as file:
-            np.save(file, mean)
+        save_array(folder / f"{site}.npy", mean)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, save_array
 from exporter.calibrate.layers import LayerStream, Progress, hidden_states, silent
 from exporter.calibrate.text import Tokens
 from exporter.model.model import Model
+from exporter.validate.selftest import MARGIN_NATS
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
@@ -61,8 +62,7 @@ class Reference:
             hidden = torch.from_numpy(np.load(path, allow_pickle=False))
             return cls(tokens, hidden, LayerStream(model).head())
         reference = cls.of(model, tokens, progress)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, reference.hidden.numpy())
+        save_array(path, reference.hidden.numpy())
         return reference
 
     def logits(self, window: int, positions: slice) -> torch.Tensor:
@@ -89,9 +89,6 @@ class Distance:
     confident_agreement: float
     perplexity_ratio: float
     tokens: int
-
-
-MARGIN_NATS = 0.5
 
 
 @torch.inference_mode()

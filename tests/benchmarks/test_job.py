@@ -4,28 +4,16 @@ Times hold for an otherwise idle machine; on a busy one the figures are printed 
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.commands import printed
 from tests.reference import reference_model
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "The capital of France is"
 JOBS = (("gguf", "galaxy-s24-ultra"), ("onnx", "core-ultra-200v"))
-
-
-def cli(folder: Path, *arguments: str) -> str:
-    """Run a command with a cache of the folder's own and return what it printed."""
-    environment = os.environ | {"EDGE_EXPORTER_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "exporter.cli.main", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +24,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("target", "device"), JOBS)
 def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: str, device: str) -> None:
     asked = [str(reference), "--device", device, "--target", target]
-    planned = json.loads(cli(tmp_path, "plan", *asked, "--json"))
-    cli(tmp_path, "build", *asked, "-o", "bundle")
+    planned = json.loads(printed(tmp_path, "plan", *asked, "--json"))
+    printed(tmp_path, "build", *asked, "-o", "bundle")
     made = json.loads((tmp_path / "bundle/measurements.json").read_text("utf-8"))
     report = json.loads((tmp_path / "bundle/report.json").read_text("utf-8"))
     print(f"\n{target}: stage, seconds foretold and taken, peak MiB")
@@ -61,10 +49,10 @@ def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: st
 def test_the_demo_job_takes_under_three_minutes(tmp_path: Path) -> None:
     started = time.perf_counter()
     for target, device in JOBS:
-        cli(tmp_path, "build", "demo", "--device", device, "--target", target, "-o", target)
+        printed(tmp_path, "build", "demo", "--device", device, "--target", target, "-o", target)
     for target, _ in JOBS:
-        assert "Paris" in cli(tmp_path, "run", target, "-p", PROMPT)
-        cli(tmp_path, "verify", target)
+        assert "Paris" in printed(tmp_path, "run", target, "-p", PROMPT)
+        printed(tmp_path, "verify", target)
     seconds = time.perf_counter() - started
     print(f"\nbuild, run and verify for two devices: {seconds:.0f} s")
     assert seconds < 180

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.budget import decide_within
+from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
@@ -98,12 +98,13 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     else:
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
-    job = Job(str(folder), "any")
-    budget = stock.file_bytes
-    decisions = decide_within(budget, job, model, made, method, texts[0], statistics, lambda stage, done, total: None)
+    job = Job(str(folder), "any", max_file_bytes=stock.file_bytes)
+    budget = feasible_budget(job, model, made)
+    assert budget is not None
+    decisions = decide_within(budget, job, model, method, texts[0], statistics, lambda stage, done, total: None)
     (tmp_path / "ours").mkdir()
     ours = made.lower(CompressedModel(model, decisions, statistics), "allocated", tmp_path / "ours")
-    assert ours.file_bytes <= budget
+    assert ours.file_bytes <= stock.file_bytes
     kl = measure(original, ours, f"{target} allocated").kl_mean
     assert kl <= most * measure(original, stock, f"{target} stock").kl_mean
 

@@ -1,13 +1,12 @@
 """The command line as a user meets it: whole runs in processes of their own."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import cli
 from tests.models import tiny_model
 
 
@@ -23,14 +22,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = build(folder, "Q8_0" if target == "gguf" else "int8", target, f"bundle-{target}")
         assert made.returncode == 0, made.stderr
     return folder
-
-
-def cli(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"EDGE_EXPORTER_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "exporter.cli.main", *arguments]
-    root = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = root
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def build(folder: Path, type: str, target: str, output: str) -> subprocess.CompletedProcess[str]:
