@@ -39,7 +39,7 @@ class Gguf:
 
     name = "gguf"
     default_type = "Q4_K_M"
-    default_method = "rtn"
+    default_method = "ldlq"
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""
