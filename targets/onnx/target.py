@@ -99,11 +99,15 @@ class Onnx:
         return matrices + self._vectors_and_rotary(model) + GRAPH_BYTES_PER_LAYER * model.architecture.layers
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers."""
+        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers.
+
+        Scales count as float32, however they are stored: that is what the runtime holds.
+        """
         shape = model.architecture
+        weights = self.estimated_file_bytes(model, decisions) + sum(map(_widening_bytes, decisions))
         keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
         logits = 4 * shape.vocab * min(context, 512)
-        return 2 * self.estimated_file_bytes(model, decisions) + keys_and_values + logits + INTERPRETER_BYTES
+        return 2 * weights + keys_and_values + logits + INTERPRETER_BYTES
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
@@ -128,6 +132,14 @@ class Onnx:
         """Return the format of each matrix as the graph states it."""
         tables = Tables(artifact.weights[0])
         return {group.name: tables.format_name(group) for group in model.groups()}
+
+
+def _widening_bytes(decision: Decision) -> int:
+    """Return by how much a matrix's scales grow when the runtime loads it."""
+    format = decision.format
+    if not isinstance(format, MatMulNBitsFormat):
+        return 0
+    return decision.group.size // format.block_columns * (4 - format.scale_bytes)
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
