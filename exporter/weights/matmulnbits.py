@@ -143,7 +143,8 @@ class MatMulNBitsFormat:
         # Columns first: what is summed over columns then runs along the rows.
         columns = np.array(block.T, order="C")
         low, high = columns.min(axis=0), columns.max(axis=0)
-        self._require_range(low, high)
+        if self.scale_type is np.float16:
+            self._require_range(low, high)
         shares = CLIPPINGS if self.bits < 8 else CLIPPINGS[:1]
         candidates = [self._fitted(columns, weights, low * share, high * share) for share in shares]
         errors = np.stack([_error(grid, columns, weights) for grid in candidates])
@@ -154,16 +155,16 @@ class MatMulNBitsFormat:
         return _IntegerGrid(self.bits, self.asymmetric, scale, zero_point, self.scale_type)
 
     def _require_range(self, low: Float32, high: Float32) -> None:
-        """Refuse a range, each end float32 [rows], that no stored scale spans."""
+        """Refuse a range, each end float32 [rows], that no float16 scale spans."""
         steps = (1 << self.bits) - 1 if self.asymmetric else 1 << (self.bits - 1)
-        most = float(np.finfo(self.scale_type).max) * steps
-        widest = float(np.max(np.maximum(high, 0.0) - np.minimum(low, 0.0) if self.asymmetric else np.maximum(high, -low)))
-        if widest > most:
+        most = float(np.finfo(np.float16).max) * steps
+        spans = np.maximum(high, 0) - np.minimum(low, 0) if self.asymmetric else np.maximum(high, -low)
+        if spans.max() > most:
             raise RequestError(
                 f"{self.name} cannot hold weights so large",
-                got=f"a block that spans {widest:.4g}",
-                expected=f"at most {most:.4g}, since scales are stored in {np.dtype(self.scale_type).name}",
-                next_step=f"choose {self.name.removesuffix(FLOAT32_SUFFIX)}{FLOAT32_SUFFIX}",
+                got=f"a block that spans {spans.max():.4g}",
+                expected=f"at most {most:.4g}, since scales are stored in float16",
+                next_step=f"choose {self.name}{FLOAT32_SUFFIX}",
             )
 
     def _fitted(self, columns: Float32, weights: Float32, low: Float32, high: Float32) -> _IntegerGrid:
@@ -213,10 +214,8 @@ class MatMulNBitsFormat:
             joined.append(_pack_bits(stacked[:, :, codes + self.scale_bytes], self.bits))
         return np.concatenate(joined, axis=1)
 
-    def split(
-        self, data: Bytes, columns: int
-    ) -> tuple[Bytes, NDArray[np.float16] | NDArray[np.float32], Bytes | None]:
-        """Return codes uint8 [rows, blocks, bytes], scales as stored [rows, blocks], zero points uint8 [rows, bytes]."""
+    def split(self, data: Bytes, columns: int) -> tuple[Bytes, NDArray[np.float16] | Float32, Bytes | None]:
+        """Return codes [rows, blocks, bytes], scales as stored [rows, blocks], zero points uint8 [rows, bytes]."""
         codes, scales, _ = self._parts(columns)
         blocks = columns // self.block_columns
         packed = np.ascontiguousarray(data[:, :codes]).reshape(len(data), blocks, -1)

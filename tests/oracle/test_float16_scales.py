@@ -8,8 +8,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
 
 from exporter.compress.compressed import CompressedModel
+from exporter.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.target import load_target
@@ -35,7 +37,9 @@ def with_float32_scales(artifact: Artifact, folder: Path) -> Artifact:
     for cast in casts:
         half = held[cast.input[0]]
         assert half.data_type == onnx.TensorProto.FLOAT16
-        model.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(half).astype("f4"), cast.output[0]))
+        model.graph.initializer.append(
+            numpy_helper.from_array(numpy_helper.to_array(half).astype("f4"), cast.output[0])
+        )
         model.graph.initializer.remove(half)
         model.graph.node.remove(cast)
     assert casts
@@ -84,3 +88,22 @@ def test_without_folding_the_cast_would_stay(tmp_path: Path) -> None:
     onnxruntime.InferenceSession(str(artifact.weights[0]), options, providers=["CPUExecutionProvider"])
     nodes = onnx.load_model(str(tmp_path / "plain.onnx"), load_external_data=False).graph.node
     assert len([node for node in nodes if node.op_type == "Cast" and node.input[0].endswith(".scales")]) == 2 * 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("target", "type", "holds"), [("onnx", "int4", "int4-b32-f32"), ("onnx", "int8", "F32"), ("gguf", "Q8_0", "F32")]
+)
+def test_weights_too_small_for_float16_scales_are_not_lost_silently(
+    tmp_path: Path, target: str, type: str, holds: str
+) -> None:
+    folder, name = tiny_model(tmp_path / "model"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] *= 1e-9
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    made = load_target(target)
+    with open_model(str(folder)) as model:
+        refusal = f"{name}: (int4-b32|int8-b32|Q8_0) makes every weight zero; .* choose a type that holds float32"
+        with pytest.raises(RequestError, match=refusal):
+            CompressedModel(model, made.decide(model, type, "rtn"), None).encode(name)
+        planned = CompressedModel(model, made.decide(model, holds, "rtn"), None).encode(name).planned
+        np.testing.assert_allclose(planned, model.read(name), atol=1e-10)
