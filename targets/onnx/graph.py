@@ -16,8 +16,6 @@ DOMAIN = "com.microsoft"
 PAGE_BYTES = 4096
 ALIGNED_FROM_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
-# What ONNX Runtime rounds activations to: 4 = int8 in blocks, its default for int4 on CPUs.
-ACCURACY_LEVEL = 4
 GATHER = "/model/embed_tokens/Gather"
 
 
@@ -73,7 +71,7 @@ class DataFile:
 
 
 def put_matrix(
-    graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile
+    graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile, accuracy_level: int
 ) -> list[ir.Value]:
     """Replace a `MatMul` by a `MatMulNBits` that holds the encoded rows; return its codes, scales, zero points."""
     node = product.node
@@ -91,7 +89,7 @@ def put_matrix(
             "N": rows,
             "bits": format.bits,
             "block_size": format.block_columns,
-            "accuracy_level": ACCURACY_LEVEL,
+            "accuracy_level": accuracy_level,
         },
         domain=DOMAIN,
         outputs=[output],
