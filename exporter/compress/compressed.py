@@ -61,11 +61,19 @@ class CompressedModel:
 
         Raises:
             InputError: the matrix holds NaN or infinity.
+            RequestError: its weights are so small that the format makes every one of them zero.
         """
         decision = self.decisions[name]
         weight = self.model.read(name)
         site = self._site(decision)
         matrix = self._methods[decision.method].encode(weight, decision.format, site)
+        if weight.any() and not matrix.planned.any():
+            raise RequestError(
+                f"{decision.format.name} makes every weight zero",
+                where=name,
+                got=f"weights of at most {np.abs(weight).max():.3g}",
+                next_step="choose a type that holds float32, such as F32, or for ONNX int4-b32-f32",
+            )
         second_moment = None if site is None else site.second_moment
         self.outcomes[name] = Outcome(
             weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment)
