@@ -1,5 +1,6 @@
 """What onnxruntime-genai's builder and onnxruntime's own quantisers make of a model."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.child import Child
 
 INT8_HEAD = "matmul_mixed_precision=last_matmul:int8"
-# The builder's settings, by what they are called here.
+# The builder's settings, by what they are called here. Its default algorithm with an int8 head shared with the
+# embedding is missing: version 0.18 writes a graph that names a tensor which it does not hold, and nothing loads it.
 SETTINGS = {
     "default": (),
     "k_quant": ("algo_config=k_quant",),
-    "default, int8 head": (INT8_HEAD,),
+    "rtn, int8 head": ("algo_config=rtn", INT8_HEAD),
     "k_quant, int8 head": ("algo_config=k_quant", INT8_HEAD),
     "k_quant, int8 head and mixed layers": ("algo_config=k_quant", f"{INT8_HEAD},mixed_layers:int8"),
 }
@@ -110,7 +112,7 @@ def _quantise(floats: Path, made: Path, algorithm: str, windows: Tokens) -> None
     model.graph.node.extend(kept)
     model.graph.output.append(helper.make_tensor_value_info(hidden, TensorProto.FLOAT, None))
     if algorithm == "GPTQ":
-        config = GPTQWeightOnlyQuantConfig(_Windows(model, windows))
+        config = GPTQWeightOnlyQuantConfig(_Windows(model, windows, _head_width(floats.parent)))
     else:
         config = HQQWeightOnlyQuantConfig(block_size=HQQ_BLOCK)
     block = BLOCK if algorithm == "GPTQ" else HQQ_BLOCK
@@ -120,25 +122,33 @@ def _quantise(floats: Path, made: Path, algorithm: str, windows: Tokens) -> None
     onnx.save_model(quantiser.model.model, str(made))
 
 
+def _head_width(folder: Path) -> int:
+    settings = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    return int(settings["model"]["decoder"]["head_size"])
+
+
 class _Windows(CalibrationDataReader):
     """Windows of tokens as the float model's inputs, without keys and values of earlier tokens."""
 
-    def __init__(self, model: onnx.ModelProto, windows: Tokens) -> None:
-        self._inputs = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
+    def __init__(self, model: onnx.ModelProto, windows: Tokens, head_width: int) -> None:
+        dims = {given.name: given.type.tensor_type.shape.dim for given in model.graph.input}
+        self._inputs = list(dims)
+        self._heads = {name: dims[name][1].dim_value for name in dims if name.startswith("past_key_values.")}
         self._windows = windows
+        self._head_width = head_width
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for tokens in self._windows:
-            yield {name: self._value(name, dims, tokens) for name, dims in self._inputs.items()}
+            yield {name: self._value(name, tokens) for name in self._inputs}
 
-    def _value(self, name: str, dims: object, tokens: np.ndarray) -> np.ndarray:
+    def _value(self, name: str, tokens: np.ndarray) -> np.ndarray:
         if name == "input_ids":
             return tokens[None]
         if name == "attention_mask":
             return np.ones_like(tokens)[None]
         if name == "position_ids":
             return np.arange(len(tokens))[None]
-        return np.zeros((1, dims[1].dim_value, 0, dims[3].dim_value), np.float32)
+        return np.zeros((1, self._heads[name], 0, self._head_width), np.float32)
 
     def get_next(self) -> None:
         raise NotImplementedError("the quantiser iterates")

@@ -244,11 +244,11 @@ def gguf_duels(bench: Bench, mixes: list[str]) -> list[Duel]:
 
 def onnx_duels(bench: Bench) -> list[Duel]:
     stock = [bench.builder(name) for name in onnx_opponents.SETTINGS]
-    float16 = [bench.float16(name) for name in ("default", "default, int8 head", MIXED)]
+    float16 = [bench.float16(name) for name in ("default", "k_quant, int8 head", MIXED)]
     own = [
         bench.own_quantiser(algorithm, name)
         for algorithm in ("HQQ", "GPTQ")
-        for name in ("default", "default, int8 head")
+        for name in ("default", "k_quant, int8 head")
     ]
     exporter = Exporter(bench.model, "onnx", bench.calibration)
     small, mixed = best(stock, SMALL_BYTES), next(row for row in stock if row.name == MIXED)
