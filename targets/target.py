@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
+from exporter.device.profile import DeviceProfile
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
@@ -19,6 +20,9 @@ class Target(Protocol):
     name: str
     default_type: str
     default_method: str
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target with what it decides by the device's instruction set."""
 
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""

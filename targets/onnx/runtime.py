@@ -42,6 +42,9 @@ class OnnxRuntime:
         self._loaded_model: genai.Model | None = None
         self._load_s = 0.0
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
+        options = settings["decoder"]["session_options"].items()
+        self._options = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -114,6 +117,8 @@ class OnnxRuntime:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
+            for name, value in self._options.items():
+                options.add_session_config_entry(name, value)
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self._load_s = time.perf_counter() - started
