@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.text import Windows, file_windows
-from exporter.job import Job
+from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ from tests.reference import plain_texts, reference_model
 FOLDER = Path(__file__).parent
 PUBLISHED = Published(FOLDER / "quality.json")
 EVALUATION_WINDOWS = 16
-# Of the same text, and twice what the exporter takes of it.
+# Of the text that the exporter is calibrated on.
 STOCK_WINDOWS = 32
 TOOLS = ("llama-cpp-python", "onnxruntime", "onnxruntime-genai", "transformers", "torch")
 CODE = ("argparse", "ast", "csv", "datetime", "heapq", "shlex", "statistics", "textwrap")
@@ -76,7 +76,7 @@ class Bench:
         if conditions.text == "code":
             evaluation = source_code(scratch)
         tokenizer = load_tokenizer(model.folder)
-        self.calibration: Windows = file_windows(prose, tokenizer, Job.calibration_windows, WINDOW)
+        self.calibration: Windows = file_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
         self._stock_calibration = file_windows(prose, tokenizer, STOCK_WINDOWS, WINDOW)
         self._evaluation = file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW)
         self._known = PUBLISHED.rows(conditions.name, self.identity)

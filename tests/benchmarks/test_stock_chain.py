@@ -23,7 +23,7 @@ from statistics import median
 import pytest
 
 from exporter.calibrate.text import Windows, file_windows
-from exporter.job import Job
+from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ MIX = "Q4_K_M"
 # Of 512 tokens each: what llama-imatrix reads of the calibration text.
 CHUNKS = 60
 # Most of ours over the stock chain's wall time; the proof and the packing, which that chain lacks, not counted.
-EFFORTS = {"fast": 1.2, "balanced": 3.0}
+CHAIN_LIMITS = {"fast": 1.2, "balanced": 3.0}
 NOT_IN_THE_CHAIN = ("prove",)
 DECODE_AT_LEAST, PREFILL_AT_LEAST = 1.0, 0.9
 PROMPT, DECODE, ROUNDS = 256, 32, 7
@@ -107,25 +107,25 @@ def test_wall_time_against_the_stock_chain(tools: Tools, folder: Path, tmp_path:
     calibration, evaluation = plain_texts(tmp_path)
     made, seconds = stock_chain(tools, folder, calibration, tmp_path)
     chain = sum(seconds.values())
-    print(f"\nstock chain: {chain:.0f} s; " + ", ".join(f"{name} {took:.1f}" for name, took in seconds.items()))
+    print(f"\nstock chain: {chain:.0f} s; " + ", ".join(f"{part} {took:.1f}" for part, took in seconds.items()))
     shares = {}
-    for effort in EFFORTS:
-        own = tmp_path / effort
+    for name in CHAIN_LIMITS:
+        own = tmp_path / name
         own.mkdir()
         started = time.perf_counter()
         printed(
-            own, "build", str(folder), "--device", "galaxy-s24-ultra", "--target", "gguf", "--effort", effort,
+            own, "build", str(folder), "--device", "galaxy-s24-ultra", "--target", "gguf", "--effort", name,
             "--max-file-bytes", str(made.stat().st_size), "--calibration", str(calibration),
             "--evaluation", str(evaluation), "-o", "bundle",
         )  # fmt: skip
         whole = time.perf_counter() - started
         stages = json.loads((own / "bundle/measurements.json").read_text("utf-8"))["stages"]
         taken = sum(stage["seconds"] for stage in stages if stage["name"] not in NOT_IN_THE_CHAIN)
-        shares[effort] = taken / chain
-        print(f"{effort}: {taken:.0f} s, {shares[effort]:.2f} of the chain; with proof and packing {whole:.0f} s")
+        shares[name] = taken / chain
+        print(f"{name}: {taken:.0f} s, {shares[name]:.2f} of the chain; with proof and packing {whole:.0f} s")
         for stage in stages:
             print(f"  {stage['name']:20} {stage['seconds']:7.1f}")
-    assert {effort: share for effort, share in shares.items() if share > EFFORTS[effort]} == {}
+    assert {name: share for name, share in shares.items() if share > CHAIN_LIMITS[name]} == {}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def model(folder: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def calibration(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Windows:
     prose, _ = plain_texts(tmp_path_factory.mktemp("texts"))
-    return file_windows(prose, load_tokenizer(model.folder), Job.calibration_windows, WINDOW)
+    return file_windows(prose, load_tokenizer(model.folder), effort("balanced").calibration_windows, WINDOW)
 
 
 @dataclass(frozen=True)
