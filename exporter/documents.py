@@ -57,6 +57,7 @@ def describe(
     recipe = Recipe(
         scheme=plan.type,
         method=plan.method,
+        effort=job.effort,
         calibration=_text_facts(calibration),
         evaluation=_text_facts(evaluation),
         seed=job.seed,

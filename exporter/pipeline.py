@@ -11,6 +11,7 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
+from exporter.effort import effort
 from exporter.errors import ExporterError, RequestError
 from exporter.forecast import stage_seconds
 from exporter.job import Job, Progress, silent
@@ -46,8 +47,9 @@ def fitted(job: Job, model: Model) -> Job:
     """Return the job with windows no longer than the model's context.
 
     Raises:
-        RequestError: the context asked for is longer than the model's.
+        RequestError: the context asked for is longer than the model's, or there is no such effort.
     """
+    effort(job.effort)
     longest = model.architecture.context_length
     if job.context > longest:
         raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")

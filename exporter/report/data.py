@@ -115,6 +115,7 @@ class Recipe(Document):
     Attributes:
         scheme: Name of the formats' mix, such as `Q4_K_M` or `int4`.
         method: Name of the compression method.
+        effort: How much work the method did: `fast`, `balanced` or `max`.
         calibration: The text that the statistics come from.
         evaluation: The text that accuracy was measured on.
         seed: Seed of everything random.
@@ -123,6 +124,7 @@ class Recipe(Document):
 
     scheme: str
     method: str
+    effort: str
     calibration: TextFacts
     evaluation: TextFacts
     seed: int

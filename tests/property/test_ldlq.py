@@ -82,16 +82,16 @@ def test_block_feedback_equals_the_naive_reference() -> None:
 @pytest.mark.parametrize("name", [*SCALED, *NESTED, "int8-b64"])
 def test_descent_never_loses_and_ends_where_no_single_code_can_be_bettered(name: str) -> None:
     format = named(name)
-    weight, moment = problem(3, rows=8, columns=256)
+    weight, moment = problem(3, rows=8, columns=256 if name in NESTED else 128)
     fine = damped(moment, 0.01)
     rows = np.arange(len(weight))
-    before, after, end = (Ldlq(sweeps=sweeps).encode(weight, format, seen(moment)).planned for sweeps in (0, 2, 60))
+    before, after, end = (Ldlq(sweeps=sweeps).encode(weight, format, seen(moment)).planned for sweeps in (0, 2, 40))
     losses = [error(planned - weight, fine) for planned in (before, after, end)]
     assert (losses[1] <= losses[0] * 1.001).all() and losses[1].sum() < losses[0].sum()
     assert (losses[2] <= losses[1] * 1.001).all()
     # In float64, one code at a time: nothing that the row's own values allow is better by more than rounding.
     block = format.block_columns
-    for column in range(0, 256, 37):
+    for column in range(0, weight.shape[1], 37):
         start = column // block * block
         for row in rows:
             for value in np.unique(end[row, start : start + block]):
@@ -156,7 +156,8 @@ def test_bytes_depend_neither_on_chance_nor_on_neighbouring_rows() -> None:
     np.testing.assert_array_equal(whole, Ldlq(sweeps=2).encode(weight, format, seen(moment)).data)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "int4-b64", "Q4_K", "IQ3_XXS"])
+# Where one scale serves 256 columns, feedback drives some weights beyond it; descent then wins most of that back.
+@pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q5_1", "int4-b64", "IQ3_XXS"])
 def test_the_expected_error_is_what_feedback_then_makes(name: str) -> None:
     weight, moment = problem(6, rows=256, columns=256)
     format = named(name)
