@@ -117,9 +117,9 @@ class Moments:
         total = self._fitted.weight + self._held.weight
         both = np.tril(fitted)
         both += np.tril(held, -1).T
-        vectors = {
+        vectors: dict[str, np.ndarray] = {
             "held_diagonal": held.diagonal().copy(),
-            "share": np.float64(self._held.weight / total if total > 0 else 0.0),
+            "share": np.array(self._held.weight / total if total > 0 else 0.0),
             "squares": (self._squares / max(self._tokens, 1)).float().numpy(),
         } | {f"peaks_{block}": (peaks / max(total, 1e-30)).numpy() for block, peaks in self._peaks.items()}
         if not np.isfinite(both).all() or not all(np.isfinite(values).all() for values in vectors.values()):

@@ -1,8 +1,9 @@
 """Which format each matrix gets: the least predicted KL divergence within a number of bytes.
 
 What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.statistics` on some rows of
-each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange multiplier over all matrices trades it against
-bytes (Shoham and Gersho 1988, section III); what bytes remain go to the upgrades that buy most for each of them.
+each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange
+multiplier over all matrices trades it against bytes (Shoham and Gersho 1988, section III); what bytes remain go to the
+upgrades that buy most for each of them.
 """
 
 from collections.abc import Callable, Sequence
