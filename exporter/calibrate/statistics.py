@@ -16,20 +16,21 @@ from torch import nn
 
 from exporter.cache import cache_folder, replacing, save_array
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
+from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
 from exporter.calibrate.text import Windows
 from exporter.errors import InputError
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
-VERSION = 2
+VERSION = 3
 HEAD_SITE = "head_in"
 # Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the whole square.
 STRIPES = 4
 
 
 class Statistics:
-    """Second moments by site, in files of a cache folder; read when asked for.
+    """Second moments by site, and ranges by place, in files of a cache folder; read when asked for.
 
     A site is where the input of one or more matrices is observed: `layers.3.mlp_in`, `head_in`. The embedding's
     input is the token itself, so an untied embedding has none.
@@ -59,6 +60,10 @@ class Statistics:
             return None
         return np.ascontiguousarray(np.load(path, mmap_mode="r", allow_pickle=False).diagonal())
 
+    def ranges(self, place: str) -> ChannelRanges | None:
+        """Return the ranges of a site or of `exporter.calibrate.ranges.output_place`; None where not observed."""
+        return load_ranges(self._folder, place)
+
 
 def statistics_key(model: Model, windows: Windows) -> str:
     """Return the cache key of the statistics of a model on a text."""
@@ -87,12 +92,18 @@ def collect(model: Model, windows: Windows, progress: Progress) -> Statistics:
     first, hidden = _resume(folder, stream, windows)
     for index in range(first, stream.layers):
         progress(index, stream.layers)
-        with stream.layer(index) as module, _observed(module, index, folder):
+        with (
+            stream.layer(index) as module,
+            _observed(module, index, folder),
+            observed_ranges(module, index, folder),
+        ):
             stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
         _checkpoint(folder, index + 1, hidden)
+    normalised = stream.normalise(hidden)
+    save_head_ranges(normalised, stream.head(), folder, HEAD_SITE)
     head = _Moment(hidden.shape[-1])
-    head.add(stream.normalise(hidden))
+    head.add(normalised)
     head.save(folder, HEAD_SITE)
     (folder / "checkpoint.npz").unlink(missing_ok=True)
     progress(stream.layers, stream.layers)

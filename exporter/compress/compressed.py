@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import importance_of, load_method, relative_error
 from exporter.errors import RequestError
@@ -36,6 +37,7 @@ class CompressedModel:
         decisions: One for each weight group.
         statistics: Second moments of the inputs; None where no method and no format needs them.
         encoded: Called after each matrix with its number and the total.
+        rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its own.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class CompressedModel:
         decisions: list[Decision],
         statistics: Statistics | None,
         encoded: Callable[[int, int], None] = lambda done, total: None,
+        rewritten: Model | None = None,
     ) -> None:
         self.model = model
+        self.rewritten = rewritten or model
         self.decisions = {decision.group.name: decision for decision in decisions}
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
@@ -58,7 +62,7 @@ class CompressedModel:
             InputError: the matrix holds NaN or infinity.
         """
         decision = self.decisions[name]
-        weight = self.model.read(name)
+        weight = self.rewritten.read(name)
         second_moment = self._second_moment(decision)
         matrix = load_method(decision.method).encode(weight, decision.format, second_moment)
         self.outcomes[name] = Outcome(
@@ -69,7 +73,18 @@ class CompressedModel:
 
     def vector(self, name: str) -> Float32:
         """Return a norm or bias, which stays as it is."""
-        return self.model.read(name)
+        return self.rewritten.read(name)
+
+    def ranges(self, place: str) -> ChannelRanges:
+        """Return the ranges of the channels of a place; see `exporter.calibrate.statistics`.
+
+        Raises:
+            RequestError: they were not observed.
+        """
+        found = None if self._statistics is None else self._statistics.ranges(place)
+        if found is None:
+            raise RequestError("the ranges of the activations were not observed", where=place)
+        return found
 
     def importance(self, name: str) -> Float32 | None:
         """Return E[x^2] of a matrix's inputs, float32 [columns], or None where they are not observed."""

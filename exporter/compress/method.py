@@ -7,7 +7,7 @@ import numpy as np
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
-NOT_METHODS = {"method", "compressed", "allocate"}
+NOT_METHODS = {"method", "compressed", "allocate", "equalise"}
 
 
 class Method(Protocol):

@@ -91,7 +91,7 @@ def prove(
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
     decoded = Decoded(target.read_back(artifact, model))
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
-    own = Reference.of(dequantised(model, decoded), some, partial(progress, "prove: layers of the artifact"))
+    own = Reference.of(dequantised(compressed.rewritten, decoded), some, partial(progress, "prove: layers of the artifact"))
     checks = [check_weights(decoded.digests, compressed), check_stored_types(target, artifact, compressed)]
     _require(checks)
     with open_artifact(artifact, tokens.shape[1], threads) as child:

@@ -23,7 +23,8 @@ class OnnxRuntime:
         artifact: A folder with model.onnx, its data, genai_config.json and the tokenizer.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
-        exact: Changes nothing: the graph itself says how activations are rounded.
+        exact: Compute products with float32 activations where the graph does not say how they are rounded: ONNX
+            Runtime rounds those of weights behind a `DequantizeLinear` to int8 in blocks by default.
         sequences: Must be 1.
     """
 
@@ -37,6 +38,7 @@ class OnnxRuntime:
         self._folder = folder
         self._context_size = context
         self._threads = threads
+        self._exact = exact
         self._before = resident_bytes()
         self._loaded_session: onnxruntime.InferenceSession | None = None
         self._loaded_model: genai.Model | None = None
@@ -114,6 +116,8 @@ class OnnxRuntime:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
+            if self._exact:
+                options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self._load_s = time.perf_counter() - started

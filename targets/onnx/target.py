@@ -107,18 +107,13 @@ class Onnx:
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
-        model = compressed.model
         floats = NAMED.get(type, type) == FLOAT
-        with TemporaryDirectory() as scratch:
-            skeleton = build_skeleton(model, Path(scratch), True, floats and model.architecture.tied)
-            with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
-                file = DataFile(opened, DATA_FILE, folder)
-                (_put_floats if floats else _put_integers)(skeleton.graph.graph, compressed, file)
-                move_rest(skeleton.graph.graph, file)
-            with replacing(folder / MODEL_FILE) as partial:
-                onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
-            skeleton.write_companions(folder)
-        return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
+        put = _put_floats if floats else _put_integers
+
+        def fill(graph: ir.Graph, file: DataFile) -> None:
+            put(graph, compressed, file)
+
+        return write_decoder(self.name, compressed, folder, fill, True, floats and compressed.model.architecture.tied)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
@@ -128,6 +123,36 @@ class Onnx:
         """Return the format of each matrix as the graph states it."""
         tables = Tables(artifact.weights[0])
         return {group.name: tables.format_name(group) for group in model.groups()}
+
+
+def write_decoder(
+    target: str,
+    compressed: CompressedModel,
+    folder: Path,
+    fill: Callable[[ir.Graph, DataFile], None],
+    fuse_qkv: bool,
+    share_embedding: bool,
+) -> Artifact:
+    """Write a decoder and what onnxruntime-genai needs beside it.
+
+    Args:
+        target: Name of the target.
+        compressed: What to write.
+        folder: Where; empty.
+        fill: Puts the matrices into the skeleton's graph and their data into the file.
+        fuse_qkv: One matrix multiplication for query, key and value.
+        share_embedding: See `build_skeleton`.
+    """
+    with TemporaryDirectory() as scratch:
+        skeleton = build_skeleton(compressed.rewritten, Path(scratch), fuse_qkv, share_embedding)
+        with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
+            file = DataFile(opened, DATA_FILE, folder)
+            fill(skeleton.graph.graph, file)
+            move_rest(skeleton.graph.graph, file)
+        with replacing(folder / MODEL_FILE) as partial:
+            onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
+        skeleton.write_companions(folder)
+    return Artifact(target, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:

@@ -1,0 +1,100 @@
+"""The target `onnx-qdq`: a decoder whose products are of static integers, as NPUs and XNNPACK take them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.calibrate.ranges import output_place
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.allocate import Storage
+from exporter.compress.compressed import CompressedModel
+from exporter.compress.equalise import Rewritten, equalised
+from exporter.errors import RequestError, did_you_mean
+from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.model import Model
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.graph import DataFile, products
+from exporter.targets.onnx.target import Onnx, write_decoder
+from exporter.targets.onnx_qdq.graph import Activations, Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.readback import QdqTables
+from exporter.weights.channel import ChannelFormat
+from exporter.weights.format import Float32
+from exporter.weights.group import Decision, WeightGroup
+
+TYPES = {"a16w8": Activations(np.uint16), "a8w8": Activations(np.uint8)}
+ALPHA = 0.5
+
+
+class OnnxQdq(Onnx):
+    """A decoder in QDQ form, with the files that the target `onnx` has."""
+
+    name = "onnx-qdq"
+    default_type = "a16w8"
+    default_method = "rtn"
+
+    def types(self) -> list[str]:
+        """Return the widths of activations and weights."""
+        return list(TYPES)
+
+    def decide(self, model: Model, type: str, method: str) -> list[Decision]:
+        """Return int8 with a scale for each row, for every matrix."""
+        if type not in TYPES:
+            raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
+        return [
+            Decision(group, method, ChannelFormat(group.columns), f"{type} for every matrix")
+            for group in model.groups()
+        ]
+
+    def storages(self, model: Model) -> list[Storage]:
+        """Return the matrices, each with the only format that they can have."""
+        return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
+
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model with equalised channels."""
+        return equalised(model, statistics, ALPHA)
+
+    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+        """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
+        # A budget names no type; the activations then are the default's.
+        activations = TYPES.get(type, TYPES[self.default_type])
+
+        def fill(graph: ir.Graph, file: DataFile) -> None:
+            _put_matrices(graph, compressed, activations, file)
+
+        return write_decoder(self.name, compressed, folder, fill, False, False)
+
+    def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
+        """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""
+        return QdqTables(artifact.weights[0]).decode
+
+    def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
+        """Return the format of each matrix as the graph states it."""
+        tables = QdqTables(artifact.weights[0])
+        return {group.name: tables.format_name(group) for group in model.groups()}
+
+
+def _put_matrices(graph: ir.Graph, compressed: CompressedModel, activations: Activations, file: DataFile) -> None:
+    embedding = put_embedding(graph, file, _format(compressed, EMBEDDING), compressed.encode(EMBEDDING).data)
+    for product in products(graph):
+        (name,) = product.groups
+        assert product.node.name
+        stem = product.node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
+        if name == HEAD and compressed.model.architecture.tied:
+            name, table = EMBEDDING, embedding.turned(graph, product.node)
+        else:
+            table = put_weights(graph, file, stem, _format(compressed, name), compressed.encode(name).data)
+        group = compressed.decisions[name].group
+        given = Quantiser.of(graph, f"{stem}.input", activations, compressed.ranges(group.site))
+        outputs = compressed.ranges(output_place(group.layer, group.role))
+        put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", activations, outputs))
+
+
+def _format(compressed: CompressedModel, name: str) -> ChannelFormat:
+    format = compressed.decisions[name].format
+    assert isinstance(format, ChannelFormat)
+    return format
+
+
+TARGET = OnnxQdq()
