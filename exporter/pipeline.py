@@ -93,8 +93,13 @@ def _build(
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
+        rewritten = target.rewritten(model, statistics, planned.type)
         compressed = CompressedModel(
-            model, planned.decisions, statistics, lambda done, total: progress("compress: matrices", done, total)
+            model,
+            planned.decisions,
+            rewritten.statistics,
+            lambda done, total: progress("compress: matrices", done, total),
+            rewritten.model,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

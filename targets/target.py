@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
+from exporter.compress.equalise import Rewritten
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
@@ -14,11 +16,20 @@ from exporter.weights.group import Decision, WeightGroup
 
 
 class Target(Protocol):
-    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`."""
+    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`.
+
+    Attributes:
+        name: The target's name.
+        default_type: What `--type` is by default.
+        default_method: What `--method` is by default.
+        most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
+            from its own weights by more than rounding, and is refused.
+    """
 
     name: str
     default_type: str
     default_method: str
+    most_rounding_kl: float
 
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""
@@ -41,6 +52,9 @@ class Target(Protocol):
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
         """Return the peak memory of the runtime's process at a context, weights included."""
+
+    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+        """Return the model in the coordinates that suit the type, which compute the same; its own where all do."""
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""

@@ -37,7 +37,8 @@ class CompressedModel:
         decisions: One for each weight group.
         statistics: Second moments of the inputs; None where no method and no format needs them.
         encoded: Called after each matrix with its number and the total.
-        rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its own.
+        rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
+            own.
     """
 
     def __init__(

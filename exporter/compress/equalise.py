@@ -9,6 +9,7 @@ into what makes the channel: the gain of the normalisation before it, the value 
 factor for all heads that share them), and the up rows before the down projection.
 """
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.statistics import HEAD_SITE, Statistics
 from exporter.errors import RequestError
-from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, QKV_BIASES, layer_tensor
+from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
@@ -33,7 +34,7 @@ class Rewritten:
     statistics: Statistics
 
 
-def equalised(model: Model, statistics: Statistics, alpha: float) -> Rewritten:
+def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collection[str]) -> Rewritten:
     """Return the model with equalised channels.
 
     A tied head keeps its inputs as they are: its matrix is the embedding too.
@@ -42,6 +43,7 @@ def equalised(model: Model, statistics: Statistics, alpha: float) -> Rewritten:
         model: The source; its matrices are read once for their largest weights.
         statistics: With the ranges of its activations.
         alpha: How much of the inputs' spread goes into the weights, from 0 to 1.
+        sites: Where to: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
 
     Raises:
         RequestError: the ranges were not observed.
@@ -49,45 +51,63 @@ def equalised(model: Model, statistics: Statistics, alpha: float) -> Rewritten:
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
     columns: dict[str, Float32] = {}
-    for layer in range(model.architecture.layers):
-        for site, (makers, users) in _places(model, layer).items():
-            found = _factors(model, statistics, site, users, alpha)
-            if site.endswith("attention_out"):
-                found = _shared_by_heads(model, found)
-            factors[site] = found
-            columns |= dict.fromkeys(users, found)
-            made = _of_key_value_heads(model, found) if site.endswith("attention_out") else found
-            rows |= dict.fromkeys(makers, made)
-            if not site.endswith("_in"):
-                role = "v" if site.endswith("attention_out") else "up"
-                factors[output_place(layer, role)] = made
-    if not model.architecture.tied:
-        found = _factors(model, statistics, HEAD_SITE, [HEAD], alpha)
-        factors[HEAD_SITE], columns[HEAD], rows[FINAL_NORM] = found, found, found
+    for place in _places(model, sites):
+        found = _factors(model, statistics, place.site, place.users, alpha)
+        made = found
+        if place.by_heads:
+            found, made = _by_heads(model, found)
+        factors[place.site] = found
+        if place.output is not None:
+            factors[place.output] = made
+        columns |= dict.fromkeys(place.users, found)
+        rows |= dict.fromkeys(place.makers, made)
     tensors = _Scaled(model, rows, columns)
     return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors))
 
 
-def _places(model: Model, layer: int) -> dict[str, tuple[list[str], list[str]]]:
-    """Return site -> the tensors whose rows make its channels, and the matrices whose columns take them."""
-    users: dict[str, list[str]] = {}
-    for path, site in LINEARS.values():
-        users.setdefault(site, []).append(layer_tensor(layer, f"{path}.weight"))
-    values = [f"{LINEARS['v'][0]}.weight"]
-    values += [QKV_BIASES["v_bias"]] if "v_bias" in model.architecture.family.vectors else []
-    makers = {
-        "attention_in": [NORMS["attention_norm"]],
-        "attention_out": values,
-        "mlp_in": [NORMS["mlp_norm"]],
-        "mlp_out": [f"{LINEARS['up'][0]}.weight"],
-    }
-    return {
-        f"layers.{layer}.{site}": ([layer_tensor(layer, name) for name in made], users[site])
-        for site, made in makers.items()
-    }
+@dataclass(frozen=True)
+class _Place:
+    """A site, and what is rewritten for it.
+
+    Attributes:
+        site: Its name.
+        makers: The tensors whose rows make its channels.
+        users: The matrices whose columns take them.
+        output: Where the maker's outputs are observed; None for a normalisation.
+        by_heads: The makers are values, which several heads share.
+    """
+
+    site: str
+    makers: tuple[str, ...]
+    users: tuple[str, ...]
+    output: str | None = None
+    by_heads: bool = False
 
 
-def _factors(model: Model, statistics: Statistics, site: str, users: list[str], alpha: float) -> Float32:
+def _places(model: Model, sites: Collection[str]) -> Iterator[_Place]:
+    for layer in range(model.architecture.layers):
+        for place in _layer_places(model, layer):
+            if place.site.rpartition(".")[2] in sites:
+                yield place
+    if HEAD_SITE in sites and not model.architecture.tied:
+        yield _Place(HEAD_SITE, (FINAL_NORM,), (HEAD,))
+
+
+def _layer_places(model: Model, layer: int) -> Iterator[_Place]:
+    def place(site: str, makers: list[str], role: str | None = None) -> _Place:
+        users = [layer_tensor(layer, f"{path}.weight") for path, seen in LINEARS.values() if seen == site]
+        output = None if role is None else output_place(layer, role)
+        made = [layer_tensor(layer, name) for name in makers]
+        return _Place(f"layers.{layer}.{site}", tuple(made), tuple(users), output, role == "v")
+
+    biases = [name for role, name in model.architecture.family.vectors.items() if role == "v_bias"]
+    yield place("attention_in", [NORMS["attention_norm"]])
+    yield place("attention_out", [f"{LINEARS['v'][0]}.weight", *biases], "v")
+    yield place("mlp_in", [NORMS["mlp_norm"]])
+    yield place("mlp_out", [f"{LINEARS['up'][0]}.weight"], "up")
+
+
+def _factors(model: Model, statistics: Statistics, site: str, users: Collection[str], alpha: float) -> Float32:
     """Return s of eq. 4, float32 [columns]; one for a channel that is never used or never heard."""
     ranges = statistics.ranges(site)
     if ranges is None:
@@ -101,19 +121,15 @@ def _factors(model: Model, statistics: Statistics, site: str, users: list[str], 
     return np.where(both, np.clip(ratio, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
 
 
-def _shared_by_heads(model: Model, factors: Float32) -> Float32:
-    """Return factors of the heads' outputs that are equal wherever heads share their values: the geometric mean."""
+def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
+    """Make factors of the heads' outputs equal where heads share their values: their geometric mean.
+
+    Returns them for the outputs, float32 [heads x head width], and the values, [key-value heads x head width].
+    """
     shape = model.architecture
     heads = np.log(factors).reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
-    shared = np.exp(heads.mean(axis=1, keepdims=True))
-    return np.broadcast_to(shared, heads.shape).reshape(-1).astype(np.float32)
-
-
-def _of_key_value_heads(model: Model, factors: Float32) -> Float32:
-    """Return the factors of the values themselves, float32 [key-value heads x head width]."""
-    shape = model.architecture
-    heads = factors.reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
-    return np.ascontiguousarray(heads[:, 0]).reshape(-1)
+    shared = np.exp(heads.mean(axis=1, keepdims=True)).astype(np.float32)
+    return np.broadcast_to(shared, heads.shape).reshape(-1), shared.reshape(-1)
 
 
 class _Scaled:

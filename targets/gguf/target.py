@@ -9,8 +9,10 @@ import gguf
 import numpy as np
 
 from exporter.cache import replacing
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.compress.equalise import Rewritten
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
@@ -40,6 +42,7 @@ class Gguf:
     name = "gguf"
     default_type = "Q4_K_M"
     default_method = "rtn"
+    most_rounding_kl = 0.1
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""
@@ -110,6 +113,10 @@ class Gguf:
         scores = 4 * batch * (3 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim)
         logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
+
+    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+        """Return the model as it is."""
+        return Rewritten(model, statistics)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, then the Modelfile."""

@@ -9,8 +9,10 @@ import onnx
 import onnx_ir as ir
 
 from exporter.cache import replacing
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.compress.equalise import Rewritten
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
@@ -54,6 +56,7 @@ class Onnx:
     name = "onnx"
     default_type = "int4"
     default_method = "ldlq"
+    most_rounding_kl = 0.1
 
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
@@ -104,6 +107,10 @@ class Onnx:
         keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
         logits = 4 * shape.vocab * min(context, 512)
         return 2 * self.estimated_file_bytes(model, decisions) + keys_and_values + logits + INTERPRETER_BYTES
+
+    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+        """Return the model as it is."""
+        return Rewritten(model, statistics)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""

@@ -11,22 +11,12 @@ from exporter.weights.channel import ChannelFormat
 from exporter.weights.format import Bytes
 
 
-@dataclass(frozen=True)
-class Activations:
-    """How activations are stored: one scale and zero point a tensor, fixed before the model runs.
-
-    Attributes:
-        type: NumPy type of the codes, unsigned.
-    """
-
-    type: type[np.unsignedinteger]
-
-    def parameters(self, ranges: ChannelRanges) -> tuple[np.float32, np.unsignedinteger]:
-        """Return scale and zero point of a range; zero itself is always a code (Jacob et al. 2018, section 2.1)."""
-        codes = int(np.iinfo(self.type).max)
-        low, high = min(float(ranges.low.min()), 0.0), max(float(ranges.high.max()), 0.0)
-        scale = (high - low) / codes or 1.0
-        return np.float32(scale), self.type(round(-low / scale))
+def parameters(codes: type[np.unsignedinteger], ranges: ChannelRanges) -> tuple[np.float32, np.unsignedinteger]:
+    """Return scale and zero point of a range in codes of a type; zero is a code (Jacob et al. 2018, section 2.1)."""
+    most = int(np.iinfo(codes).max)
+    low, high = min(float(ranges.low.min()), 0.0), max(float(ranges.high.max()), 0.0)
+    scale = (high - low) / most or 1.0
+    return np.float32(scale), codes(round(-low / scale))
 
 
 @dataclass(frozen=True)
@@ -37,9 +27,9 @@ class Quantiser:
     zero_point: ir.Value
 
     @classmethod
-    def of(cls, graph: ir.Graph, name: str, activations: Activations, ranges: ChannelRanges) -> "Quantiser":
+    def of(cls, graph: ir.Graph, name: str, codes: type[np.unsignedinteger], ranges: ChannelRanges) -> "Quantiser":
         """Put the parameters of a tensor into the graph."""
-        scale, zero_point = activations.parameters(ranges)
+        scale, zero_point = parameters(codes, ranges)
         made = (("scale", np.array(scale)), ("zero_point", np.array(zero_point)))
         return cls(*(register(graph, ir.tensor(value, name=f"{name}/{part}")) for part, value in made))
 
@@ -65,7 +55,8 @@ class Table:
     def turned(self, graph: ir.Graph, head: ir.Node) -> "Table":
         """Return an embedding's table as a tied head takes it, by nodes that run when the model is loaded.
 
-        A head that took the initialisers themselves would share them, and ONNX Runtime fuses no weights that are shared.
+        A head that took the initialisers themselves would share them, and ONNX Runtime does not fuse weights that are
+        shared.
         """
         codes = ir.node("Transpose", [self.codes], {"perm": [1, 0]}, name="/lm_head/codes")
         scales = ir.node("Squeeze", [self.scales], name="/lm_head/scales")
@@ -81,9 +72,7 @@ def put_weights(graph: ir.Graph, file: DataFile, stem: str, format: ChannelForma
     )
 
 
-def put_product(
-    graph: ir.Graph, product: Product, table: Table, given: Quantiser, made: Quantiser | None
-) -> None:
+def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantiser, made: Quantiser | None) -> None:
     """Put quantisers around a `MatMul` and its weights behind a `DequantizeLinear`.
 
     Each product has quantisers of its own, so that it is one unit for a runtime; those that round the same tensor

@@ -1,6 +1,7 @@
 """The target `onnx-qdq`: a decoder whose products are of static integers, as NPUs and XNNPACK take them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,39 @@ from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, products
 from exporter.targets.onnx.target import Onnx, write_decoder
-from exporter.targets.onnx_qdq.graph import Activations, Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.readback import QdqTables
 from exporter.weights.channel import ChannelFormat
 from exporter.weights.format import Float32
 from exporter.weights.group import Decision, WeightGroup
 
-TYPES = {"a16w8": Activations(np.uint16), "a8w8": Activations(np.uint8)}
+
+@dataclass(frozen=True)
+class Scheme:
+    """How activations are stored: one scale and zero point a tensor, fixed before the model runs.
+
+    Attributes:
+        codes: NumPy type of the inputs and outputs of a product.
+        wide_codes: The same for the products in `wide`.
+        wide: Roles whose activations are massive: a few tokens drive a few channels of the feed-forward layer to
+            hundreds of times the usual (Sun et al. 2024, section 2), so that 8 bits leave the others next to none.
+        equalised: Sites whose channels are equalised first.
+    """
+
+    codes: type[np.unsignedinteger]
+    wide_codes: type[np.unsignedinteger] = np.uint16
+    wide: tuple[str, ...] = ()
+    equalised: tuple[str, ...] = ()
+
+    def of(self, role: str) -> type[np.unsignedinteger]:
+        """Return the type of the inputs and outputs of a role's product."""
+        return self.wide_codes if role in self.wide else self.codes
+
+
+TYPES = {
+    "a16w8": Scheme(np.uint16),
+    "a8w8": Scheme(np.uint8, wide=("down",), equalised=("attention_in", "attention_out", "mlp_in", "head_in")),
+}
 ALPHA = 0.5
 
 
@@ -51,17 +78,16 @@ class OnnxQdq(Onnx):
         """Return the matrices, each with the only format that they can have."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
 
-    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
-        """Return the model with equalised channels."""
-        return equalised(model, statistics, ALPHA)
+    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+        """Return the model with equalised channels where the type's activations need them."""
+        return equalised(model, statistics, ALPHA, self._scheme(type).equalised)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
-        # A budget names no type; the activations then are the default's.
-        activations = TYPES.get(type, TYPES[self.default_type])
+        scheme = self._scheme(type)
 
         def fill(graph: ir.Graph, file: DataFile) -> None:
-            _put_matrices(graph, compressed, activations, file)
+            _put_matrices(graph, compressed, scheme, file)
 
         return write_decoder(self.name, compressed, folder, fill, False, False)
 
@@ -74,8 +100,12 @@ class OnnxQdq(Onnx):
         tables = QdqTables(artifact.weights[0])
         return {group.name: tables.format_name(group) for group in model.groups()}
 
+    def _scheme(self, type: str) -> Scheme:
+        """Return the scheme of a type; a budget names no type, and its activations are the default's."""
+        return TYPES.get(type, TYPES[self.default_type])
 
-def _put_matrices(graph: ir.Graph, compressed: CompressedModel, activations: Activations, file: DataFile) -> None:
+
+def _put_matrices(graph: ir.Graph, compressed: CompressedModel, scheme: Scheme, file: DataFile) -> None:
     embedding = put_embedding(graph, file, _format(compressed, EMBEDDING), compressed.encode(EMBEDDING).data)
     for product in products(graph):
         (name,) = product.groups
@@ -86,9 +116,9 @@ def _put_matrices(graph: ir.Graph, compressed: CompressedModel, activations: Act
         else:
             table = put_weights(graph, file, stem, _format(compressed, name), compressed.encode(name).data)
         group = compressed.decisions[name].group
-        given = Quantiser.of(graph, f"{stem}.input", activations, compressed.ranges(group.site))
-        outputs = compressed.ranges(output_place(group.layer, group.role))
-        put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", activations, outputs))
+        codes, outputs = scheme.of(group.role), compressed.ranges(output_place(group.layer, group.role))
+        given = Quantiser.of(graph, f"{stem}.input", codes, compressed.ranges(group.site))
+        put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", codes, outputs))
 
 
 def _format(compressed: CompressedModel, name: str) -> ChannelFormat:
