@@ -93,7 +93,7 @@ def _build(
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
-        rewritten = target.rewritten(model, statistics, planned.type)
+        rewritten = target.rewritten(model, statistics)
         compressed = CompressedModel(
             model,
             planned.decisions,

@@ -19,8 +19,8 @@ from exporter.model.families import LINEARS
 from exporter.weights.format import Float32
 
 HEAD_OUTPUT = "head_out"
-# The head's outputs are many: they are ranged at every so many positions.
-HEAD_STRIDE = 16
+# The head's outputs are many: they are ranged at so many positions, evenly spread.
+HEAD_POSITIONS = 512
 HEAD_POSITIONS_AT_ONCE = 128
 
 
@@ -93,7 +93,7 @@ def observed_ranges(module: nn.Module, layer: int, folder: Path) -> Iterator[Non
     def outputs(place: str, linear: nn.Module, _: object, made: torch.Tensor) -> None:
         # What the product alone makes: the runtime adds the bias afterwards.
         bias = linear.bias
-        see(place, made if bias is None else made - bias)
+        see(place, made - bias if isinstance(bias, torch.Tensor) else made)
 
     sites = {site: path for path, site in reversed(LINEARS.values())}
     hooks = [
@@ -101,8 +101,8 @@ def observed_ranges(module: nn.Module, layer: int, folder: Path) -> Iterator[Non
         for site, path in sites.items()
     ]
     for role, (path, _) in LINEARS.items():
-        hook = partial(outputs, output_place(layer, role))
-        hooks.append(module.get_submodule(path).register_forward_hook(hook))
+        made = partial(outputs, output_place(layer, role))
+        hooks.append(module.get_submodule(path).register_forward_hook(made))
     try:
         yield
     finally:
@@ -123,7 +123,8 @@ def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Path, sit
     """
     inputs, outputs = _Extremes(), _Extremes()
     inputs.add(hidden)
-    some = hidden.reshape(-1, hidden.shape[-1])[::HEAD_STRIDE]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    some = rows[:: max(1, len(rows) // HEAD_POSITIONS)]
     for first in range(0, len(some), HEAD_POSITIONS_AT_ONCE):
         outputs.add(some[first : first + HEAD_POSITIONS_AT_ONCE] @ head.T)
     inputs.save(folder, site)

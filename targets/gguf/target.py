@@ -114,7 +114,7 @@ class Gguf:
         logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
 
-    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
         """Return the model as it is."""
         return Rewritten(model, statistics)
 

@@ -118,7 +118,8 @@ def put_table(
 
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Make a tensor an initialiser and return its value."""
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

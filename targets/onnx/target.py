@@ -108,7 +108,7 @@ class Onnx:
         logits = 4 * shape.vocab * min(context, 512)
         return 2 * self.estimated_file_bytes(model, decisions) + keys_and_values + logits + INTERPRETER_BYTES
 
-    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
         """Return the model as it is."""
         return Rewritten(model, statistics)
 

@@ -31,26 +31,29 @@ class Scheme:
 
     Attributes:
         codes: NumPy type of the inputs and outputs of a product.
-        wide_codes: The same for the products in `wide`.
-        wide: Roles whose activations are massive: a few tokens drive a few channels of the feed-forward layer to
-            hundreds of times the usual (Sun et al. 2024, section 2), so that 8 bits leave the others next to none.
-        equalised: Sites whose channels are equalised first.
+        wide: Roles with 16 bits instead, that 8 bits are too few for: `down`, since a few tokens drive a few channels of the feed-forward
+            layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2), and the head, whose
+            matrix is often the embedding too, so that its channels cannot be equalised.
     """
 
     codes: type[np.unsignedinteger]
-    wide_codes: type[np.unsignedinteger] = np.uint16
     wide: tuple[str, ...] = ()
-    equalised: tuple[str, ...] = ()
 
     def of(self, role: str) -> type[np.unsignedinteger]:
         """Return the type of the inputs and outputs of a role's product."""
-        return self.wide_codes if role in self.wide else self.codes
+        return np.uint16 if role in self.wide else self.codes
+
+    def bits(self, role: str) -> int:
+        """Return the bits of these inputs and outputs."""
+        return np.iinfo(self.of(role)).bits
 
 
 TYPES = {
     "a16w8": Scheme(np.uint16),
-    "a8w8": Scheme(np.uint8, wide=("down",), equalised=("attention_in", "attention_out", "mlp_in", "head_in")),
+    "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
 }
+# Not what goes into the down projections: their codes are wide, and the channels of `up` would become uneven instead.
+EQUALISED = ("attention_in", "attention_out", "mlp_in", "head_in")
 ALPHA = 0.5
 
 
@@ -60,6 +63,8 @@ class OnnxQdq(Onnx):
     name = "onnx-qdq"
     default_type = "a16w8"
     default_method = "rtn"
+    # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
+    most_rounding_kl = 0.3
 
     def types(self) -> list[str]:
         """Return the widths of activations and weights."""
@@ -69,8 +74,9 @@ class OnnxQdq(Onnx):
         """Return int8 with a scale for each row, for every matrix."""
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
+        scheme = TYPES[type]
         return [
-            Decision(group, method, ChannelFormat(group.columns), f"{type} for every matrix")
+            Decision(group, method, ChannelFormat(group.columns), f"{type}: {scheme.bits(group.role)}-bit activations")
             for group in model.groups()
         ]
 
@@ -78,9 +84,9 @@ class OnnxQdq(Onnx):
         """Return the matrices, each with the only format that they can have."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
 
-    def rewritten(self, model: Model, statistics: Statistics, type: str) -> Rewritten:
-        """Return the model with equalised channels where the type's activations need them."""
-        return equalised(model, statistics, ALPHA, self._scheme(type).equalised)
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model with equalised channels."""
+        return equalised(model, statistics, ALPHA, EQUALISED)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
