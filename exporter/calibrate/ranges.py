@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from exporter.cache import save_array
-from exporter.errors import InputError
+from exporter.calibrate.layers import check_finite
 from exporter.model.families import LINEARS
 from exporter.weights.format import Float32
 
@@ -67,16 +67,9 @@ class _Extremes:
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def save(self, folder: Path, place: str) -> None:
-        """Write the ranges under the place's name.
-
-        Raises:
-            InputError: a value was not finite.
-        """
+        """Write the ranges under the place's name."""
         assert self._low is not None and self._high is not None
-        ranges = torch.stack([self._low, self._high]).numpy()
-        if not np.isfinite(ranges).all():
-            raise InputError("the activations are not finite", where=place, next_step="check the model's weights there")
-        save_array(folder / f"{place}.range.npy", ranges)
+        save_array(folder / f"{place}.range.npy", torch.stack([self._low, self._high]).numpy())
 
 
 @contextmanager
@@ -120,12 +113,17 @@ def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Path, sit
         head: The matrix, float32 [vocab, hidden].
         folder: Where to save.
         site: Name of the head's input.
+
+    Raises:
+        InputError: an output is not finite.
     """
     inputs, outputs = _Extremes(), _Extremes()
     inputs.add(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     some = rows[:: max(1, len(rows) // HEAD_POSITIONS)]
     for first in range(0, len(some), HEAD_POSITIONS_AT_ONCE):
-        outputs.add(some[first : first + HEAD_POSITIONS_AT_ONCE] @ head.T)
+        made = some[first : first + HEAD_POSITIONS_AT_ONCE] @ head.T
+        check_finite(made, "head")
+        outputs.add(made)
     inputs.save(folder, site)
     outputs.save(folder, HEAD_OUTPUT)

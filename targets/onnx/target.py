@@ -45,7 +45,6 @@ ALPHABET = (
     "int4-b16", "int4-b32", "int4-b64", "int4-b128", "int4-b16-asymmetric", "int4-b32-asymmetric",
     "int4-b64-asymmetric", "int8-b32", "int8-b64", "int8-b128",
 )  # fmt: skip
-GRAPH_BYTES_PER_LAYER = 8192
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
@@ -57,6 +56,7 @@ class Onnx:
     default_type = "int4"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    graph_bytes_per_layer = 8192
 
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
@@ -88,7 +88,10 @@ class Onnx:
         aligned = sum(PAGE_BYTES if group.size >= ALIGNED_FROM_BYTES else 0 for group in model.groups())
         small = 4 * SMALL_ALIGNMENT_BYTES * (len(model.groups()) + len(model.architecture.vectors()))
         return (
-            self._vectors_and_rotary(model) + GRAPH_BYTES_PER_LAYER * (model.architecture.layers + 2) + aligned + small
+            self._vectors_and_rotary(model)
+            + self.graph_bytes_per_layer * (model.architecture.layers + 2)
+            + aligned
+            + small
         )
 
     def _vectors_and_rotary(self, model: Model) -> int:
@@ -99,7 +102,7 @@ class Onnx:
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return matrices, vectors, rotary tables and the graph."""
         matrices = sum(decision.stored_bytes for decision in decisions)
-        return matrices + self._vectors_and_rotary(model) + GRAPH_BYTES_PER_LAYER * model.architecture.layers
+        return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.architecture.layers
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
         """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers."""

@@ -31,9 +31,9 @@ class Scheme:
 
     Attributes:
         codes: NumPy type of the inputs and outputs of a product.
-        wide: Roles with 16 bits instead, that 8 bits are too few for: `down`, since a few tokens drive a few channels of the feed-forward
-            layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2), and the head, whose
-            matrix is often the embedding too, so that its channels cannot be equalised.
+        wide: Roles with 16 bits instead, that 8 are too few for: `down`, since a few tokens drive a few channels of the
+            feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2), and
+            the head, whose matrix is often the embedding too, so that its channels cannot be equalised.
     """
 
     codes: type[np.unsignedinteger]
@@ -62,9 +62,10 @@ class OnnxQdq(Onnx):
 
     name = "onnx-qdq"
     default_type = "a16w8"
-    default_method = "rtn"
+    default_method = "ldlq"
     # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
     most_rounding_kl = 0.3
+    graph_bytes_per_layer = 16896
 
     def types(self) -> list[str]:
         """Return the widths of activations and weights."""

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
 
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.statistics import Statistics, collect
@@ -172,7 +173,7 @@ def test_the_runtime_fuses_every_product(tmp_path: Path, model_of, type: str, ti
     onnxruntime.InferenceSession(str(artifact.weights[0]), options, providers=["CPUExecutionProvider"])
     graph = onnx.load_model(tmp_path / "optimised.onnx", load_external_data=False).graph
     kinds = Counter(node.op_type for node in graph.node)
-    wide = shape.layers if type == "a8w8" else 7 * shape.layers + 1
+    wide = shape.layers + 1 if type == "a8w8" else 7 * shape.layers + 1
     assert kinds["MatMul"] == 0
     assert kinds["QLinearMatMul"] == 7 * shape.layers + 1 - wide
     assert kinds["MatMulNBits"] == wide
@@ -229,22 +230,25 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
 
 def test_equalising_narrows_an_outlying_channel(model_of) -> None:
     with model_of() as model:
+        path = model.folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.1.post_attention_layernorm.weight"][7] *= 30
+        save_file(tensors, path, metadata={"format": "pt"})
+    with open_model(str(model.folder)) as model:
         changed = equalised(model, observed(model), 0.5, SITES)
         spread = []
         for statistics in (observed(model), changed.statistics):
             ranges = statistics.ranges("layers.1.mlp_in")
             assert ranges is not None
             spread.append(ranges.largest.max() / np.median(ranges.largest))
-        assert spread[1] < 0.9 * spread[0]
+        assert spread[1] < 0.4 * spread[0]
 
 
 def test_static_activations_need_observed_ranges(tmp_path: Path, model_of) -> None:
     with model_of() as model:
         target = load_target("onnx-qdq")
         compressed = CompressedModel(model, target.decide(model, "a16w8", "rtn"), None)
-        with pytest.raises(
-            RequestError, match=r"layers\.0\.attention_in: the ranges of the activations were not observed"
-        ):
+        with pytest.raises(RequestError, match=r"layers\.0\.q_out: the ranges of the activations were not observed"):
             target.lower(compressed, "a16w8", tmp_path)
         with pytest.raises(RequestError, match=r"layers\.0\.mlp_in: the ranges of the activations were not observed"):
             equalised(model, Statistics(tmp_path, 1), 0.5, ("mlp_in",))
