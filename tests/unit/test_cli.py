@@ -9,7 +9,7 @@ import pytest
 from tests.commands import cli
 from tests.models import tiny_model
 
-TARGETS = {"gguf": "Q8_0", "onnx": "int8", "onnx-qdq": "a8w8"}
+TARGETS = {"gguf": "Q8_0", "onnx": "int8", "onnx-qdq": "a16w8"}
 
 
 @pytest.fixture(scope="module")
