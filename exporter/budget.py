@@ -1,11 +1,10 @@
 """Decisions under a budget of bytes: what every format of every matrix would cost, and the best use of the bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from exporter.calibrate.sensitivity import collect_sensitivities
 from exporter.calibrate.statistics import Statistics
-from exporter.calibrate.text import Windows
-from exporter.compress.allocate import Storage, allocate, predict, require_enough, smallest_bytes
+from exporter.compress.allocate import Choice, Storage, allocate, predict, require_enough, smallest_bytes
+from exporter.compress.method import load_method
 from exporter.errors import RequestError
 from exporter.job import Job, Progress
 from exporter.model.model import Model
@@ -48,30 +47,36 @@ def feasible_budget(job: Job, model: Model, target: Target) -> Budget | None:
 
 
 def decide_within(
-    budget: Budget,
-    job: Job,
-    model: Model,
-    method: str,
-    calibration: Windows,
-    statistics: Statistics,
-    progress: Progress,
+    budget: Budget, job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
 ) -> list[Decision]:
     """Return a decision for each matrix that together keep the model files within the budget."""
-    sensitivities = collect_sensitivities(
-        model, calibration, job.seed, lambda done, total: progress("sensitivities: layers", done, total)
-    )
-    choices = predict(
-        model,
-        budget.storages,
-        method,
-        statistics,
-        sensitivities,
-        lambda done, total: progress("predict: matrices", done, total),
-    )
+    choices = _choices(budget.storages, job, model, method, statistics, progress)
     decisions = {}
     chosen = allocate(choices, budget.file_bytes, budget.fixed_bytes)
     for storage, choice in zip(budget.storages, chosen, strict=True):
         reason = f"predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
-            decisions[group.name] = Decision(group, method, choice.format, reason)
+            share = choice.kl * group.size / sum(one.size for one in storage.groups)
+            decisions[group.name] = Decision(group, method, choice.format, reason, share)
     return [decisions[group.name] for group in model.groups()]
+
+
+def foretell(
+    decisions: list[Decision], job: Job, model: Model, statistics: Statistics, progress: Progress
+) -> list[Decision]:
+    """Return decisions that were made by name with the KL divergence that each is predicted to add."""
+    storages = [Storage((decision.group,), (decision.format,)) for decision in decisions]
+    choices = _choices(storages, job, model, decisions[0].method, statistics, progress)
+    return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
+
+
+def _choices(
+    storages: list[Storage], job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
+) -> list[list[Choice]]:
+    return predict(
+        model,
+        storages,
+        load_method(method, job.effort_level),
+        statistics,
+        lambda done, total: progress("predict: matrices", done, total),
+    )

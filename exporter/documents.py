@@ -70,7 +70,7 @@ def describe(
         target=plan.target.name,
         recipe=recipe,
         size=_size(artifact, model),
-        accuracy=_accuracy(proof, evaluation),
+        accuracy=_accuracy(proof, evaluation, compressed),
         checks=proof.checks,
         tensors=_rows(compressed),
     )
@@ -102,14 +102,16 @@ def _size(artifact: Artifact, model: Model) -> Size:
     return Size(file_bytes=_measured(artifact.file_bytes, "bytes"), bits_per_weight=_measured(bits, "bits"))
 
 
-def _accuracy(proof: Proof, evaluation: Windows) -> Accuracy:
+def _accuracy(proof: Proof, evaluation: Windows, compressed: CompressedModel) -> Accuracy:
     found = proof.accuracy
+    predicted = sum(decision.predicted_kl or 0.0 for decision in compressed.decisions.values())
     return Accuracy(
         kl_mean=_measured(found.kl_mean, "nats"),
         kl_p99=_measured(found.kl_p99, "nats"),
         top1_agreement=_measured(found.top1_agreement, "fraction"),
         confident_agreement=_measured(found.confident_agreement, "fraction"),
         perplexity_ratio=_measured(found.perplexity_ratio, "ratio"),
+        predicted_kl=_measured(predicted, "nats", "estimated"),
         runtime_rounding_kl=_measured(proof.rounding.kl_mean, "nats"),
         tokens=found.tokens,
         text_digest=evaluation.digest,

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from exporter.calibrate.statistics import STRIPES
+from exporter.calibrate.moments import STRIPES, Site
+from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS
 from exporter.compress.compressed import weights_digest
 from exporter.compress.method import load_method, relative_error
 from exporter.job import Job
@@ -41,14 +42,16 @@ def stage_seconds(model: Model, job: Job, decisions: list[Decision], file_bytes:
         file_bytes: Size of the artifact.
     """
     flops_per_s = _flops_per_s()
-    calibration, evaluation = job.calibration_windows * job.window, job.evaluation_windows * job.window
+    calibration, evaluation = job.effort_level.calibration_windows * job.window, job.evaluation_windows * job.window
     token = _token_flops(model, job.window)
     prompt = token / (PROMPT_SHARE * flops_per_s)
     return {
         "open": OPEN_SECONDS,
         "calibration text": _sampling(model, job, token / (SAMPLING_SHARE * flops_per_s)),
-        "statistics": calibration * (token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
-        "compress and lower": VOCABULARY_SECONDS + _encoding(decisions, flops_per_s),
+        # Forwards, forwards again and backwards.
+        "statistics": calibration * (3 * token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
+        "allocate": _prediction(decisions, job, flops_per_s),
+        "compress and lower": VOCABULARY_SECONDS + _encoding(decisions, job, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
@@ -76,33 +79,49 @@ def _moment_flops(model: Model) -> float:
 def _sampling(model: Model, job: Job, token_seconds: float) -> float:
     if job.calibration and job.evaluation:
         return 0.0
-    tokens = (job.calibration_windows + job.evaluation_windows) * job.window
-    quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"))
+    tokens = (job.effort_level.calibration_windows + job.evaluation_windows) * job.window
+    quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"), job)
     return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
 
-def _encoding(decisions: list[Decision], flops_per_s: float) -> float:
+def _prediction(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
+    """Return the seconds of encoding some rows to the nearest, and of each site's factor and its products."""
+    names = {decision.format.name: decision.format for decision in decisions}
+    speeds = {name: _encode_nanoseconds("rtn", format, job) for name, format in names.items()}
+    seconds = 0.0
+    for decision in decisions:
+        group = decision.group
+        rows = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
+        seconds += rows * group.columns * 1e-9 * speeds[decision.format.name]
+    sites = {decision.group.site: decision.group.columns for decision in decisions}
+    factors = sum(columns**3 for columns in sites.values())
+    return seconds + (2 / 3 / FACTOR_SHARE + 2) * factors / flops_per_s
+
+
+def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
     """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
     kinds = {(decision.method, decision.format.name): decision for decision in decisions}
-    speeds = {kind: _encode_nanoseconds(decision.method, decision.format) for kind, decision in kinds.items()}
+    speeds = {kind: _encode_nanoseconds(decision.method, decision.format, job) for kind, decision in kinds.items()}
     seconds = 0.0
     for decision in decisions:
         size, columns = decision.group.size, decision.group.columns
-        factor = 2 / 3 * columns**3 if load_method(decision.method).needs_second_moment else 0.0
+        feedback = decision.method != "rtn"
+        sweeps = job.effort_level.sweeps if feedback else 0
         seconds += size * 1e-9 * speeds[decision.method, decision.format.name]
-        seconds += (4.0 * size * columns + factor / FACTOR_SHARE) / flops_per_s
+        seconds += (4.0 * (1 + sweeps) * size * columns + feedback * 2 / 3 * columns**3 / FACTOR_SHARE) / flops_per_s
     return seconds
 
 
-def _encode_nanoseconds(method: str, format: WeightFormat) -> float:
+def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:
     """Return the time a weight takes to be encoded, decoded and digested, measured on random weights."""
     chance = np.random.default_rng(0)
     weight = chance.standard_normal(PROBE_SHAPE, np.float32)
     inputs = chance.standard_normal((2 * PROBE_SHAPE[1], PROBE_SHAPE[1]), np.float32)
     second_moment = inputs.T @ inputs / np.float32(len(inputs))
+    site = Site(second_moment, second_moment, 0.0, np.ascontiguousarray(second_moment.diagonal()), {})
 
     def encode() -> None:
-        planned = load_method(method).encode(weight, format, second_moment).planned
+        planned = load_method(method, job.effort_level).encode(weight, format, site).planned
         weights_digest(planned)
         relative_error(weight, planned, None)
 

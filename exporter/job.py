@@ -1,8 +1,10 @@
 """What is asked for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from exporter.effort import Effort, effort
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,7 +28,8 @@ class Job:
         evaluation: A UTF-8 text that accuracy is measured on, or None for sampled text of another seed.
         seed: Seed of all that is random.
         window: Tokens of a calibration or evaluation window.
-        calibration_windows: Windows to calibrate on.
+        effort: How much work goes into a smaller loss of behaviour: `fast`, `balanced` or `max`.
+        calibration_windows: Windows to calibrate on; None for as many as the effort takes.
         evaluation_windows: Windows to measure accuracy on.
         context: Tokens of context that memory and speed are stated for.
         threads: Threads that runtimes compute with on this machine.
@@ -44,9 +47,22 @@ class Job:
     evaluation: Path | None = None
     seed: int = 0
     window: int = 512
-    calibration_windows: int = 16
+    effort: str = "balanced"
+    calibration_windows: int | None = None
     evaluation_windows: int = 6
     context: int = 512
     threads: int = 2
     max_file_bytes: int | None = None
     bits: float | None = None
+
+    @property
+    def effort_level(self) -> Effort:
+        """What the effort spends.
+
+        Raises:
+            RequestError: there is no such effort.
+        """
+        level = effort(self.effort)
+        return (
+            level if self.calibration_windows is None else replace(level, calibration_windows=self.calibration_windows)
+        )

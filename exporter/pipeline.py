@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.budget import Budget, decide_within, feasible_budget
+from exporter.budget import Budget, decide_within, feasible_budget, foretell
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import collect
@@ -86,10 +86,15 @@ def _build(
     with stages.stage("calibration text"):
         calibration, evaluation = texts(job, model, progress)
     with stages.stage("statistics"):
-        statistics = collect(model, calibration, lambda done, total: progress("statistics: layers", done, total))
-    if budget is not None:
-        with stages.stage("allocate"):
-            decisions = decide_within(budget, job, model, planned.method, calibration, statistics, progress)
+        statistics = collect(
+            model, calibration, job.seed, lambda done, total: progress("statistics: layers", done, total)
+        )
+    with stages.stage("allocate"):
+        if budget is None:
+            decisions = foretell(planned.decisions, job, model, statistics, progress)
+            planned = replace(planned, decisions=decisions)
+        else:
+            decisions = decide_within(budget, job, model, planned.method, statistics, progress)
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
@@ -98,6 +103,7 @@ def _build(
             model,
             planned.decisions,
             rewritten.statistics,
+            job.effort_level,
             lambda done, total: progress("compress: matrices", done, total),
             rewritten.model,
         )
@@ -122,7 +128,7 @@ def texts(job: Job, model: Model, progress: Progress) -> tuple[Windows, Windows]
     def read(file: Path | None, count: int) -> Windows | None:
         return None if file is None else file_windows(file, tokenizer, count, job.window)
 
-    calibration = read(job.calibration, job.calibration_windows)
+    calibration = read(job.calibration, job.effort_level.calibration_windows)
     evaluation = read(job.evaluation, job.evaluation_windows)
     if calibration is None or evaluation is None:
         sampled = sampled_windows(job, model, tokenizer, progress)

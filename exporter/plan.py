@@ -54,7 +54,7 @@ def make_plan(model: Model, job: Job) -> Plan:
         RequestError: the device, target, type or method is unknown, or they do not go together.
     """
     device = load_device(job.device)
-    target = load_target(device.preferred.target if job.target == "auto" else job.target)
+    target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
     decisions = target.decide(model, kind, method)
     file_bytes = target.estimated_file_bytes(model, decisions)

@@ -29,7 +29,7 @@ def sampled_windows(
     job: Job, model: Model, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[Windows, Windows]:
     """Return calibration and evaluation windows, different sequences of one seeded sampling."""
-    count = job.calibration_windows + job.evaluation_windows
+    count = job.effort_level.calibration_windows + job.evaluation_windows
     decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
     key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
@@ -37,7 +37,7 @@ def sampled_windows(
         tokens = _sample(model, starts(tokenizer, count, job.seed), job, progress)
         save_array(path, tokens)
     tokens = np.load(path, allow_pickle=False)
-    split = job.calibration_windows
+    split = job.effort_level.calibration_windows
     return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten
+from exporter.device.profile import DeviceProfile
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
@@ -30,6 +31,9 @@ class Target(Protocol):
     default_type: str
     default_method: str
     most_rounding_kl: float
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target with what it decides by the device's instruction set."""
 
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""

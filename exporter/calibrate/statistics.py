@@ -1,170 +1,243 @@
-"""What the inputs of the matrices look like: second moments, collected layer by layer and kept in the cache.
+"""What the calibration text tells of every matrix, collected layer by layer and kept in the cache.
 
-For a matrix W that multiplies inputs x, the output error of a change D is E|Dx|^2 = tr(D H D^T) with H = E[x x^T],
-so H weighs every error of W (Hassibi and Stork 1993; Frantar et al. 2022, eq. 2). Its diagonal is llama.cpp's
-importance matrix.
+A small change D of a matrix W with inputs x moves its outputs by D x, and the model's next-token distributions by a KL
+divergence of about 1/2 E[(g^T D x)^2] a token, where g is the gradient, at those outputs, of the log-likelihood of
+tokens drawn from the model itself (the Fisher information is the Hessian of the KL: Martens 2020, section 9). With the
+outputs taken one by one, and their gradients' pattern over the tokens as one (Kim et al. 2025, GuidedQuant, eq. 8),
+
+    KL = 1/2 sum_i s_i (D H D^T)_ii,    s_i = E[g_i^2],    H = E[w x x^T],    w = |g|^2 / E|g|^2,
+
+so a row's error counts by its sensitivity s_i, and a token by its weight w. Table rows that are looked up by tokens
+count by how often they are.
+
+The model runs forwards once and keeps every layer's inputs on disk, then backwards from the head to the embedding.
 """
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, replacing, save_array
+from exporter.cache import cache_folder, save_array
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
+from exporter.calibrate.moments import Moments, Site, load_site, load_vectors, save_vectors
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
 from exporter.calibrate.text import Windows
-from exporter.errors import InputError
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
-VERSION = 3
+VERSION = 4
 HEAD_SITE = "head_in"
-# Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the whole square.
-STRIPES = 4
+POSITIONS_AT_ONCE = 512
 
 
 class Statistics:
-    """Second moments by site, and ranges by place, in files of a cache folder; read when asked for.
+    """Statistics by site and matrix, and ranges by place, in files of a cache folder; read when asked for.
 
     A site is where the input of one or more matrices is observed: `layers.3.mlp_in`, `head_in`. The embedding's
     input is the token itself, so an untied embedding has none.
     """
 
-    def __init__(self, folder: Path, tokens: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._last: tuple[str, Float32] | None = None
-        self.tokens = tokens
+        self._last: tuple[str, Site | None] | None = None
 
-    def second_moment(self, site: str) -> Float32 | None:
-        """Return H = E[x x^T], float32 [columns, columns]; None for a site that was not observed.
-
-        The last one read is kept: asked for again, it is the same array.
-        """
-        path = self._folder / f"{site}.npy"
-        if not path.is_file():
-            return None
-        if self._last is None or self._last[0] != site:
-            self._last = site, np.load(path, allow_pickle=False)
+    def site(self, name: str) -> Site | None:
+        """Return what was seen at a site; None where nothing was observed. The last one read is kept."""
+        if self._last is None or self._last[0] != name:
+            self._last = name, load_site(self._folder, name)
         return self._last[1]
 
     def importance(self, site: str) -> Float32 | None:
-        """Return E[x^2] of every column, float32 [columns]; None for a site that was not observed."""
-        path = self._folder / f"{site}.npy"
-        if not path.is_file():
-            return None
-        return np.ascontiguousarray(np.load(path, mmap_mode="r", allow_pickle=False).diagonal())
+        """Return E[x^2] of every column, every token counting the same, float32 [columns]; None as for `site`."""
+        path = self._folder / f"{site}.npz"
+        return load_vectors(path)["squares"] if path.is_file() else None
+
+    def sensitivity(self, layer: int | None, role: str) -> Float32:
+        """Return E[g^2] of each output of a matrix, float32 [rows]; the head has no layer."""
+        return load_vectors(self._folder / f"{_gradients(layer)}.npz")[role]
+
+    def lookups(self) -> tuple[Float32, Float32]:
+        """Return how often each token is looked up, float32 [vocab], and E[g^2] of what is looked up, [hidden]."""
+        found = load_vectors(self._folder / "lookups.npz")
+        return found["tokens"], found["embedding"]
 
     def ranges(self, place: str) -> ChannelRanges | None:
         """Return the ranges of a site or of `exporter.calibrate.ranges.output_place`; None where not observed."""
         return load_ranges(self._folder, place)
 
 
-def statistics_key(model: Model, windows: Windows) -> str:
+def _gradients(layer: int | None) -> str:
+    return "head.gradients" if layer is None else f"layers.{layer}.gradients"
+
+
+def statistics_key(model: Model, windows: Windows, seed: int) -> str:
     """Return the cache key of the statistics of a model on a text."""
-    return hashlib.sha256(f"{VERSION}:{model.digest}:{windows.digest}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{VERSION}:{model.digest}:{windows.digest}:{seed}".encode()).hexdigest()[:32]
 
 
-@torch.inference_mode()
-def collect(model: Model, windows: Windows, progress: Progress) -> Statistics:
-    """Run the float model over the windows and return the second moments of every matrix's inputs.
+def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
+    """Run the float model forwards and backwards over the windows, one layer's weights in memory at a time.
 
     Layers that an interrupted run finished are not run again.
 
     Args:
         model: The model.
         windows: The calibration text.
-        progress: Called with layers done and their total.
+        seed: Seed of the tokens drawn from the model.
+        progress: Called with layers done, each twice, and their total.
 
     Raises:
-        InputError: activations are not finite, or a channel of the input is never used (named by layer).
+        InputError: activations or gradients are not finite (named by layer).
     """
-    folder = cache_folder("statistics", statistics_key(model, windows))
-    statistics = Statistics(folder, windows.tokens.size)
-    if (folder / f"{HEAD_SITE}.npy").is_file():
-        return statistics
+    folder = cache_folder("statistics", statistics_key(model, windows, seed))
+    found = Statistics(folder)
+    if (folder / "lookups.npz").is_file():
+        return found
     stream = LayerStream(model)
-    first, hidden = _resume(folder, stream, windows)
+    if not list(folder.glob("gradient.*.npy")):
+        hidden = _forwards(stream, windows, folder, progress)
+        save_array(_gradient(folder, stream.layers - 1), _head(stream, hidden, seed, folder).numpy())
+    while (index := max(_numbers(folder, "gradient"))) >= 0:
+        progress(2 * stream.layers - 1 - index, 2 * stream.layers)
+        gradient = torch.from_numpy(np.load(_gradient(folder, index), allow_pickle=False))
+        inputs = torch.from_numpy(np.load(_inputs(folder, index), allow_pickle=False))
+        before = _backwards(stream, index, inputs, gradient, folder)
+        check_finite(before, f"gradient of layer {index}")
+        save_array(_gradient(folder, index - 1), before.numpy())
+        for after in (index, index + 1):
+            _inputs(folder, after).unlink(missing_ok=True)
+        _gradient(folder, index).unlink()
+    at_embedding = np.load(_gradient(folder, -1), allow_pickle=False)
+    counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
+    squares = np.square(at_embedding).mean(axis=(0, 1))
+    save_vectors(folder / "lookups.npz", {"tokens": counts.astype(np.float32), "embedding": squares})
+    _gradient(folder, -1).unlink()
+    progress(2 * stream.layers, 2 * stream.layers)
+    return found
+
+
+def _inputs(folder: Path, layer: int) -> Path:
+    return folder / f"inputs.{layer}.npy"
+
+
+def _gradient(folder: Path, layer: int) -> Path:
+    """Name the file of the gradient at a layer's outputs; those of layer -1 are the embedding's."""
+    return folder / f"gradient.{layer}.npy"
+
+
+def _numbers(folder: Path, kind: str) -> list[int]:
+    return [int(path.name.split(".")[1]) for path in folder.glob(f"{kind}.*.npy")]
+
+
+@torch.inference_mode()
+def _forwards(stream: LayerStream, windows: Windows, folder: Path, progress: Progress) -> torch.Tensor:
+    """Save every layer's inputs and return the last layer's outputs, float32 [windows, length, hidden]."""
+    first = max(_numbers(folder, "inputs"), default=None)
+    if first is None:
+        first = 0
+        hidden = stream.embed(windows.tokens)
+        save_array(_inputs(folder, 0), hidden.numpy())
+    else:
+        hidden = torch.from_numpy(np.load(_inputs(folder, first), allow_pickle=False))
     for index in range(first, stream.layers):
-        progress(index, stream.layers)
-        with (
-            stream.layer(index) as module,
-            _observed(module, index, folder),
-            observed_ranges(module, index, folder),
-        ):
+        progress(index, 2 * stream.layers)
+        with stream.layer(index) as module, observed_ranges(module, index, folder):
             stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
-        _checkpoint(folder, index + 1, hidden)
-    normalised = stream.normalise(hidden)
-    save_head_ranges(normalised, stream.head(), folder, HEAD_SITE)
-    head = _Moment(hidden.shape[-1])
-    head.add(normalised)
-    head.save(folder, HEAD_SITE)
-    (folder / "checkpoint.npz").unlink(missing_ok=True)
-    progress(stream.layers, stream.layers)
-    return statistics
+        save_array(_inputs(folder, index + 1), hidden.numpy())
+    save_head_ranges(stream.normalise(hidden), stream.head(), folder, HEAD_SITE)
+    return hidden
 
 
-def _resume(folder: Path, stream: LayerStream, windows: Windows) -> tuple[int, torch.Tensor]:
-    path = folder / "checkpoint.npz"
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as saved:
-            return int(saved["layers"]), torch.from_numpy(saved["hidden"])
-    return 0, stream.embed(windows.tokens)
+def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) -> torch.Tensor:
+    """Draw a token at every position; save the head's statistics and return the gradient at the last layer."""
+    chance = torch.Generator().manual_seed(seed)
+    head = stream.head()
+    gradient = torch.empty(hidden.shape)
+    total = torch.zeros(len(head), dtype=torch.float64)
+    moments = Moments(hidden.shape[-1])
+    for window in range(len(hidden)):
+        with torch.enable_grad():
+            outputs = hidden[window].clone().requires_grad_()
+            normalised = stream.normalise(outputs)
+        at_normalised, weights = torch.empty(normalised.shape), torch.empty(len(normalised))
+        for first in range(0, len(normalised), POSITIONS_AT_ONCE):
+            part = slice(first, first + POSITIONS_AT_ONCE)
+            p = (normalised[part].detach() @ head.T).softmax(-1)
+            # The expectation of g^2 over drawn tokens, exactly.
+            variance = p - p * p
+            total += variance.sum(0)
+            weights[part] = variance.sum(-1)
+            drawn = torch.multinomial(p, 1, generator=chance)
+            p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+            at_normalised[part] = p @ head
+        (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
+        moments.add(normalised.detach()[None], weights[None], window)
+    moments.save(folder, HEAD_SITE)
+    save_vectors(folder / f"{_gradients(None)}.npz", {"head": (total / hidden[..., 0].numel()).float().numpy()})
+    return gradient
 
 
-def _checkpoint(folder: Path, layers: int, hidden: torch.Tensor) -> None:
-    with replacing(folder / "checkpoint.npz") as partial, partial.open("wb") as file:
-        np.savez(file, layers=np.array(layers), hidden=hidden.numpy())
+def _backwards(
+    stream: LayerStream, index: int, inputs: torch.Tensor, gradient: torch.Tensor, folder: Path
+) -> torch.Tensor:
+    """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, hidden]."""
+    before = torch.empty_like(gradient)
+    sites: dict[str, list[str]] = {}
+    for role, (_, site) in LINEARS.items():
+        sites.setdefault(site, []).append(role)
+    sums: dict[str, torch.Tensor] = {}
+    with stream.layer(index) as module, _observed(module) as (seen, gradients):
+        moments = {site: Moments(_columns(module, roles[0])) for site, roles in sites.items()}
+        for part, outputs, given in stream.differentiable(module, inputs):
+            (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
+            squares = {role: g.square() for role, g in gradients.items()}
+            for role, square in squares.items():
+                sums[role] = sums.get(role, torch.zeros(())) + square.sum(dim=(0, 1))
+            for site, roles in sites.items():
+                moments[site].add(seen[roles[0]], _weights([squares[role] for role in roles]), part.start)
+    for site, moment in moments.items():
+        moment.save(folder, f"layers.{index}.{site}")
+    count = gradient[..., 0].numel()
+    save_vectors(folder / f"{_gradients(index)}.npz", {role: (sums[role] / count).numpy() for role in LINEARS})
+    return before
 
 
-class _Moment:
-    """A running sum of x x^T over the inputs of one module; only what lies on and left of the diagonal is summed."""
+def _columns(module: nn.Module, role: str) -> int:
+    return int(module.get_parameter(f"{LINEARS[role][0]}.weight").shape[1])
 
-    def __init__(self, columns: int) -> None:
-        self._total = torch.zeros(columns, columns)
-        self._count = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add inputs, float32 [..., columns]."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        step = -(-len(self._total) // STRIPES)
-        for first in range(0, len(self._total), step):
-            last = first + step
-            self._total[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
-        self._count += len(rows)
-
-    def save(self, folder: Path, site: str) -> None:
-        """Write E[x x^T] under the site's name."""
-        mean = self._total.numpy()
-        mean /= self._count
-        for row in range(len(mean)):
-            mean[row, row + 1 :] = mean[row + 1 :, row]
-        if not np.isfinite(mean).all():
-            raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
-        save_array(folder / f"{site}.npy", mean)
+def _weights(squares: list[torch.Tensor]) -> torch.Tensor:
+    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike."""
+    tokens = [square.sum(-1) for square in squares]
+    return torch.stack([weights / weights.mean().clamp(min=1e-30) for weights in tokens]).mean(0)
 
 
 @contextmanager
-def _observed(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
-    """Sum the second moments of the inputs of a layer's matrices while it runs, then save them."""
-    observers = {site: path for path, site in reversed(LINEARS.values())}
-    moments = {site: _Moment(int(module.get_parameter(f"{path}.weight").shape[1])) for site, path in observers.items()}
+def _observed(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Keep, by role, the inputs of a layer's matrices and the gradients at their outputs while it is derived."""
+    inputs: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+
+    def watch(role: str, given: torch.Tensor, output: torch.Tensor) -> None:
+        inputs[role] = given.detach()
+        output.register_hook(partial(gradients.__setitem__, role))  # type: ignore[no-untyped-call]
+
     hooks = [
-        module.get_submodule(path).register_forward_pre_hook(
-            lambda _, inputs, moment=moments[site]: moment.add(inputs[0])
+        module.get_submodule(path).register_forward_hook(
+            lambda _, given, output, role=role: watch(role, given[0], output)
         )
-        for site, path in observers.items()
+        for role, (path, _) in LINEARS.items()
     ]
     try:
-        yield
+        yield inputs, gradients
     finally:
         for hook in hooks:
             hook.remove()
-    for site, moment in moments.items():
-        moment.save(folder, f"layers.{layer}.{site}")

@@ -32,6 +32,7 @@ FIGURES = (
     ("accuracy.top1_agreement", "same next token"),
     ("accuracy.confident_agreement", "the same where the original is sure"),
     ("accuracy.perplexity_ratio", "perplexity ratio"),
+    ("accuracy.predicted_kl", "as predicted before it was made"),
     ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
     ("speed.prefill_tokens_per_s", "prefill, on the host"),
     ("speed.decode_tokens_per_s", "decode, on the host"),

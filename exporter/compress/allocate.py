@@ -1,7 +1,7 @@
 """Which format each matrix gets: the least predicted KL divergence within a number of bytes.
 
-What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.sensitivity` on some rows of
-each matrix, encoded as the format's own quantiser would. One Lagrange multiplier over all matrices trades it against
+What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.statistics` on some rows of
+each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange multiplier over all matrices trades it against
 bytes (Shoham and Gersho 1988, section III); what bytes remain go to the upgrades that buy most for each of them.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.sensitivity import Sensitivities
+from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.method import load_method
+from exporter.compress.method import Method
 from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.weights.format import Float32, WeightFormat
@@ -47,9 +47,8 @@ class Choice:
 def predict(
     model: Model,
     storages: Sequence[Storage],
-    method: str,
+    method: Method,
     statistics: Statistics,
-    sensitivities: Sensitivities,
     progress: Callable[[int, int], None],
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
@@ -58,15 +57,19 @@ def predict(
         model: The source.
         storages: What there is to decide.
         method: Method that will encode.
-        statistics: Second moments of the inputs.
-        sensitivities: Of the outputs.
+        statistics: Of the model's inputs and outputs.
         progress: Called with storages done and their total.
     """
     found = []
     for done, storage in enumerate(storages):
         progress(done, len(storages))
-        parts = [_sampled(model, group, statistics, sensitivities) for group in storage.groups]
-        found.append([_choice(storage, format, method, parts) for format in storage.formats])
+        parts = [_sampled(model, group, statistics) for group in storage.groups]
+        found.append(
+            [
+                Choice(format, _stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
+                for format in storage.formats
+            ]
+        )
     progress(len(storages), len(storages))
     return found
 
@@ -77,41 +80,51 @@ class _Sample:
 
     Attributes:
         weight: float32 [rows, columns].
-        second_moment: E[x x^T] of the inputs, float32 [columns, columns], or None for a table that is only looked up.
+        site: What was seen of the inputs, or None for a table that is only looked up.
         rows: Sensitivity of each row as an output, scaled up to the whole matrix, float64 [rows].
         lookups: The same of each row as what is looked up, float64 [rows], or None.
         columns: Sensitivity of each column of what is looked up, float32 [columns], or None.
     """
 
     weight: Float32
-    second_moment: Float32 | None
+    site: Site | None
     rows: Float64
     lookups: Float64 | None
     columns: Float32 | None
 
-    def kl(self, planned: Float32) -> float:
-        """Return the KL divergence that the planned weights are predicted to cause."""
-        change = planned - self.weight
-        kl = 0.0
-        if self.second_moment is not None:
-            kl += float(self.rows @ np.einsum("ij,ij->i", change @ self.second_moment, change))
+    def kl(self, method: Method, format: WeightFormat) -> float:
+        """Return the KL divergence that a format is predicted to cause, the runtime's rounding included."""
+        expected = method.expected_error(self.weight, format, self.site)
+        kl = float(self.rows @ expected.outputs)
         if self.lookups is not None and self.columns is not None:
-            kl += float(self.lookups @ (change**2 @ self.columns))
-        return kl / 2
+            kl += float(self.lookups @ (expected.weights @ self.columns))
+        return kl / 2 + self._rounding_kl(format)
+
+    def _rounding_kl(self, format: WeightFormat) -> float:
+        """Return what it costs that the runtime rounds the inputs to 8 bits, block by block.
+
+        Within a block the error of each input is even over a step of max |x| / 127, its variance a twelfth of that
+        squared.
+        """
+        block = format.activation_block
+        if self.site is None or block is None or block not in self.site.peaks:
+            return 0.0
+        variance = np.repeat(self.site.peaks[block], block) / (127**2 * 12)
+        return float(self.rows @ (self.weight**2 @ variance)) / 2
 
 
-def _sampled(model: Model, group: WeightGroup, statistics: Statistics, sensitivities: Sensitivities) -> _Sample:
+def _sampled(model: Model, group: WeightGroup, statistics: Statistics) -> _Sample:
     table = group.layer is None
     count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
     # Spread evenly: neighbouring rows belong to one head.
     chosen = np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
     rows, lookups, columns = np.zeros(len(chosen)), None, None
     if group.site != "tokens":
-        rows = _scaled_up(sensitivities.rows(group.layer, "head" if table else group.role), chosen)
+        rows = _scaled_up(statistics.sensitivity(group.layer, "head" if table else group.role), chosen)
     if "embedding" in group.uses:
-        frequencies, columns = sensitivities.lookups()
+        frequencies, columns = statistics.lookups()
         lookups = _scaled_up(frequencies, chosen)
-    return _Sample(model.read(group.name)[chosen], statistics.second_moment(group.site), rows, lookups, columns)
+    return _Sample(model.read(group.name)[chosen], statistics.site(group.site), rows, lookups, columns)
 
 
 def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
@@ -119,12 +132,6 @@ def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
     part: Float64 = values[chosen].astype(np.float64)
     part *= float(values.sum(dtype=np.float64)) / max(float(part.sum()), 1e-300)
     return part
-
-
-def _choice(storage: Storage, format: WeightFormat, method: str, parts: list[_Sample]) -> Choice:
-    encode = load_method(method).encode
-    kl = sum(part.kl(encode(part.weight, format, part.second_moment).planned) for part in parts)
-    return Choice(format, _stored_bytes(storage, format), kl)
 
 
 def smallest_bytes(storage: Storage) -> int:

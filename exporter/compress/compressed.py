@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.method import importance_of, load_method, relative_error
+from exporter.compress.method import load_method, relative_error
+from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32
@@ -35,7 +37,8 @@ class CompressedModel:
     Args:
         model: The source.
         decisions: One for each weight group.
-        statistics: Second moments of the inputs; None where no method and no format needs them.
+        statistics: What was seen of the inputs; None where no method and no format needs them.
+        effort: How much work the methods do.
         encoded: Called after each matrix with its number and the total.
         rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
             own.
@@ -46,6 +49,7 @@ class CompressedModel:
         model: Model,
         decisions: list[Decision],
         statistics: Statistics | None,
+        effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
     ) -> None:
@@ -54,6 +58,7 @@ class CompressedModel:
         self.decisions = {decision.group.name: decision for decision in decisions}
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
+        self._methods = {name: load_method(name, effort) for name in {one.method for one in decisions}}
         self._encoded = encoded
 
     def encode(self, name: str) -> EncodedMatrix:
@@ -61,11 +66,20 @@ class CompressedModel:
 
         Raises:
             InputError: the matrix holds NaN or infinity.
+            RequestError: its weights are so small that the format makes every one of them zero.
         """
         decision = self.decisions[name]
         weight = self.rewritten.read(name)
-        second_moment = self._second_moment(decision)
-        matrix = load_method(decision.method).encode(weight, decision.format, second_moment)
+        site = self._site(decision)
+        matrix = self._methods[decision.method].encode(weight, decision.format, site)
+        if weight.any() and not matrix.planned.any():
+            raise RequestError(
+                f"{decision.format.name} makes every weight zero",
+                where=name,
+                got=f"weights of at most {np.abs(weight).max():.3g}",
+                next_step="choose a type that holds float32, such as F32, or for ONNX int4-b32-f32",
+            )
+        second_moment = None if site is None else site.second_moment
         self.outcomes[name] = Outcome(
             weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment)
         )
@@ -87,12 +101,8 @@ class CompressedModel:
             raise RequestError("the ranges of the activations were not observed", where=place)
         return found
 
-    def importance(self, name: str) -> Float32 | None:
-        """Return E[x^2] of a matrix's inputs, float32 [columns], or None where they are not observed."""
-        return importance_of(self._second_moment(self.decisions[name]))
-
-    def _second_moment(self, decision: Decision) -> Float32 | None:
-        return None if self._statistics is None else self._statistics.second_moment(decision.group.site)
+    def _site(self, decision: Decision) -> Site | None:
+        return None if self._statistics is None else self._statistics.site(decision.group.site)
 
 
 def weights_digest(weight: Float32) -> str:

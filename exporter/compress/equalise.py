@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.statistics import HEAD_SITE, Statistics
 from exporter.errors import RequestError
@@ -162,23 +163,32 @@ class _ScaledStatistics(Statistics):
     def __init__(self, source: Statistics, factors: dict[str, Float32]) -> None:
         self._source = source
         self._factors = factors
-        self._scaled: tuple[str, Float32] | None = None
-        self.tokens = source.tokens
+        self._scaled: tuple[str, Site] | None = None
 
-    def second_moment(self, site: str) -> Float32 | None:
-        """Return E[x x^T] there, float32 [columns, columns]; the last one is kept."""
-        given = self._source.second_moment(site)
-        if given is None or site not in self._factors:
+    def site(self, name: str) -> Site | None:
+        """Return what is seen of a site there, but for its peaks, which do not follow; the last one is kept."""
+        given = self._source.site(name)
+        if given is None or name not in self._factors:
             return given
-        if self._scaled is None or self._scaled[0] != site:
-            factor = self._factors[site]
-            self._scaled = site, given / factor[:, None] / factor
+        if self._scaled is None or self._scaled[0] != name:
+            factor = self._factors[name]
+            fitted, held = (moment / factor[:, None] / factor for moment in (given.fitted, given.held))
+            self._scaled = name, Site(fitted, held, given.share, given.squares / factor**2, {})
         return self._scaled[1]
 
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] there, float32 [columns]."""
         given = self._source.importance(site)
         return given if given is None or site not in self._factors else given / self._factors[site] ** 2
+
+    def sensitivity(self, layer: int | None, role: str) -> Float32:
+        """Return E[g^2] of each output there, float32 [rows]: what is divided counts the more."""
+        given, factor = self._source.sensitivity(layer, role), self._factors.get(output_place(layer, role))
+        return given if factor is None else given * factor**2
+
+    def lookups(self) -> tuple[Float32, Float32]:
+        """Return the same as for the source: the embedding stays as it is."""
+        return self._source.lookups()
 
     def ranges(self, place: str) -> ChannelRanges | None:
         """Return the ranges of a place there."""

@@ -1,66 +1,148 @@
-"""LDLQ error feedback: what rounding a column costs is paid back by the columns not yet rounded.
+"""LDLQ error feedback and coordinate descent: codes and scales that lose least of what the matrix puts out.
 
 With H = E[x x^T] and the upper Cholesky factor U of its inverse (H^-1 = U^T U), rounding the columns in order and
 adding to each later column k the feedback -(w_j - q_j) U_jk / U_jj minimises tr(D H D^T) greedily (Frantar et al.
 2022, GPTQ, section 3.3; shown equal to LDLQ, optimal among such schemes, by Chee et al. 2023, QuIP, theorem 1).
-Formats whose scales span several blocks get the same feedback from block to block.
+Formats whose codes are not chosen one by one get the same feedback from block to block.
+
+Descent then goes over the blocks again: scales are fitted to their codes by least squares, and every code is moved to
+the best value that it can have while all others stay (as Kim et al. 2025, GuidedQuant, section 4, do for code books).
+Neither step can make the error larger.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.calibrate.moments import Site
+from exporter.compress.method import ExpectedError
+from exporter.effort import Effort
 from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
 
 DAMPING = 0.01
+SWEEPS = 2
 # Rows are independent of each other. Products are BLAS's, which uses all cores; more threads were no faster.
 ROWS_AT_ONCE = 2048
+COLUMNS_AT_ONCE = 32
 
 
 class Ldlq:
-    """Error feedback from column to column, or from block to block.
+    """Error feedback from column to column, or from block to block, then descent.
 
     Args:
         damping: Added to the diagonal of H, as a share of its mean.
+        sweeps: How often descent goes over a matrix.
     """
 
     name = "ldlq"
-    needs_second_moment = True
 
-    def __init__(self, damping: float = DAMPING) -> None:
+    def __init__(self, damping: float = DAMPING, sweeps: int = SWEEPS) -> None:
         self._damping = damping
-        self._last: tuple[Float32, Float32] | None = None
+        self._sweeps = sweeps
+        self._last: tuple[Site, Float32, Float32] | None = None
+        self._foretold: tuple[Site, Float32, dict[int, tuple[Float32, Float32]]] | None = None
 
-    def encode(self, weight: Float32, format: WeightFormat, second_moment: Float32 | None) -> EncodedMatrix:
-        """Encode one matrix; without a second moment this is round to nearest."""
+    def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
+        """Encode one matrix; without statistics of its inputs this is round to nearest."""
         rows, columns = weight.shape
-        if second_moment is None:
+        if site is None:
             data = format.encode_rows(weight, None)
         else:
-            factor = self._factor(second_moment)
-            importance = np.ascontiguousarray(second_moment.diagonal())
+            moment, factor = self._moment_and_factor(site)
             chunks = (weight[first : first + ROWS_AT_ONCE] for first in range(0, rows, ROWS_AT_ONCE))
-            data = np.concatenate([_encode_rows(chunk, format, factor, importance) for chunk in chunks])
+            data = np.concatenate([self._encode_rows(chunk, format, moment, factor) for chunk in chunks])
         return EncodedMatrix(data, format.decode_rows(data, columns))
 
-    def _factor(self, second_moment: Float32) -> Float32:
-        """Return the factor; the last one is kept, since matrices that share an input come one after the other."""
-        if self._last is None or self._last[0] is not second_moment:
-            self._last = second_moment, feedback_factor(second_moment, self._damping)
-        return self._last[1]
+    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+        """Foretell the error from that of rounding to nearest, e: rounding errors are alike with feedback or without.
+
+        Feedback turns them into D = e V, V being U with each row over its diagonal. The factor is that of most of the
+        text; the rest of it tells what such errors cost on text that they were not fitted to.
+        """
+        if site is None:
+            change = format.decode_rows(format.encode_rows(weight, None), weight.shape[1]) - weight
+            return ExpectedError(np.zeros(len(weight)), change**2)
+        importance = np.ascontiguousarray(site.fitted.diagonal())
+        errors = format.decode_rows(format.encode_rows(weight, importance), weight.shape[1])
+        errors -= weight
+        errors *= errors
+        block = format.block_columns if format.grid(weight[:1, : format.block_columns], None) is None else 1
+        spread, cost = self._spread(site, block)
+        return ExpectedError((errors @ cost).astype(np.float64), errors @ spread)
+
+    def _spread(self, site: Site, block: int) -> tuple[Float32, Float32]:
+        """Return V^2, float32 [columns, columns], and the diagonal of V H V^T, float32 [columns]."""
+        if self._foretold is None or self._foretold[0] is not site:
+            self._foretold = site, feedback_factor(damped(site.fitted, self._damping)), {}
+        _, factor, found = self._foretold
+        if block not in found:
+            spread = factor.copy()
+            for start in range(0, len(factor), block):
+                rows = slice(start, start + block)
+                spread[rows, start:] = np.linalg.solve(factor[rows, rows], factor[rows, start:])
+            found[block] = spread**2, np.einsum("ij,ij->i", spread @ site.held, spread)
+        return found[block]
+
+    def _moment_and_factor(self, site: Site) -> tuple[Float32, Float32]:
+        """Return damped H and its factor; the last ones are kept, since matrices that share an input follow on."""
+        if self._last is None or self._last[0] is not site:
+            moment = damped(site.second_moment, self._damping)
+            self._last = site, moment, feedback_factor(moment)
+        return self._last[1:]
+
+    def _encode_rows(self, weight: Float32, format: WeightFormat, moment: Float32, factor: Float32) -> Bytes:
+        """Encode some rows; columns are kept as rows of memory, since they are visited one by one."""
+        importance = np.ascontiguousarray(moment.diagonal())
+        columns = np.ascontiguousarray(weight.T)
+        size = format.block_columns
+        feedback = np.empty_like(columns)
+        rounded: list[Bytes | _Block] = []
+        for start in range(0, len(columns), size):
+            block = slice(start, start + size)
+            left = columns[block] - factor[:start, block].T @ feedback[:start]
+            current = np.ascontiguousarray(left.T)
+            grid = format.grid(current, importance[block])
+            if grid is None:
+                data, feedback[block] = _round_block(current, format, factor[block, block], importance[block])
+                rounded.append(data)
+            else:
+                rounded.append(_round_columns(block, left, grid, factor[block, block], feedback[block]))
+        blocks = [one for one in rounded if isinstance(one, _Block)]
+        if blocks and self._sweeps:
+            _descend(columns, blocks, moment, self._sweeps)
+        return format.join([one.pack() if isinstance(one, _Block) else one for one in rounded])
 
 
-def feedback_factor(second_moment: Float32, damping: float) -> Float32:
-    """Return the upper Cholesky factor U of the inverse of the damped H, float32 [columns, columns].
+@dataclass
+class _Block:
+    """The codes of a block, uint8 [block columns, rows], where it lies, and what the codes mean."""
+
+    columns: slice
+    grid: Grid
+    codes: Bytes
+
+    def pack(self) -> Bytes:
+        """Return the encoded block."""
+        return self.grid.pack(np.ascontiguousarray(self.codes.T))
+
+
+def damped(second_moment: Float32, damping: float) -> Float32:
+    """Return H with a share of its mean diagonal added to the diagonal, float32 [columns, columns]."""
+    moment = second_moment.copy()
+    mean = float(moment.trace(dtype=np.float64)) / len(moment)
+    moment[np.diag_indices_from(moment)] += np.float32(damping * (mean if mean > 0 else 1.0))
+    return moment
+
+
+def feedback_factor(moment: Float32) -> Float32:
+    """Return the upper Cholesky factor U of the inverse of H, float32 [columns, columns].
 
     Computed without inverting H: with the lower Cholesky factor of H in reversed order, P H P = L L^T, the factor
     is U = P L^-1 P.
     """
-    damped = second_moment.astype(np.float64)
-    mean = damped.trace() / len(damped)
-    damped[np.diag_indices_from(damped)] += damping * (mean if mean > 0 else 1.0)
-    inverse = _triangle_inverse(np.linalg.cholesky(damped[::-1, ::-1]))
+    inverse = _triangle_inverse(np.linalg.cholesky(moment[::-1, ::-1].astype(np.float64)))
     return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
 
 
@@ -80,26 +162,8 @@ def _triangle_inverse(lower: NDArray[np.floating[Any]]) -> NDArray[np.floating[A
     return inverse
 
 
-def _encode_rows(weight: Float32, format: WeightFormat, factor: Float32, importance: Float32) -> Bytes:
-    """Encode some rows with feedback; columns are kept as rows of memory, since they are visited one by one."""
-    size = format.block_columns
-    errors = np.empty((weight.shape[1], len(weight)), np.float32)
-    encoded = []
-    for start in range(0, len(errors), size):
-        block = slice(start, start + size)
-        left = weight.T[block] - factor[:start, block].T @ errors[:start]
-        current = np.ascontiguousarray(left.T)
-        grid = format.grid(current, importance[block])
-        if grid is None:
-            data, errors[block] = _round_block(current, format, factor[block, block], importance[block])
-        else:
-            data = _round_columns(left, grid, factor[block, block], errors[block])
-        encoded.append(data)
-    return format.join(encoded)
-
-
-def _round_columns(columns: Float32, grid: Grid, factor: Float32, errors: Float32) -> Bytes:
-    """Round the columns of one block in order; return the encoded block and fill in errors / U_jj, [columns, rows]."""
+def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, errors: Float32) -> _Block:
+    """Round the columns of one block in order; fill in their errors / U_jj, float32 [columns, rows]."""
     codes = np.empty(columns.shape, np.uint8)
     feedback = np.ascontiguousarray(factor.T)
     for column in range(len(columns)):
@@ -107,7 +171,7 @@ def _round_columns(columns: Float32, grid: Grid, factor: Float32, errors: Float3
         codes[column], rounded = grid.round(column, values)
         np.subtract(values, rounded, out=errors[column])
         errors[column] /= factor[column, column]
-    return grid.pack(np.ascontiguousarray(codes.T))
+    return _Block(block, grid, codes)
 
 
 def _round_block(block: Float32, format: WeightFormat, factor: Float32, importance: Float32) -> tuple[Bytes, Float32]:
@@ -117,4 +181,39 @@ def _round_block(block: Float32, format: WeightFormat, factor: Float32, importan
     return data, np.linalg.solve(factor.T, difference.T)
 
 
-METHOD = Ldlq()
+def _descend(weight: Float32, blocks: list[_Block], moment: Float32, sweeps: int) -> None:
+    """Better scales and codes in place; `weight` is float32 [columns, rows]."""
+    error = np.concatenate([block.grid.decode(block.codes) for block in blocks])
+    error -= weight
+    for _ in range(sweeps):
+        for block in blocks:
+            _improve(block, weight[block.columns], moment, error)
+
+
+def _improve(block: _Block, weight: Float32, moment: Float32, error: Float32) -> None:
+    """Refit the scales of one block and move its codes; `error` = Q - W, float32 [columns, rows], follows."""
+    gram = np.ascontiguousarray(moment[block.columns, block.columns])
+    # Half the gradient of tr(D H D^T) at the block's weights q; in them the error is q^T G q - 2 a^T q.
+    slope = moment[block.columns] @ error
+    now = error[block.columns] + weight
+    block.grid = block.grid.refit(block.codes, gram, gram @ now - slope)
+    moved = block.grid.decode(block.codes)
+    slope += gram @ (moved - now)
+    for start in range(0, len(gram), COLUMNS_AT_ONCE):
+        part = slice(start, start + COLUMNS_AT_ONCE)
+        before = moved[part].copy()
+        within = np.ascontiguousarray(gram[part, part])
+        some = slope[part].copy()
+        for column in range(len(within)):
+            wanted = moved[start + column] - some[column] / within[column, column]
+            block.codes[start + column], rounded = block.grid.round(start + column, wanted)
+            some += within[:, column, None] * (rounded - moved[start + column])
+            moved[start + column] = rounded
+        if start + COLUMNS_AT_ONCE < len(gram):
+            slope += gram[:, part] @ (moved[part] - before)
+    error[block.columns] = moved - weight
+
+
+def at(effort: Effort) -> Ldlq:
+    """Return the method as it works at an effort."""
+    return Ldlq(sweeps=effort.sweeps)

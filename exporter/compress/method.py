@@ -1,28 +1,53 @@
 """What a method of compression is, and how it is found by name."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from exporter.calibrate.moments import Site
+from exporter.effort import Effort
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
 NOT_METHODS = {"method", "compressed", "allocate", "equalise"}
 
 
+@dataclass(frozen=True)
+class ExpectedError:
+    """What a method's change D of some rows is expected to be on text like the calibration's.
+
+    Attributes:
+        outputs: E|D x|^2 of each row, float64 [rows]; zeros where the inputs x were not observed.
+        weights: E[D^2], float32 [rows, columns].
+    """
+
+    outputs: NDArray[np.float64]
+    weights: Float32
+
+
 class Method(Protocol):
     """A way to choose the codes of a matrix in a given format."""
 
     name: str
-    needs_second_moment: bool
 
-    def encode(self, weight: Float32, format: WeightFormat, second_moment: Float32 | None) -> EncodedMatrix:
+    def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix.
 
         Args:
             weight: float32 [rows, columns]; not changed.
             format: The format to encode in.
-            second_moment: E[x x^T] of the inputs, float32 [columns, columns], or None where inputs are not observed.
+            site: What was seen of the inputs, or None where they are not observed.
+        """
+
+    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+        """Foretell the error of some rows without fitting them to the text.
+
+        Args:
+            weight: float32 [rows, columns]; not changed.
+            format: The format that they would be encoded in.
+            site: As for `encode`.
         """
 
 
@@ -31,19 +56,14 @@ def method_names() -> list[str]:
     return [name for name in names("exporter.compress") if name not in NOT_METHODS]
 
 
-def load_method(name: str) -> Method:
-    """Return a method by name.
+def load_method(name: str, effort: Effort) -> Method:
+    """Return a method by name, as it works at an effort.
 
     Raises:
         RequestError: there is no such method.
     """
-    method: Method = load("exporter.compress.{}", name, method_names(), "method").METHOD
+    method: Method = load("exporter.compress.{}", name, method_names(), "method").at(effort)
     return method
-
-
-def importance_of(second_moment: Float32 | None) -> Float32 | None:
-    """Return E[x^2] of the columns: the diagonal of the second moment."""
-    return None if second_moment is None else np.ascontiguousarray(second_moment.diagonal())
 
 
 def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float:

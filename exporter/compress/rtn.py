@@ -1,6 +1,10 @@
 """Round to nearest: every weight on its own, scales weighted by the importance of the columns."""
 
-from exporter.compress.method import importance_of
+import numpy as np
+
+from exporter.calibrate.moments import Site
+from exporter.compress.method import ExpectedError
+from exporter.effort import Effort
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
 
@@ -8,12 +12,21 @@ class RoundToNearest:
     """The format's reference quantiser, as the runtime's own tools would use it."""
 
     name = "rtn"
-    needs_second_moment = False
 
-    def encode(self, weight: Float32, format: WeightFormat, second_moment: Float32 | None) -> EncodedMatrix:
-        """Encode one matrix with the format's reference quantiser."""
-        data = format.encode_rows(weight, importance_of(second_moment))
+    def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
+        """Encode one matrix with the format's reference quantiser and llama.cpp's importance."""
+        data = format.encode_rows(weight, None if site is None else site.squares)
         return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
 
+    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+        """Return the error itself: nothing of it depends on more than the columns' importance."""
+        change = self.encode(weight, format, site).planned - weight
+        outputs = np.zeros(len(weight))
+        if site is not None:
+            outputs += np.einsum("ij,ij->i", change @ site.second_moment, change)
+        return ExpectedError(outputs, change**2)
 
-METHOD = RoundToNearest()
+
+def at(effort: Effort) -> RoundToNearest:  # noqa: ARG001  (every method takes one)
+    """Return the method; it works the same at every effort."""
+    return RoundToNearest()

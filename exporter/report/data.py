@@ -76,6 +76,7 @@ class Accuracy(Document):
         top1_agreement: Share of tokens where both choose the same next token, as a `fraction`.
         confident_agreement: The same where the original's first choice leads by more than 0.5 nats, as a `fraction`.
         perplexity_ratio: Perplexity of the artifact over that of the original, a `ratio`.
+        predicted_kl: What the decisions were predicted to cost before anything was encoded, in `nats`.
         runtime_rounding_kl: What the rounding of activations, the runtime's own or the graph's, adds, in `nats`.
         tokens: Number of tokens compared.
         text_digest: SHA-256 of the text they come from.
@@ -86,6 +87,7 @@ class Accuracy(Document):
     top1_agreement: Quantity
     confident_agreement: Quantity
     perplexity_ratio: Quantity
+    predicted_kl: Quantity
     runtime_rounding_kl: Quantity
     tokens: Count
     text_digest: str

@@ -150,6 +150,11 @@ def _accuracy(report: Report) -> list[Figure]:
             "How much more the text surprises this model than the original; 1 means no loss.",
         ),
         Figure.of(
+            "Predicted divergence",
+            found.predicted_kl,
+            "The mean divergence that the decisions were predicted to cost before anything was encoded.",
+        ),
+        Figure.of(
             "Runtime rounding",
             found.runtime_rounding_kl,
             "The part of the divergence that comes from the runtime's own arithmetic, not from the weights.",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.errors import RequestError
-from exporter.weights.format import Bytes, Float32
+from exporter.weights.format import Bytes, Float32, fitted_scale, squared_error
 
 LARGEST_CODE = 127
 SCALE_BYTES = 4
@@ -29,6 +29,18 @@ class _ChannelGrid:
         """Return the nearest codes, the bytes of int8 [rows], and what they decode to, float32 [rows]."""
         codes = np.clip(np.rint(values / self.scale), -LARGEST_CODE, LARGEST_CODE)
         return codes.astype(np.int8).view(np.uint8), codes * self.scale
+
+    def decode(self, codes: Bytes) -> Float32:
+        """Return what codes, the bytes of int8 [columns, rows], decode to, float32 of the same shape."""
+        return codes.view(np.int8) * self.scale
+
+    def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_ChannelGrid":
+        """Return the grid with the scales that suit the codes best; see `Grid.refit`."""
+        levels = codes.view(np.int8).astype(np.float32)
+        scale = fitted_scale(levels, gram, aim)
+        usable = scale >= LEAST_SCALE
+        better = squared_error(levels * scale, gram, aim) < squared_error(levels * self.scale, gram, aim)
+        return _ChannelGrid(np.where(usable & better, scale, self.scale))
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return encoded rows: codes, then the scale's bytes."""
@@ -50,6 +62,11 @@ class ChannelFormat:
     def name(self) -> str:
         """The name, `int8-channel`."""
         return "int8-channel"
+
+    @property
+    def activation_block(self) -> int | None:
+        """None: the graph says how activations are rounded, not the runtime."""
+        return None
 
     def fits(self, columns: int) -> bool:
         """Return whether a row has the format's width."""

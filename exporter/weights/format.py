@@ -33,8 +33,44 @@ class Grid(Protocol):
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
         """Return codes, uint8 [rows], and what they decode to, float32 [rows], for one column of the block."""
 
+    def decode(self, codes: Bytes) -> Float32:
+        """Return what codes, uint8 [block columns, rows], decode to, float32 of the same shape."""
+
+    def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "Grid":
+        """Return the grid whose scales, as they would be stored, suit the codes best in every row.
+
+        Args:
+            codes: uint8 [block columns, rows].
+            gram: G, float32 [block columns, block columns], symmetric and positive definite.
+            aim: a, float32 [block columns, rows]: the weights q of a row are to minimise q^T G q - 2 a^T q.
+        """
+
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block, uint8 [rows, bytes of a block], from codes, uint8 [rows, block columns]."""
+
+
+def squared_error(weights: Float32, gram: Float32, aim: Float32) -> Float32:
+    """Return q^T G q - 2 a^T q of each row: float32 [rows] for weights and aim, float32 [columns, rows]."""
+    error: Float32 = np.einsum("ij,ij->j", weights, gram @ weights - 2 * aim)
+    return error
+
+
+def fitted_scale(levels: Float32, gram: Float32, aim: Float32) -> Float32:
+    """Return the scale s of each row for which the weights s times levels, float32 [columns, rows], err least."""
+    square, product = np.einsum("ij,ij->j", levels, gram @ levels), np.einsum("ij,ij->j", levels, aim)
+    return np.divide(product, square, out=np.zeros_like(product), where=square > 0)
+
+
+def fitted_line(levels: Float32, gram: Float32, aim: Float32) -> tuple[Float32, Float32]:
+    """Return scale s and minimum m of each row for which the weights s times levels plus m err least."""
+    square, product = np.einsum("ij,ij->j", levels, gram @ levels), np.einsum("ij,ij->j", levels, aim)
+    mixed, sums, ones = gram.sum(axis=0) @ levels, aim.sum(axis=0), gram.sum()
+    determinant = square * ones - mixed * mixed
+    # All codes of a row the same: any scale will do.
+    solvable = determinant > 1e-6 * square * ones
+    safe = np.where(solvable, determinant, 1)
+    scale = np.where(solvable, (product * ones - sums * mixed) / safe, 0)
+    return scale, (sums - scale * mixed) / ones
 
 
 class WeightFormat(Protocol):
@@ -51,6 +87,10 @@ class WeightFormat(Protocol):
     @property
     def needs_importance(self) -> bool:
         """Whether the format cannot be encoded without importance."""
+
+    @property
+    def activation_block(self) -> int | None:
+        """Inputs that the runtime rounds to 8 bits with one scale when it multiplies; None where it does not."""
 
     def fits(self, columns: int) -> bool:
         """Return whether a row of so many weights can be stored."""

@@ -1,7 +1,6 @@
 """GGUF weight formats through ggml's own quantisers and decoders, in the library that llama-cpp-python ships."""
 
 import ctypes
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +10,16 @@ import gguf
 import numpy as np
 
 from exporter.errors import InputError, RequestError, did_you_mean
-from exporter.weights.format import Bytes, Float32
+from exporter.weights.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
+from exporter.weights.layouts import LAYOUTS, Layout
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 512
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that are kept: error feedback encodes a block at a time."""
+    return ThreadPoolExecutor()
 
 
 @cache
@@ -53,67 +59,81 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class _BlockLayout:
-    """How a block of 32 weights with scales of its own is laid out; `levels[code]` times the scale is a weight.
+class _LevelGrid:
+    """The codes of one block column by column.
 
-    Attributes:
-        levels: What each code stands for before scaling, float32 [codes].
-        offset: Whether a minimum, a second float16, is added after scaling.
-        pack: Codes, uint8 [rows, 32], to the bytes that follow scale and minimum.
+    Args:
+        layout: Of the format.
+        blocks: Encoded blocks whose scales are to be kept, uint8 [rows, bytes of a block].
+        scale: float32 [parts, rows], of each `layout.columns` columns.
+        minimum: Likewise.
     """
 
-    levels: Float32
-    offset: bool
-    pack: Callable[[Bytes], Bytes]
-
-
-def _nibbles(codes: Bytes) -> Bytes:
-    """Low nibbles hold the first half of the block, high nibbles the second (ggml's `block_q4_0`)."""
-    return codes[:, :16] | (codes[:, 16:] << np.uint8(4))
-
-
-def _nibbles_and_fifth_bits(codes: Bytes) -> Bytes:
-    """The fifth bits of all 32 codes as one little-endian word, then the nibbles (ggml's `block_q5_0`)."""
-    fifth = np.packbits(codes >> np.uint8(4), axis=1, bitorder="little")
-    return np.concatenate([fifth, _nibbles(codes & np.uint8(15))], axis=1)
-
-
-def _signed_bytes(codes: Bytes) -> Bytes:
-    return codes - np.uint8(128)
-
-
-_IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-_LAYOUTS = {
-    "Q4_0": _BlockLayout(np.arange(-8, 8, dtype=np.float32), False, _nibbles),
-    "Q4_1": _BlockLayout(np.arange(16, dtype=np.float32), True, _nibbles),
-    "Q5_0": _BlockLayout(np.arange(-16, 16, dtype=np.float32), False, _nibbles_and_fifth_bits),
-    "Q5_1": _BlockLayout(np.arange(32, dtype=np.float32), True, _nibbles_and_fifth_bits),
-    "Q8_0": _BlockLayout(np.arange(-128, 128, dtype=np.float32), False, _signed_bytes),
-    "IQ4_NL": _BlockLayout(_IQ4_LEVELS, False, _nibbles),
-}
-
-
-class _BlockGrid:
-    """The codes of one block column by column, its scales being those of the reference quantiser."""
-
-    def __init__(self, layout: _BlockLayout, reference: Bytes) -> None:
+    def __init__(self, layout: Layout, blocks: Bytes, scale: Float32, minimum: Float32) -> None:
         self._layout = layout
-        self._scales = np.ascontiguousarray(reference[:, : 4 if layout.offset else 2])
-        halves = self._scales.view(np.float16).astype(np.float32)
-        self._scale = halves[:, 0]
-        self._minimum = halves[:, 1] if layout.offset else np.zeros(len(halves), np.float32)
-        self._inverse = np.divide(1.0, self._scale, out=np.zeros_like(self._scale), where=self._scale != 0)
-        self._edges = (layout.levels[1:] + layout.levels[:-1]) / 2
+        self._blocks = blocks
+        self._scale = scale
+        self._minimum = minimum
+        self._inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        self._even = len(layout.levels) == layout.levels[-1] - layout.levels[0] + 1
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
         """Return the nearest codes, uint8 [rows], and what they decode to, float32 [rows]."""
-        codes = np.searchsorted(self._edges, (values - self._minimum) * self._inverse).astype(np.uint8)
-        return codes, self._layout.levels[codes] * self._scale + self._minimum
+        part = column // self._layout.columns
+        levels = self._layout.levels
+        scaled: Float32 = values - self._minimum[part]
+        scaled *= self._inverse[part]
+        if self._even:
+            np.rint(scaled, out=scaled)
+            np.maximum(scaled, levels[0], out=scaled)
+            np.minimum(scaled, levels[-1], out=scaled)
+            codes = (scaled - levels[0]).astype(np.uint8)
+        else:
+            codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, scaled).astype(np.uint8)
+            scaled = levels[codes]
+        scaled *= self._scale[part]
+        scaled += self._minimum[part]
+        return codes, scaled
+
+    def decode(self, codes: Bytes) -> Float32:
+        """Return what codes, uint8 [block columns, rows], decode to, float32 of the same shape."""
+        parts = self._layout.levels[codes].reshape(len(self._scale), -1, codes.shape[1])
+        parts *= self._scale[:, None]
+        parts += self._minimum[:, None]
+        return parts.reshape(codes.shape)
+
+    def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_LevelGrid":
+        """Return the grid with the scales that suit the codes best; nested scales stay as they are."""
+        layout = self._layout
+        if not layout.scales:
+            return self
+        levels = layout.levels[codes]
+        if layout.scales == 1:
+            scale, minimum = fitted_scale(levels, gram, aim), self._minimum[0]
+        else:
+            scale, minimum = fitted_line(levels, gram, aim)
+        halves = np.stack([scale, minimum][: layout.scales], axis=1)
+        with np.errstate(over="ignore"):
+            stored = halves.astype(np.float16)
+        stored[~np.isfinite(stored).all(axis=1)] = 0
+        rounded = stored.astype(np.float32)
+        new_scale, new_minimum = rounded[:, 0], rounded[:, 1] if layout.scales == 2 else minimum
+        now = squared_error(self.decode(codes), gram, aim)
+        better = squared_error(levels * new_scale + new_minimum, gram, aim) < now
+        blocks = self._blocks.copy()
+        blocks[better, : 2 * layout.scales] = stored.view(np.uint8)[better]
+        return _LevelGrid(
+            layout,
+            blocks,
+            np.where(better, new_scale, self._scale[0])[None],
+            np.where(better, new_minimum, self._minimum[0])[None],
+        )
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block, uint8 [rows, bytes of a block]."""
-        return np.concatenate([self._scales, self._layout.pack(codes)], axis=1)
+        blocks = self._blocks.copy()
+        self._layout.put(blocks, codes)
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,11 @@ class GgmlFormat:
     def needs_importance(self) -> bool:
         """Whether ggml refuses to encode this type without importance."""
         return bool(_ggml().ggml_quantize_requires_imatrix(int(self.type)))
+
+    @property
+    def activation_block(self) -> int | None:
+        """Inputs that llama.cpp rounds to 8 bits with one scale: as many as the type's own block has."""
+        return None if self.block_columns == 1 else 256 if self.block_columns == 256 else 32
 
     def fits(self, columns: int) -> bool:
         """Return whether a row of so many weights is a whole number of blocks."""
@@ -171,8 +196,7 @@ class GgmlFormat:
             source, target = weight[first:].ctypes.data, encoded[first:].ctypes.data
             ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, pointer)
 
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(encode, range(0, rows, ROWS_AT_ONCE)))
+        list(_pool().map(encode, range(0, rows, ROWS_AT_ONCE)))
         return encoded
 
     def _checked(self, importance: Float32 | None, columns: int) -> Float32 | None:
@@ -201,10 +225,22 @@ class GgmlFormat:
         to_float(data.ctypes.data, decoded.ctypes.data, decoded.size)
         return decoded
 
-    def grid(self, block: Float32, importance: Float32 | None) -> _BlockGrid | None:
-        """Fix the scales of one block as the reference quantiser does; None for types with nested scales."""
-        layout = _LAYOUTS.get(self.name)
-        return None if layout is None else _BlockGrid(layout, self.encode_rows(block, importance))
+    def grid(self, block: Float32, importance: Float32 | None) -> _LevelGrid | None:
+        """Fix the scales of one block as the reference quantiser does; None for types made of code books."""
+        layout = LAYOUTS.get(self.name)
+        if layout is None:
+            return None
+        blocks = self.encode_rows(block, importance)
+        # What two codes decode to tells scale and minimum of every part, however they are stored.
+        low, high = (self._decoded_everywhere(layout, blocks, code) for code in (0, len(layout.levels) - 1))
+        scale = (high - low) / (layout.levels[-1] - layout.levels[0])
+        return _LevelGrid(layout, blocks, scale, low - layout.levels[0] * scale)
+
+    def _decoded_everywhere(self, layout: Layout, blocks: Bytes, code: int) -> Float32:
+        """Return what one code decodes to in each part of each block, float32 [parts, rows]."""
+        filled = blocks.copy()
+        layout.put(filled, np.full((len(blocks), self.block_columns), code, np.uint8))
+        return np.ascontiguousarray(self.decode_rows(filled, self.block_columns)[:, :: layout.columns].T)
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks."""

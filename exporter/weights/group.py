@@ -35,12 +35,21 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one weight group, and why; data for the plan, the encoder and the report."""
+    """What happens to one weight group, and why; data for the plan, the encoder and the report.
+
+    Attributes:
+        group: The weight group.
+        method: Name of the compression method.
+        format: What it is stored in.
+        reason: For people.
+        predicted_kl: What it is predicted to add to the KL divergence a token, in nats; None before statistics.
+    """
 
     group: WeightGroup
     method: str
     format: WeightFormat
     reason: str
+    predicted_kl: float | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten
+from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
@@ -41,8 +43,12 @@ class Gguf:
 
     name = "gguf"
     default_type = "Q4_K_M"
-    default_method = "rtn"
+    default_method = "ldlq"
     most_rounding_kl = 0.1
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target itself: llama.cpp chooses its kernels by the instruction set when it is compiled."""
+        return self
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""

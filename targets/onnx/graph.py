@@ -16,8 +16,6 @@ DOMAIN = "com.microsoft"
 PAGE_BYTES = 4096
 ALIGNED_FROM_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
-# What ONNX Runtime rounds activations to: 4 = int8 in blocks, its default for int4 on CPUs.
-ACCURACY_LEVEL = 4
 GATHER = "/model/embed_tokens/Gather"
 
 
@@ -73,7 +71,7 @@ class DataFile:
 
 
 def put_matrix(
-    graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile
+    graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile, accuracy_level: int
 ) -> list[ir.Value]:
     """Replace a `MatMul` by a `MatMulNBits` that holds the encoded rows; return its codes, scales, zero points."""
     node = product.node
@@ -91,7 +89,7 @@ def put_matrix(
             "N": rows,
             "bits": format.bits,
             "block_size": format.block_columns,
-            "accuracy_level": ACCURACY_LEVEL,
+            "accuracy_level": accuracy_level,
         },
         domain=DOMAIN,
         outputs=[output],
@@ -105,14 +103,15 @@ def put_matrix(
 def put_table(
     graph: ir.Graph, file: DataFile, stem: str, format: MatMulNBitsFormat, data: Bytes, columns: int
 ) -> list[ir.Value]:
-    """Write codes, scales and zero points and return their values."""
+    """Write codes, scales and zero points and return their values, the scales' in float32."""
     codes, scales, zero_points = format.split(data, columns)
     parts: dict[str, NDArray[Any]] = {"codes": codes, "scales": scales}
     if zero_points is not None:
         parts["zero_points"] = zero_points
     values = []
     for part, array in parts.items():
-        values.append(register(graph, file.append(f"{stem}.{part}", array)))
+        value = register(graph, file.append(f"{stem}.{part}", array))
+        values.append(value if array.dtype != np.float16 else _widened(graph, value))
     return values
 
 
@@ -122,6 +121,14 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def _widened(graph: ir.Graph, scales: ir.Value) -> ir.Value:
+    """Return float16 scales behind a `Cast` to float32, which ONNX Runtime folds into a constant when it loads."""
+    output = ir.Value(name=f"{scales.name}.float32", shape=scales.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", [scales], {"to": ir.DataType.FLOAT}, outputs=[output], name=f"{scales.name}/Cast")
+    graph.insert_before(graph[0], cast)
+    return output
 
 
 def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns: int, table: list[ir.Value]) -> None:

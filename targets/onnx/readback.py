@@ -7,11 +7,13 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+from onnx.helper import tensor_dtype_to_np_dtype
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, HEAD, LINEARS
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
+from exporter.weights.matmulnbits import MatMulNBitsFormat
 
 OUTPUTS_AT_ONCE = 8192
 
@@ -29,6 +31,10 @@ class Tables:
     @cached_property
     def _nodes(self) -> dict[str, onnx.NodeProto]:
         return {node.name: node for node in self._graph.node}
+
+    @cached_property
+    def _makers(self) -> dict[str, onnx.NodeProto]:
+        return {node.output[0]: node for node in self._graph.node if node.output}
 
     @cached_property
     def _initialisers(self) -> dict[str, onnx.TensorProto]:
@@ -55,8 +61,10 @@ class Tables:
         if node.op_type in ("MatMul", "Gather"):
             return "F32"
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        asymmetric = "-asymmetric" if len(self._table_inputs(node)) == 3 else ""
-        return f"int{attributes['bits']}-b{attributes['block_size']}{asymmetric}"
+        table = self._table_inputs(node)
+        scale_type = tensor_dtype_to_np_dtype(self._initialisers[table[1]].data_type).type
+        format = MatMulNBitsFormat(attributes["bits"], attributes["block_size"], len(table) == 3, scale_type)
+        return format.name
 
     def _node(self, group: WeightGroup) -> tuple[onnx.NodeProto, int]:
         """Return the node that uses a matrix and the matrix's first row in it."""
@@ -87,11 +95,9 @@ class Tables:
         return outputs - (2 if group.role == "k" else 1) * group.rows
 
     def _table_inputs(self, node: onnx.NodeProto) -> list[str]:
-        """Return the names of codes, scales and zero points."""
-        if node.op_type == "MatMulNBits":
-            return list(node.input[1:])
-        reshaped = next(n for n in self._graph.node if n.output and n.output[0] == node.input[0])
-        return [reshaped.input[0], *node.input[2:]]
+        """Return the names of codes, scales and zero points as they are stored."""
+        used = [*node.input[1:]] if node.op_type == "MatMulNBits" else [node.input[0], *node.input[2:]]
+        return [name if name in self._initialisers else self._makers[name].input[0] for name in used]
 
     def _values(self, name: str) -> np.ndarray:
         tensor = self._initialisers[name]
@@ -102,7 +108,10 @@ class Tables:
 
 
 def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32:
-    """Multiply the identity by a table in a one-node model that computes in float32; return [rows, columns]."""
+    """Multiply the identity by a table in a model of one product that computes in float32; return [rows, columns].
+
+    Float16 scales go through the runtime's own `Cast`, as in the artifact.
+    """
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     block, bits = attributes["block_size"], attributes["bits"]
     codes = tables[0]
@@ -111,12 +120,13 @@ def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32
     codes = codes.reshape(rows, columns // block, -1)
     names = ["codes", "scales", "zero_points"][: len(tables)]
     flat = [codes, *(table.reshape(-1) for table in tables[1:])]
+    widened = helper.make_node("Cast", ["scales"], ["float_scales"], to=TensorProto.FLOAT)
     product = helper.make_node(
-        "MatMulNBits", ["x", *names], ["y"], domain="com.microsoft", K=columns, N=rows, bits=bits, block_size=block,
-        accuracy_level=0,
+        "MatMulNBits", ["x", "codes", "float_scales", *names[2:]], ["y"], domain="com.microsoft", K=columns, N=rows,
+        bits=bits, block_size=block, accuracy_level=0,
     )  # fmt: skip
     graph = helper.make_graph(
-        [product],
+        [widened, product],
         "identity",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [columns, columns])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [columns, rows])],

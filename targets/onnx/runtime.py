@@ -15,6 +15,9 @@ from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
+# Weights behind a `DequantizeLinear`: multiply them by float32 activations.
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
 
 class OnnxRuntime:
     """A decoder folder: logits through onnxruntime, text through onnxruntime-genai. Each is loaded when needed.
@@ -44,6 +47,9 @@ class OnnxRuntime:
         self._loaded_model: genai.Model | None = None
         self._load_s = 0.0
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
+        options = settings["decoder"]["session_options"].items()
+        self._options = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -116,8 +122,9 @@ class OnnxRuntime:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
-            if self._exact:
-                options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+            entries = self._options | (EXACT if self._exact else {})
+            for name, value in entries.items():
+                options.add_session_config_entry(name, value)
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self._load_s = time.perf_counter() - started

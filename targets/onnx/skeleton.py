@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,15 @@ class Skeleton:
     graph: ir.Model
     builder: Any
 
-    def write_companions(self, folder: Path) -> None:
-        """Write genai_config.json and the tokenizer's files."""
+    def write_companions(self, folder: Path, session_options: dict[str, str]) -> None:
+        """Write genai_config.json, with entries for the session's configuration, and the tokenizer's files."""
         with _quiet():
             self.builder.make_genai_config(self.builder.hf_config, {}, str(folder))
             self.builder.save_processing(self.builder.hf_config._name_or_path, {}, str(folder))
+        path = folder / "genai_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model"]["decoder"]["session_options"] |= session_options
+        path.write_text(json.dumps(settings, indent=4), encoding="utf-8")
 
 
 def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding: bool) -> Skeleton:

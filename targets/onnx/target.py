@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten
+from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
@@ -30,6 +32,7 @@ from exporter.targets.onnx.graph import (
     put_table,
 )
 from exporter.targets.onnx.readback import Tables
+from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.skeleton import build_skeleton
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.ggml import ggml_format
@@ -50,13 +53,24 @@ INTERPRETER_BYTES = 90 << 20
 
 
 class Onnx:
-    """model.onnx with its external data, genai_config.json and the tokenizer."""
+    """model.onnx with its external data, genai_config.json and the tokenizer.
+
+    Args:
+        rounding: How the runtime rounds activations on the device that the model is for.
+    """
 
     name = "onnx"
     default_type = "int4"
     default_method = "ldlq"
     most_rounding_kl = 0.1
     graph_bytes_per_layer = 8192
+
+    def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:
+        self._rounding = rounding
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target with the rounding for a device."""
+        return type(self)(rounding_on(device))
 
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
@@ -68,7 +82,8 @@ class Onnx:
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
         name = NAMED.get(type, type)
         format: WeightFormat = ggml_format(FLOAT) if name == FLOAT else matmulnbits_format(name)
-        decisions = [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
+        reason = f"{type} for every matrix" + (f"; {self._rounding.reason}" if name != FLOAT else "")
+        decisions = [Decision(group, method, format, reason) for group in model.groups()]
         check_formats(decisions)
         return decisions
 
@@ -105,11 +120,15 @@ class Onnx:
         return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.architecture.layers
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers."""
+        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers.
+
+        Scales count as float32, however they are stored: that is what the runtime holds.
+        """
         shape = model.architecture
+        weights = self.estimated_file_bytes(model, decisions) + sum(map(_widening_bytes, decisions))
         keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
         logits = 4 * shape.vocab * min(context, 512)
-        return 2 * self.estimated_file_bytes(model, decisions) + keys_and_values + logits + INTERPRETER_BYTES
+        return 2 * weights + keys_and_values + logits + INTERPRETER_BYTES
 
     def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
         """Return the model as it is."""
@@ -118,12 +137,42 @@ class Onnx:
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
         floats = NAMED.get(type, type) == FLOAT
-        put = _put_floats if floats else _put_integers
 
         def fill(graph: ir.Graph, file: DataFile) -> None:
-            put(graph, compressed, file)
+            if floats:
+                _put_floats(graph, compressed, file)
+            else:
+                _put_integers(graph, compressed, file, self._rounding.level)
 
-        return write_decoder(self.name, compressed, folder, fill, True, floats and compressed.model.architecture.tied)
+        return self._write(compressed, folder, fill, True, floats and compressed.model.architecture.tied)
+
+    def _write(
+        self,
+        compressed: CompressedModel,
+        folder: Path,
+        fill: Callable[[ir.Graph, DataFile], None],
+        fuse_qkv: bool,
+        share_embedding: bool,
+    ) -> Artifact:
+        """Write a decoder and what onnxruntime-genai needs beside it.
+
+        Args:
+            compressed: What to write.
+            folder: Where; empty.
+            fill: Puts the matrices into the skeleton's graph and their data into the file.
+            fuse_qkv: One matrix multiplication for query, key and value.
+            share_embedding: See `build_skeleton`.
+        """
+        with TemporaryDirectory() as scratch:
+            skeleton = build_skeleton(compressed.rewritten, Path(scratch), fuse_qkv, share_embedding)
+            with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
+                file = DataFile(opened, DATA_FILE, folder)
+                fill(skeleton.graph.graph, file)
+                move_rest(skeleton.graph.graph, file)
+            with replacing(folder / MODEL_FILE) as partial:
+                onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
+            skeleton.write_companions(folder, dict(self._rounding.options))
+        return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
@@ -135,44 +184,22 @@ class Onnx:
         return {group.name: tables.format_name(group) for group in model.groups()}
 
 
-def write_decoder(
-    target: str,
-    compressed: CompressedModel,
-    folder: Path,
-    fill: Callable[[ir.Graph, DataFile], None],
-    fuse_qkv: bool,
-    share_embedding: bool,
-) -> Artifact:
-    """Write a decoder and what onnxruntime-genai needs beside it.
-
-    Args:
-        target: Name of the target.
-        compressed: What to write.
-        folder: Where; empty.
-        fill: Puts the matrices into the skeleton's graph and their data into the file.
-        fuse_qkv: One matrix multiplication for query, key and value.
-        share_embedding: See `build_skeleton`.
-    """
-    with TemporaryDirectory() as scratch:
-        skeleton = build_skeleton(compressed.rewritten, Path(scratch), fuse_qkv, share_embedding)
-        with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
-            file = DataFile(opened, DATA_FILE, folder)
-            fill(skeleton.graph.graph, file)
-            move_rest(skeleton.graph.graph, file)
-        with replacing(folder / MODEL_FILE) as partial:
-            onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
-        skeleton.write_companions(folder)
-    return Artifact(target, folder, (folder / MODEL_FILE, folder / DATA_FILE))
+def _widening_bytes(decision: Decision) -> int:
+    """Return by how much a matrix's scales grow when the runtime loads it."""
+    format = decision.format
+    if not isinstance(format, MatMulNBitsFormat):
+        return 0
+    return decision.group.size // format.block_columns * (4 - format.scale_bytes)
 
 
-def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
+def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:
     tied = compressed.model.architecture.tied
     for product in products(graph):
         names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
         format = compressed.decisions[names[0]].format
         assert isinstance(format, MatMulNBitsFormat)
         data = np.concatenate([compressed.encode(name).data for name in names])
-        table = put_matrix(graph, product, format, data, file)
+        table = put_matrix(graph, product, format, data, file, accuracy_level)
     embedding = compressed.decisions[EMBEDDING]
     rows, columns, format = embedding.group.rows, embedding.group.columns, embedding.format
     assert isinstance(format, MatMulNBitsFormat)

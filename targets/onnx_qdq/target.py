@@ -17,7 +17,7 @@ from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, products
-from exporter.targets.onnx.target import Onnx, write_decoder
+from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.readback import QdqTables
 from exporter.weights.channel import ChannelFormat
@@ -96,7 +96,7 @@ class OnnxQdq(Onnx):
         def fill(graph: ir.Graph, file: DataFile) -> None:
             _put_matrices(graph, compressed, scheme, file)
 
-        return write_decoder(self.name, compressed, folder, fill, False, False)
+        return self._write(compressed, folder, fill, False, False)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""

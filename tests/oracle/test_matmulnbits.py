@@ -33,16 +33,43 @@ def test_decodes_as_the_runtime_does_and_a_flipped_nibble_is_seen(name: str) -> 
 @given(
     name=st.sampled_from(sorted(matmulnbits_formats())),
     seed=st.integers(0, 2**32 - 1),
-    magnitude=st.sampled_from([0.0, 1e-35, 1e-6, 1.0, 1e6]),
+    magnitude=st.sampled_from([0.0, 1e-35, 1e-10, 1e-7, 1e-6, 1e-3, 1.0, 1e4, 1e9]),
 )
-def test_any_block_round_trips_finitely(name: str, seed: int, magnitude: float) -> None:
+def test_any_block_round_trips_finitely_or_is_refused(name: str, seed: int, magnitude: float) -> None:
     format = matmulnbits_format(name)
     chance = np.random.default_rng(seed)
     weight = (chance.standard_normal((5, 256)) * magnitude).astype(np.float32)
-    decoded = format.decode_rows(format.encode_rows(weight, chance.random(256).astype(np.float32)), 256)
+    importance = chance.random(256).astype(np.float32)
+    if magnitude == 1e9 and format.scale_type is np.float16:
+        with pytest.raises(RequestError, match=f"{name} cannot hold weights so large; .* choose {name}-f32"):
+            format.encode_rows(weight, importance)
+        return
+    decoded = format.decode_rows(format.encode_rows(weight, importance), 256)
     assert np.isfinite(decoded).all()
     # No code is further from its weight than the largest weight of the matrix: at worst everything becomes zero.
     assert np.abs(decoded - weight).max() <= np.abs(weight).max() * 1.01
+
+
+@pytest.mark.parametrize("name", [name for name in matmulnbits_formats() if not name.endswith("-f32")])
+def test_float16_scales_cost_no_more_than_their_rounding(name: str) -> None:
+    weight = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32) * np.float32(0.05)
+    half, whole = matmulnbits_format(name), matmulnbits_format(f"{name}-f32")
+    errors = [
+        float(((format.decode_rows(format.encode_rows(weight, None), 512) - weight) ** 2).sum())
+        for format in (half, whole)
+    ]
+    assert errors[0] <= 1.002 * errors[1]
+    assert half.stored_bytes(64, 512) == whole.stored_bytes(64, 512) - 2 * 64 * 512 // half.block_columns
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("asymmetric", ["", "-asymmetric"])
+def test_weights_whose_scales_are_the_last_steps_of_float16_keep_their_size(bits: int, asymmetric: str) -> None:
+    format = matmulnbits_format(f"int{bits}-b32{asymmetric}")
+    weight = np.full((3, 32), 6e-8, np.float32)
+    weight[:, ::2] = -6e-8
+    decoded = format.decode_rows(format.encode_rows(weight, None), 32)
+    np.testing.assert_allclose(decoded, weight, rtol=0.01)
 
 
 def test_refuses_widths_that_are_no_whole_blocks() -> None:

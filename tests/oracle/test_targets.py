@@ -66,7 +66,7 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
 @pytest.mark.parametrize(
     ("target", "type", "method"),
     [("gguf", "Q8_0", "rtn"), ("gguf", "Q4_0", "ldlq"), ("onnx", "int4", "ldlq"), ("onnx", "int8", "rtn"),
-     ("onnx", "int4-b16-asymmetric", "rtn")],
+     ("onnx", "int4-b16-asymmetric", "rtn"), ("onnx", "int4-b32-f32", "rtn")],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_artifact_holds_the_planned_weights(
@@ -154,11 +154,11 @@ def onnx_parts(artifact: Artifact, query: bool) -> Parts:
     for tensor in graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if tensor.name.startswith(stem):
-            kind = np.uint8 if tensor.data_type == onnx.TensorProto.UINT8 else np.float32
+            kind = np.uint8 if tensor.data_type == onnx.TensorProto.UINT8 else np.float16
             offset, shape = int(where["offset"]), tuple(tensor.dims)
             found[kind] = np.memmap(artifact.weights[1], kind, "r+", offset=offset, shape=shape)
     rows = 64 if query else None  # the query's rows come first in the fused matrix
-    return found[np.uint8][:rows], found[np.float32][:rows]
+    return found[np.uint8][:rows], found[np.float16][:rows]
 
 
 @pytest.mark.parametrize(("target", "type", "parts"), [("gguf", "Q4_0", gguf_parts), ("onnx", "int4", onnx_parts)])

@@ -1,0 +1,160 @@
+"""Running sums over the inputs of matrices, and what they look like in the cache.
+
+A token counts by its weight: how much the model's behaviour depends there on the outputs that the inputs serve
+(Kim et al. 2025, GuidedQuant, section 3: H = E[g^2 x x^T] instead of E[x x^T]).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exporter.cache import replacing, save_array
+from exporter.errors import InputError
+from exporter.weights.format import Float32
+
+# Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the whole square.
+STRIPES = 4
+# Columns that runtimes round activations together with; see `Site.peaks`.
+ACTIVATION_BLOCKS = (16, 32, 64, 128, 256)
+# Of so many windows the last is held back from the sums that codes are fitted to, to tell how well they generalise.
+HELD_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """What was seen of the inputs x of a site, each mean weighted by the tokens' weights but for `squares`.
+
+    Attributes:
+        fitted: E[x x^T] over most windows, float32 [columns, columns].
+        held: The same over the windows that were held back; equal to `fitted` where there were none.
+        share: The weight of the windows held back among all.
+        squares: E[x^2], every token counting the same, float32 [columns]: llama.cpp's importance matrix.
+        peaks: Block size -> E[max |x|^2] of each block of so many columns, float32 [columns / block size].
+    """
+
+    fitted: Float32
+    held: Float32
+    share: float
+    squares: Float32
+    peaks: dict[int, Float32]
+
+    @property
+    def second_moment(self) -> Float32:
+        """E[x x^T] over all windows, float32 [columns, columns]."""
+        mean: Float32 = self.fitted + np.float32(self.share) * (self.held - self.fitted)
+        return mean
+
+
+class _Moment:
+    """A weighted sum of x x^T; only what lies on and left of the diagonal is summed."""
+
+    def __init__(self, columns: int) -> None:
+        self._total = torch.zeros(columns, columns)
+        self.weight = 0.0
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add inputs, float32 [tokens, columns], with weights, float32 [tokens]."""
+        if not len(inputs):
+            return
+        rows = inputs * weights.sqrt()[:, None]
+        step = -(-len(self._total) // STRIPES)
+        for first in range(0, len(self._total), step):
+            last = first + step
+            self._total[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+        self.weight += float(weights.sum(dtype=torch.float64))
+
+    def mean(self) -> Float32:
+        """Return E[x x^T]; what lies right of the diagonal means nothing."""
+        total = self._total.numpy()
+        if self.weight > 0:
+            total /= self.weight
+        return total
+
+
+class Moments:
+    """Running sums over the inputs of one site."""
+
+    def __init__(self, columns: int) -> None:
+        self._fitted, self._held = _Moment(columns), _Moment(columns)
+        self._squares = torch.zeros(columns, dtype=torch.float64)
+        self._peaks = {block: torch.zeros(columns // block) for block in ACTIVATION_BLOCKS if columns % block == 0}
+        self._tokens = 0
+
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor, first_window: int) -> None:
+        """Add some windows.
+
+        Args:
+            inputs: float32 [windows, length, columns].
+            weights: float32 [windows, length], at least 0, about 1 on average.
+            first_window: Number of the first of these windows; every `HELD_EVERY`th is held back.
+        """
+        numbers = torch.arange(first_window, first_window + len(inputs))
+        held = numbers % HELD_EVERY == HELD_EVERY - 1
+        for moment, chosen in ((self._fitted, ~held), (self._held, held)):
+            moment.add(inputs[chosen].flatten(0, 1), weights[chosen].flatten())
+        rows, every = inputs.flatten(0, 1), weights.flatten()
+        self._squares += rows.square().sum(0, dtype=torch.float64)
+        smallest = rows.abs()
+        size = 1
+        for block, total in self._peaks.items():
+            smallest = smallest.unflatten(1, (-1, block // size)).amax(-1)
+            size = block
+            total.addmv_(smallest.square().T, every)
+        self._tokens += len(rows)
+
+    def save(self, folder: Path, site: str) -> None:
+        """Write the means under the site's name.
+
+        Two symmetric matrices fit into one square: the fitted one on and below the diagonal, the one held back
+        above it, its diagonal beside.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        fitted, held = self._fitted.mean(), self._held.mean()
+        total = self._fitted.weight + self._held.weight
+        both = np.tril(fitted)
+        both += np.tril(held, -1).T
+        vectors = {
+            "held_diagonal": held.diagonal().copy(),
+            "share": np.float64(self._held.weight / total if total > 0 else 0.0),
+            "squares": (self._squares / max(self._tokens, 1)).float().numpy(),
+        } | {f"peaks_{block}": (peaks / max(total, 1e-30)).numpy() for block, peaks in self._peaks.items()}
+        if not np.isfinite(both).all() or not all(np.isfinite(values).all() for values in vectors.values()):
+            raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
+        save_vectors(folder / f"{site}.npz", vectors)
+        save_array(folder / f"{site}.npy", both)
+
+
+def load_site(folder: Path, site: str) -> Site | None:
+    """Return what was saved of a site, or None where its inputs were not observed."""
+    path = folder / f"{site}.npy"
+    if not path.is_file():
+        return None
+    both = np.load(path, allow_pickle=False)
+    vectors = load_vectors(folder / f"{site}.npz")
+    share = float(vectors["share"])
+    peaks = {block: vectors[f"peaks_{block}"] for block in ACTIVATION_BLOCKS if f"peaks_{block}" in vectors}
+    fitted = np.tril(both)
+    fitted += np.tril(both, -1).T
+    if share > 0:
+        held = np.triu(both, 1)
+        held += held.T
+        held[np.diag_indices_from(held)] = vectors["held_diagonal"]
+    else:
+        held = fitted
+    return Site(fitted, held, share, vectors["squares"], peaks)
+
+
+def save_vectors(path: Path, vectors: dict[str, np.ndarray]) -> None:
+    """Write named arrays as a .npz file that is whole or not there at all."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **vectors)  # type: ignore[arg-type]
+
+
+def load_vectors(path: Path) -> dict[str, np.ndarray]:
+    """Return the named arrays of a .npz file."""
+    with np.load(path, allow_pickle=False) as saved:
+        return dict(saved)

@@ -1,0 +1,32 @@
+"""Effort levels: how much work goes into a smaller loss of behaviour."""
+
+from dataclasses import dataclass
+
+from exporter.errors import RequestError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a level spends.
+
+    Attributes:
+        calibration_windows: Windows of the calibration text; more of them make what is fitted to it generalise better.
+        sweeps: How often codes and scales are improved after error feedback.
+    """
+
+    calibration_windows: int
+    sweeps: int
+
+
+EFFORTS = {"fast": Effort(8, 0), "balanced": Effort(32, 2), "max": Effort(96, 6)}
+
+
+def effort(name: str) -> Effort:
+    """Return the level of that name.
+
+    Raises:
+        RequestError: there is no such level.
+    """
+    if name not in EFFORTS:
+        raise RequestError(f"unknown effort {name!r}", next_step=did_you_mean(name, EFFORTS))
+    return EFFORTS[name]

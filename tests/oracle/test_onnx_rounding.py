@@ -1,0 +1,44 @@
+"""How activations are rounded is decided by the device, stated, and carried by the artifact's own configuration."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from exporter.compress.compressed import CompressedModel
+from exporter.device.profile import device_names, load_device
+from exporter.model.sources import open_model
+from exporter.targets.artifact import open_artifact
+from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
+from exporter.targets.target import load_target
+from tests.models import tiny_model
+
+WITHOUT_DOTPROD = {"core-ultra-200v", "raspberry-pi-4"}
+
+
+@pytest.mark.parametrize("device", ["core-ultra-200v", "raspberry-pi-5"])
+def test_the_artifact_carries_what_was_decided_for_the_device(tmp_path: Path, device: str) -> None:
+    target = load_target("onnx").on(load_device(device))
+    coarse = device not in WITHOUT_DOTPROD
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        decisions = target.decide(model, "int4", "rtn")
+        (tmp_path / "artifact").mkdir()
+        artifact = target.lower(CompressedModel(model, decisions, None), "int4", tmp_path / "artifact")
+    assert all("accuracy level 4" in decision.reason for decision in decisions)
+    assert all(("without KleidiAI" in decision.reason) == coarse for decision in decisions)
+    settings = json.loads((artifact.folder / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
+    assert settings["session_options"].get(DISABLE_KLEIDIAI) == ("1" if coarse else None)
+    graph = onnx.load_model(str(artifact.weights[0]), load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    levels = [a.i for node in products for a in node.attribute if a.name == "accuracy_level"]
+    assert levels == [4] * len(products)
+    with open_artifact(artifact, 64, 1) as child:
+        assert np.isfinite(child.call("logits", [5, 6, 7])).all()
+        assert child.call("generate", [5, 6, 7], 4)
+
+
+def test_every_device_has_its_rounding() -> None:
+    found = {name: dict(rounding_on(load_device(name)).options) for name in device_names()}
+    assert {name for name, options in found.items() if not options} == WITHOUT_DOTPROD
