@@ -64,6 +64,7 @@ class Onnx:
     default_method = "ldlq"
     most_rounding_kl = 0.1
     graph_bytes_per_layer = 8192
+    weight_copies = 2.0
 
     def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:
         self._rounding = rounding
@@ -128,7 +129,7 @@ class Onnx:
         weights = self.estimated_file_bytes(model, decisions) + sum(map(_widening_bytes, decisions))
         keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
         logits = 4 * shape.vocab * min(context, 512)
-        return 2 * weights + keys_and_values + logits + INTERPRETER_BYTES
+        return int(self.weight_copies * weights) + keys_and_values + logits + INTERPRETER_BYTES
 
     def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
         """Return the model as it is."""
