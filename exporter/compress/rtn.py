@@ -27,6 +27,6 @@ class RoundToNearest:
         return ExpectedError(outputs, change**2)
 
 
-def at(effort: Effort) -> RoundToNearest:  # noqa: ARG001  (every method takes one)
+def at(effort: Effort) -> RoundToNearest:
     """Return the method; it works the same at every effort."""
     return RoundToNearest()

@@ -1,0 +1,85 @@
+"""Measurements of artifacts as rows of a JSON file that is kept beside the picture."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.cache import replacing
+from exporter.targets.artifact import Artifact, open_artifact
+from exporter.validate.accuracy import Reference, distance
+
+THREADS = 2
+WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One artifact through its real runtime.
+
+    Attributes:
+        name: The type, setting or mix; for ours, the opponent whose size it had to keep to.
+        kind: `ours`, `stock` or `hand-made`.
+        target: `gguf` or `onnx`.
+        file_bytes: Size of the model files.
+        kl_mean: Mean KL(original || artifact), nats a token.
+        top1: Share of tokens with the same first choice.
+        seconds: What making the artifact took.
+        predicted: The mean KL that was predicted, for ours.
+    """
+
+    name: str
+    kind: str
+    target: str
+    file_bytes: int
+    kl_mean: float
+    top1: float
+    seconds: float
+    predicted: float | None = None
+
+
+def measured(
+    original: Reference, artifact: Artifact, name: str, kind: str, seconds: float, predicted: float | None = None
+) -> Row:
+    """Compare an artifact with the original on its windows, and print the row."""
+    with open_artifact(artifact, original.tokens.shape[1], THREADS) as child:
+        found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
+    row = Row(
+        name, kind, artifact.target, artifact.file_bytes, found.kl_mean, found.top1_agreement, round(seconds, 1),
+        predicted,
+    )  # fmt: skip
+    print(
+        f"  {kind:9} {row.target:4} {row.file_bytes:11,} bytes  KL {row.kl_mean:.4f}  {row.top1:.1%}  {name}",
+        flush=True,
+    )
+    return row
+
+
+@dataclass(frozen=True)
+class Published:
+    """The JSON file: for each set of conditions what identifies it, and its rows.
+
+    The opponents of the same model on the same texts, by the same versions of the tools, are not measured twice.
+    Delete the file to measure all of them anew.
+    """
+
+    path: Path
+
+    def rows(self, conditions: str, identity: dict[str, Any]) -> list[Row]:
+        """Return the rows under these conditions, none where they were measured on something else."""
+        return self.latest(conditions) if self._read().get(conditions, {}).get("identity") == identity else []
+
+    def latest(self, conditions: str) -> list[Row]:
+        """Return the rows under these conditions, whatever they were measured on."""
+        return [Row(**row) for row in self._read().get(conditions, {}).get("rows", [])]
+
+    def keep(self, conditions: str, identity: dict[str, Any], rows: list[Row]) -> None:
+        """Write the rows under these conditions in place of those that were there."""
+        document = self._read() | {conditions: {"identity": identity, "rows": [asdict(row) for row in rows]}}
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        self.path.chmod(0o644)
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
+        return found

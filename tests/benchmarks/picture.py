@@ -1,0 +1,143 @@
+"""KL against bytes as one SVG: a panel for each target, ours joined by a line, the opponents as labelled points."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, floor, log10
+
+from tests.benchmarks.measured import Row
+
+WIDTH, HEIGHT = 920, 440
+TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36
+TITLES = {"gguf": "GGUF, in llama.cpp", "onnx": "ONNX, in ONNX Runtime"}
+KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix"}
+LABEL_HEIGHT = 11
+# Its own background, so that it can be read on any page; it follows the reader's scheme as a whole.
+STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #24292f; }
+.title { font-size: 13px; font-weight: 600; }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.paper { fill: #ffffff; } .grid { stroke: #d8dee4; }
+.line { stroke: #0969da; fill: none; stroke-width: 2; }
+.ours { fill: #0969da; } .stock { fill: #bc4c00; }
+.hand-made { fill: none; stroke: #6e7781; stroke-width: 1.5; }
+@media (prefers-color-scheme: dark) {
+ text { fill: #e6edf3; } .paper { fill: #0d1117; } .grid { stroke: #30363d; } .line { stroke: #58a6ff; }
+ .ours { fill: #58a6ff; } .stock { fill: #f0883e; } .hand-made { stroke: #9198a1; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to pixels."""
+
+    x: Callable[[float], float]
+    y: Callable[[float], float]
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """Return the SVG of all rows; the vertical axis is logarithmic and shared."""
+    low, high = _decades(row.kl_mean for row in rows)
+    targets = [target for target in TITLES if any(row.target == target for row in rows)]
+    width = (WIDTH - LEFT - GAP * len(targets)) / len(targets)
+
+    def y(kl: float) -> float:
+        return BOTTOM - (log10(kl) - low) / (high - low) * (BOTTOM - TOP)
+
+    marks = [step * 10.0**decade for decade in range(floor(low), ceil(high)) for step in (1, 2, 5)]
+    marks = [mark for mark in marks if low <= log10(mark) <= high]
+    parts = [f'<text class="end" x="{LEFT - 8}" y="{y(mark) + 4:.1f}">{mark:g}</text>' for mark in marks]
+    for place, target in enumerate(targets):
+        own = [row for row in rows if row.target == target]
+        first, last = _round_megabytes(own)
+        left = LEFT + place * (width + GAP)
+
+        def x(megabytes: float, left: float = left, first: float = first, last: float = last) -> float:
+            return left + (megabytes - first) / (last - first) * width
+
+        parts += _frame(target, range(first, last + 1, 5), marks, Scale(x, y), left, width)
+        parts += _points(own, Scale(x, y))
+    label = "Mean KL divergence from the original against the size of the model files"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n'
+        f'<style>{STYLE}</style>\n<rect class="paper" width="{WIDTH}" height="{HEIGHT}" rx="8"/>\n'
+        + "\n".join([*_legend(), *parts])
+        + "\n</svg>\n"
+    )
+
+
+def _decades(values: Iterable[float]) -> tuple[float, float]:
+    """Return the ends of the logarithmic axis: the values' own, with a little room."""
+    logarithms = [log10(value) for value in values]
+    return min(logarithms) - 0.08, max(logarithms) + 0.08
+
+
+def _round_megabytes(rows: Sequence[Row]) -> tuple[int, int]:
+    sizes = [row.file_bytes / 1e6 for row in rows]
+    return 5 * floor((min(sizes) - 0.5) / 5), 5 * ceil((max(sizes) + 0.5) / 5)
+
+
+def _legend() -> list[str]:
+    parts = [f'<text class="title" x="{LEFT}" y="22">Mean KL from the original, nats a token (less is better)</text>']
+    left = WIDTH - GAP - 300
+    for kind, title in KINDS.items():
+        parts += [_marker(kind, left, 18), f'<text x="{left + 9}" y="22">{title}</text>']
+        left += 105
+    return parts
+
+
+def _frame(
+    target: str, megabytes: Iterable[int], marks: Iterable[float], scale: Scale, left: float, width: float
+) -> list[str]:
+    parts = [f'<text class="title" x="{left:.1f}" y="{TOP - 12}">{TITLES[target]}</text>']
+    for mark in marks:
+        height = f"{scale.y(mark):.1f}"
+        parts.append(f'<path class="grid" d="M{left:.1f} {height}H{left + width:.1f}"/>')
+    for size in megabytes:
+        at = f"{scale.x(size):.1f}"
+        parts.append(f'<path class="grid" d="M{at} {TOP}V{BOTTOM}"/>')
+        parts.append(f'<text class="middle" x="{at}" y="{BOTTOM + 16}">{size}</text>')
+    middle = left + width / 2
+    return [*parts, f'<text class="middle" x="{middle:.1f}" y="{BOTTOM + 36}">model files, MB (10⁶ bytes)</text>']
+
+
+def _points(rows: Sequence[Row], scale: Scale) -> list[str]:
+    ordered = sorted(rows, key=lambda row: (row.file_bytes, row.kl_mean))
+    places = [(row, scale.x(row.file_bytes / 1e6), scale.y(row.kl_mean)) for row in ordered]
+    line = " ".join(f"{x:.1f},{y:.1f}" for row, x, y in places if row.kind == "ours")
+    parts = [f'<polyline class="line" points="{line}"/>'] if line else []
+    taken = [(x - 5, x + 5, y) for _, x, y in places]
+    for row, x, y in places:
+        parts.append(_marker(row.kind, x, y, f"{row.name}: {row.file_bytes:,} bytes, KL {row.kl_mean:.4f}"))
+    for row, x, y in places:
+        if row.kind == "stock":
+            parts.append(_label(row.name, x, y, scale, taken))
+    return parts
+
+
+def _label(text: str, x: float, y: float, scale: Scale, taken: list[tuple[float, float, float]]) -> str:
+    """Return a label right of its point, or left where it would leave the picture, moved up until it is free.
+
+    `taken` holds left end, right end and middle height of what is drawn already; the label is added to it.
+    """
+    length = 6.2 * len(text)
+    right = x + 8 + length < WIDTH - 4
+    start = x + 8 if right else x - 8 - length
+    height = y
+    while any(
+        abs(height - other) < LABEL_HEIGHT and start < end and begin < start + length for begin, end, other in taken
+    ):
+        height -= 2
+    taken.append((start, start + length, height))
+    side = "" if right else ' class="end"'
+    return f'<text{side} x="{x + (8 if right else -8):.1f}" y="{height + 4:.1f}">{escape(text)}</text>'
+
+
+def _marker(kind: str, x: float, y: float, title: str = "") -> str:
+    told = f"<title>{escape(title)}</title>" if title else ""
+    if kind == "ours":
+        return f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="4">{told}</circle>'
+    if kind == "stock":
+        return f'<rect class="stock" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8">{told}</rect>'
+    return f'<path class="hand-made" d="M{x:.1f} {y - 4:.1f}l4 4 -4 4 -4 -4z">{told}</path>'

@@ -1,0 +1,197 @@
+"""Time: ours against llama.cpp's own chain of tools from the same files, and the speed of what either makes.
+
+    .venv/bin/python -m pytest tests/benchmarks/test_stock_chain.py --timeout=0 -s
+
+The tools come from the source archive of llama-cpp-python, which pip downloads and cmake compiles into build/ the first
+time: about 10 minutes on two idle cores. Times hold for an otherwise idle machine.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from exporter.calibrate.text import Windows, file_windows
+from exporter.effort import effort
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.model.tokenizer import load_tokenizer
+from exporter.targets.artifact import Artifact, open_artifact
+from tests.benchmarks import llama_opponents, onnx_opponents
+from tests.benchmarks.measured import THREADS, WINDOW
+from tests.benchmarks.ours import Exporter
+from tests.commands import ROOT, printed
+from tests.reference import plain_texts, reference_model
+
+PACKAGE = f"llama-cpp-python=={version('llama-cpp-python')}"
+CACHE = ROOT / "build" / "stock-chain"
+OPTIONS = ("GGML_NATIVE=ON", "LLAMA_CURL=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_SERVER=OFF")
+MIX = "Q4_K_M"
+# Of 512 tokens each: what llama-imatrix reads of the calibration text.
+CHUNKS = 60
+# Most of ours over the stock chain's wall time; the proof and the packing, which that chain lacks, not counted.
+CHAIN_LIMITS = {"fast": 1.2, "balanced": 3.0}
+NOT_IN_THE_CHAIN = ("prove",)
+DECODE_AT_LEAST, PREFILL_AT_LEAST = 1.0, 0.9
+PROMPT, DECODE, ROUNDS = 256, 32, 7
+
+
+@dataclass(frozen=True)
+class Tools:
+    """llama.cpp's own tools: the converter lies in the source, the others are compiled."""
+
+    source: Path
+    binaries: Path
+
+
+@pytest.fixture(scope="module")
+def tools() -> Tools:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = CACHE / PACKAGE.replace("==", "-").replace("-", "_", 2)
+    found = Tools(folder / "vendor" / "llama.cpp", CACHE / "tools" / "bin")
+    if not found.source.is_dir():
+        _run(sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "-d", CACHE, PACKAGE)
+        with tarfile.open(folder.with_name(f"{folder.name}.tar.gz")) as archive:
+            archive.extractall(CACHE, filter="data")
+    compiled = ("llama-imatrix", "llama-quantize")
+    if not all((found.binaries / name).is_file() for name in compiled):
+        defined = [f"-D{option}" for option in (*OPTIONS, "BUILD_SHARED_LIBS=OFF", "CMAKE_BUILD_TYPE=Release")]
+        _run("cmake", "-S", found.source, "-B", CACHE / "tools", *defined)
+        _run("cmake", "--build", CACHE / "tools", f"-j{os.cpu_count()}", "--target", *compiled)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference_model(tmp_path_factory.mktemp("reference") / "model")
+
+
+def _run(*command: object) -> float:
+    """Run a command that must succeed and return its seconds."""
+    started = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return time.perf_counter() - started
+
+
+def stock_chain(tools: Tools, model: Path, calibration: Path, folder: Path) -> tuple[Path, dict[str, float]]:
+    """Convert, collect importance, quantise; return the file and the seconds of each."""
+    floats, importance, made = folder / "f32.gguf", folder / "imatrix.gguf", folder / f"{MIX}.gguf"
+    seconds = {
+        "convert": _run(
+            sys.executable, tools.source / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", floats
+        ),
+        "imatrix": _run(
+            tools.binaries / "llama-imatrix", "-m", floats, "-f", calibration, "-o", importance,
+            "--chunks", CHUNKS, "-c", WINDOW, "-t", THREADS,
+        ),
+        "quantize": _run(
+            tools.binaries / "llama-quantize", "--imatrix", importance, floats, made, MIX, THREADS
+        ),
+    }  # fmt: skip
+    return made, seconds
+
+
+def test_wall_time_against_the_stock_chain(tools: Tools, folder: Path, tmp_path: Path) -> None:
+    calibration, evaluation = plain_texts(tmp_path)
+    made, seconds = stock_chain(tools, folder, calibration, tmp_path)
+    chain = sum(seconds.values())
+    print(f"\nstock chain: {chain:.0f} s; " + ", ".join(f"{part} {took:.1f}" for part, took in seconds.items()))
+    shares = {}
+    for name in CHAIN_LIMITS:
+        own = tmp_path / name
+        own.mkdir()
+        started = time.perf_counter()
+        printed(
+            own, "build", str(folder), "--device", "galaxy-s24-ultra", "--target", "gguf", "--effort", name,
+            "--max-file-bytes", str(made.stat().st_size), "--calibration", str(calibration),
+            "--evaluation", str(evaluation), "-o", "bundle",
+        )  # fmt: skip
+        whole = time.perf_counter() - started
+        stages = json.loads((own / "bundle/measurements.json").read_text("utf-8"))["stages"]
+        taken = sum(stage["seconds"] for stage in stages if stage["name"] not in NOT_IN_THE_CHAIN)
+        shares[name] = taken / chain
+        print(f"{name}: {taken:.0f} s, {shares[name]:.2f} of the chain; with proof and packing {whole:.0f} s")
+        for stage in stages:
+            print(f"  {stage['name']:20} {stage['seconds']:7.1f}")
+    assert {name: share for name, share in shares.items() if share > CHAIN_LIMITS[name]} == {}
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    with open_model(str(folder)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    prose, _ = plain_texts(tmp_path_factory.mktemp("texts"))
+    return file_windows(prose, load_tokenizer(model.folder), effort("balanced").calibration_windows, WINDOW)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second."""
+
+    prefill: float
+    decode: float
+
+
+def speeds(artifacts: list[Artifact], prompt: list[int]) -> list[Speed]:
+    """Time artifacts by turns, so that what else happens to the machine happens to all; medians over the rounds."""
+    with ExitStack() as opened:
+        children = [opened.enter_context(open_artifact(one, PROMPT + DECODE + 1, THREADS)) for one in artifacts]
+        rounds = [[child.call("measure", prompt, DECODE, 1) for child in children] for _ in range(ROUNDS)]
+    return [
+        Speed(
+            median(timing.prefill_tokens_per_s for timing in timings),
+            median(timing.decode_tokens_per_s for timing in timings),
+        )
+        for timings in zip(*rounds, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_ours_is_no_slower_than_stock_of_the_same_size(
+    model: Model, calibration: Windows, tmp_path: Path, target: str
+) -> None:
+    exporter = Exporter(model, target, calibration)
+    prompt = calibration.tokens[0, :PROMPT].tolist()
+    slower = []
+    print(f"\n{target}: tokens a second, {PROMPT} prefilled and {DECODE} decoded, {ROUNDS} rounds by turns")
+    for name, stock in stock_artifacts(model, calibration, target, tmp_path):
+        ours = exporter.made(stock.file_bytes, tmp_path / "ours").artifact
+        own, opponent = speeds([ours, stock], prompt)
+        for artifact in (ours, stock):
+            shutil.rmtree(artifact.folder)
+        prefill, decode = own.prefill / opponent.prefill, own.decode / opponent.decode
+        print(
+            f"  {name:36} prefill {own.prefill:7.0f} against {opponent.prefill:7.0f}, ratio {prefill:.2f}; "
+            f"decode {own.decode:6.1f} against {opponent.decode:6.1f}, ratio {decode:.2f}"
+        )
+        if prefill < PREFILL_AT_LEAST or decode < DECODE_AT_LEAST:
+            slower.append(name)
+    assert not slower
+
+
+def stock_artifacts(model: Model, calibration: Windows, target: str, folder: Path) -> Iterator[tuple[str, Artifact]]:
+    """Make what the stock tools make, one at a time; who asks for it removes it."""
+    if target == "gguf":
+        importance = llama_opponents.importance(model, calibration.tokens)
+        floats = llama_opponents.floats(model, folder / "floats")
+        for mix in llama_opponents.MIXES:
+            yield mix, llama_opponents.quantised(floats, folder / mix, mix, importance)
+    else:
+        for name, options in onnx_opponents.SETTINGS.items():
+            yield name, onnx_opponents.built(model.folder, folder / name.replace(" ", "-"), *options)
