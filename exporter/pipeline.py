@@ -100,12 +100,14 @@ def _build(
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
+        rewritten = target.rewritten(model, statistics)
         compressed = CompressedModel(
             model,
             planned.decisions,
-            statistics,
+            rewritten.statistics,
             job.effort_level,
             lambda done, total: progress("compress: matrices", done, total),
+            rewritten.model,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

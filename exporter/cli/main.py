@@ -27,7 +27,9 @@ ModelArgument = Annotated[
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="gguf, onnx, or auto for what the device prefers.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto for what the device prefers.")
+]
 TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
 MaxFileBytesOption = Annotated[

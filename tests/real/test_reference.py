@@ -157,3 +157,15 @@ def test_named_mixes_are_those_of_llama_cpp(
         assert child.result() == (0, "")
     assert len(tensor_digests(ours)) == 272
     assert tensor_digests(ours) == tensor_digests(stock)
+
+
+@pytest.mark.parametrize(("type", "most_kl"), [("a16w8", 0.01), ("a8w8", 0.08)])
+def test_static_integers_keep_the_behaviour(
+    model: Model, statistics: Statistics, original: Reference, tmp_path: Path, type: str, most_kl: float
+) -> None:
+    target = load_target("onnx-qdq")
+    changed = target.rewritten(model, statistics)
+    decisions = target.decide(model, type, "rtn")
+    compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
+    artifact = target.lower(compressed, type, tmp_path)
+    assert measure(original, artifact, f"onnx-qdq {type}").kl_mean < most_kl
