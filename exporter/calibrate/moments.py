@@ -99,7 +99,7 @@ class Moments:
         smallest = rows.abs()
         size = 1
         for block, total in self._peaks.items():
-            smallest = smallest.unflatten(1, (-1, block // size)).amax(-1)
+            smallest = smallest.reshape(len(rows), -1, block // size).amax(-1)
             size = block
             total.addmv_(smallest.square().T, every)
         self._tokens += len(rows)
