@@ -175,7 +175,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
             variance = p - p * p
             total += variance.sum(0)
             weights[part] = variance.sum(-1)
-            drawn = torch.multinomial(p, 1, generator=chance)
+            drawn = _drawn(p, torch.rand(len(p), 1, generator=chance))
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
             at_normalised[part] = p @ head
         (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
@@ -183,6 +183,15 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
     moments.save(folder, HEAD_SITE)
     save_vectors(folder / f"{_gradients(None)}.npz", {"head": (total / hidden[..., 0].numel()).float().numpy()})
     return gradient
+
+
+def _drawn(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Return the token at which the probabilities, [positions, vocab], summed up, pass chances in [0, 1).
+
+    This takes a tenth of the time of torch.multinomial.
+    """
+    sums = p.cumsum(-1)
+    return torch.searchsorted(sums, chances * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 def _backwards(

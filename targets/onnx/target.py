@@ -59,7 +59,8 @@ class Onnx:
     default_type = "int4"
     default_method = "ldlq"
     most_rounding_kl = 0.1
-    graph_bytes_per_layer = 8192
+    # Nodes and initialisers of a layer: 9,792 with zero points everywhere, 8,575 without, in the reference model.
+    graph_bytes_per_layer = 9792
     weight_copies = 2.0
 
     def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:

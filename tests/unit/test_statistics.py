@@ -28,6 +28,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_model(tmp_path / "model", "qwen2", tied=False)
 
 
+def draw(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Draw from each row's distribution: the first token whose cumulative probability passes its chance."""
+    return (p.cumsum(-1) <= chances * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+
+
 class Whole:
     """Inputs, and gradients at the outputs, of all matrices of a whole model, float64 [windows, length, width]."""
 
@@ -52,7 +57,7 @@ class Whole:
         # The same draws: window by window, from one generator.
         chance = torch.Generator().manual_seed(seed)
         self.p = logits.detach().softmax(-1)
-        drawn = torch.stack([torch.multinomial(window, 1, generator=chance) for window in self.p])
+        drawn = torch.stack([draw(window, torch.rand(len(window), 1, generator=chance)) for window in self.p])
         logits.log_softmax(-1).gather(-1, drawn).sum().backward()
         self.gradients = {name: output.grad.double() for name, output in outputs.items() if output.grad is not None}
 
