@@ -91,16 +91,16 @@ def _build(
         statistics = collect(
             model, calibration, job.seed, lambda done, total: progress("statistics: layers", done, total)
         )
+        rewritten = target.rewritten(model, statistics)
     with stages.stage("allocate"):
         if budget is None:
-            decisions = foretell(planned.decisions, job, model, statistics, progress)
+            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
             planned = replace(planned, decisions=decisions)
         else:
-            decisions = decide_within(budget, job, model, planned.method, statistics, progress)
+            decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
-        rewritten = target.rewritten(model, statistics)
         compressed = CompressedModel(
             model,
             planned.decisions,
