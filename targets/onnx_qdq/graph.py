@@ -10,11 +10,17 @@ from exporter.targets.onnx.graph import GATHER, DataFile, Product, register
 from exporter.weights.channel import ChannelFormat
 from exporter.weights.format import Bytes
 
+HEADROOM = 2.0
+
 
 def parameters(codes: type[np.unsignedinteger], ranges: ChannelRanges) -> tuple[np.float32, np.unsignedinteger]:
-    """Return scale and zero point of a range in codes of a type; zero is a code (Jacob et al. 2018, section 2.1)."""
+    """Return scale and zero point of a range in codes of a type; zero is a code (Jacob et al. 2018, section 2.1).
+
+    Sixteen bits have some to spare: they hold twice the range that was observed, since other text goes beyond it.
+    """
     most = int(np.iinfo(codes).max)
-    low, high = min(float(ranges.low.min()), 0.0), max(float(ranges.high.max()), 0.0)
+    room = HEADROOM if codes is np.uint16 else 1.0
+    low, high = room * min(float(ranges.low.min()), 0.0), room * max(float(ranges.high.max()), 0.0)
     scale = (high - low) / most or 1.0
     return np.float32(scale), codes(round(-low / scale))
 
