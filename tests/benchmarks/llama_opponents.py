@@ -39,7 +39,7 @@ HAND_MADE = {
         "token_embd=Q5_1 attn=Q8_0 ffn_up=Q5_0 ffn_down=Q6_K Q5_1",
         "token_embd=Q5_0 attn=Q8_0 ffn_down=Q6_K Q5_1",
         f"token_embd=Q5_1 {OUTER_2}=Q8_0 attn_[kv]=Q8_0 ffn_down=Q6_K Q5_1",
-        r"token_embd=Q8_0 blk\.(0|28|29)\.=Q8_0 ffn_down=Q6_K Q5_0",
+        r"token_embd=Q8_0 blk\.(0|29)\.=Q8_0 ffn_down=Q6_K Q5_0",
         "token_embd=Q8_0 attn_[kv]=Q8_0 ffn_down=Q6_K Q5_0",
         "token_embd=Q5_1 attn_(k|v|output)=Q8_0 ffn_down=Q6_K Q5_1",
     ),
