@@ -17,8 +17,8 @@ help: ## list the targets
 demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the embedded model
 	mkdir -p out
 	rm -rf out/demo-phone out/demo-laptop
-	$(BIN)/edge-exporter build demo --device galaxy-s24-ultra --target gguf -o out/demo-phone
-	$(BIN)/edge-exporter build demo --device core-ultra-200v --target onnx -o out/demo-laptop
+	$(BIN)/edge-exporter build demo --device galaxy-s24-ultra --target gguf --effort fast -o out/demo-phone
+	$(BIN)/edge-exporter build demo --device core-ultra-200v --target onnx --effort fast -o out/demo-laptop
 	$(BIN)/edge-exporter run out/demo-phone -p "$(PROMPT)"
 	$(BIN)/edge-exporter run out/demo-laptop -p "$(PROMPT)"
 	$(BIN)/edge-exporter verify out/demo-phone

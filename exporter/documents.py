@@ -39,7 +39,8 @@ from exporter.validate.proof import Proof
 from exporter.validate.selftest import SelfTest
 
 LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
-RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ("onnxruntime", "onnxruntime-genai")}
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
+RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ONNX_RUNTIMES}
 
 
 def describe(
@@ -57,6 +58,7 @@ def describe(
     recipe = Recipe(
         scheme=plan.type,
         method=plan.method,
+        effort=job.effort,
         calibration=_text_facts(calibration),
         evaluation=_text_facts(evaluation),
         seed=job.seed,

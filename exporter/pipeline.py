@@ -11,6 +11,7 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
+from exporter.effort import effort
 from exporter.errors import ExporterError, RequestError
 from exporter.forecast import stage_seconds
 from exporter.job import Job, Progress, silent
@@ -46,8 +47,9 @@ def fitted(job: Job, model: Model) -> Job:
     """Return the job with windows no longer than the model's context.
 
     Raises:
-        RequestError: the context asked for is longer than the model's.
+        RequestError: the context asked for is longer than the model's, or there is no such effort.
     """
+    effort(job.effort)
     longest = model.architecture.context_length
     if job.context > longest:
         raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")
@@ -89,21 +91,23 @@ def _build(
         statistics = collect(
             model, calibration, job.seed, lambda done, total: progress("statistics: layers", done, total)
         )
+        rewritten = target.rewritten(model, statistics)
     with stages.stage("allocate"):
         if budget is None:
-            decisions = foretell(planned.decisions, job, model, statistics, progress)
+            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
             planned = replace(planned, decisions=decisions)
         else:
-            decisions = decide_within(budget, job, model, planned.method, statistics, progress)
+            decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
             planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(
             model,
             planned.decisions,
-            statistics,
+            rewritten.statistics,
             job.effort_level,
             lambda done, total: progress("compress: matrices", done, total),
+            rewritten.model,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, Self
 
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
+from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
 from exporter.model.model import Model
 from exporter.registry import load
@@ -15,11 +17,20 @@ from exporter.weights.group import Decision, WeightGroup
 
 
 class Target(Protocol):
-    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`."""
+    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`.
+
+    Attributes:
+        name: The target's name.
+        default_type: What `--type` is by default.
+        default_method: What `--method` is by default.
+        most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
+            from its own weights by more than rounding, and is refused.
+    """
 
     name: str
     default_type: str
     default_method: str
+    most_rounding_kl: float
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with what it decides by the device's instruction set."""
@@ -45,6 +56,9 @@ class Target(Protocol):
 
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
         """Return the peak memory of the runtime's process at a context, weights included."""
+
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model in the coordinates that suit the target, which compute the same: its own where all do."""
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""

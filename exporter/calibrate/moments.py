@@ -99,7 +99,7 @@ class Moments:
         smallest = rows.abs()
         size = 1
         for block, total in self._peaks.items():
-            smallest = smallest.unflatten(1, (-1, block // size)).amax(-1)
+            smallest = smallest.reshape(len(rows), -1, block // size).amax(-1)
             size = block
             total.addmv_(smallest.square().T, every)
         self._tokens += len(rows)
@@ -117,9 +117,9 @@ class Moments:
         total = self._fitted.weight + self._held.weight
         both = np.tril(fitted)
         both += np.tril(held, -1).T
-        vectors = {
+        vectors: dict[str, np.ndarray] = {
             "held_diagonal": held.diagonal().copy(),
-            "share": np.float64(self._held.weight / total if total > 0 else 0.0),
+            "share": np.array(self._held.weight / total if total > 0 else 0.0),
             "squares": (self._squares / max(self._tokens, 1)).float().numpy(),
         } | {f"peaks_{block}": (peaks / max(total, 1e-30)).numpy() for block, peaks in self._peaks.items()}
         if not np.isfinite(both).all() or not all(np.isfinite(values).all() for values in vectors.values()):

@@ -27,7 +27,9 @@ ModelArgument = Annotated[
 ]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="gguf, onnx, or auto for what the device prefers.")]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto for what the device prefers.")
+]
 TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
 MaxFileBytesOption = Annotated[
@@ -36,6 +38,9 @@ MaxFileBytesOption = Annotated[
 ]
 BitsOption = Annotated[
     float | None, typer.Option("--bits", min=0.1, help="The same as bits a weight, everything in the files counted.")
+]
+EffortOption = Annotated[
+    str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 CalibrationOption = Annotated[
@@ -59,6 +64,7 @@ def build(
     method: MethodOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
+    effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
     seed: SeedOption = 0,
@@ -73,7 +79,7 @@ def build(
 
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
-        max_file_bytes=max_file_bytes, bits=bits,
+        max_file_bytes=max_file_bytes, bits=bits, effort=effort,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
@@ -89,6 +95,7 @@ def plan(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
     context: ContextOption = 512,
@@ -99,7 +106,8 @@ def plan(
     from exporter.job import Job
     from exporter.pipeline import plan as run_plan
 
-    made, seconds = run_plan(Job(model, device, target, type, method, None, calibration, evaluation, context=context))
+    job = Job(model, device, target, type, method, None, calibration, evaluation, context=context, effort=effort)
+    made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
     _fail_on(made.checks)
 

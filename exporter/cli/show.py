@@ -90,7 +90,9 @@ def _bytes(path: Path) -> bytes:
 def bundle(path: Path) -> None:
     """Print a bundle's figures and checks."""
     facts: dict[str, Any] = bundle_facts(path)
-    recipe = f"{facts['target']}, {facts['recipe']['scheme']} by {facts['recipe']['method']}"
+    recipe = (
+        f"{facts['target']}, {facts['recipe']['scheme']} by {facts['recipe']['method']} ({facts['recipe']['effort']})"
+    )
     console.print(f"[bold]{plain(facts['model']['name'])}[/] for {plain(facts['device_title'])}: {plain(recipe)}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, title in FIGURES:

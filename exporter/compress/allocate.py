@@ -1,8 +1,9 @@
 """Which format each matrix gets: the least predicted KL divergence within a number of bytes.
 
 What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.statistics` on some rows of
-each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange multiplier over all matrices trades it against
-bytes (Shoham and Gersho 1988, section III); what bytes remain go to the upgrades that buy most for each of them.
+each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange
+multiplier over all matrices trades it against bytes (Shoham and Gersho 1988, section III); what bytes remain go to the
+upgrades that buy most for each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.group import WeightGroup
 
 Float64 = NDArray[np.float64]
-SAMPLED_ROWS = 256
-SAMPLED_TABLE_ROWS = 4096
+SAMPLED_ROWS = 64
+SAMPLED_TABLE_ROWS = 1024
 BISECTIONS = 150
 # Nats a byte: so dear that the smallest formats win.
 HIGHEST_PRICE = 1e30
@@ -82,22 +83,20 @@ class _Sample:
         weight: float32 [rows, columns].
         site: What was seen of the inputs, or None for a table that is only looked up.
         rows: Sensitivity of each row as an output, scaled up to the whole matrix, float64 [rows].
-        lookups: The same of each row as what is looked up, float64 [rows], or None.
-        columns: Sensitivity of each column of what is looked up, float32 [columns], or None.
+        lookups: The same of each row as what is looked up, float64 [rows]; zeros where it is not.
+        columns: Sensitivity of each column of what is looked up, float32 [columns]; zeros likewise.
     """
 
     weight: Float32
     site: Site | None
     rows: Float64
-    lookups: Float64 | None
-    columns: Float32 | None
+    lookups: Float64
+    columns: Float32
 
     def kl(self, method: Method, format: WeightFormat) -> float:
         """Return the KL divergence that a format is predicted to cause, the runtime's rounding included."""
-        expected = method.expected_error(self.weight, format, self.site)
-        kl = float(self.rows @ expected.outputs)
-        if self.lookups is not None and self.columns is not None:
-            kl += float(self.lookups @ (expected.weights @ self.columns))
+        expected = method.expected_error(self.weight, format, self.site, self.columns)
+        kl = float(self.rows @ expected.outputs + self.lookups @ expected.lookups)
         return kl / 2 + self._rounding_kl(format)
 
     def _rounding_kl(self, format: WeightFormat) -> float:
@@ -118,7 +117,7 @@ def _sampled(model: Model, group: WeightGroup, statistics: Statistics) -> _Sampl
     count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
     # Spread evenly: neighbouring rows belong to one head.
     chosen = np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
-    rows, lookups, columns = np.zeros(len(chosen)), None, None
+    rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
     if group.site != "tokens":
         rows = _scaled_up(statistics.sensitivity(group.layer, "head" if table else group.role), chosen)
     if "embedding" in group.uses:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporter.calibrate.moments import Site
+from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import load_method, relative_error
 from exporter.effort import EFFORTS, Effort
@@ -39,6 +40,8 @@ class CompressedModel:
         statistics: What was seen of the inputs; None where no method and no format needs them.
         effort: How much work the methods do.
         encoded: Called after each matrix with its number and the total.
+        rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
+            own.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class CompressedModel:
         statistics: Statistics | None,
         effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
+        rewritten: Model | None = None,
     ) -> None:
         self.model = model
+        self.rewritten = rewritten or model
         self.decisions = {decision.group.name: decision for decision in decisions}
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
@@ -64,7 +69,7 @@ class CompressedModel:
             RequestError: its weights are so small that the format makes every one of them zero.
         """
         decision = self.decisions[name]
-        weight = self.model.read(name)
+        weight = self.rewritten.read(name)
         site = self._site(decision)
         matrix = self._methods[decision.method].encode(weight, decision.format, site)
         if weight.any() and not matrix.planned.any():
@@ -83,7 +88,18 @@ class CompressedModel:
 
     def vector(self, name: str) -> Float32:
         """Return a norm or bias, which stays as it is."""
-        return self.model.read(name)
+        return self.rewritten.read(name)
+
+    def ranges(self, place: str) -> ChannelRanges:
+        """Return the ranges of the channels of a place; see `exporter.calibrate.statistics`.
+
+        Raises:
+            RequestError: they were not observed.
+        """
+        found = None if self._statistics is None else self._statistics.ranges(place)
+        if found is None:
+            raise RequestError("the ranges of the activations were not observed", where=place)
+        return found
 
     def _site(self, decision: Decision) -> Site | None:
         return None if self._statistics is None else self._statistics.site(decision.group.site)

@@ -55,7 +55,9 @@ class Ldlq:
             data = np.concatenate([self._encode_rows(chunk, format, moment, factor) for chunk in chunks])
         return EncodedMatrix(data, format.decode_rows(data, columns))
 
-    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+    def expected_error(
+        self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
+    ) -> ExpectedError:
         """Foretell the error from that of rounding to nearest, e: rounding errors are alike with feedback or without.
 
         Feedback turns them into D = e V, V being U with each row over its diagonal. The factor is that of most of the
@@ -63,26 +65,27 @@ class Ldlq:
         """
         if site is None:
             change = format.decode_rows(format.encode_rows(weight, None), weight.shape[1]) - weight
-            return ExpectedError(np.zeros(len(weight)), change**2)
+            return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
         importance = np.ascontiguousarray(site.fitted.diagonal())
         errors = format.decode_rows(format.encode_rows(weight, importance), weight.shape[1])
         errors -= weight
         errors *= errors
         block = format.block_columns if format.grid(weight[:1, : format.block_columns], None) is None else 1
         spread, cost = self._spread(site, block)
-        return ExpectedError((errors @ cost).astype(np.float64), errors @ spread)
+        outputs, lookups = errors @ cost, errors @ (spread**2 @ columns) if columns.any() else np.zeros(len(errors))
+        return ExpectedError(outputs.astype(np.float64), lookups.astype(np.float64))
 
     def _spread(self, site: Site, block: int) -> tuple[Float32, Float32]:
-        """Return V^2, float32 [columns, columns], and the diagonal of V H V^T, float32 [columns]."""
+        """Return V, float32 [columns, columns], and the diagonal of V H V^T, float32 [columns]."""
         if self._foretold is None or self._foretold[0] is not site:
             self._foretold = site, feedback_factor(damped(site.fitted, self._damping)), {}
         _, factor, found = self._foretold
         if block not in found:
-            spread = factor.copy()
-            for start in range(0, len(factor), block):
+            spread = factor / factor.diagonal()[:, None]
+            for start in range(0, len(factor) if block > 1 else 0, block):
                 rows = slice(start, start + block)
                 spread[rows, start:] = np.linalg.solve(factor[rows, rows], factor[rows, start:])
-            found[block] = spread**2, np.einsum("ij,ij->i", spread @ site.held, spread)
+            found[block] = spread, np.einsum("ij,ij->i", spread @ site.held, spread)
         return found[block]
 
     def _moment_and_factor(self, site: Site) -> tuple[Float32, Float32]:
@@ -203,14 +206,14 @@ def _improve(block: _Block, weight: Float32, moment: Float32, error: Float32) ->
         part = slice(start, start + COLUMNS_AT_ONCE)
         before = moved[part].copy()
         within = np.ascontiguousarray(gram[part, part])
-        some = slope[part].copy()
+        moves = np.empty_like(before)
         for column in range(len(within)):
-            wanted = moved[start + column] - some[column] / within[column, column]
-            block.codes[start + column], rounded = block.grid.round(start + column, wanted)
-            some += within[:, column, None] * (rounded - moved[start + column])
-            moved[start + column] = rounded
+            now = slope[start + column] + within[column, :column] @ moves[:column]
+            wanted = before[column] - now / within[column, column]
+            block.codes[start + column], moved[start + column] = block.grid.round(start + column, wanted)
+            np.subtract(moved[start + column], before[column], out=moves[column])
         if start + COLUMNS_AT_ONCE < len(gram):
-            slope += gram[:, part] @ (moved[part] - before)
+            slope += gram[:, part] @ moves
     error[block.columns] = moved - weight
 
 

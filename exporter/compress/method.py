@@ -11,7 +11,7 @@ from exporter.effort import Effort
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
-NOT_METHODS = {"method", "compressed", "allocate"}
+NOT_METHODS = {"method", "compressed", "allocate", "equalise"}
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class ExpectedError:
 
     Attributes:
         outputs: E|D x|^2 of each row, float64 [rows]; zeros where the inputs x were not observed.
-        weights: E[D^2], float32 [rows, columns].
+        lookups: E[D^2] of each row, weighted by the columns' sensitivities and summed, float64 [rows].
     """
 
     outputs: NDArray[np.float64]
-    weights: Float32
+    lookups: NDArray[np.float64]
 
 
 class Method(Protocol):
@@ -41,13 +41,16 @@ class Method(Protocol):
             site: What was seen of the inputs, or None where they are not observed.
         """
 
-    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+    def expected_error(
+        self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
+    ) -> ExpectedError:
         """Foretell the error of some rows without fitting them to the text.
 
         Args:
             weight: float32 [rows, columns]; not changed.
             format: The format that they would be encoded in.
             site: As for `encode`.
+            columns: Sensitivities of the columns where rows are looked up, float32 [columns].
         """
 
 

@@ -18,15 +18,17 @@ class RoundToNearest:
         data = format.encode_rows(weight, None if site is None else site.squares)
         return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
 
-    def expected_error(self, weight: Float32, format: WeightFormat, site: Site | None) -> ExpectedError:
+    def expected_error(
+        self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
+    ) -> ExpectedError:
         """Return the error itself: nothing of it depends on more than the columns' importance."""
         change = self.encode(weight, format, site).planned - weight
         outputs = np.zeros(len(weight))
         if site is not None:
             outputs += np.einsum("ij,ij->i", change @ site.second_moment, change)
-        return ExpectedError(outputs, change**2)
+        return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
 
 
-def at(effort: Effort) -> RoundToNearest:  # noqa: ARG001  (every method takes one)
+def at(effort: Effort) -> RoundToNearest:
     """Return the method; it works the same at every effort."""
     return RoundToNearest()

@@ -77,7 +77,7 @@ class Accuracy(Document):
         confident_agreement: The same where the original's first choice leads by more than 0.5 nats, as a `fraction`.
         perplexity_ratio: Perplexity of the artifact over that of the original, a `ratio`.
         predicted_kl: What the decisions were predicted to cost before anything was encoded, in `nats`.
-        runtime_rounding_kl: What the runtime's own rounding of activations adds, in `nats`.
+        runtime_rounding_kl: What the rounding of activations, the runtime's own or the graph's, adds, in `nats`.
         tokens: Number of tokens compared.
         text_digest: SHA-256 of the text they come from.
     """
@@ -115,6 +115,7 @@ class Recipe(Document):
     Attributes:
         scheme: Name of the formats' mix, such as `Q4_K_M` or `int4`.
         method: Name of the compression method.
+        effort: How much work the method did: `fast`, `balanced` or `max`.
         calibration: The text that the statistics come from.
         evaluation: The text that accuracy was measured on.
         seed: Seed of everything random.
@@ -123,6 +124,7 @@ class Recipe(Document):
 
     scheme: str
     method: str
+    effort: str
     calibration: TextFacts
     evaluation: TextFacts
     seed: int

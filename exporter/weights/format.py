@@ -58,7 +58,8 @@ def squared_error(weights: Float32, gram: Float32, aim: Float32) -> Float32:
 def fitted_scale(levels: Float32, gram: Float32, aim: Float32) -> Float32:
     """Return the scale s of each row for which the weights s times levels, float32 [columns, rows], err least."""
     square, product = np.einsum("ij,ij->j", levels, gram @ levels), np.einsum("ij,ij->j", levels, aim)
-    return np.divide(product, square, out=np.zeros_like(product), where=square > 0)
+    scale: Float32 = np.divide(product, square, out=np.zeros_like(product), where=square > 0)
+    return scale
 
 
 def fitted_line(levels: Float32, gram: Float32, aim: Float32) -> tuple[Float32, Float32]:

@@ -229,7 +229,7 @@ class MatMulNBitsFormat:
             joined.append(_pack_bits(stacked[:, :, codes + self.scale_bytes], self.bits))
         return np.concatenate(joined, axis=1)
 
-    def split(self, data: Bytes, columns: int) -> tuple[Bytes, NDArray[np.float16] | Float32, Bytes | None]:
+    def split(self, data: Bytes, columns: int) -> tuple[Bytes, NDArray[np.generic], Bytes | None]:
         """Return codes [rows, blocks, bytes], scales as stored [rows, blocks], zero points uint8 [rows, bytes]."""
         codes, scales, _ = self._parts(columns)
         blocks = columns // self.block_columns

@@ -10,8 +10,10 @@ import gguf
 import numpy as np
 
 from exporter.cache import replacing
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
@@ -42,6 +44,7 @@ class Gguf:
     name = "gguf"
     default_type = "Q4_K_M"
     default_method = "ldlq"
+    most_rounding_kl = 0.1
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target itself: llama.cpp chooses its kernels by the instruction set when it is compiled."""
@@ -116,6 +119,10 @@ class Gguf:
         scores = 4 * batch * (3 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim)
         logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
+
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model as it is."""
+        return Rewritten(model, statistics)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, then the Modelfile."""

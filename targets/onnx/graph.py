@@ -110,13 +110,17 @@ def put_table(
         parts["zero_points"] = zero_points
     values = []
     for part, array in parts.items():
-        tensor = file.append(f"{stem}.{part}", array)
-        value = ir.Value(
-            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(value)
+        value = register(graph, file.append(f"{stem}.{part}", array))
         values.append(value if array.dtype != np.float16 else _widened(graph, value))
     return values
+
+
+def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Make a tensor an initialiser and return its value."""
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _widened(graph: ir.Graph, scales: ir.Value) -> ir.Value:
@@ -134,8 +138,7 @@ def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns
     assert floats is not None and floats.name
     codes, *scales = table
     shape = ir.tensor(np.array([rows, columns * format.bits // 8], np.int64), name=f"{GATHER}/shape")
-    shape_value = ir.Value(name=shape.name, shape=ir.Shape([2]), type=ir.TensorType(shape.dtype), const_value=shape)
-    graph.register_initializer(shape_value)
+    shape_value = register(graph, shape)
     # The codes of a row side by side instead of block by block: the same bytes.
     flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")
     output = ir.Value(name=gather.outputs[0].name, shape=gather.outputs[0].shape, type=gather.outputs[0].type)
@@ -159,9 +162,11 @@ def put_floats(graph: ir.Graph, name: str, values: Float32, file: DataFile) -> N
 def move_rest(graph: ir.Graph, file: DataFile) -> None:
     """Write the float initialisers that still hold their values: norms, biases, rotary tables.
 
-    Shapes stay in the graph, where shape inference needs them.
+    Shapes stay in the graph, where shape inference needs them, and so do single numbers.
     """
     for name, value in graph.initializers.items():
         held = value.const_value
-        if held is not None and held.dtype == ir.DataType.FLOAT and not isinstance(held, ir.ExternalTensor):
+        if held is None or held.dtype != ir.DataType.FLOAT or held.size == 1:
+            continue
+        if not isinstance(held, ir.ExternalTensor):
             value.const_value = file.append(name, held.numpy())

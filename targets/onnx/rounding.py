@@ -1,11 +1,11 @@
 """How ONNX Runtime rounds activations on a device: the accuracy level of the graph and the options of its session.
 
 At level 4 `MatMulNBits` rounds activations to int8 in the weights' own blocks; where a core has no kernel for that (Arm
-without dotprod, 2 bits in blocks of 16 or 256) it computes in float32. On Arm with dotprod, 4-bit weights in blocks of
-32 or more without zero points go to KleidiAI's kernels instead, which round activations by whole rows and cut scales
-to bfloat16: on a Cortex-A76, emulated, a mean KL of 0.046 against the same weights in float32, where ONNX Runtime's own
-int8 kernels cost 0.009, as they do on x86. So KleidiAI is switched off there, rather than computing at level 1, which
-takes three times as long for a token (`tests/benchmarks/test_onnx_kernels.py`, on x86).
+without dotprod) it computes in float32, for which only 4 bits have a quick kernel. On Arm with dotprod, 4-bit weights
+in blocks of 32 or more without zero points go to KleidiAI's kernels instead, which round activations by whole rows and
+cut scales to bfloat16: on an emulated Cortex-A76 that cost a mean KL of 0.046 against the same weights in float32, and
+ONNX Runtime's own int8 kernels 0.009, as on x86. So KleidiAI is switched off there, rather than computing at level 1,
+which takes three times as long for a token at 4 bits and a hundred times at 8 (`exporter.targets.onnx.kernels`; x86).
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,13 @@ class Rounding:
 
     Attributes:
         level: The attribute `accuracy_level` of every `MatMulNBits`.
+        quick_bits: Widths of codes for which the device has quick kernels.
         options: Entries of the session's configuration, for genai_config.json.
         reason: For the plan and the report.
     """
 
     level: int = 4
+    quick_bits: tuple[int, ...] = (2, 4, 8)
     options: tuple[tuple[str, str], ...] = ()
     reason: str = "activations in int8 blocks (accuracy level 4)"
 
@@ -35,7 +37,10 @@ INT8_BLOCKS = Rounding()
 
 def rounding_on(device: DeviceProfile) -> Rounding:
     """Return the rounding for a device's instruction set."""
-    if "dotprod" not in device.isa.features:
-        return INT8_BLOCKS
-    reason = f"{Rounding.reason}, without KleidiAI, which rounds more coarsely on Arm with dotprod"
-    return Rounding(options=((DISABLE_KLEIDIAI, "1"),), reason=reason)
+    features = device.isa.features
+    if "dotprod" in features:
+        reason = f"{Rounding.reason}, without KleidiAI, which rounds more coarsely on Arm with dotprod"
+        return Rounding(options=((DISABLE_KLEIDIAI, "1"),), reason=reason)
+    if "neon" in features:
+        return Rounding(quick_bits=(4,), reason="activations in float32: Arm without dotprod has no int8 kernels")
+    return INT8_BLOCKS

@@ -15,6 +15,9 @@ from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
+# Weights behind a `DequantizeLinear`: multiply them by float32 activations.
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
+
 
 class OnnxRuntime:
     """A decoder folder: logits through onnxruntime, text through onnxruntime-genai. Each is loaded when needed.
@@ -23,7 +26,8 @@ class OnnxRuntime:
         artifact: A folder with model.onnx, its data, genai_config.json and the tokenizer.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
-        exact: Changes nothing: the graph itself says how activations are rounded.
+        exact: Compute products with float32 activations where the graph does not say how they are rounded: ONNX
+            Runtime rounds those of weights behind a `DequantizeLinear` to int8 in blocks by default.
         sequences: Must be 1.
     """
 
@@ -37,6 +41,7 @@ class OnnxRuntime:
         self._folder = folder
         self._context_size = context
         self._threads = threads
+        self._exact = exact
         self._before = resident_bytes()
         self._loaded_session: onnxruntime.InferenceSession | None = None
         self._loaded_model: genai.Model | None = None
@@ -117,7 +122,8 @@ class OnnxRuntime:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = self._threads
             options.log_severity_level = 3
-            for name, value in self._options.items():
+            entries = self._options | (EXACT if self._exact else {})
+            for name, value in entries.items():
                 options.add_session_config_entry(name, value)
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -26,7 +26,7 @@ MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
 ORDER = [
-    {"errors", "cache", "measures", "registry", "weights"},
+    {"errors", "cache", "effort", "measures", "registry", "weights"},
     {"model", "device", "devices"},
     {"job", "stages"},
     {"calibrate", "compress"},

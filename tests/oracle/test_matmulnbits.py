@@ -2,10 +2,11 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import RequestError
 from exporter.targets.onnx.readback import _identity_product
@@ -27,6 +28,41 @@ def test_decodes_as_the_runtime_does_and_a_flipped_nibble_is_seen(name: str) -> 
     damaged = data.copy()
     damaged[3, 17] ^= 0x10
     assert not np.array_equal(decoded_by_runtime(format, damaged, 512), planned)
+
+
+def looked_up(format: MatMulNBitsFormat, data: np.ndarray, columns: int) -> np.ndarray:
+    """Return all rows as `GatherBlockQuantized` gives them."""
+    codes, scales, *zero_points = (part for part in format.split(data, columns) if part is not None)
+    parts = {"codes": codes.reshape(len(data), -1), "scales": scales.astype(np.float32)}
+    if zero_points:
+        parts["zero_points"] = zero_points[0]
+    names = list(parts)
+    node = helper.make_node(
+        "GatherBlockQuantized", ["codes", "rows", *names[1:]], ["y"], domain="com.microsoft", bits=format.bits,
+        block_size=format.block_columns, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [node],
+        "lookup",
+        [helper.make_tensor_value_info("rows", TensorProto.INT64, [len(data)])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [len(data), columns])],
+        [numpy_helper.from_array(np.ascontiguousarray(part), name) for name, part in parts.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(None, {"rows": np.arange(len(data))})[0]
+
+
+@pytest.mark.parametrize("name", list(matmulnbits_formats()))
+def test_an_embedding_is_looked_up_as_planned_and_a_flipped_nibble_is_seen(name: str) -> None:
+    weight, format = np.random.default_rng(0).standard_normal((24, 512)).astype(np.float32), matmulnbits_format(name)
+    data = format.encode_rows(weight, None)
+    planned = format.decode_rows(data, 512)
+    np.testing.assert_array_equal(looked_up(format, data, 512), planned)
+    damaged = data.copy()
+    damaged[3, 17] ^= 0x10
+    assert not np.array_equal(looked_up(format, damaged, 512), planned)
 
 
 @settings(max_examples=60, deadline=None)

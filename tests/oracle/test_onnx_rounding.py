@@ -11,14 +11,32 @@ from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
 from exporter.model.sources import open_model
 from exporter.targets.artifact import open_artifact
+from exporter.targets.onnx.kernels import ALPHABET, THROUGHPUT
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
 from exporter.targets.target import load_target
+from exporter.weights.matmulnbits import matmulnbits_formats
 from tests.models import tiny_model
 
 WITHOUT_DOTPROD = {"core-ultra-200v", "raspberry-pi-4"}
 
 
-@pytest.mark.parametrize("device", ["core-ultra-200v", "raspberry-pi-5"])
+def test_the_alphabet_is_quick_and_on_a_device_without_int8_kernels_of_four_bits_alone(tmp_path: Path) -> None:
+    assert set(THROUGHPUT) == {name for name in matmulnbits_formats() if not name.endswith("-f32")}
+    assert all(min(THROUGHPUT[name].decode, THROUGHPUT[name].prefill) > 0.5 for name in ALPHABET)
+    target = load_target("onnx")
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        bits = {
+            name: {
+                format.name[:4]
+                for storage in target.on(load_device(name)).storages(model)
+                for format in storage.formats
+            }
+            for name in WITHOUT_DOTPROD
+        }
+    assert bits == {"core-ultra-200v": {"int2", "int4", "int8"}, "raspberry-pi-4": {"int4"}}
+
+
+@pytest.mark.parametrize("device", ["core-ultra-200v", "raspberry-pi-5", "raspberry-pi-4"])
 def test_the_artifact_carries_what_was_decided_for_the_device(tmp_path: Path, device: str) -> None:
     target = load_target("onnx").on(load_device(device))
     coarse = device not in WITHOUT_DOTPROD
@@ -26,7 +44,8 @@ def test_the_artifact_carries_what_was_decided_for_the_device(tmp_path: Path, de
         decisions = target.decide(model, "int4", "rtn")
         (tmp_path / "artifact").mkdir()
         artifact = target.lower(CompressedModel(model, decisions, None), "int4", tmp_path / "artifact")
-    assert all("accuracy level 4" in decision.reason for decision in decisions)
+    said = "activations in float32" if device == "raspberry-pi-4" else "accuracy level 4"
+    assert all(said in decision.reason for decision in decisions)
     assert all(("without KleidiAI" in decision.reason) == coarse for decision in decisions)
     settings = json.loads((artifact.folder / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
     assert settings["session_options"].get(DISABLE_KLEIDIAI) == ("1" if coarse else None)

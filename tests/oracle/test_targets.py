@@ -33,7 +33,7 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
     made = load_target(target)
     statistics = None
     if method == "ldlq":
-        statistics = collect(model, Windows.of(TOKENS, "file", 0), lambda done, total: None)
+        statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
     compressed = CompressedModel(model, made.decide(model, type, method), statistics)
     return made.lower(compressed, type, folder), compressed
 
@@ -107,14 +107,14 @@ def test_named_mixes_are_those_of_llama_cpp(
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     folder = tiny_model(tmp_path / "model", hidden=hidden, intermediate=256 if hidden == 256 else 96, layers=4)
     with open_model(str(folder)) as model:
-        statistics = collect(model, Windows.of(TOKENS, "file", 0), lambda done, total: None)
+        statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
         target = load_target("gguf")
         (tmp_path / "ours").mkdir()
         compressed = CompressedModel(model, target.decide(model, mix, "rtn"), statistics)
         ours = target.lower(compressed, mix, tmp_path / "ours").weights[0]
         floats, _ = lower(model, tmp_path / "float", "gguf", "F32")
         names = gguf_names(model.architecture.layers)
-        importance = {names[name]: compressed.importance(name) for name in compressed.decisions}
+        importance = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     stock = tmp_path / "stock.gguf"
     with Child("llama.cpp", quantise, floats.weights[0], stock, mix, importance) as child:
         assert child.result() == (0, "")

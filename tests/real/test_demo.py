@@ -20,7 +20,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("gguf", "Q4_K_M", "galaxy-s24-ultra", 0.1), ("onnx", "int4", "core-ultra-200v", 0.25)],
 )
 def test_demo_answers_and_verifies(folder: Path, target: str, type: str, device: str, most_kl: float) -> None:
-    printed(folder, "build", "demo", "--device", device, "--target", target, "--type", type, "-o", target)
+    printed(
+        folder,
+        "build",
+        "demo",
+        "--device",
+        device,
+        "--target",
+        target,
+        "--type",
+        type,
+        "--effort",
+        "fast",
+        "-o",
+        target,
+    )
     printed(folder, "verify", target)
     answer = printed(folder, "run", target, "-p", "The capital of France is")
     assert "Paris" in answer

@@ -50,7 +50,7 @@ def texts(model: Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[Windo
 
 @pytest.fixture(scope="module")
 def statistics(model: Model, texts: tuple[Windows, Windows]) -> Statistics:
-    return collect(model, texts[0], lambda done, total: None)
+    return collect(model, texts[0], 0, lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,10 @@ def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
     assert kl <= 0.6 * stock_kl
 
 
-@pytest.mark.parametrize(("target", "method", "most"), [("gguf", "rtn", 0.55), ("onnx", "ldlq", 0.3)])
+@pytest.mark.parametrize(("target", "most"), [("gguf", 0.35), ("onnx", 0.2)])
 def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     folder: Path, model: Model, texts: tuple[Windows, Windows], statistics: Statistics, original: Reference,
-    tmp_path: Path, target: str, method: str, most: float,
+    tmp_path: Path, target: str, most: float,
 ) -> None:  # fmt: skip
     if target == "gguf":  # its named mixes are llama.cpp's own bytes, as another test shows
         stock = lower(model, tmp_path / "stock", "gguf", "Q4_K_M", "rtn", statistics)
@@ -101,11 +101,13 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     job = Job(str(folder), "any", max_file_bytes=stock.file_bytes)
     budget = feasible_budget(job, model, made)
     assert budget is not None
-    decisions = decide_within(budget, job, model, method, texts[0], statistics, lambda stage, done, total: None)
+    decisions = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
     (tmp_path / "ours").mkdir()
     ours = made.lower(CompressedModel(model, decisions, statistics), "allocated", tmp_path / "ours")
     assert ours.file_bytes <= stock.file_bytes
     kl = measure(original, ours, f"{target} allocated").kl_mean
+    # The calibration text is prose, as the text measured on; nothing in the prediction was fitted to divergences.
+    assert sum(decision.predicted_kl or 0 for decision in decisions) == pytest.approx(kl, rel=0.3)
     assert kl <= most * measure(original, stock, f"{target} stock").kl_mean
 
 
@@ -155,3 +157,15 @@ def test_named_mixes_are_those_of_llama_cpp(
         assert child.result() == (0, "")
     assert len(tensor_digests(ours)) == 272
     assert tensor_digests(ours) == tensor_digests(stock)
+
+
+@pytest.mark.parametrize(("type", "most_kl"), [("a16w8", 0.01), ("a8w8", 0.08)])
+def test_static_integers_keep_the_behaviour(
+    model: Model, statistics: Statistics, original: Reference, tmp_path: Path, type: str, most_kl: float
+) -> None:
+    target = load_target("onnx-qdq")
+    changed = target.rewritten(model, statistics)
+    decisions = target.decide(model, type, "rtn")
+    compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
+    artifact = target.lower(compressed, type, tmp_path)
+    assert measure(original, artifact, f"onnx-qdq {type}").kl_mean < most_kl

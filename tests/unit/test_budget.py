@@ -85,3 +85,19 @@ def test_every_matrix_is_in_one_storage(job: Callable[..., Job], family: str) ->
             names = [group.name for storage in storages for group in storage.groups]
             assert sorted(names) == sorted(group.name for group in model.groups())
             assert all(storage.formats for storage in storages)
+
+
+def test_more_effort_calibrates_on_more_text_and_is_stated(job: Callable[..., Job], tmp_path: Path) -> None:
+    tokens = {}
+    for effort in ("fast", "balanced"):
+        made = pipeline.build(Job(**{**vars(job(target="gguf", effort=effort)), "output": tmp_path / effort}))
+        assert made.report.recipe.effort == effort
+        assert made.report.accuracy.predicted_kl.basis == "estimated"
+        tokens[effort] = made.report.recipe.calibration.tokens
+    assert tokens == {"fast": 8 * 64, "balanced": 32 * 64}
+
+
+def test_an_unknown_effort_is_refused_before_any_work(job: Callable[..., Job]) -> None:
+    for start in (pipeline.build, pipeline.plan):
+        with pytest.raises(RequestError, match=r"unknown effort 'bold'; .*balanced"):
+            start(job(effort="bold"))

@@ -9,6 +9,8 @@ import pytest
 from tests.commands import cli
 from tests.models import tiny_model
 
+TARGETS = {"gguf": "Q8_0", "onnx": "int8", "onnx-qdq": "a16w8"}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -18,8 +20,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "the capital of France is Paris, numbers 12 345 and hello world. "
     (folder / "calibration.txt").write_text(words * 400)
     (folder / "evaluation.txt").write_text(words[::-1] * 400)
-    for target in ("gguf", "onnx"):
-        made = build(folder, "Q8_0" if target == "gguf" else "int8", target, f"bundle-{target}")
+    for target, type in TARGETS.items():
+        made = build(folder, type, target, f"bundle-{target}")
         assert made.returncode == 0, made.stderr
     return folder
 
@@ -31,14 +33,16 @@ def build(folder: Path, type: str, target: str, output: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_bundle_is_whole_and_says_what_it_is(world: Path, target: str) -> None:
     bundle = f"bundle-{target}"
     verified = cli(world, "verify", bundle, "--json")
     assert verified.returncode == 0, verified.stderr
     facts = json.loads(cli(world, "inspect", bundle, "--json").stdout)
     assert facts["target"] == target
-    assert facts["accuracy"]["top1_agreement"]["value"] > 0.9
+    assert facts["accuracy"]["kl_mean"]["value"] < 0.01
+    # This model's weights are random, so its first choices hardly lead: a small change moves some of them.
+    assert facts["accuracy"]["top1_agreement"]["value"] > 0.85
     for section, name in (("size", "file_bytes"), ("speed", "decode_tokens_per_s"), ("memory", "peak_bytes")):
         assert facts[section][name]["basis"] == "measured"
     assert {check["name"] for check in facts["checks"]} >= {"lowering.weights", "lowering.formats", "device.ram"}

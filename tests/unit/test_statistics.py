@@ -1,4 +1,4 @@
-"""Second moments against hooks on the whole model; interrupted runs go on where they were."""
+"""Statistics against automatic differentiation of the whole model, and against the KL that they predict."""
 
 from pathlib import Path
 
@@ -6,69 +6,158 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.statistics import collect
+from exporter.calibrate.layers import silent
+from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows
 from exporter.errors import InputError
+from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.models import tiny_model
 
-TOKENS = np.random.default_rng(1).integers(2, 200, (3, 40))
+TOKENS = np.random.default_rng(1).integers(2, 200, (6, 40))
 WINDOWS = Windows.of(TOKENS, "file", 0)
-SITES = {"attention_in": "self_attn.q_proj", "attention_out": "self_attn.o_proj", "mlp_in": "mlp.up_proj"}
-
-
-def ignore(done: int, total: int) -> None:
-    """Show no progress."""
+SITES = {"attention_in": "qkv", "attention_out": ["o"], "mlp_in": ["gate", "up"], "mlp_out": ["down"]}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
-    return tiny_model(tmp_path / "model", "qwen3")
+    return tiny_model(tmp_path / "model", "qwen2", tied=False)
 
 
-def test_moments_are_those_of_the_whole_model(folder: Path) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    seen: dict[str, torch.Tensor] = {}
-    for layer in range(2):
-        for site, path in (SITES | {"mlp_out": "mlp.down_proj"}).items():
-            module = whole.model.layers[layer].get_submodule(path)
-            module.register_forward_pre_hook(
-                lambda _, inputs, key=f"layers.{layer}.{site}": seen.update({key: inputs[0].double()})
-            )
-    whole.lm_head.register_forward_pre_hook(lambda _, inputs: seen.update({"head_in": inputs[0].double()}))
-    with torch.inference_mode():
-        whole(torch.from_numpy(TOKENS))
+def draw(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Draw from each row's distribution: the first token whose cumulative probability passes its chance."""
+    return (p.cumsum(-1) <= chances * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+
+
+class Whole:
+    """Inputs, and gradients at the outputs, of all matrices of a whole model, float64 [windows, length, width]."""
+
+    def __init__(self, folder: Path, tokens: np.ndarray, seed: int) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, given: torch.Tensor, output: torch.Tensor) -> None:
+            output.retain_grad()
+            self.inputs[name], outputs[name] = given.detach().double(), output
+
+        def watch(name: str, module: nn.Module) -> None:
+            module.register_forward_hook(lambda _, given, output: keep(name, given[0], output))
+
+        for layer in range(2):
+            for role, (path, _) in LINEARS.items():
+                watch(f"{layer}.{role}", model.model.layers[layer].get_submodule(path))
+        watch("embedding", model.model.embed_tokens)
+        watch("head", model.lm_head)
+        logits = model(torch.from_numpy(tokens)).logits
+        # The same draws: window by window, from one generator.
+        chance = torch.Generator().manual_seed(seed)
+        self.p = logits.detach().softmax(-1)
+        drawn = torch.stack([draw(window, torch.rand(len(window), 1, generator=chance)) for window in self.p])
+        logits.log_softmax(-1).gather(-1, drawn).sum().backward()
+        self.gradients = {name: output.grad.double() for name, output in outputs.items() if output.grad is not None}
+
+
+def weighted(inputs: torch.Tensor, weights: torch.Tensor) -> np.ndarray:
+    rows = inputs.flatten(0, 1)
+    return ((rows * weights.flatten()[:, None]).T @ rows / weights.sum()).numpy()
+
+
+def close(found: np.ndarray | None, expected: np.ndarray) -> None:
+    assert found is not None
+    np.testing.assert_allclose(found, expected, rtol=5e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_they_are_those_of_the_whole_model(folder: Path) -> None:
     with open_model(str(folder)) as model:
-        statistics = collect(model, WINDOWS, ignore)
-    assert len(seen) == 9
-    for site, inputs in seen.items():
-        rows = inputs.reshape(-1, inputs.shape[-1]).numpy()
-        expected = rows.T @ rows / len(rows)
-        np.testing.assert_allclose(statistics.second_moment(site), expected, rtol=1e-4, atol=1e-5 * expected.max())
-        np.testing.assert_array_equal(statistics.importance(site), statistics.second_moment(site).diagonal())
-    assert statistics.second_moment("tokens") is None
+        found = collect(model, WINDOWS, 3, silent)
+    whole = Whole(folder, TOKENS, 3)
+    held = np.arange(6) % 4 == 3
+    for layer in range(2):
+        for role in LINEARS:
+            squares = whole.gradients[f"{layer}.{role}"].square()
+            close(found.sensitivity(layer, role), squares.mean((0, 1)).numpy())
+        for name, roles in SITES.items():
+            energies = [whole.gradients[f"{layer}.{role}"].square().sum(-1) for role in roles]
+            weights = torch.stack([energy / energy.mean() for energy in energies]).mean(0)
+            inputs = whole.inputs[f"{layer}.{roles[0]}"]
+            site = found.site(f"layers.{layer}.{name}")
+            assert site is not None
+            close(site.second_moment, weighted(inputs, weights))
+            close(site.fitted, weighted(inputs[~held], weights[~held]))
+            close(site.held, weighted(inputs[held], weights[held]))
+            assert site.share == pytest.approx(float(weights[held].sum() / weights.sum()), rel=1e-4)
+            close(site.squares, inputs.square().mean((0, 1)).numpy())
+            np.testing.assert_array_equal(found.importance(f"layers.{layer}.{name}"), site.squares)
+            for block, peaks in site.peaks.items():
+                largest = inputs.abs().unflatten(-1, (-1, block)).amax(-1).square()
+                close(peaks, ((largest * weights[..., None]).sum((0, 1)) / weights.sum()).numpy())
+    variance = whole.p - whole.p * whole.p
+    close(found.sensitivity(None, "head"), variance.mean((0, 1)).numpy())
+    site = found.site("head_in")
+    assert site is not None
+    close(site.second_moment, weighted(whole.inputs["head"], variance.sum(-1).double()))
+    looked_up, embedding = found.lookups()
+    close(embedding, whole.gradients["embedding"].square().mean((0, 1)).numpy())
+    close(looked_up, np.bincount(TOKENS.reshape(-1), minlength=320) / TOKENS.size)
+    assert found.site("tokens") is None and found.importance("tokens") is None
 
 
+def test_without_windows_to_hold_back_all_are_fitted(folder: Path) -> None:
+    with open_model(str(folder)) as model:
+        site = collect(model, Windows.of(TOKENS[:3], "file", 0), 0, silent).site("layers.0.mlp_in")
+    assert site is not None and site.share == 0
+    np.testing.assert_array_equal(site.fitted, site.held)
+    np.testing.assert_array_equal(site.fitted, site.second_moment)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("model.layers.0.mlp.up_proj", "up"), ("model.layers.1.self_attn.o_proj", "o"), ("lm_head", "head")],
+)
+def test_they_predict_the_divergence_that_a_small_change_causes(folder: Path, name: str, role: str) -> None:
+    windows = Windows.of(np.random.default_rng(2).integers(2, 200, (24, 64)), "file", 0)
+    with open_model(str(folder)) as model:
+        found = collect(model, windows, 0, silent)
+    layer = int(name.split(".")[2]) if "layers" in name else None
+    site = found.site({"up": "layers.0.mlp_in", "o": "layers.1.attention_out", "head": "head_in"}[role])
+    assert site is not None
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.from_numpy(windows.tokens)
+    weight = whole.get_submodule(name).weight
+    change = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = whole(tokens).logits.double().log_softmax(-1)
+        weight += change
+        after = whole(tokens).logits.double().log_softmax(-1)
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    error = np.einsum("ij,ij->i", change.numpy() @ site.second_moment, change.numpy())
+    assert 0.5 * float(found.sensitivity(layer, role) @ error) == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     def stop(done: int, total: int) -> None:
-        if done == 1:
+        if done == stop_at:
             raise KeyboardInterrupt
 
     with open_model(str(folder)) as model:
         with pytest.raises(KeyboardInterrupt):
-            collect(model, WINDOWS, stop)
+            collect(model, WINDOWS, 0, stop)
         seen: list[int] = []
-        collect(model, WINDOWS, lambda done, total: seen.append(done))
-        assert seen[0] == 1
+        collect(model, WINDOWS, 0, lambda done, total: seen.append(done))
+        assert seen == [done for done in range(5) if done >= stop_at]
         monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "straight"))
-        collect(model, WINDOWS, ignore)
-    resumed, straight = (sorted((tmp_path / name).rglob("*.npy")) for name in ("cache", "straight"))
+        collect(model, WINDOWS, 0, silent)
+    resumed, straight = (sorted((tmp_path / name).rglob("*.np*")) for name in ("cache", "straight"))
     assert [path.name for path in resumed] == [path.name for path in straight]
+    assert not any(path.name.startswith(("inputs", "gradient")) for path in straight)
     for one, other in zip(resumed, straight, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -79,4 +168,8 @@ def test_activations_that_overflow_name_the_layer(folder: Path) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
     save_file(tensors, path, metadata={"format": "pt"})
     with open_model(str(folder)) as model, pytest.raises(InputError, match="layer 1: the activations are not finite"):
-        collect(model, WINDOWS, ignore)
+        collect(model, WINDOWS, 0, silent)
+
+
+def test_statistics_are_read_when_asked_for(tmp_path: Path) -> None:
+    assert Statistics(tmp_path).site("layers.0.mlp_in") is None

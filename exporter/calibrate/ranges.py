@@ -1,0 +1,129 @@
+"""The ranges of activations: the least and the greatest value of every channel that goes into or out of a matrix.
+
+Kept by channel, so that the range of a whole tensor follows exactly for any scaling of its channels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from exporter.cache import save_array
+from exporter.calibrate.layers import check_finite
+from exporter.model.families import LINEARS
+from exporter.weights.format import Float32
+
+HEAD_OUTPUT = "head_out"
+# The head's outputs are many: they are ranged at so many positions, evenly spread.
+HEAD_POSITIONS = 512
+HEAD_POSITIONS_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class ChannelRanges:
+    """Least and greatest values of the channels of a place, each float32 [channels]."""
+
+    low: Float32
+    high: Float32
+
+    @property
+    def largest(self) -> Float32:
+        """The largest magnitudes, float32 [channels]."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    def over(self, divisor: Float32) -> "ChannelRanges":
+        """Return the ranges of the channels divided by positive numbers, float32 [channels]."""
+        return ChannelRanges(self.low / divisor, self.high / divisor)
+
+
+def output_place(layer: int | None, role: str) -> str:
+    """Return the name of the place where a matrix's outputs are seen, such as `layers.3.q_out`."""
+    return HEAD_OUTPUT if layer is None else f"layers.{layer}.{role}_out"
+
+
+def load_ranges(folder: Path, place: str) -> ChannelRanges | None:
+    """Return what was saved of a place, a site or an `output_place`; None where nothing was."""
+    path = folder / f"{place}.range.npy"
+    return ChannelRanges(*np.load(path, allow_pickle=False)) if path.is_file() else None
+
+
+class _Extremes:
+    """Running least and greatest values of the channels of one place."""
+
+    def __init__(self) -> None:
+        self._low: torch.Tensor | None = None
+        self._high: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add values, float32 [..., channels]."""
+        rows = values.reshape(-1, values.shape[-1])
+        low, high = rows.amin(0), rows.amax(0)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+
+    def save(self, folder: Path, place: str) -> None:
+        """Write the ranges under the place's name."""
+        assert self._low is not None and self._high is not None
+        save_array(folder / f"{place}.range.npy", torch.stack([self._low, self._high]).numpy())
+
+
+@contextmanager
+def observed_ranges(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
+    """Range the inputs and outputs of a layer's matrices while it runs, then save them."""
+    places: dict[str, _Extremes] = {}
+
+    def see(place: str, values: torch.Tensor) -> None:
+        places.setdefault(place, _Extremes()).add(values)
+
+    def inputs(place: str, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        see(place, given[0])
+
+    def outputs(place: str, linear: nn.Module, _: object, made: torch.Tensor) -> None:
+        # What the product alone makes: the runtime adds the bias afterwards.
+        bias = linear.bias
+        see(place, made - bias if isinstance(bias, torch.Tensor) else made)
+
+    sites = {site: path for path, site in reversed(LINEARS.values())}
+    hooks = [
+        module.get_submodule(path).register_forward_pre_hook(partial(inputs, f"layers.{layer}.{site}"))
+        for site, path in sites.items()
+    ]
+    for role, (path, _) in LINEARS.items():
+        made = partial(outputs, output_place(layer, role))
+        hooks.append(module.get_submodule(path).register_forward_hook(made))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for place, extremes in places.items():
+        extremes.save(folder, place)
+
+
+def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Path, site: str) -> None:
+    """Range the head's inputs, and its outputs at some positions.
+
+    Args:
+        hidden: What the head sees, float32 [windows, length, hidden].
+        head: The matrix, float32 [vocab, hidden].
+        folder: Where to save.
+        site: Name of the head's input.
+
+    Raises:
+        InputError: an output is not finite.
+    """
+    inputs, outputs = _Extremes(), _Extremes()
+    inputs.add(hidden)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    some = rows[:: max(1, len(rows) // HEAD_POSITIONS)]
+    for first in range(0, len(some), HEAD_POSITIONS_AT_ONCE):
+        made = some[first : first + HEAD_POSITIONS_AT_ONCE] @ head.T
+        check_finite(made, "head")
+        outputs.add(made)
+    inputs.save(folder, site)
+    outputs.save(folder, HEAD_OUTPUT)

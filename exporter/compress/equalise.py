@@ -1,0 +1,196 @@
+"""Equalised channels: what the inputs of a matrix lose in range, its columns gain, and the model stays the same.
+
+A static scale for a whole tensor is set by its largest channel. Channel j of the inputs is divided by
+
+    s_j = max|X_j|^a / max|W_j|^(1 - a)
+
+and column j of every matrix behind it multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is folded
+into what makes the channel: the gain of the normalisation before it, the value rows before the output projection (one
+factor for all heads that share them), and the up rows before the down projection.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from exporter.calibrate.moments import Site
+from exporter.calibrate.ranges import ChannelRanges, output_place
+from exporter.calibrate.statistics import HEAD_SITE, Statistics
+from exporter.errors import RequestError
+from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
+from exporter.model.model import Model
+from exporter.weights.format import Float32
+
+# Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
+MOST_FACTOR = np.float32(1e4)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model in other coordinates that computes the same, and what its activations look like there."""
+
+    model: Model
+    statistics: Statistics
+
+
+def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collection[str]) -> Rewritten:
+    """Return the model with equalised channels.
+
+    A tied head keeps its inputs as they are: its matrix is the embedding too.
+
+    Args:
+        model: The source; its matrices are read once for their largest weights.
+        statistics: With the ranges of its activations.
+        alpha: How much of the inputs' spread goes into the weights, from 0 to 1.
+        sites: Where to: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
+
+    Raises:
+        RequestError: the ranges were not observed.
+    """
+    factors: dict[str, Float32] = {}
+    rows: dict[str, Float32] = {}
+    columns: dict[str, Float32] = {}
+    for place in _places(model, sites):
+        found = _factors(model, statistics, place.site, place.users, alpha)
+        made = found
+        if place.by_heads:
+            found, made = _by_heads(model, found)
+        factors[place.site] = found
+        if place.output is not None:
+            factors[place.output] = made
+        columns |= dict.fromkeys(place.users, found)
+        rows |= dict.fromkeys(place.makers, made)
+    tensors = _Scaled(model, rows, columns)
+    return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A site, and what is rewritten for it.
+
+    Attributes:
+        site: Its name.
+        makers: The tensors whose rows make its channels.
+        users: The matrices whose columns take them.
+        output: Where the maker's outputs are observed; None for a normalisation.
+        by_heads: The makers are values, which several heads share.
+    """
+
+    site: str
+    makers: tuple[str, ...]
+    users: tuple[str, ...]
+    output: str | None = None
+    by_heads: bool = False
+
+
+def _places(model: Model, sites: Collection[str]) -> Iterator[_Place]:
+    for layer in range(model.architecture.layers):
+        for place in _layer_places(model, layer):
+            if place.site.rpartition(".")[2] in sites:
+                yield place
+    if HEAD_SITE in sites and not model.architecture.tied:
+        yield _Place(HEAD_SITE, (FINAL_NORM,), (HEAD,))
+
+
+def _layer_places(model: Model, layer: int) -> Iterator[_Place]:
+    def place(site: str, makers: list[str], role: str | None = None) -> _Place:
+        users = [layer_tensor(layer, f"{path}.weight") for path, seen in LINEARS.values() if seen == site]
+        output = None if role is None else output_place(layer, role)
+        made = [layer_tensor(layer, name) for name in makers]
+        return _Place(f"layers.{layer}.{site}", tuple(made), tuple(users), output, role == "v")
+
+    biases = [name for role, name in model.architecture.family.vectors.items() if role == "v_bias"]
+    yield place("attention_in", [NORMS["attention_norm"]])
+    yield place("attention_out", [f"{LINEARS['v'][0]}.weight", *biases], "v")
+    yield place("mlp_in", [NORMS["mlp_norm"]])
+    yield place("mlp_out", [f"{LINEARS['up'][0]}.weight"], "up")
+
+
+def _factors(model: Model, statistics: Statistics, site: str, users: Collection[str], alpha: float) -> Float32:
+    """Return s of eq. 4, float32 [columns]; one for a channel that is never used or never heard."""
+    ranges = statistics.ranges(site)
+    if ranges is None:
+        raise RequestError("the ranges of the activations were not observed", where=site)
+    heard = ranges.largest
+    weights = np.max([np.abs(model.read(name)).max(axis=0) for name in users], axis=0)
+    both = (heard > 0) & (weights > 0)
+    ratio = np.where(both, heard, 1) ** alpha / np.where(both, weights, 1) ** (1 - alpha)
+    # Only ratios matter within a tensor: the middle one stays as it is.
+    ratio = ratio / np.median(ratio[both]) if both.any() else ratio
+    return np.where(both, np.clip(ratio, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+
+
+def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
+    """Make factors of the heads' outputs equal where heads share their values: their geometric mean.
+
+    Returns them for the outputs, float32 [heads x head width], and the values, [key-value heads x head width].
+    """
+    shape = model.architecture
+    heads = np.log(factors).reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
+    shared = np.exp(heads.mean(axis=1, keepdims=True)).astype(np.float32)
+    return np.broadcast_to(shared, heads.shape).reshape(-1), shared.reshape(-1)
+
+
+class _Scaled:
+    """The tensors of a model, rows divided and columns multiplied when they are read."""
+
+    def __init__(self, model: Model, rows: dict[str, Float32], columns: dict[str, Float32]) -> None:
+        self._source = model.tensors
+        self._rows = rows
+        self._columns = columns
+        self.files: list[Path] = model.tensors.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the source."""
+        return self._source.shapes()
+
+    def read(self, name: str) -> Float32:
+        """Return a tensor of the source in the new coordinates."""
+        values = self._source.read(name)
+        if name in self._columns:
+            values = values * self._columns[name]
+        if name in self._rows:
+            divisor = self._rows[name]
+            values = values / (divisor[:, None] if values.ndim == 2 else divisor)
+        return values
+
+
+class _ScaledStatistics(Statistics):
+    """Statistics of the inputs and outputs that the new coordinates have."""
+
+    def __init__(self, source: Statistics, factors: dict[str, Float32]) -> None:
+        self._source = source
+        self._factors = factors
+        self._scaled: tuple[str, Site] | None = None
+
+    def site(self, name: str) -> Site | None:
+        """Return what is seen of a site there, but for its peaks, which do not follow; the last one is kept."""
+        given = self._source.site(name)
+        if given is None or name not in self._factors:
+            return given
+        if self._scaled is None or self._scaled[0] != name:
+            factor = self._factors[name]
+            fitted, held = (moment / factor[:, None] / factor for moment in (given.fitted, given.held))
+            self._scaled = name, Site(fitted, held, given.share, given.squares / factor**2, {})
+        return self._scaled[1]
+
+    def importance(self, site: str) -> Float32 | None:
+        """Return E[x^2] there, float32 [columns]."""
+        given = self._source.importance(site)
+        return given if given is None or site not in self._factors else given / self._factors[site] ** 2
+
+    def sensitivity(self, layer: int | None, role: str) -> Float32:
+        """Return E[g^2] of each output there, float32 [rows]: what is divided counts the more."""
+        given, factor = self._source.sensitivity(layer, role), self._factors.get(output_place(layer, role))
+        return given if factor is None else given * factor**2
+
+    def lookups(self) -> tuple[Float32, Float32]:
+        """Return the same as for the source: the embedding stays as it is."""
+        return self._source.lookups()
+
+    def ranges(self, place: str) -> ChannelRanges | None:
+        """Return the ranges of a place there."""
+        given = self._source.ranges(place)
+        return given if given is None or place not in self._factors else given.over(self._factors[place])

@@ -1,0 +1,1 @@
+"""ONNX models in QDQ form: static integers for NPUs, XNNPACK and ONNX Runtime."""

@@ -1,0 +1,125 @@
+"""From the skeleton to the artifact: every product between quantisers with static scales."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.calibrate.ranges import ChannelRanges
+from exporter.targets.onnx.graph import GATHER, DataFile, Product, register
+from exporter.weights.channel import ChannelFormat
+from exporter.weights.format import Bytes
+
+
+def parameters(codes: type[np.unsignedinteger], ranges: ChannelRanges) -> tuple[np.float32, np.unsignedinteger]:
+    """Return scale and zero point of a range in codes of a type; zero is a code (Jacob et al. 2018, section 2.1)."""
+    most = int(np.iinfo(codes).max)
+    low, high = min(float(ranges.low.min()), 0.0), max(float(ranges.high.max()), 0.0)
+    scale = (high - low) / most or 1.0
+    return np.float32(scale), codes(round(-low / scale))
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """A scale and a zero point as values of a graph."""
+
+    scale: ir.Value
+    zero_point: ir.Value
+
+    @classmethod
+    def of(cls, graph: ir.Graph, name: str, codes: type[np.unsignedinteger], ranges: ChannelRanges) -> "Quantiser":
+        """Put the parameters of a tensor into the graph."""
+        scale, zero_point = parameters(codes, ranges)
+        made = (("scale", np.array(scale)), ("zero_point", np.array(zero_point)))
+        return cls(*(register(graph, ir.tensor(value, name=f"{name}/{part}")) for part, value in made))
+
+    def around(self, value: ir.Value, name: str) -> list[ir.Node]:
+        """Return the two nodes that round a value to its codes and give it back."""
+        parameters = [self.scale, self.zero_point]
+        down = ir.node("QuantizeLinear", [value, *parameters], name=f"{name}/QuantizeLinear")
+        return [down, ir.node("DequantizeLinear", [down.outputs[0], *parameters], name=f"{name}/DequantizeLinear")]
+
+
+@dataclass(frozen=True)
+class Table:
+    """An int8 matrix in the graph.
+
+    Attributes:
+        codes: int8 [columns, rows] for a product, [rows, columns] for an embedding.
+        scales: float32 [rows] for a product, [rows, 1] for an embedding.
+    """
+
+    codes: ir.Value
+    scales: ir.Value
+
+    def turned(self, graph: ir.Graph, head: ir.Node) -> "Table":
+        """Return an embedding's table as a tied head takes it, by nodes that run when the model is loaded.
+
+        A head that took the initialisers themselves would share them, and ONNX Runtime does not fuse weights that are
+        shared.
+        """
+        codes = ir.node("Transpose", [self.codes], {"perm": [1, 0]}, name="/lm_head/codes")
+        scales = ir.node("Squeeze", [self.scales], name="/lm_head/scales")
+        graph.insert_before(head, [codes, scales])
+        return Table(codes.outputs[0], scales.outputs[0])
+
+
+def put_weights(graph: ir.Graph, file: DataFile, stem: str, format: ChannelFormat, data: Bytes) -> Table:
+    """Write the weights of a product the way round that it multiplies with them."""
+    codes, scales = format.split(data)
+    return Table(
+        register(graph, file.append(f"{stem}.codes", codes.T)), register(graph, file.append(f"{stem}.scales", scales))
+    )
+
+
+def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantiser, made: Quantiser | None) -> None:
+    """Put quantisers around a `MatMul` and its weights behind a `DequantizeLinear`.
+
+    Each product has quantisers of its own, so that it is one unit for a runtime; those that round the same tensor
+    alike are merged when it is loaded.
+    """
+    node = product.node
+    inputs, weight = node.inputs
+    assert inputs is not None and weight is not None and weight.name and node.name
+    stem = node.name.removesuffix("/MatMul")
+    before = given.around(inputs, f"{stem}/input")
+    weights = ir.node("DequantizeLinear", [table.codes, table.scales], {"axis": 1}, name=f"{stem}/weight")
+    output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
+    product_inputs = [before[-1].outputs[0], weights.outputs[0]]
+    if made is None:
+        replaced = ir.node("MatMul", product_inputs, name=node.name, outputs=[output])
+        nodes = [*before, weights, replaced]
+    else:
+        replaced = ir.node("MatMul", product_inputs, name=node.name)
+        down, up = made.around(replaced.outputs[0], f"{stem}/output")
+        last = ir.node("DequantizeLinear", list(up.inputs), name=up.name, outputs=[output])
+        nodes = [*before, weights, replaced, down, last]
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [output])
+    del graph.initializers[weight.name]
+
+
+def put_embedding(graph: ir.Graph, file: DataFile, format: ChannelFormat, data: Bytes) -> Table:
+    """Look up the codes of each token's row, and its scale, and multiply them; return the table."""
+    gather = next(node for node in graph if node.name == GATHER)
+    floats, tokens = gather.inputs
+    assert floats is not None and floats.name
+    codes, scales = format.split(data)
+    table = Table(
+        register(graph, file.append("model.embed_tokens.codes", codes)),
+        register(graph, file.append("model.embed_tokens.scales", scales[:, None])),
+    )
+    looked_up = ir.node("Gather", [table.codes, tokens], name=GATHER)
+    scale = ir.node("Gather", [table.scales, tokens], name=f"{GATHER}/scales")
+    output = ir.Value(name=gather.outputs[0].name, shape=gather.outputs[0].shape, type=gather.outputs[0].type)
+    floated = ir.node(
+        "DequantizeLinear",
+        [looked_up.outputs[0], scale.outputs[0]],
+        {"axis": -1, "block_size": format.block_columns},
+        name=f"{GATHER}/DequantizeLinear",
+        outputs=[output],
+    )
+    ir.convenience.replace_nodes_and_values(
+        graph, gather, [gather], [looked_up, scale, floated], gather.outputs, [output]
+    )
+    del graph.initializers[floats.name]
+    return table

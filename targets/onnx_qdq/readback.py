@@ -1,0 +1,52 @@
+"""What ONNX Runtime decodes from the artifact's bytes: each table through `DequantizeLinear`, one at a time."""
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.targets.onnx.graph import GATHER
+from exporter.targets.onnx.readback import Tables
+from exporter.weights.format import Float32
+from exporter.weights.group import WeightGroup
+
+
+class QdqTables(Tables):
+    """The matrices of an ONNX decoder in QDQ form, found by the nodes that use them."""
+
+    def decode(self, group: WeightGroup) -> Float32:
+        """Return a matrix as the runtime multiplies with it, float32 [rows, columns]."""
+        codes, scales = (self._values(name) for name in self._names(group))
+        if group.role == "embedding":
+            return dequantised(codes, scales[:, 0], 0)
+        return np.ascontiguousarray(dequantised(codes, scales, 1).T)
+
+    def format_name(self, group: WeightGroup) -> str:
+        """Return the format that the initialisers have, such as `int8-channel`."""
+        codes, scales = (self._initialisers[name] for name in self._names(group))
+        kind = TensorProto.DataType.Name(codes.data_type).lower()
+        channels = codes.dims[0 if group.role == "embedding" else 1]
+        return f"{kind}-{'channel' if scales.dims[0] == channels else 'tensor'}"
+
+    def _names(self, group: WeightGroup) -> tuple[str, str]:
+        """Return the initialisers of codes and scales: those that are looked up, or those of a product's weights."""
+        if group.role == "embedding":
+            return self._first(GATHER).input[0], self._first(f"{GATHER}/scales").input[0]
+        node, _ = self._node(group)
+        weights = self._first(f"{node.name.removesuffix('/MatMul')}/weight")
+        return weights.input[0], weights.input[1]
+
+
+def dequantised(codes: np.ndarray, scales: Float32, axis: int) -> Float32:
+    """Return what ONNX Runtime's `DequantizeLinear` makes of codes with a scale for each index of an axis."""
+    node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["y"], axis=axis)
+    graph = helper.make_graph(
+        [node],
+        "dequantise",
+        [helper.make_tensor_value_info("codes", helper.np_dtype_to_tensor_dtype(codes.dtype), codes.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, codes.shape)],
+        [numpy_helper.from_array(scales, "scales")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    decoded: Float32 = session.run(None, {"codes": codes})[0]
+    return decoded

@@ -1,0 +1,139 @@
+"""The target `onnx-qdq`: a decoder whose products are of static integers, as NPUs and XNNPACK take them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.calibrate.ranges import output_place
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.allocate import Storage
+from exporter.compress.compressed import CompressedModel
+from exporter.compress.equalise import Rewritten, equalised
+from exporter.errors import RequestError, did_you_mean
+from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.model import Model
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.graph import DataFile, products
+from exporter.targets.onnx.target import Onnx
+from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.readback import QdqTables
+from exporter.weights.channel import ChannelFormat
+from exporter.weights.format import Float32
+from exporter.weights.group import Decision, WeightGroup
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How activations are stored: one scale and zero point a tensor, fixed before the model runs.
+
+    Attributes:
+        codes: NumPy type of the inputs and outputs of a product.
+        wide: Roles with 16 bits instead, that 8 are too few for: `down`, since a few tokens drive a few channels of the
+            feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2), and
+            the head, whose matrix is often the embedding too, so that its channels cannot be equalised.
+    """
+
+    codes: type[np.unsignedinteger]
+    wide: tuple[str, ...] = ()
+
+    def of(self, role: str) -> type[np.unsignedinteger]:
+        """Return the type of the inputs and outputs of a role's product."""
+        return np.uint16 if role in self.wide else self.codes
+
+    def bits(self, role: str) -> int:
+        """Return the bits of these inputs and outputs."""
+        return np.iinfo(self.of(role)).bits
+
+
+TYPES = {
+    "a16w8": Scheme(np.uint16),
+    "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
+}
+# Not what goes into the down projections: their codes are wide, and the channels of `up` would become uneven instead.
+EQUALISED = ("attention_in", "attention_out", "mlp_in", "head_in")
+ALPHA = 0.5
+
+
+class OnnxQdq(Onnx):
+    """A decoder in QDQ form, with the files that the target `onnx` has."""
+
+    name = "onnx-qdq"
+    default_type = "a16w8"
+    default_method = "ldlq"
+    # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
+    most_rounding_kl = 0.3
+    graph_bytes_per_layer = 16896
+    # ONNX Runtime turns the tables round while it fuses them: 2.8 with 8-bit activations, 3.5 with 16-bit ones.
+    weight_copies = 3.25
+
+    def types(self) -> list[str]:
+        """Return the widths of activations and weights."""
+        return list(TYPES)
+
+    def decide(self, model: Model, type: str, method: str) -> list[Decision]:
+        """Return int8 with a scale for each row, for every matrix."""
+        if type not in TYPES:
+            raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
+        scheme = TYPES[type]
+        return [
+            Decision(group, method, ChannelFormat(group.columns), f"{type}: {scheme.bits(group.role)}-bit activations")
+            for group in model.groups()
+        ]
+
+    def storages(self, model: Model) -> list[Storage]:
+        """Return the matrices, each with the only format that they can have."""
+        return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
+
+    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model with equalised channels."""
+        return equalised(model, statistics, ALPHA, EQUALISED)
+
+    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+        """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
+        scheme = self._scheme(type)
+
+        def fill(graph: ir.Graph, file: DataFile) -> None:
+            _put_matrices(graph, compressed, scheme, file)
+
+        return self._write(compressed, folder, fill, False, False)
+
+    def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
+        """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""
+        return QdqTables(artifact.weights[0]).decode
+
+    def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
+        """Return the format of each matrix as the graph states it."""
+        tables = QdqTables(artifact.weights[0])
+        return {group.name: tables.format_name(group) for group in model.groups()}
+
+    def _scheme(self, type: str) -> Scheme:
+        """Return the scheme of a type; a budget names no type, and its activations are the default's."""
+        return TYPES.get(type, TYPES[self.default_type])
+
+
+def _put_matrices(graph: ir.Graph, compressed: CompressedModel, scheme: Scheme, file: DataFile) -> None:
+    embedding = put_embedding(graph, file, _format(compressed, EMBEDDING), compressed.encode(EMBEDDING).data)
+    for product in products(graph):
+        (name,) = product.groups
+        assert product.node.name
+        stem = product.node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
+        if name == HEAD and compressed.model.architecture.tied:
+            name, table = EMBEDDING, embedding.turned(graph, product.node)
+        else:
+            table = put_weights(graph, file, stem, _format(compressed, name), compressed.encode(name).data)
+        group = compressed.decisions[name].group
+        codes, outputs = scheme.of(group.role), compressed.ranges(output_place(group.layer, group.role))
+        given = Quantiser.of(graph, f"{stem}.input", codes, compressed.ranges(group.site))
+        put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", codes, outputs))
+
+
+def _format(compressed: CompressedModel, name: str) -> ChannelFormat:
+    format = compressed.decisions[name].format
+    assert isinstance(format, ChannelFormat)
+    return format
+
+
+TARGET = OnnxQdq()
