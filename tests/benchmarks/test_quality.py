@@ -3,46 +3,32 @@
     .venv/bin/python -m pytest tests/benchmarks/test_quality.py --timeout=0 -s
 
 makes the reference model and the texts by itself and measures on a seed and a text that was tuned on and on ones that
-were not. It takes about an hour on two idle cores; the opponents' rows are taken from quality.json where they were
-measured on the same model and texts by the same versions of the tools, which leaves about 20 minutes. The picture is
-drawn anew.
+were not. The opponents' rows are taken from quality.json where they were measured on the same model and texts by the
+same versions of the tools, which leaves ours; without them there are some 70 more artifacts to make and measure. The
+picture is drawn anew.
 """
 
-import platform
-import shutil
-import sysconfig
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from exporter.calibrate.text import Windows, file_windows
-from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact
-from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
-from tests.benchmarks.measured import WINDOW, Published, Row, measured
+from tests.benchmarks.bench import PUBLISHED, Bench, Conditions
+from tests.benchmarks.measured import Row
 from tests.benchmarks.ours import Exporter
 from tests.benchmarks.picture import picture
-from tests.reference import plain_texts, reference_model
+from tests.reference import reference_model
 
-FOLDER = Path(__file__).parent
-PUBLISHED = Published(FOLDER / "quality.json")
-EVALUATION_WINDOWS = 16
-# Of the text that the exporter is calibrated on.
-STOCK_WINDOWS = 32
-TOOLS = ("llama-cpp-python", "onnxruntime", "onnxruntime-genai", "transformers", "torch")
-CODE = ("argparse", "ast", "csv", "datetime", "heapq", "shlex", "statistics", "textwrap")
+PICTURE = Path(__file__).with_name("quality.svg")
+TUNED = Conditions("seed 0, prose", 0, "prose")
+UNTUNED = Conditions("seed 1, source code", 1, "code")
+PREDICTION = Conditions("seed 0, source code", 0, "code")
 # Most KL of ours over KL of the opponent, at no more bytes.
 LIMITS = {"Q5_K_M": 0.60, "Q4_K_M": 0.40, "Q3_K_M": 0.50, "IQ4_XS": 0.60, "IQ3_XXS": 0.50, "IQ2_M": 0.40}
 HEAD_ALIKE_LIMITS = {"Q4_K_M": 0.42, "IQ4_XS": 0.80}
@@ -51,146 +37,6 @@ MIXED, MIXED_LIMIT = "k_quant, int8 head and mixed layers", 0.25
 SECOND_LIMIT = 0.80
 BUDGETS = 12
 PREDICTED_WITHIN = 0.30
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Which reference model, and which text it is measured on; calibration is always on prose."""
-
-    name: str
-    seed: int
-    text: str
-
-
-TUNED = Conditions("seed 0, prose", 0, "prose")
-UNTUNED = Conditions("seed 1, source code", 1, "code")
-PREDICTION = Conditions("seed 0, source code", 0, "code")
-
-
-class Bench:
-    """The model and texts of one set of conditions, and what is made of them in a scratch folder."""
-
-    def __init__(self, conditions: Conditions, model: Model, scratch: Path) -> None:
-        self.conditions, self.model, self._scratch = conditions, model, scratch
-        prose, evaluation = plain_texts(scratch)
-        if conditions.text == "code":
-            evaluation = source_code(scratch)
-        tokenizer = load_tokenizer(model.folder)
-        self.calibration: Windows = file_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
-        self._stock_calibration = file_windows(prose, tokenizer, STOCK_WINDOWS, WINDOW)
-        self._evaluation = file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW)
-        self._known = PUBLISHED.rows(conditions.name, self.identity)
-        self.rows: list[Row] = []
-        print(f"\n{conditions.name}: {self._evaluation.tokens.shape[0]} windows of {WINDOW} tokens", flush=True)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the opponents' figures depend on."""
-        return {
-            "model": self.model.digest,
-            "calibration": self._stock_calibration.digest,
-            "evaluation": self._evaluation.digest,
-            "machine": platform.machine(),
-            "versions": {name: version(name) for name in TOOLS},
-        }
-
-    @cached_property
-    def original(self) -> Reference:
-        return Reference.of_original(self.model, self._evaluation.tokens)
-
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """Give the name of a folder that does not exist and is removed in the end."""
-        path = self._scratch / "artifact"
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-    def opponent(self, name: str, kind: str, target: str, make: Callable[[Path], Artifact]) -> Row:
-        """Return an opponent's row, from the file if it is there."""
-        for row in self._known:
-            if (row.name, row.kind, row.target) == (name, kind, target):
-                return self._kept(row)
-        with self.folder() as folder:
-            started = time.perf_counter()
-            artifact = make(folder)
-            return self._kept(measured(self.original, artifact, name, kind, time.perf_counter() - started))
-
-    def ours(self, exporter: Exporter, name: str, max_file_bytes: int, embedding: str | None = None) -> Row:
-        """Make and measure ours within a budget."""
-        with self.folder() as folder:
-            made = exporter.made(max_file_bytes, folder, embedding)
-            return self._kept(measured(self.original, made.artifact, name, "ours", made.seconds, made.predicted))
-
-    def _kept(self, row: Row) -> Row:
-        self.rows.append(row)
-        # What else is known stays, so that an interrupted run loses nothing.
-        names = {(kept.name, kept.kind, kept.target) for kept in self.rows}
-        rest = [known for known in self._known if (known.name, known.kind, known.target) not in names]
-        PUBLISHED.keep(self.conditions.name, self.identity, [*self.rows, *rest])
-        return row
-
-    def finish(self) -> None:
-        """Drop rows that are no longer measured."""
-        PUBLISHED.keep(self.conditions.name, self.identity, self.rows)
-
-    @cached_property
-    def _importance(self) -> dict[str, np.ndarray]:
-        return llama_opponents.importance(self.model, self._stock_calibration.tokens)
-
-    @cached_property
-    def _floats(self) -> Path:
-        return llama_opponents.floats(self.model, self._scratch / "floats")
-
-    def llama(self, name: str, kind: str, asked: str) -> Row:
-        """Measure what llama.cpp's quantiser makes."""
-        return self.opponent(
-            name, kind, "gguf", lambda to: llama_opponents.quantised(self._floats, to, asked, self._importance)
-        )
-
-    def _built(self, name: str, to: Path) -> Artifact:
-        return onnx_opponents.built(self.model.folder, to, *onnx_opponents.SETTINGS[name])
-
-    def builder(self, name: str) -> Row:
-        """Measure one of the builder's settings."""
-        return self.opponent(name, "stock", "onnx", lambda to: self._built(name, to))
-
-    def float16(self, name: str) -> Row:
-        """Measure the builder's setting with float16 scales."""
-
-        def make(to: Path) -> Artifact:
-            with self._beside("base") as base:
-                return onnx_opponents.with_float16_scales(self._built(name, base), to)
-
-        return self.opponent(f"{name}; float16 scales", "hand-made", "onnx", make)
-
-    def own_quantiser(self, algorithm: str, name: str) -> Row:
-        """Measure onnxruntime's own GPTQ or HQQ, with embedding and head as the builder's setting makes them."""
-
-        def make(to: Path) -> Artifact:
-            with self._beside("base") as base, self._beside("fp32") as floats:
-                onnx_opponents.built(self.model.folder, floats, "shared_embeddings=false", precision="fp32")
-                given = self._built(name, base), to, algorithm, self._stock_calibration.tokens
-                return onnx_opponents.with_own_quantiser(floats / "model.onnx", *given)
-
-        return self.opponent(f"{algorithm}; embedding and head: {name}", "hand-made", "onnx", make)
-
-    @contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        path = self._scratch / name
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def source_code(folder: Path) -> Path:
-    """Write the beginnings of some of Python's own modules into one file."""
-    library = Path(sysconfig.get_path("stdlib"))
-    path = folder / "code.txt"
-    path.write_text("\n\n".join((library / f"{name}.py").read_text("utf-8")[:8000] for name in CODE), "utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +121,7 @@ def test_less_kl_than_any_opponent_at_no_more_bytes(
         # Of the hand-made ones the best at each size; a restricted run of ours is no point of the curve.
         met = [row for duel in duels if "embedding" not in duel.title for row in (duel.ours, duel.opponent)]
         drawn = dict.fromkeys([*met, *(row for row in bench.rows if row.kind == "stock")])
-        (FOLDER / "quality.svg").write_text(picture(list(drawn)), "utf-8")
+        PICTURE.write_text(picture(list(drawn)), "utf-8")
     assert not [duel.title for duel in duels if duel.ratio > duel.limit]
 
 
@@ -285,6 +131,7 @@ def mixes(bench: Bench) -> list[str]:
     if bench.conditions is TUNED:
         return every
     rows = PUBLISHED.latest(TUNED.name)
+    assert rows, f"measure under {TUNED.name} first"
     sizes = [row.file_bytes for row in rows if row.kind == "stock" and row.target == "gguf"]
     hand_made = [row for row in rows if row.kind == "hand-made" and row.target == "gguf"]
     return list(dict.fromkeys(best(hand_made, size).name for size in sizes))

@@ -3,7 +3,7 @@
     .venv/bin/python -m pytest tests/benchmarks/test_stock_chain.py --timeout=0 -s
 
 The tools come from the source archive of llama-cpp-python, which pip downloads and cmake compiles into build/ the first
-time: about 10 minutes on two idle cores. Times hold for an otherwise idle machine.
+time, which takes minutes. Times hold for an otherwise idle machine.
 """
 
 import json
