@@ -3,7 +3,6 @@
 import platform
 import shutil
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,15 +87,13 @@ class Bench:
             if (row.name, row.kind, row.target) == (name, kind, target):
                 return self._kept(row)
         with self.folder() as folder:
-            started = time.perf_counter()
-            artifact = make(folder)
-            return self._kept(measured(self.original, artifact, name, kind, time.perf_counter() - started))
+            return self._kept(measured(self.original, make(folder), name, kind))
 
     def ours(self, exporter: Exporter, name: str, max_file_bytes: int, embedding: str | None = None) -> Row:
         """Make and measure ours within a budget."""
         with self.folder() as folder:
             made = exporter.made(max_file_bytes, folder, embedding)
-            return self._kept(measured(self.original, made.artifact, name, "ours", made.seconds, made.predicted))
+            return self._kept(measured(self.original, made.artifact, name, "ours", made.predicted))
 
     def _kept(self, row: Row) -> Row:
         self.rows.append(row)

@@ -24,7 +24,6 @@ class Row:
         file_bytes: Size of the model files.
         kl_mean: Mean KL(original || artifact), nats a token.
         top1: Share of tokens with the same first choice.
-        seconds: What making the artifact took.
         predicted: The mean KL that was predicted, for ours.
     """
 
@@ -34,20 +33,14 @@ class Row:
     file_bytes: int
     kl_mean: float
     top1: float
-    seconds: float
     predicted: float | None = None
 
 
-def measured(
-    original: Reference, artifact: Artifact, name: str, kind: str, seconds: float, predicted: float | None = None
-) -> Row:
+def measured(original: Reference, artifact: Artifact, name: str, kind: str, predicted: float | None = None) -> Row:
     """Compare an artifact with the original on its windows, and print the row."""
     with open_artifact(artifact, original.tokens.shape[1], THREADS) as child:
         found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
-    row = Row(
-        name, kind, artifact.target, artifact.file_bytes, found.kl_mean, found.top1_agreement, round(seconds, 1),
-        predicted,
-    )  # fmt: skip
+    row = Row(name, kind, artifact.target, artifact.file_bytes, found.kl_mean, found.top1_agreement, predicted)
     print(
         f"  {kind:9} {row.target:4} {row.file_bytes:11,} bytes  KL {row.kl_mean:.4f}  {row.top1:.1%}  {name}",
         flush=True,

@@ -1,6 +1,5 @@
 """What the exporter makes under a budget of bytes; the one place here that knows how it is asked."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +25,10 @@ class Ours:
     Attributes:
         artifact: The files.
         predicted: Mean KL that was predicted, nats a token.
-        seconds: What making it took, without what serves every budget.
     """
 
     artifact: Artifact
     predicted: float
-    seconds: float
 
 
 class Exporter:
@@ -55,7 +52,6 @@ class Exporter:
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None) -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
-        started = time.perf_counter()
         choices = [_allowed(*pair, embedding) for pair in zip(self._storages, self._choices, strict=True)]
         chosen = allocate(choices, max_file_bytes, self._target.fixed_bytes(self._model))
         decisions = {
@@ -68,7 +64,7 @@ class Exporter:
         compressed = CompressedModel(self._model, ordered, self._statistics, self._effort)
         artifact = self._target.lower(compressed, "allocated", folder)
         assert artifact.file_bytes <= max_file_bytes
-        return Ours(artifact, sum(choice.kl for choice in chosen), time.perf_counter() - started)
+        return Ours(artifact, sum(choice.kl for choice in chosen))
 
 
 def _allowed(storage: Storage, choices: list[Choice], embedding: str | None) -> list[Choice]:
