@@ -111,9 +111,10 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
         before = _backwards(stream, index, inputs, gradient, folder)
         check_finite(before, f"gradient of layer {index}")
         save_array(_gradient(folder, index - 1), before.numpy())
+        # The gradient goes first: while it is there, a killed run begins again with this layer, and needs its inputs.
+        _gradient(folder, index).unlink()
         for after in (index, index + 1):
             _inputs(folder, after).unlink(missing_ok=True)
-        _gradient(folder, index).unlink()
     at_embedding = np.load(_gradient(folder, -1), allow_pickle=False)
     counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
     squares = np.square(at_embedding).mean(axis=(0, 1))

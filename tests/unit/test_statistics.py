@@ -162,6 +162,30 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("kept", range(5))
+def test_a_run_killed_between_two_deletions_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    delete, deleted = Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if len(deleted) == kept:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        delete(path, missing_ok)
+
+    with open_model(str(folder)) as model:
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", unlink)
+            with pytest.raises(KeyboardInterrupt):
+                collect(model, WINDOWS, 0, silent)
+        found = collect(model, WINDOWS, 0, silent)
+        monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(folder / "straight"))
+        straight = collect(model, WINDOWS, 0, silent)
+    for one, other in zip(found.lookups(), straight.lookups(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for layer in range(2):
+        np.testing.assert_array_equal(found.sensitivity(layer, "down"), straight.sensitivity(layer, "down"))
+
+
 def test_activations_that_overflow_name_the_layer(folder: Path) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
