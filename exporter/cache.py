@@ -47,3 +47,15 @@ def save_array(path: Path, values: NDArray[np.generic]) -> None:
     """Write an array as a .npy file that is whole or not there at all."""
     with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, values)
+
+
+def save_vectors(path: Path, vectors: dict[str, np.ndarray]) -> None:
+    """Write named arrays as a .npz file that is whole or not there at all."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **vectors)  # type: ignore[arg-type]
+
+
+def load_vectors(path: Path) -> dict[str, np.ndarray]:
+    """Return the named arrays of a .npz file."""
+    with np.load(path, allow_pickle=False) as saved:
+        return dict(saved)

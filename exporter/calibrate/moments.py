@@ -5,12 +5,13 @@ A token counts by its weight: how much the model's behaviour depends there on th
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from exporter.cache import replacing, save_array
+from exporter.cache import load_vectors, save_array, save_vectors
 from exporter.errors import InputError
 from exporter.weights.format import Float32
 
@@ -40,7 +41,7 @@ class Site:
     squares: Float32
     peaks: dict[int, Float32]
 
-    @property
+    @cached_property
     def second_moment(self) -> Float32:
         """E[x x^T] over all windows, float32 [columns, columns]."""
         mean: Float32 = self.fitted + np.float32(self.share) * (self.held - self.fitted)
@@ -146,15 +147,3 @@ def load_site(folder: Path, site: str) -> Site | None:
     else:
         held = fitted
     return Site(fitted, held, share, vectors["squares"], peaks)
-
-
-def save_vectors(path: Path, vectors: dict[str, np.ndarray]) -> None:
-    """Write named arrays as a .npz file that is whole or not there at all."""
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, **vectors)  # type: ignore[arg-type]
-
-
-def load_vectors(path: Path) -> dict[str, np.ndarray]:
-    """Return the named arrays of a .npz file."""
-    with np.load(path, allow_pickle=False) as saved:
-        return dict(saved)

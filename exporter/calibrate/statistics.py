@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, save_array
+from exporter.cache import cache_folder, load_vectors, save_array, save_vectors
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
-from exporter.calibrate.moments import Moments, Site, load_site, load_vectors, save_vectors
+from exporter.calibrate.moments import Moments, Site, load_site
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
 from exporter.calibrate.text import Windows
 from exporter.model.families import LINEARS
@@ -153,7 +153,6 @@ def _forwards(stream: LayerStream, windows: Windows, folder: Path, progress: Pro
             stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
         save_array(_inputs(folder, index + 1), hidden.numpy())
-    save_head_ranges(stream.normalise(hidden), stream.head(), folder, HEAD_SITE)
     return hidden
 
 
@@ -161,6 +160,8 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
     """Draw a token at every position; save the head's statistics and return the gradient at the last layer."""
     chance = torch.Generator().manual_seed(seed)
     head = stream.head()
+    with torch.no_grad():
+        save_head_ranges(stream.normalise(hidden), head, folder, HEAD_SITE)
     gradient = torch.empty(hidden.shape)
     total = torch.zeros(len(head), dtype=torch.float64)
     moments = Moments(hidden.shape[-1])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.compress.method import ExpectedError
+from exporter.compress.rtn import RoundToNearest
 from exporter.effort import Effort
 from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
 
@@ -64,8 +65,7 @@ class Ldlq:
         text; the rest of it tells what such errors cost on text that they were not fitted to.
         """
         if site is None:
-            change = format.decode_rows(format.encode_rows(weight, None), weight.shape[1]) - weight
-            return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
+            return RoundToNearest().expected_error(weight, format, None, columns)
         importance = np.ascontiguousarray(site.fitted.diagonal())
         errors = format.decode_rows(format.encode_rows(weight, importance), weight.shape[1])
         errors -= weight

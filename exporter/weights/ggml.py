@@ -75,6 +75,7 @@ class _LevelGrid:
         self._scale = scale
         self._minimum = minimum
         self._inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        self._edges = (layout.levels[1:] + layout.levels[:-1]) / 2
         self._even = len(layout.levels) == layout.levels[-1] - layout.levels[0] + 1
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
@@ -89,7 +90,7 @@ class _LevelGrid:
             np.minimum(scaled, levels[-1], out=scaled)
             codes = (scaled - levels[0]).astype(np.uint8)
         else:
-            codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, scaled).astype(np.uint8)
+            codes = np.searchsorted(self._edges, scaled).astype(np.uint8)
             scaled = levels[codes]
         scaled *= self._scale[part]
         scaled += self._minimum[part]

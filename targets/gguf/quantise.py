@@ -13,7 +13,15 @@ def quantise(source: Path, target: Path, mix: str, importance: dict[str, Float32
     lines: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda _, text, __: lines.append(text.decode(errors="replace")))
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters = quantise_parameters(mix, importance)
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
+    errors = [line.strip() for line in lines if "fail" in line or "error" in line]
+    return status, errors[-1] if errors else ""
+
+
+def quantise_parameters(mix: str, importance: dict[str, Float32]) -> llama_cpp.llama_model_quantize_params:
+    """Return what tells llama.cpp's quantiser a mix, and GGUF name -> importance, float32 [columns]."""
+    parameters: llama_cpp.llama_model_quantize_params = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if mix == 'F32' else 'MOSTLY'}_{mix}")
     if importance:
         entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
@@ -21,6 +29,4 @@ def quantise(source: Path, target: Path, mix: str, importance: dict[str, Float32
             entry.name, entry.size = name.encode(), values.size
             entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
-    errors = [line.strip() for line in lines if "fail" in line or "error" in line]
-    return status, errors[-1] if errors else ""
+    return parameters

@@ -80,7 +80,7 @@ def put_matrix(
     columns, rows = (int(n) for n in weight.shape.dims if isinstance(n, int))
     stem = weight.name.removesuffix(".weight")
     table = put_table(graph, file, stem, format, data, columns)
-    output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
+    output = output_of(node)
     replacement = ir.node(
         "MatMulNBits",
         inputs=[node.inputs[0], *table],
@@ -115,6 +115,12 @@ def put_table(
     return values
 
 
+def output_of(node: ir.Node) -> ir.Value:
+    """Return a value that can stand for a node's output in what replaces the node."""
+    (output,) = node.outputs
+    return ir.Value(name=output.name, shape=output.shape, type=output.type)
+
+
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Make a tensor an initialiser and return its value."""
     shape = ir.Shape(tensor.shape.numpy())
@@ -141,7 +147,7 @@ def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns
     shape_value = register(graph, shape)
     # The codes of a row side by side instead of block by block: the same bytes.
     flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")
-    output = ir.Value(name=gather.outputs[0].name, shape=gather.outputs[0].shape, type=gather.outputs[0].type)
+    output = output_of(gather)
     lookup = ir.node(
         "GatherBlockQuantized",
         inputs=[flat.outputs[0], gather.inputs[1], *scales],

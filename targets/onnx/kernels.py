@@ -9,8 +9,6 @@ is where nothing multiplies in int8, 4 bits take three times as long for a token
 
 from dataclasses import dataclass
 
-from exporter.measures import Basis
-
 
 @dataclass(frozen=True)
 class Throughput:
@@ -20,7 +18,6 @@ class Throughput:
     prefill: float
 
 
-BASIS: Basis = "measured"
 THROUGHPUT = {
     "int2-b16": Throughput(0.01, 0.61),
     "int2-b16-asymmetric": Throughput(0.01, 0.53),

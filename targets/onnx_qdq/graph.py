@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.calibrate.ranges import ChannelRanges
-from exporter.targets.onnx.graph import GATHER, DataFile, Product, register
+from exporter.targets.onnx.graph import GATHER, DataFile, Product, output_of, register
 from exporter.weights.channel import ChannelFormat
 from exporter.weights.format import Bytes
 
@@ -39,11 +39,17 @@ class Quantiser:
         made = (("scale", np.array(scale)), ("zero_point", np.array(zero_point)))
         return cls(*(register(graph, ir.tensor(value, name=f"{name}/{part}")) for part, value in made))
 
-    def around(self, value: ir.Value, name: str) -> list[ir.Node]:
-        """Return the two nodes that round a value to its codes and give it back."""
+    def around(self, value: ir.Value, name: str, output: ir.Value | None = None) -> list[ir.Node]:
+        """Return the two nodes that round a value to its codes and give it back, as `output` where that is named."""
         parameters = [self.scale, self.zero_point]
         down = ir.node("QuantizeLinear", [value, *parameters], name=f"{name}/QuantizeLinear")
-        return [down, ir.node("DequantizeLinear", [down.outputs[0], *parameters], name=f"{name}/DequantizeLinear")]
+        up = ir.node(
+            "DequantizeLinear",
+            [down.outputs[0], *parameters],
+            outputs=None if output is None else [output],
+            name=f"{name}/DequantizeLinear",
+        )
+        return [down, up]
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def put_weights(graph: ir.Graph, file: DataFile, stem: str, format: ChannelForma
     )
 
 
-def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantiser, made: Quantiser | None) -> None:
+def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantiser, made: Quantiser) -> None:
     """Put quantisers around a `MatMul` and its weights behind a `DequantizeLinear`.
 
     Each product has quantisers of its own, so that it is one unit for a runtime; those that round the same tensor
@@ -90,16 +96,10 @@ def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantise
     stem = node.name.removesuffix("/MatMul")
     before = given.around(inputs, f"{stem}/input")
     weights = ir.node("DequantizeLinear", [table.codes, table.scales], {"axis": 1}, name=f"{stem}/weight")
-    output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
-    product_inputs = [before[-1].outputs[0], weights.outputs[0]]
-    if made is None:
-        replaced = ir.node("MatMul", product_inputs, name=node.name, outputs=[output])
-        nodes = [*before, weights, replaced]
-    else:
-        replaced = ir.node("MatMul", product_inputs, name=node.name)
-        down, up = made.around(replaced.outputs[0], f"{stem}/output")
-        last = ir.node("DequantizeLinear", list(up.inputs), name=up.name, outputs=[output])
-        nodes = [*before, weights, replaced, down, last]
+    replaced = ir.node("MatMul", [before[-1].outputs[0], weights.outputs[0]], name=node.name)
+    output = output_of(node)
+    after = made.around(replaced.outputs[0], f"{stem}/output", output)
+    nodes = [*before, weights, replaced, *after]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [output])
     del graph.initializers[weight.name]
 
@@ -116,7 +116,7 @@ def put_embedding(graph: ir.Graph, file: DataFile, format: ChannelFormat, data: 
     )
     looked_up = ir.node("Gather", [table.codes, tokens], name=GATHER)
     scale = ir.node("Gather", [table.scales, tokens], name=f"{GATHER}/scales")
-    output = ir.Value(name=gather.outputs[0].name, shape=gather.outputs[0].shape, type=gather.outputs[0].type)
+    output = output_of(gather)
     floated = ir.node(
         "DequantizeLinear",
         [looked_up.outputs[0], scale.outputs[0]],

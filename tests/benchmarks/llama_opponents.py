@@ -22,6 +22,7 @@ from exporter.model.model import Model
 from exporter.model.tensors import gguf_names
 from exporter.targets.artifact import Artifact
 from exporter.targets.child import Child
+from exporter.targets.gguf.quantise import quantise_parameters
 from exporter.targets.target import load_target
 from exporter.weights.format import Float32
 
@@ -147,13 +148,7 @@ def quantised(source: Path, folder: Path, asked: str, importance: dict[str, Floa
 def _quantise(source: Path, target: Path, asked: str, importance: dict[str, Float32]) -> int:
     *chosen, base = asked.split()
     types = dict(choice.rsplit("=", 1) for choice in chosen)
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{base}")
-    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
-    for entry, (name, values) in zip(entries, importance.items(), strict=False):
-        entry.name, entry.size = name.encode(), values.size
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
+    parameters = quantise_parameters(base, importance)
     if types:
         parameters.pure = True
         parameters.token_embedding_type = GGMLQuantizationType[types.pop("token_embd")]

@@ -186,12 +186,15 @@ def test_a_run_killed_between_two_deletions_goes_on(folder: Path, monkeypatch: p
         np.testing.assert_array_equal(found.sensitivity(layer, "down"), straight.sensitivity(layer, "down"))
 
 
-def test_activations_that_overflow_name_the_layer(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "where"), [("model.layers.1.mlp.down_proj.weight", "layer 1"), ("lm_head.weight", "head")]
+)
+def test_activations_that_overflow_name_the_layer(folder: Path, name: str, where: str) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
+    tensors[name] *= 1e38
     save_file(tensors, path, metadata={"format": "pt"})
-    with open_model(str(folder)) as model, pytest.raises(InputError, match="layer 1: the activations are not finite"):
+    with open_model(str(folder)) as model, pytest.raises(InputError, match=f"{where}: the activations are not finite"):
         collect(model, WINDOWS, 0, silent)
 
 
