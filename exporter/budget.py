@@ -1,15 +1,26 @@
-"""Decisions under a budget of bytes: what every format of every matrix would cost, and the best use of the bytes."""
+"""Decisions within limits of bytes and of a device's time: what every format would cost, and the best use of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.allocate import Choice, Storage, allocate, predict, require_enough, smallest_bytes
+from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
 from exporter.compress.method import load_method
-from exporter.errors import RequestError
+from exporter.device.profile import DeviceProfile
+from exporter.device.speed import Cpu, cpu_of
+from exporter.errors import RequestError, did_you_mean
 from exporter.job import Job, Progress
 from exporter.model.model import Model
 from exporter.targets.target import Target
 from exporter.weights.group import Decision
+
+# Of the least KL that the limits allow, how much a quicker choice may cost. Some is given up for speed in any case: at
+# the optimum a hundredth of the KL pays for many hundredths of the time.
+PREFERENCES = {"accuracy": 1.02, "speed": 2.0}
+# Off a rate that is named with few digits, so that it can be had.
+ROUNDED = 1e-3
+# An answer as llama-bench's default tests have it: what a choice that prefers speed makes shortest.
+PROMPT_TOKENS, ANSWER_TOKENS = 512, 128
 
 
 @dataclass(frozen=True)
@@ -17,48 +28,179 @@ class Budget:
     """What there is to spend, and on what.
 
     Attributes:
-        file_bytes: Most bytes of the model files.
-        fixed_bytes: Bytes of them that are no matrix.
+        limits: The most that all matrices together may take; see `exporter.compress.allocate.Choice`.
+        fixed_bytes: Bytes of the model files that are no matrix.
         storages: What formats are chosen for.
+        prefer: `accuracy` or `speed`.
+        target: Knows how quick its kernels are.
+        cpu: The device's.
     """
 
-    file_bytes: int
+    limits: Limits
     fixed_bytes: int
     storages: list[Storage]
+    prefer: str
+    target: Target
+    cpu: Cpu
+
+    @property
+    def file_bytes(self) -> float:
+        """Most bytes of the model files."""
+        return self.limits.bytes + self.fixed_bytes
+
+    @property
+    def scheme(self) -> str:
+        """The limits in words."""
+        words = [_limit_in_words(name, limit, self.fixed_bytes) for name, limit in _set(self.limits).items()]
+        return ", ".join([*words, *(["quick rather than accurate"] if self.prefer == "speed" else [])])
+
+    def timed(self, storage: Storage, choice: Choice) -> Choice:
+        """Return a choice with the time that it takes on the device; a table that is only looked up takes none."""
+        decode_s = prefill_s = 0.0
+        for group in storage.groups:
+            if group.site != "tokens":
+                throughput = self.target.throughput(group, choice.format)
+                bytes = choice.format.stored_bytes(group.rows, group.columns)
+                decode_s += self.cpu.decode_s(group.size, bytes, throughput)
+                prefill_s += self.cpu.prefill_s(group.size, throughput)
+        return replace(choice, decode_s=decode_s, prefill_s=prefill_s)
 
 
-def feasible_budget(job: Job, model: Model, target: Target) -> Budget | None:
-    """Return the budget that the job names, or None where the job names a type instead.
+def _set(limits: Limits) -> dict[str, float]:
+    return {name: limit for name, limit in vars(limits).items() if limit != getattr(Limits(), name)}
+
+
+def _limit_in_words(name: str, limit: float, fixed_bytes: int) -> str:
+    if name == "bytes":
+        return f"at most {int(limit + fixed_bytes):,} bytes"
+    return f"at least {1 / limit:,.1f} tokens/s {'decoded' if name == 'decode_s' else 'prefilled'} (estimated)"
+
+
+def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfile) -> Budget | None:
+    """Return the budget that the job names, or None where it names a type, or nothing, instead.
 
     Raises:
-        RequestError: the job names more than one of bytes, bits and type, or fewer bytes than any choice of formats
-            takes.
+        RequestError: the job's limits contradict each other or its type, or no choice of formats keeps them; the
+            nearest that one keeps is named.
     """
-    named = [name for name in ("max_file_bytes", "bits", "type") if getattr(job, name) is not None]
-    if len(named) > 1:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in named)
-        raise RequestError(f"{options} contradict each other", next_step="name only one of them")
+    if job.prefer not in PREFERENCES:
+        raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
+    _require_no_contradiction(job)
     most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
-    if most is None:
-        return None
-    budget = Budget(most, target.fixed_bytes(model), target.storages(model))
-    require_enough(most, budget.fixed_bytes + sum(map(smallest_bytes, budget.storages)))
+    times = {
+        "decode_s": job.min_decode_tokens_per_s,
+        "prefill_s": job.min_prefill_tokens_per_s,
+    }
+    seconds = {name: 1 / rate for name, rate in times.items() if rate is not None}
+    if most is None and not seconds:
+        if job.prefer == "accuracy":
+            return None
+        most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
+    fixed = target.fixed_bytes(model)
+    limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
+    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device))
+    _require_feasible(budget)
     return budget
+
+
+def _require_no_contradiction(job: Job) -> None:
+    options = {
+        "--type": job.type is not None,
+        "--max-file-bytes": job.max_file_bytes is not None,
+        "--bits": job.bits is not None,
+        "--min-decode": job.min_decode_tokens_per_s is not None,
+        "--min-prefill": job.min_prefill_tokens_per_s is not None,
+        "--prefer speed": job.prefer == "speed",
+    }
+    named = [option for option, given in options.items() if given]
+    if len(named) > 1 and ("--type" in named or {"--max-file-bytes", "--bits"} <= set(named)):
+        raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
+
+
+def _require_feasible(budget: Budget) -> None:
+    """Refuse limits that nothing keeps; needs no predictions.
+
+    Raises:
+        RequestError: nothing does; for each limit, what could be had if the others stayed, is named.
+    """
+    choices = [
+        [budget.timed(storage, Choice(format, stored_bytes(storage, format), 0.0)) for format in storage.formats]
+        for storage in budget.storages
+    ]
+    if allocate(choices, budget.limits) is not None:
+        return
+    nearest = []
+    for name in _set(budget.limits):
+        relaxed = replace(budget.limits, **{name: getattr(Limits(), name)})
+        found = allocate(choices, relaxed, lambda choice, name=name: float(getattr(choice, name)))  # type: ignore[misc]
+        if found is not None:
+            least = sum(float(getattr(choice, name)) for choice in found)
+            least *= 1 if name == "bytes" else 1 + ROUNDED
+            nearest.append(_limit_in_words(name, least, budget.fixed_bytes))
+    raise RequestError(
+        "no choice of formats keeps the limits",
+        got=budget.scheme,
+        expected=" or ".join(nearest) or "limits that one choice can keep together",
+        next_step="raise the budget by what is missing",
+    )
+
+
+def likely(budget: Budget, model: Model, method: str) -> list[Decision]:
+    """Return decisions as they would be if every weight counted the same; reads no weights.
+
+    A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
+    """
+    choices = [
+        [
+            budget.timed(storage, Choice(format, bytes, size * 4.0 ** (-8 * bytes / size)))
+            for format in storage.formats
+            for bytes in [stored_bytes(storage, format)]
+        ]
+        for storage in budget.storages
+        for size in [sum(group.size for group in storage.groups)]
+    ]
+    best = chosen(choices, budget.limits, budget.prefer)
+    decisions = {
+        group.name: Decision(group, method, choice.format, "likely; build decides from the calibration text")
+        for storage, choice in zip(budget.storages, best, strict=True)
+        for group in storage.groups
+    }
+    return [decisions[group.name] for group in model.groups()]
 
 
 def decide_within(
     budget: Budget, job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
 ) -> list[Decision]:
-    """Return a decision for each matrix that together keep the model files within the budget."""
-    choices = _choices(budget.storages, job, model, method, statistics, progress)
+    """Return a decision for each matrix that together keep the limits."""
+    predicted = _choices(budget.storages, job, model, method, statistics, progress)
+    choices = [
+        [budget.timed(storage, choice) for choice in some]
+        for storage, some in zip(budget.storages, predicted, strict=True)
+    ]
     decisions = {}
-    chosen = allocate(choices, budget.file_bytes, budget.fixed_bytes)
-    for storage, choice in zip(budget.storages, chosen, strict=True):
+    for storage, choice in zip(budget.storages, chosen(choices, budget.limits, budget.prefer), strict=True):
         reason = f"predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
             share = choice.kl * group.size / sum(one.size for one in storage.groups)
             decisions[group.name] = Decision(group, method, choice.format, reason, share)
     return [decisions[group.name] for group in model.groups()]
+
+
+def chosen(choices: Sequence[Sequence[Choice]], limits: Limits, prefer: str) -> list[Choice]:
+    """Return the quickest choices within limits whose predicted KL is as close to the least as the preference says.
+
+    Raises:
+        RequestError: nothing keeps the limits.
+    """
+    best = allocate(choices, limits)
+    if best is None:
+        raise RequestError("no choice of formats keeps the limits", next_step="raise the budget")
+    most_kl = PREFERENCES[prefer] * sum(choice.kl for choice in best)
+    return allocate(choices, replace(limits, kl=most_kl), _answer_s) or best
+
+
+def _answer_s(choice: Choice) -> float:
+    return PROMPT_TOKENS * choice.prefill_s + ANSWER_TOKENS * choice.decode_s
 
 
 def foretell(

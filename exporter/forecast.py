@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exporter.calibrate.moments import STRIPES, Site
-from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS
+from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compressed import weights_digest
 from exporter.compress.method import load_method, relative_error
 from exporter.job import Job
@@ -32,13 +32,16 @@ OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5,
 PROBE_SHAPE = (1024, 512)
 
 
-def stage_seconds(model: Model, job: Job, decisions: list[Decision], file_bytes: int) -> dict[str, float]:
+def stage_seconds(
+    model: Model, job: Job, decisions: list[Decision], storages: list[Storage], file_bytes: int
+) -> dict[str, float]:
     """Return stage -> seconds of a build that finds nothing in the cache; reads no weights.
 
     Args:
         model: The source.
         job: What is asked for.
         decisions: One for each weight group.
+        storages: The formats whose cost is predicted.
         file_bytes: Size of the artifact.
     """
     flops_per_s = _flops_per_s()
@@ -50,7 +53,7 @@ def stage_seconds(model: Model, job: Job, decisions: list[Decision], file_bytes:
         "calibration text": _sampling(model, job, token / (SAMPLING_SHARE * flops_per_s)),
         # Forwards, forwards again and backwards.
         "statistics": calibration * (3 * token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
-        "allocate": _prediction(decisions, job, flops_per_s),
+        "allocate": _prediction(storages, job, flops_per_s),
         "compress and lower": VOCABULARY_SECONDS + _encoding(decisions, job, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
@@ -84,16 +87,16 @@ def _sampling(model: Model, job: Job, token_seconds: float) -> float:
     return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
 
-def _prediction(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
+def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
     """Return the seconds of encoding some rows to the nearest, and of each site's factor and its products."""
-    names = {decision.format.name: decision.format for decision in decisions}
+    names = {format.name: format for storage in storages for format in storage.formats}
     speeds = {name: _encode_nanoseconds("rtn", format, job) for name, format in names.items()}
     seconds = 0.0
-    for decision in decisions:
-        group = decision.group
-        rows = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
-        seconds += rows * group.columns * 1e-9 * speeds[decision.format.name]
-    sites = {decision.group.site: decision.group.columns for decision in decisions}
+    for storage in storages:
+        for group in storage.groups:
+            rows = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
+            seconds += sum(rows * group.columns * 1e-9 * speeds[format.name] for format in storage.formats)
+    sites = {group.site: group.columns for storage in storages for group in storage.groups}
     factors = sum(columns**3 for columns in sites.values())
     return seconds + (2 / 3 / FACTOR_SHARE + 2) * factors / flops_per_s
 

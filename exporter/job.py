@@ -35,6 +35,9 @@ class Job:
         threads: Threads that runtimes compute with on this machine.
         max_file_bytes: Most bytes of the model files; every matrix then gets the format that keeps behaviour best.
         bits: The same as an average of bits a weight, everything in the files counted.
+        min_decode_tokens_per_s: What the device is expected to generate at the least.
+        min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
+        prefer: `accuracy`, or `speed`: what matters more within those limits.
     """
 
     source: str
@@ -54,6 +57,9 @@ class Job:
     threads: int = 2
     max_file_bytes: int | None = None
     bits: float | None = None
+    min_decode_tokens_per_s: float | None = None
+    min_prefill_tokens_per_s: float | None = None
+    prefer: str = "accuracy"
 
     @property
     def effort_level(self) -> Effort:

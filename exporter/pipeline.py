@@ -4,11 +4,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exporter.budget import Budget, decide_within, feasible_budget, foretell
+from exporter.budget import Budget, decide_within, feasible_budget, foretell, likely
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows, file_windows
+from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
 from exporter.effort import effort
@@ -18,7 +19,7 @@ from exporter.job import Job, Progress, silent
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan import Plan, make_plan
+from exporter.plan import Plan, make_plan, with_decisions
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
 from exporter.stages import Stages
@@ -39,8 +40,19 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     """Say what `build` would do and need, and the seconds of each stage; reads no weights."""
     with open_model(job.source) as model:
         job = fitted(job, model)
-        planned = make_plan(model, job)
-        return planned, stage_seconds(model, job, planned.decisions, planned.file_bytes)
+        planned, budget = planned_within(job, model)
+        fixed = [Storage((decision.group,), (decision.format,)) for decision in planned.decisions]
+        storages = fixed if budget is None else budget.storages
+        return planned, stage_seconds(model, job, planned.decisions, storages, planned.file_bytes)
+
+
+def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
+    """Return the plan, and the budget that the job names; decisions within one are the likely ones."""
+    planned = make_plan(model, job)
+    budget = feasible_budget(job, model, planned.target, planned.device)
+    if budget is not None:
+        planned = with_decisions(planned, model, job, likely(budget, model, planned.method), budget.scheme)
+    return planned, budget
 
 
 def fitted(job: Job, model: Model) -> Job:
@@ -75,8 +87,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
             model = opened.enter_context(open_model(job.source))
         job = fitted(job, model)
         with stages.stage("plan"):
-            planned = make_plan(model, job)
-            budget = feasible_budget(job, model, planned.target)
+            planned, budget = planned_within(job, model)
         staging = opened.enter_context(staging_folder(output, planned.disk_bytes))
         return _build(job, model, planned, budget, staging, stages, progress)
 
@@ -95,10 +106,9 @@ def _build(
     with stages.stage("allocate"):
         if budget is None:
             decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
-            planned = replace(planned, decisions=decisions)
         else:
             decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
-            planned = replace(planned, decisions=decisions, type=f"at most {budget.file_bytes:,} bytes")
+        planned = replace(planned, decisions=decisions)
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(

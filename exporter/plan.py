@@ -1,6 +1,6 @@
 """What a job would do and need, said before a weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
@@ -56,22 +56,25 @@ def make_plan(model: Model, job: Job) -> Plan:
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
-    decisions = target.decide(model, kind, method)
+    planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, ())
+    return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+
+
+def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:
+    """Return the plan with other decisions and all that follows from them, under a name for their mix."""
+    target = planned.target
     file_bytes = target.estimated_file_bytes(model, decisions)
     peak = target.estimated_peak_bytes(model, decisions, job.context)
     quantity = Quantity(value=float(peak), unit="bytes", basis="estimated")
-    return Plan(
-        model_name=model.name,
-        device=device,
-        target=target,
-        type=kind,
-        method=method,
+    return replace(
+        planned,
+        type=type,
         decisions=decisions,
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
         build_peak_bytes=_build_peak(model, job, file_bytes, peak),
         disk_bytes=file_bytes + (64 << 20),
-        checks=tuple(check_fit(device, file_bytes, quantity, "estimated")),
+        checks=tuple(check_fit(planned.device, file_bytes, quantity, "estimated")),
     )
 
 

@@ -9,10 +9,11 @@ from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
+from exporter.device.speed import Throughput
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
-from exporter.weights.format import Float32
+from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.group import Decision, WeightGroup
 
 
@@ -47,6 +48,9 @@ class Target(Protocol):
 
     def storages(self, model: Model) -> list[Storage]:
         """Return what is stored in one format each, and the formats that it may have here."""
+
+    def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
+        """Return how quickly the runtime multiplies with a matrix; infinity where it does not for most tokens."""
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the most bytes that the model files take besides their matrices."""

@@ -39,6 +39,16 @@ MaxFileBytesOption = Annotated[
 BitsOption = Annotated[
     float | None, typer.Option("--bits", min=0.1, help="The same as bits a weight, everything in the files counted.")
 ]
+MinDecodeOption = Annotated[
+    float | None,
+    typer.Option("--min-decode", min=1e-3, help="Least tokens/s that the device is to generate (estimated)."),
+]
+MinPrefillOption = Annotated[
+    float | None, typer.Option("--min-prefill", min=1e-3, help="Least tokens/s of a prompt on the device (estimated).")
+]
+PreferOption = Annotated[
+    str, typer.Option("--prefer", help="accuracy, or speed: the quickest formats at no more than twice the least loss.")
+]
 EffortOption = Annotated[
     str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
 ]
@@ -64,6 +74,9 @@ def build(
     method: MethodOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
+    min_decode: MinDecodeOption = None,
+    min_prefill: MinPrefillOption = None,
+    prefer: PreferOption = "accuracy",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
@@ -79,7 +92,8 @@ def build(
 
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
-        max_file_bytes=max_file_bytes, bits=bits, effort=effort,
+        max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
@@ -95,6 +109,11 @@ def plan(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    max_file_bytes: MaxFileBytesOption = None,
+    bits: BitsOption = None,
+    min_decode: MinDecodeOption = None,
+    min_prefill: MinPrefillOption = None,
+    prefer: PreferOption = "accuracy",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
@@ -106,7 +125,11 @@ def plan(
     from exporter.job import Job
     from exporter.pipeline import plan as run_plan
 
-    job = Job(model, device, target, type, method, None, calibration, evaluation, context=context, effort=effort)
+    job = Job(
+        model, device, target, type, method, None, calibration, evaluation, context=context,
+        max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
+    )  # fmt: skip
     made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
     _fail_on(made.checks)

@@ -1,21 +1,23 @@
-"""Which format each matrix gets: the least predicted KL divergence within a number of bytes.
+"""What each format of each matrix costs, and the choice that costs least within limits.
 
 What a format costs in behaviour is predicted by the quadratic form of `exporter.calibrate.statistics` on some rows of
-each matrix, with the error that the method expects there and what the runtime's own rounding adds. One Lagrange
-multiplier over all matrices trades it against bytes (Shoham and Gersho 1988, section III); what bytes remain go to the
-upgrades that buy most for each of them.
+each matrix, with the error that the method expects there and what the runtime's own rounding adds. One format for each
+matrix under limits of bytes and seconds is a multiple-choice knapsack problem, which HiGHS solves by branch and cut
+(Huangfu and Hall 2018).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import highspy
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import Method
-from exporter.errors import RequestError
+from exporter.errors import ExporterError
 from exporter.model.model import Model
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.group import WeightGroup
@@ -23,9 +25,12 @@ from exporter.weights.group import WeightGroup
 Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 64
 SAMPLED_TABLE_ROWS = 1024
-BISECTIONS = 150
-# Nats a byte: so dear that the smallest formats win.
-HIGHEST_PRICE = 1e30
+# The choice is no further than this share from the best there is.
+GAP = 1e-4
+# Limits are kept with no tolerance, so the solver's own is taken off them.
+TOLERANCE = 1e-9
+# Formats that cost so many times the least possible total never pay, and would only spoil the solver's scales.
+DEAREST = 1e6
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,31 @@ class Storage:
 
 @dataclass(frozen=True)
 class Choice:
-    """A format for a storage: its bytes, and the KL divergence a token, in nats, that it is predicted to add."""
+    """A format for a storage and what it costs.
+
+    Attributes:
+        format: The format.
+        bytes: Bytes in the file.
+        kl: KL divergence a token, in nats, that it is predicted to add.
+        decode_s: Seconds that the device is expected to spend on it for each token that it generates.
+        prefill_s: The same for each token of a prompt.
+    """
 
     format: WeightFormat
     bytes: int
     kl: float
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that all choices together may cost; see `Choice`."""
+
+    bytes: float = math.inf
+    kl: float = math.inf
+    decode_s: float = math.inf
+    prefill_s: float = math.inf
 
 
 def predict(
@@ -67,7 +92,7 @@ def predict(
         parts = [_sampled(model, group, statistics) for group in storage.groups]
         found.append(
             [
-                Choice(format, _stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
+                Choice(format, stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
                 for format in storage.formats
             ]
         )
@@ -133,73 +158,90 @@ def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
     return part
 
 
-def smallest_bytes(storage: Storage) -> int:
-    """Return the bytes of a storage in its smallest format."""
-    return min(_stored_bytes(storage, format) for format in storage.formats)
-
-
-def _stored_bytes(storage: Storage, format: WeightFormat) -> int:
+def stored_bytes(storage: Storage, format: WeightFormat) -> int:
+    """Return the bytes of a storage in a format."""
     return sum(format.stored_bytes(group.rows, group.columns) for group in storage.groups)
 
 
-def require_enough(budget_bytes: int, smallest: int) -> None:
-    """Refuse a budget below the smallest choice.
-
-    Raises:
-        RequestError: it is; the smallest is named.
-    """
-    if smallest > budget_bytes:
-        raise RequestError(
-            "no choice of formats is so small",
-            got=f"{budget_bytes:,} bytes",
-            expected=f"at least {smallest:,}",
-            next_step="raise the budget by what is missing",
-        )
-
-
-def allocate(choices: Sequence[Sequence[Choice]], budget_bytes: int, fixed_bytes: int = 0) -> list[Choice]:
-    """Return one choice for each storage: the least sum of KL found within a budget of bytes.
+def allocate(
+    choices: Sequence[Sequence[Choice]], limits: Limits, cost: Callable[[Choice], float] = lambda choice: choice.kl
+) -> list[Choice] | None:
+    """Return one choice for each storage, of the least total cost within limits, or None where nothing is within them.
 
     Args:
         choices: What each storage may have.
-        budget_bytes: Most bytes in all.
-        fixed_bytes: Bytes of the budget that are spent already, on what is no matrix.
-
-    Raises:
-        RequestError: even the smallest choices take more.
+        limits: What all of them together may take.
+        cost: What is to be least: a non-negative number for a choice.
     """
-    require_enough(budget_bytes, fixed_bytes + sum(min(choice.bytes for choice in some) for some in choices))
-    budget_bytes -= fixed_bytes
-    low, high = 0.0, HIGHEST_PRICE
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5 if low else high / 10
-        if _bytes(_cheapest(choices, middle)) <= budget_bytes:
-            high = middle
-        else:
-            low = middle
-    return _filled_up(choices, _cheapest(choices, high), budget_bytes)
+    costs = [np.array([cost(choice) for choice in some]) for some in choices]
+    scale = sum(float(one.min()) for one in costs) or 1.0
+    allowed = [one <= max(DEAREST * scale, float(one.min())) for one in costs]
+    rows, bounds = [], []
+    for name, limit in vars(limits).items():
+        if math.isinf(limit):
+            continue
+        used = [np.array([float(getattr(choice, name)) for choice in some]) for some in choices]
+        left = limit - sum(float(one.min()) for one in used)
+        if left < 0:
+            return None
+        above = [one - one.min() for one in used]
+        allowed = [may & (one <= left) for may, one in zip(allowed, above, strict=True)]
+        rows.append(np.concatenate(above) / (left or 1.0))
+        bounds.append(1.0 - 2 * TOLERANCE)
+    if not all(may.any() for may in allowed):
+        return None
+    kept = np.concatenate(allowed)
+    found = _solve(
+        np.concatenate(costs)[kept] / scale,
+        np.array([row[kept] for row in rows]).reshape(len(rows), kept.sum()),
+        np.array(bounds),
+        [int(may.sum()) for may in allowed],
+    )
+    if found is None:
+        return None
+    offered = [
+        [one for one, may in zip(some, mask, strict=True) if may] for some, mask in zip(choices, allowed, strict=True)
+    ]
+    return [some[index] for some, index in zip(offered, found, strict=True)]
 
 
-def _cheapest(choices: Sequence[Sequence[Choice]], price: float) -> list[Choice]:
-    return [min(some, key=lambda choice: (choice.kl + price * choice.bytes, choice.bytes)) for some in choices]
+def _solve(costs: Float64, used: Float64, bounds: Float64, counts: list[int]) -> list[int] | None:
+    """Return the index of one choice of each storage; None where no choice keeps the bounds.
 
-
-def _filled_up(choices: Sequence[Sequence[Choice]], chosen: list[Choice], budget_bytes: int) -> list[Choice]:
-    """Spend what is left on the upgrades that buy most KL for each byte, one at a time."""
-    chosen = list(chosen)
-    while True:
-        left = budget_bytes - _bytes(chosen)
-        upgrades = [
-            ((now.kl - choice.kl) / max(choice.bytes - now.bytes, 1), index, choice)
-            for index, now in enumerate(chosen)
-            for choice in choices[index]
-            if choice.kl < now.kl and choice.bytes - now.bytes <= left
-        ]
-        if not upgrades:
-            return chosen
-        _, index, best = max(upgrades, key=lambda upgrade: upgrade[0])
-        chosen[index] = best
-
-
-def _bytes(chosen: Sequence[Choice]) -> int:
-    return sum(choice.bytes for choice in chosen)
+    Args:
+        costs: float64 [choices], one storage's after the other's.
+        used: float64 [bounds, choices].
+        bounds: The most that may be used, float64 [bounds].
+        counts: Choices of each storage.
+    """
+    total, owner = len(costs), np.repeat(np.arange(len(counts)), counts)
+    problem = highspy.HighsLp()
+    problem.num_col_, problem.num_row_ = total, len(bounds) + len(counts)
+    problem.col_cost_, problem.col_lower_, problem.col_upper_ = costs, np.zeros(total), np.ones(total)
+    problem.integrality_ = [highspy.HighsVarType.kInteger] * total
+    problem.row_lower_ = np.concatenate([np.full(len(bounds), -highspy.kHighsInf), np.ones(len(counts))])
+    problem.row_upper_ = np.concatenate([bounds, np.ones(len(counts))])
+    # Every choice uses something of every bound and is one of its storage's.
+    entries = len(bounds) + 1
+    matrix = problem.a_matrix_
+    matrix.format_ = highspy.MatrixFormat.kColwise
+    matrix.start_ = np.arange(0, entries * total + 1, entries)
+    matrix.index_ = np.column_stack([np.tile(np.arange(len(bounds)), (total, 1)), len(bounds) + owner]).ravel()
+    matrix.value_ = np.vstack([used, np.ones((1, total))]).T.ravel()
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.silent()
+    for option, value in {
+        "threads": 1, "mip_rel_gap": GAP, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": TOLERANCE,
+        "primal_feasibility_tolerance": TOLERANCE,
+    }.items():  # fmt: skip
+        solver.setOptionValue(option, value)
+    solver.passModel(problem)
+    solver.run()
+    status = solver.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return None
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise ExporterError("HiGHS found no choice of formats", got=solver.modelStatusToString(status))
+    taken = np.array(solver.getSolution().col_value)
+    ends = np.cumsum(counts)
+    return [int(taken[end - count : end].argmax()) for end, count in zip(ends, counts, strict=True)]

@@ -1,7 +1,9 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -15,15 +17,17 @@ from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
+from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.header import frequency_factors, rope, write_header
+from exporter.targets.gguf.kernels import ON_X86, throughput_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.vocabulary import copy_vocabulary
-from exporter.weights.format import Float32
+from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
 
@@ -46,9 +50,12 @@ class Gguf:
     default_method = "ldlq"
     most_rounding_kl = 0.1
 
+    def __init__(self, throughput: Mapping[str, Throughput] = ON_X86) -> None:
+        self._throughput = throughput
+
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target itself: llama.cpp chooses its kernels by the instruction set when it is compiled."""
-        return self
+        """Return the target with the speeds of the kernels that llama.cpp has for a device's instruction set."""
+        return type(self)(throughput_on(device))
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""
@@ -84,6 +91,11 @@ class Gguf:
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
         return [Storage((group,), formats(group)) for group in model.groups()]
+
+    def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
+        """Return the speed of a type's kernels; of a prompt only the last token goes through the head."""
+        known = self._throughput[format.name]
+        return replace(known, prefill=math.inf) if group.layer is None else known
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, and the most that their alignment takes."""

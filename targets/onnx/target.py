@@ -15,6 +15,7 @@ from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
+from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
@@ -31,7 +32,7 @@ from exporter.targets.onnx.graph import (
     put_matrix,
     put_table,
 )
-from exporter.targets.onnx.kernels import ALPHABET
+from exporter.targets.onnx.kernels import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.skeleton import build_skeleton
@@ -99,6 +100,10 @@ class Onnx:
             Storage(tuple(groups), tuple(format for format in alphabet if format.fits(groups[0].columns)))
             for groups in together.values()
         ]
+
+    def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
+        """Return the measured speed of `MatMulNBits` with a format."""
+        return THROUGHPUT[format.name.removesuffix("-f32")].times(INT4_B32)
 
     def fixed_bytes(self, model: Model) -> int:
         """Return vectors, rotary tables, the graph, and the most that alignment takes."""

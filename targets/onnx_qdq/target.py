@@ -12,6 +12,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten, equalised
+from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
@@ -21,7 +22,7 @@ from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.readback import QdqTables
 from exporter.weights.channel import ChannelFormat
-from exporter.weights.format import Float32
+from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.group import Decision, WeightGroup
 
 
@@ -86,6 +87,10 @@ class OnnxQdq(Onnx):
     def storages(self, model: Model) -> list[Storage]:
         """Return the matrices, each with the only format that they can have."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
+
+    def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
+        """Return the same for every matrix: there is one format."""
+        return Throughput()
 
     def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
         """Return the model with equalised channels."""

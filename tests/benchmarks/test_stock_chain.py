@@ -28,8 +28,9 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact, open_artifact
+from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
-from tests.benchmarks.measured import THREADS, WINDOW
+from tests.benchmarks.measured import THREADS, WINDOW, measured
 from tests.benchmarks.ours import Exporter
 from tests.commands import ROOT, printed
 from tests.reference import plain_texts, reference_model
@@ -44,7 +45,9 @@ CHUNKS = 60
 CHAIN_LIMITS = {"fast": 1.2, "balanced": 3.0}
 NOT_IN_THE_CHAIN = ("prove",)
 DECODE_AT_LEAST, PREFILL_AT_LEAST = 1.0, 0.9
+QUICK_PREFILL_AT_LEAST = 1.1
 PROMPT, DECODE, ROUNDS = 256, 32, 7
+EVALUATION_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,24 @@ def test_ours_is_no_slower_than_stock_of_the_same_size(
         if prefill < PREFILL_AT_LEAST or decode < DECODE_AT_LEAST:
             slower.append(name)
     assert not slower
+
+
+def test_preferring_speed_reads_a_prompt_faster_than_stock_and_loses_no_more(
+    model: Model, calibration: Windows, tmp_path: Path
+) -> None:
+    _, evaluation = plain_texts(tmp_path)
+    windows = file_windows(evaluation, load_tokenizer(model.folder), EVALUATION_WINDOWS, WINDOW)
+    original = Reference.of_original(model, windows.tokens)
+    importance = llama_opponents.importance(model, calibration.tokens)
+    floats = llama_opponents.floats(model, tmp_path / "floats")
+    stock = llama_opponents.quantised(floats, tmp_path / MIX, MIX, importance)
+    ours = Exporter(model, "gguf", calibration).made(stock.file_bytes, tmp_path / "ours", prefer="speed").artifact
+    rows = [measured(original, artifact, name, name) for artifact, name in ((ours, "quick"), (stock, MIX))]
+    own, opponent = speeds([ours, stock], calibration.tokens[0, :PROMPT].tolist())
+    prefill, decode = own.prefill / opponent.prefill, own.decode / opponent.decode
+    print(f"prefill {own.prefill:.0f} against {opponent.prefill:.0f}, ratio {prefill:.2f}; decode {decode:.2f}")
+    assert prefill >= QUICK_PREFILL_AT_LEAST
+    assert rows[0].kl_mean <= rows[1].kl_mean
 
 
 def stock_artifacts(model: Model, calibration: Windows, target: str, folder: Path) -> Iterator[tuple[str, Artifact]]:

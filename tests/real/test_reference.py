@@ -13,6 +13,7 @@ from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
+from exporter.device.profile import load_device
 from exporter.job import Job
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -99,7 +100,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
     job = Job(str(folder), "any", max_file_bytes=stock.file_bytes)
-    budget = feasible_budget(job, model, made)
+    budget = feasible_budget(job, model, made, load_device("raspberry-pi-5"))
     assert budget is not None
     decisions = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
     (tmp_path / "ours").mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from exporter import pipeline
+from exporter.compress.allocate import Choice, Storage
 from exporter.errors import RequestError
 from exporter.job import Job
 from exporter.model.sources import open_model
@@ -64,17 +65,64 @@ def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[...,
 
 
 def test_a_budget_that_nothing_fits_names_one_that_does(job: Callable[..., Job]) -> None:
-    with pytest.raises(RequestError, match="no choice of formats is so small") as refused:
-        pipeline.build(job(target="gguf", max_file_bytes=20_000))
-    least = int(re.search(r"at least ([\d,]+)", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
+    for start in (pipeline.build, pipeline.plan):
+        with pytest.raises(
+            RequestError, match=r"no choice of formats keeps the limits.* got at most 20,000 bytes"
+        ) as refused:
+            start(job(target="gguf", max_file_bytes=20_000))
+    least = int(re.search(r"expected at most ([\d,]+) bytes", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
     bundle = pipeline.build(job(target="gguf", max_file_bytes=least))
     assert bundle.report.size.file_bytes.value <= least
 
 
 def test_a_budget_and_a_type_contradict_each_other(job: Callable[..., Job]) -> None:
-    for changes in ({"type": "Q4_0", "bits": 4.0}, {"max_file_bytes": 1, "bits": 4.0}):
-        with pytest.raises(RequestError, match=r"--\S+ and --\S+ contradict each other"):
+    for changes in (
+        {"type": "Q4_0", "bits": 4.0}, {"max_file_bytes": 1, "bits": 4.0}, {"type": "Q4_0", "prefer": "speed"},
+        {"type": "Q4_0", "min_decode_tokens_per_s": 1.0},
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=r"--\S+ and --.+ contradict each other"):
             pipeline.build(job(target="gguf", **changes))
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_limits_of_time_are_kept_with_those_of_bytes_and_refused_where_they_cannot_be(
+    job: Callable[..., Job], target: str
+) -> None:
+    with open_model(job().source) as model:
+        most = load_target(target).fixed_bytes(model) + int(0.9 * model.architecture.parameters)
+        planned, budget = pipeline.planned_within(job(target=target, max_file_bytes=most), model)
+        assert budget is not None
+        free = [budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in planned.decisions]
+        rate = 1.3 / sum(choice.decode_s for choice in free)
+        quick, limited = pipeline.planned_within(
+            job(target=target, max_file_bytes=most, min_decode_tokens_per_s=rate), model
+        )
+        assert limited is not None and quick.file_bytes < planned.file_bytes
+        timed = [budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in quick.decisions]
+        assert sum(choice.decode_s for choice in timed) <= 1 / rate
+        assert re.fullmatch(r"at most [\d,]+ bytes, at least [\d,.]+ tokens/s decoded \(estimated\)", limited.scheme)
+        with pytest.raises(RequestError, match=r"got at most .*, expected at least \S+ tokens/s decoded") as refused:
+            pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=1e9), model)
+        named = float(re.search(r"expected at least (\S+) tokens/s", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
+        pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=0.999 * named), model)
+
+
+def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> None:
+    with open_model(job().source) as model:
+        most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.architecture.parameters)
+        seconds = {}
+        for prefer in ("accuracy", "speed"):
+            planned, budget = pipeline.planned_within(job(target="gguf", max_file_bytes=most, prefer=prefer), model)
+            assert budget is not None
+            timed = [
+                budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in planned.decisions
+            ]
+            seconds[prefer] = sum(512 * choice.prefill_s + 128 * choice.decode_s for choice in timed)
+        assert seconds["speed"] < seconds["accuracy"]
+        # Without a budget, the file may be as large as that of the default type.
+        assert pipeline.planned_within(job(target="gguf", prefer="speed"), model)[1] is not None
+    with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*speed"):
+        pipeline.plan(job(prefer="sped"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
