@@ -19,7 +19,7 @@ from exporter.weights.group import Decision
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI.
-HOST = Cpu(bytes_per_s=20e9, products_per_s=196e9)
+HOST = Cpu(bytes_per_s=45e9, products_per_s=196e9)
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ class Exporter:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         fixed = self._target.fixed_bytes(self._model)
         limits = Limits(bytes=max_file_bytes - fixed)
-        budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST)
+        stock = self._target.stock(self._model, max_file_bytes - fixed)
+        budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST, stock)
         choices = [
             [budget.timed(storage, choice) for choice in _allowed(storage, some, embedding)]
             for storage, some in zip(self._storages, self._choices, strict=True)
         ]
-        best = chosen(choices, limits, prefer)
+        best = chosen(budget, choices)
         decisions = {
             group.name: Decision(group, self._target.default_method, choice.format, "allocated")
             for storage, choice in zip(self._storages, best, strict=True)
