@@ -15,6 +15,7 @@ from exporter.model.families import EMBEDDING
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
+from exporter.weights.format import EncodedMatrix
 from exporter.weights.group import Decision
 
 SEED = 0
@@ -35,6 +36,18 @@ class Ours:
     predicted: float
 
 
+class _Remembered(CompressedModel):
+    """A compressed model that encodes no matrix twice in one format."""
+
+    encoded: dict[tuple[str, str], EncodedMatrix]
+
+    def encode(self, name: str) -> EncodedMatrix:
+        key = name, self.decisions[name].format.name
+        if key not in self.encoded:
+            self.encoded[key] = super().encode(name)
+        return self.encoded[key]
+
+
 class Exporter:
     """The exporter for one model, target and calibration text: what every format costs is found out once.
 
@@ -50,6 +63,7 @@ class Exporter:
         self._target = load_target(target)
         self._effort = effort(effort_name)
         self._statistics = collect(model, calibration, SEED, lambda done, total: None)
+        self._encoded: dict[tuple[str, str], EncodedMatrix] = {}
         self._storages = self._target.storages(model)
         method = load_method(self._target.default_method, self._effort)
         self._choices = predict(model, self._storages, method, self._statistics, lambda done, total: None)
@@ -72,7 +86,8 @@ class Exporter:
         }
         ordered = [decisions[group.name] for group in self._model.groups()]
         folder.mkdir()
-        compressed = CompressedModel(self._model, ordered, self._statistics, self._effort)
+        compressed = _Remembered(self._model, ordered, self._statistics, self._effort)
+        compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
         assert artifact.file_bytes <= max_file_bytes
         return Ours(artifact, sum(choice.kl for choice in best))
