@@ -21,7 +21,7 @@ from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
 from tests.models import VOCAB, tiny_model
 
-HIDDEN, INTERMEDIATE, LAYERS = 768, 2048, 6
+HIDDEN, INTERMEDIATE, LAYERS = 1024, 4096, 2
 PROMPT, DECODE, ROUNDS = 256, 32, 7
 BASELINE = "Q4_0"
 # Products with a matrix, of all matrices but the embedding, for each token.
