@@ -12,6 +12,7 @@ import numpy as np
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.weights.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
 from exporter.weights.layouts import LAYOUTS, Layout
+from exporter.weights.nested import NESTINGS, Nesting, Scales
 
 ROWS_AT_ONCE = 512
 
@@ -67,10 +68,14 @@ class _LevelGrid:
         blocks: Encoded blocks whose scales are to be kept, uint8 [rows, bytes of a block].
         scale: float32 [parts, rows], of each `layout.columns` columns.
         minimum: Likewise.
+        nesting: How the scales are nested, where they are.
     """
 
-    def __init__(self, layout: Layout, blocks: Bytes, scale: Float32, minimum: Float32) -> None:
+    def __init__(
+        self, layout: Layout, blocks: Bytes, scale: Float32, minimum: Float32, nesting: Nesting | None = None
+    ) -> None:
         self._layout = layout
+        self._nesting = nesting
         self._blocks = blocks
         self._scale = scale
         self._minimum = minimum
@@ -104,11 +109,11 @@ class _LevelGrid:
         return parts.reshape(codes.shape)
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_LevelGrid":
-        """Return the grid with the scales that suit the codes best; nested scales stay as they are."""
+        """Return the grid with the scales that suit the codes best."""
         layout = self._layout
-        if not layout.scales:
-            return self
         levels = layout.levels[codes]
+        if self._nesting is not None:
+            return self._refit_nested(self._nesting, levels, gram, aim)
         if layout.scales == 1:
             scale, minimum = fitted_scale(levels, gram, aim), self._minimum[0]
         else:
@@ -129,6 +134,12 @@ class _LevelGrid:
             np.where(better, new_scale, self._scale[0])[None],
             np.where(better, new_minimum, self._minimum[0])[None],
         )
+
+    def _refit_nested(self, nesting: Nesting, levels: Float32, gram: Float32, aim: Float32) -> "_LevelGrid":
+        scales = Scales.of(nesting, self._blocks, self._scale, self._minimum).refitted(nesting, levels, gram, aim)
+        blocks = self._blocks.copy()
+        scales.put(nesting, blocks)
+        return _LevelGrid(self._layout, blocks, scales.d * scales.scales, -scales.e * scales.minima, nesting)
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block, uint8 [rows, bytes of a block]."""
@@ -235,7 +246,7 @@ class GgmlFormat:
         # What two codes decode to tells scale and minimum of every part, however they are stored.
         low, high = (self._decoded_everywhere(layout, blocks, code) for code in (0, len(layout.levels) - 1))
         scale = (high - low) / (layout.levels[-1] - layout.levels[0])
-        return _LevelGrid(layout, blocks, scale, low - layout.levels[0] * scale)
+        return _LevelGrid(layout, blocks, scale, low - layout.levels[0] * scale, NESTINGS.get(self.name))
 
     def _decoded_everywhere(self, layout: Layout, blocks: Bytes, code: int) -> Float32:
         """Return what one code decodes to in each part of each block, float32 [parts, rows]."""

@@ -54,6 +54,16 @@ class Exporter:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         choices = [_allowed(*pair, embedding) for pair in zip(self._storages, self._choices, strict=True)]
         chosen = allocate(choices, max_file_bytes, self._target.fixed_bytes(self._model))
+        made = self._lowered(chosen, folder)
+        assert made.artifact.file_bytes <= max_file_bytes
+        return made
+
+    def alike(self, name: str, embedding: str, folder: Path) -> Ours:
+        """Make an artifact whose embedding has one format and all other matrices another."""
+        every = [_allowed(*pair, embedding, name) for pair in zip(self._storages, self._choices, strict=True)]
+        return self._lowered([choice for (choice,) in every], folder)
+
+    def _lowered(self, chosen: list[Choice], folder: Path) -> Ours:
         decisions = {
             group.name: Decision(group, self._target.default_method, choice.format, "allocated")
             for storage, choice in zip(self._storages, chosen, strict=True)
@@ -63,11 +73,10 @@ class Exporter:
         folder.mkdir()
         compressed = CompressedModel(self._model, ordered, self._statistics, self._effort)
         artifact = self._target.lower(compressed, "allocated", folder)
-        assert artifact.file_bytes <= max_file_bytes
         return Ours(artifact, sum(choice.kl for choice in chosen))
 
 
-def _allowed(storage: Storage, choices: list[Choice], embedding: str | None) -> list[Choice]:
-    if embedding is None or all(group.name != EMBEDDING for group in storage.groups):
-        return choices
-    return [choice for choice in choices if choice.format.name == embedding]
+def _allowed(storage: Storage, choices: list[Choice], embedding: str | None, rest: str | None = None) -> list[Choice]:
+    """Return the choices left where the embedding, or every other matrix, must have the format of that name."""
+    name = embedding if any(group.name == EMBEDDING for group in storage.groups) else rest
+    return [choice for choice in choices if name in (None, choice.format.name)]
