@@ -1,16 +1,20 @@
 """Blocks of 256 whose parts have scales of their own: small whole numbers times a float16 of the whole block.
 
 In a row's block, part p with codes L_p decodes to d S_p L_p - e M_p: S and M are the whole numbers, d and e the
-float16 numbers; types without minima lack the second term. Refitting moves S and M of one part at a time to the best
-whole numbers while all else stays, then d and e to their least squares.
+float16 numbers; types without minima lack the second term. d and e begin as ggml chooses them for the block. When
+error feedback reaches a part, S and M are chosen for the values that it has brought there. Descent moves S and M of one
+part at a time to the best whole numbers while all else stays, then d and e to their least squares.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.weights.format import Bytes, Float32, squared_error
+from exporter.weights.layouts import Layout
+from exporter.weights.levels import LevelGrid
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,30 @@ class Scales:
         e = np.zeros_like(d) if nesting.e is None else _float16(blocks, nesting.e)
         return cls(d, e, _whole(scale, d), _whole(-minimum, e))
 
+    def fitted_part(
+        self, nesting: Nesting, part: int, levels: Float32, values: Float32, importance: Float32
+    ) -> "Scales":
+        """Return scales with those of one part by least squares; see `NestedGrid.reached` for the arguments."""
+        weights = importance[:, None] / importance.sum()
+        minimum = np.zeros_like(self.e)
+        if nesting.e is None:
+            scale = _ratio((weights * levels * values).sum(axis=0), (weights * levels**2).sum(axis=0))
+            numbers = self._nearest(nesting, scale)
+        else:
+            middle, mean = (weights * levels).sum(axis=0), (weights * values).sum(axis=0)
+            away = levels - middle
+            scale = _ratio((weights * away * values).sum(axis=0), (weights * away**2).sum(axis=0))
+            numbers = self._nearest(nesting, scale)
+            minimum = np.clip(np.rint(_ratio(numbers * self.d * middle - mean, self.e)), 0, nesting.highest)
+        scales, minima = self.scales.copy(), self.minima.copy()
+        scales[part], minima[part] = numbers, minimum
+        return replace(self, scales=scales, minima=minima)
+
+    def _nearest(self, nesting: Nesting, scale: Float32) -> Float32:
+        """Return the whole numbers, float32 [rows], that come closest to scales."""
+        numbers: Float32 = np.clip(np.rint(_ratio(scale, self.d)), nesting.lowest, nesting.highest)
+        return numbers
+
     def refitted(self, nesting: Nesting, levels: Float32, gram: Float32, aim: Float32) -> "Scales":
         """Return scales that suit the levels of the codes, float32 [256, rows], better; see `Grid.refit`."""
         parts = levels.reshape(len(self.scales), -1, levels.shape[1])
@@ -154,11 +182,19 @@ class Scales:
             e = np.where(solvable, _ratio(mixed * along - square * down, determinant), self.e)
         with np.errstate(over="ignore"):
             d, e = (number.astype(np.float16).astype(np.float32) for number in (d, e))
-        other = Scales(d, e, self.scales, self.minima)
         usable = np.isfinite(d) & np.isfinite(e)
+        other = self.where(usable, replace(self, d=d, e=e))
         before, after = (squared_error(one.decode(parts).reshape(flat), gram, aim) for one in (self, other))
-        better = usable & (after < before)
-        return Scales(np.where(better, d, self.d), np.where(better, e, self.e), self.scales, self.minima)
+        return self.where(after < before, other)
+
+    def where(self, better: NDArray[np.bool_], other: "Scales") -> "Scales":
+        """Return the other scales in the rows where they are better, bool [rows]."""
+        return Scales(
+            np.where(better, other.d, self.d),
+            np.where(better, other.e, self.e),
+            np.where(better, other.scales, self.scales),
+            np.where(better, other.minima, self.minima),
+        )
 
     def decode(self, parts: Float32) -> Float32:
         """Return weights from the levels of the codes, both float32 [parts, columns of a part, rows]."""
@@ -171,6 +207,56 @@ class Scales:
         for first, number in ((nesting.d, self.d), (nesting.e, self.e)):
             if first is not None:
                 blocks[:, first : first + 2] = number.astype(np.float16)[:, None].view(np.uint8)
+
+
+class NestedGrid(LevelGrid):
+    """The codes of one block of 256 column by column; scales can still be chosen when a part is reached.
+
+    Args:
+        layout: Of the format.
+        blocks: Encoded blocks, uint8 [rows, bytes of a block].
+        nesting: Of the format.
+        scales: Of the blocks.
+    """
+
+    def __init__(self, layout: Layout, blocks: Bytes, nesting: Nesting, scales: Scales) -> None:
+        super().__init__(layout, blocks, scales.d * scales.scales, -scales.e * scales.minima)
+        self._nesting = nesting
+        self._scales = scales
+
+    @property
+    def part_columns(self) -> int:
+        """Columns that share a scale and a minimum."""
+        return self._layout.columns
+
+    def reached(self, column: int, values: Float32, importance: Float32) -> "NestedGrid":
+        """Return the grid with the scales that suit the values of a part, those of other parts as they are.
+
+        Args:
+            column: The part's first.
+            values: float32 [columns of the part, rows].
+            importance: What an error in each of its columns costs, float32 [columns of the part].
+        """
+        codes, rounded = self.round(column, values)
+        part = column // self._layout.columns
+        scales = self._scales.fitted_part(self._nesting, part, self._layout.levels[codes], values, importance)
+        other = self._with(scales)
+        after = importance @ (other.round(column, values)[1] - values) ** 2
+        better = after < importance @ (rounded - values) ** 2
+        return self._with(self._scales.where(better, scales))
+
+    def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "NestedGrid":
+        """Return the grid with scales that suit the codes better."""
+        return self._with(self._scales.refitted(self._nesting, self._layout.levels[codes], gram, aim))
+
+    def pack(self, codes: Bytes) -> Bytes:
+        """Return the encoded block, uint8 [rows, bytes of a block]."""
+        blocks = super().pack(codes)
+        self._scales.put(self._nesting, blocks)
+        return blocks
+
+    def _with(self, scales: Scales) -> "NestedGrid":
+        return NestedGrid(self._layout, self._blocks, self._nesting, scales)
 
 
 def _float16(blocks: Bytes, first: int) -> Float32:
