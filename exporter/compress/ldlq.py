@@ -20,7 +20,7 @@ from exporter.calibrate.moments import Site
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import RoundToNearest
 from exporter.effort import Effort
-from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
+from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, PartedGrid, WeightFormat
 
 DAMPING = 0.01
 SWEEPS = 2
@@ -169,11 +169,18 @@ def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, 
     """Round the columns of one block in order; fill in their errors / U_jj, float32 [columns, rows]."""
     codes = np.empty(columns.shape, np.uint8)
     feedback = np.ascontiguousarray(factor.T)
-    for column in range(len(columns)):
-        values = columns[column] - feedback[column, :column] @ errors[:column]
-        codes[column], rounded = grid.round(column, values)
-        np.subtract(values, rounded, out=errors[column])
-        errors[column] /= factor[column, column]
+    size = grid.part_columns if isinstance(grid, PartedGrid) else len(columns)
+    for start in range(0, len(columns), size):
+        part = slice(start, start + size)
+        left = columns[part] - feedback[part, :start] @ errors[:start]
+        if isinstance(grid, PartedGrid):
+            # What an error costs after the later columns have made up for it as well as they can.
+            grid = grid.reached(start, left, factor.diagonal()[part] ** -2)
+        for column in range(start, min(start + size, len(columns))):
+            values = left[column - start] - feedback[column, start:column] @ errors[start:column]
+            codes[column], rounded = grid.round(column, values)
+            np.subtract(values, rounded, out=errors[column])
+            errors[column] /= factor[column, column]
     return _Block(block, grid, codes)
 
 

@@ -78,7 +78,16 @@ class Exporter:
             [budget.timed(storage, choice) for choice in _allowed(storage, some, embedding)]
             for storage, some in zip(self._storages, self._choices, strict=True)
         ]
-        best = chosen(budget, choices)
+        made = self._lowered(chosen(budget, choices), folder)
+        assert made.artifact.file_bytes <= max_file_bytes
+        return made
+
+    def alike(self, name: str, embedding: str, folder: Path) -> Ours:
+        """Make an artifact whose embedding has one format and all other matrices another."""
+        every = [_allowed(*pair, embedding, name) for pair in zip(self._storages, self._choices, strict=True)]
+        return self._lowered([choice for (choice,) in every], folder)
+
+    def _lowered(self, best: list[Choice], folder: Path) -> Ours:
         decisions = {
             group.name: Decision(group, self._target.default_method, choice.format, "allocated")
             for storage, choice in zip(self._storages, best, strict=True)
@@ -89,11 +98,10 @@ class Exporter:
         compressed = _Remembered(self._model, ordered, self._statistics, self._effort)
         compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
-        assert artifact.file_bytes <= max_file_bytes
         return Ours(artifact, sum(choice.kl for choice in best))
 
 
-def _allowed(storage: Storage, choices: list[Choice], embedding: str | None) -> list[Choice]:
-    if embedding is None or all(group.name != EMBEDDING for group in storage.groups):
-        return choices
-    return [choice for choice in choices if choice.format.name == embedding]
+def _allowed(storage: Storage, choices: list[Choice], embedding: str | None, rest: str | None = None) -> list[Choice]:
+    """Return the choices left where the embedding, or every other matrix, must have the format of that name."""
+    name = embedding if any(group.name == EMBEDDING for group in storage.groups) else rest
+    return [choice for choice in choices if name in (None, choice.format.name)]

@@ -8,9 +8,10 @@ import pytest
 from exporter.calibrate.moments import Site
 from exporter.compress.ldlq import Ldlq, damped, feedback_factor
 from exporter.compress.rtn import RoundToNearest
-from exporter.weights.format import WeightFormat
+from exporter.weights.format import PartedGrid, WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.matmulnbits import matmulnbits_format
+from exporter.weights.nested import NestedGrid
 
 FEEDBACK, DESCENT, RTN = Ldlq(sweeps=0), Ldlq(sweeps=2), RoundToNearest()
 EVERY = np.ones(256, np.float32)
@@ -43,12 +44,17 @@ def naive(weight: np.ndarray, format: WeightFormat, second_moment: np.ndarray, d
     h += np.eye(len(h)) * damping * h.trace() / len(h)
     left, out = weight.astype(np.float64), np.zeros_like(weight)
     size = format.block_columns
+    # What is left of a column's variance when all later ones are known.
+    rest = np.linalg.cholesky(h[::-1, ::-1]).diagonal()[::-1] ** 2
     for start in range(0, len(h), size):
         importance = np.ascontiguousarray(h.diagonal()[start : start + size], np.float32)
         block = np.ascontiguousarray(left[:, start : start + size], np.float32)
         grid = format.grid(block, importance)
         steps = [(start, start + size)] if grid is None else [(c, c + 1) for c in range(start, start + size)]
         for first, last in steps:
+            if isinstance(grid, PartedGrid) and (first - start) % grid.part_columns == 0:
+                part = slice(first, first + grid.part_columns)
+                grid = grid.reached(first - start, left[:, part].T.astype("f4"), rest[part].astype("f4"))
             if grid is None:
                 done = format.decode_rows(format.encode_rows(block, importance), size)
             else:
@@ -101,6 +107,32 @@ def test_descent_never_loses_and_ends_where_no_single_code_can_be_bettered(name:
                 if name in NESTED and not np.isclose(value, end[row, column]):
                     continue  # parts of a nested block have scales of their own
                 assert error((other - weight[row])[None], fine.astype(np.float64))[0] >= losses[2][row] * 0.999
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_no_single_scale_of_a_part_betters_refitted_ones(name: str) -> None:
+    format = ggml_format(name)
+    weight, moment = problem(9, rows=6, columns=256)
+    grid = format.grid(weight, None)
+    assert isinstance(grid, NestedGrid)
+    codes = np.stack([grid.round(column, weight[:, column].copy())[0] for column in range(256)])
+    aim = moment @ weight.T
+    losses = [error(grid.decode(codes).T - weight, moment)]
+    for _ in range(12):
+        grid = grid.refit(codes, moment, aim)
+        losses.append(error(grid.decode(codes).T - weight, moment))
+        assert (losses[-1] <= losses[-2] * 1.001).all()
+    assert losses[-1].sum() < 0.99 * losses[0].sum()
+    size = grid.part_columns
+    for row in range(len(weight)):
+        decoded = grid.decode(codes)[:, row].astype(np.float64)
+        for part in range(0, 256, size):
+            for step in (-1, 1):
+                other = decoded.copy()
+                other[part : part + size] += (
+                    step * float(grid._scales.d[row]) * grid._layout.levels[codes][part : part + size, row]
+                )
+                assert error((other - weight[row])[None], moment)[0] >= losses[-1][row] * 0.98
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "int4-b32", "int4-b16-asymmetric"])
