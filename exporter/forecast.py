@@ -95,7 +95,7 @@ def _prediction(decisions: list[Decision], job: Job, flops_per_s: float) -> floa
         seconds += rows * group.columns * 1e-9 * speeds[decision.format.name]
     sites = {decision.group.site: decision.group.columns for decision in decisions}
     factors = sum(columns**3 for columns in sites.values())
-    return seconds + (2 / 3 / FACTOR_SHARE + 2) * factors / flops_per_s
+    return seconds + (2 / 3 / FACTOR_SHARE + 2 / 3) * factors / flops_per_s
 
 
 def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
