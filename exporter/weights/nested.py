@@ -152,7 +152,7 @@ class Scales:
             solvable = determinant > 1e-6 * square * ones
             step = np.where(solvable, _ratio(mixed * down - ones * along, determinant), 0)
         moved = np.clip(np.rint(scales[part] + _ratio(step, self.d)), nesting.lowest, nesting.highest)
-        change = levels * ((moved - scales[part]) * self.d)
+        change: Float32 = levels * ((moved - scales[part]) * self.d)
         other = minima[part]
         if nesting.e is not None:
             rest = -((moved - scales[part]) * self.d * mixed + down) / ones

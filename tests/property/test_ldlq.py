@@ -86,6 +86,35 @@ def test_block_feedback_equals_the_naive_reference() -> None:
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
+def test_feedback_from_panel_to_panel_equals_the_naive_reference() -> None:
+    weight, moment = problem(8, columns=320)
+    format = named("int4-b32")
+    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment, 0.01)
+    errors = [error(one - weight, moment).sum() for one in (ours, reference)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "IQ3_XXS"])
+def test_what_errors_cost_equals_the_whole_product(name: str) -> None:
+    weight, moment = problem(9, rows=8, columns=1280)
+    format = named(name)
+    _, held = problem(10, columns=1280)
+    sensitivities = np.random.default_rng(0).random(1280, np.float32)
+    site = replace(seen(moment), held=held, share=0.25)
+    found = FEEDBACK.expected_error(weight, format, site, sensitivities)
+    factor = feedback_factor(damped(moment, 0.01)).astype(np.float64)
+    size = 256 if name == "IQ3_XXS" else 1
+    inverses = np.zeros_like(factor)
+    for start in range(0, 1280, size):
+        block = slice(start, start + size)
+        inverses[block, block] = np.linalg.inv(factor[block, block])
+    spread = inverses @ factor
+    rounded = format.decode_rows(format.encode_rows(weight, np.ascontiguousarray(moment.diagonal())), 1280)
+    squares = (rounded.astype(np.float64) - weight) ** 2
+    np.testing.assert_allclose(found.outputs, squares @ (spread @ held @ spread.T).diagonal(), rtol=1e-3)
+    np.testing.assert_allclose(found.lookups, squares @ (spread**2 @ sensitivities), rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", [*SCALED, *NESTED, "int8-b64"])
 def test_descent_never_loses_and_ends_where_no_single_code_can_be_bettered(name: str) -> None:
     format = named(name)
@@ -162,10 +191,11 @@ def test_scales_of_an_empty_block_stay_usable() -> None:
         np.testing.assert_array_equal(DESCENT.encode(weight, named(name), seen(moment)).planned, 0)
 
 
-def test_factor_is_the_cholesky_factor_of_the_damped_inverse() -> None:
-    _, moment = problem(3)
+@pytest.mark.parametrize("columns", [1, 64, 201, 512])
+def test_factor_is_the_cholesky_factor_of_the_damped_inverse(columns: int) -> None:
+    _, moment = problem(3, columns=columns)
     factor = feedback_factor(damped(moment, 0.01)).astype(np.float64)
-    expected = np.linalg.inv(moment + np.eye(64) * 0.01 * moment.trace() / 64)
+    expected = np.linalg.inv(moment + np.eye(columns) * 0.01 * moment.trace() / columns)
     np.testing.assert_allclose(factor.T @ factor, expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(np.tril(factor, -1), 0)
 

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         perplexity(trained_qwen3(folder / name, text, steps), held_out, windows=4)
         for name, steps in (("untrained", 0), ("qwen3", STEPS))
     )
-    assert trained < 0.35 * untrained
+    assert trained < 0.4 * untrained
     return folder
 
 
