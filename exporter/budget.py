@@ -15,7 +15,7 @@ from exporter.model.model import Model
 from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
-PREFERENCES = ("accuracy", "speed")
+PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
@@ -34,7 +34,7 @@ class Budget:
         limits: The most that all matrices together may take; see `exporter.compress.allocate.Choice`.
         fixed_bytes: Bytes of the model files that are no matrix.
         storages: What formats are chosen for.
-        prefer: `accuracy` or `speed`.
+        prefer: `balanced`, `accuracy` or `speed`; see `chosen`.
         target: Knows how quick its kernels are.
         cpu: The device's.
         stock: What the stock tool makes of no more bytes; empty where it makes nothing so small.
@@ -57,7 +57,7 @@ class Budget:
     def scheme(self) -> str:
         """The limits in words."""
         words = [_limit_in_words(name, limit, self.fixed_bytes) for name, limit in _set(self.limits).items()]
-        return ", ".join([*words, *(["quick rather than accurate"] if self.prefer == "speed" else [])])
+        return ", ".join([*words, *([] if self.prefer == "balanced" else [f"{self.prefer} preferred"])])
 
     @cached_property
     def swift(self) -> Limits:
@@ -116,7 +116,7 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     }
     seconds = {name: 1 / rate for name, rate in times.items() if rate is not None}
     if most is None and not seconds:
-        if job.prefer == "accuracy":
+        if job.prefer == "balanced":
             return None
         most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
     fixed = target.fixed_bytes(model)
@@ -134,7 +134,7 @@ def _require_no_contradiction(job: Job) -> None:
         "--bits": job.bits is not None,
         "--min-decode": job.min_decode_tokens_per_s is not None,
         "--min-prefill": job.min_prefill_tokens_per_s is not None,
-        "--prefer speed": job.prefer == "speed",
+        f"--prefer {job.prefer}": job.prefer != "balanced",
     }
     named = [option for option, given in options.items() if given]
     if len(named) > 1 and ("--type" in named or {"--max-file-bytes", "--bits"} <= set(named)):
@@ -211,17 +211,19 @@ def decide_within(
 
 
 def chosen(budget: Budget, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
-    """Return the choices of least predicted KL within limits, or quick ones that cost little more.
+    """Return the choices that suit the preference best within the limits.
 
-    None is expected to be slower than what the stock tool makes of as many bytes, where such a choice exists.
+    `accuracy` takes the least predicted KL. `balanced` does so among choices that are not expected to be slower than
+    what the stock tool makes of as many bytes, where there are any. `speed` takes the quickest that cost little more.
 
     Raises:
         RequestError: nothing keeps the limits.
     """
-    best = allocate(choices, budget.swift) or allocate(choices, budget.limits)
+    balanced = None if budget.prefer == "accuracy" else allocate(choices, budget.swift)
+    best = balanced or allocate(choices, budget.limits)
     if best is None:
         raise RequestError("no choice of formats keeps the limits", next_step="raise the budget")
-    if budget.prefer == "accuracy":
+    if budget.prefer != "speed":
         return best
     most_kl = SPEED_KL * sum(choice.kl for choice in best)
     return allocate(choices, replace(budget.limits, kl=most_kl), _answer_s) or best

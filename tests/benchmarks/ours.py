@@ -68,7 +68,7 @@ class Exporter:
         method = load_method(self._target.default_method, self._effort)
         self._choices = predict(model, self._storages, method, self._statistics, lambda done, total: None)
 
-    def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "accuracy") -> Ours:
+    def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         fixed = self._target.fixed_bytes(self._model)
         limits = Limits(bytes=max_file_bytes - fixed)

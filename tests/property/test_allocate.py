@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.budget import SPEED_KL, Budget, chosen
+from exporter.budget import PREFERENCES, SPEED_KL, Budget, chosen
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
 from exporter.device.speed import Cpu
 from exporter.targets.target import load_target
@@ -106,9 +106,10 @@ def test_speed_costs_no_more_kl_than_it_may_and_none_is_slower_than_stock(seed: 
     choices = problem(seed, 12, 5)
     limits = Limits(bytes=between(choices, "bytes", 0.5))
     swift = replace(limits, decode_s=between(choices, "decode_s", share))
-    accurate, quick = (chosen(budget(limits, prefer, swift), choices) for prefer in ("accuracy", "speed"))
-    assert all(within(some, limits) for some in (accurate, quick))
-    assert total(quick, "kl") <= SPEED_KL * total(accurate, "kl")
-    assert within(accurate, swift) or allocate(choices, swift) is None
-    seconds = [512 * total(some, "prefill_s") + 128 * total(some, "decode_s") for some in (accurate, quick)]
+    balanced, accurate, quick = (chosen(budget(limits, prefer, swift), choices) for prefer in PREFERENCES)
+    assert all(within(some, limits) for some in (balanced, accurate, quick))
+    assert accurate == allocate(choices, limits)
+    assert total(quick, "kl") <= SPEED_KL * total(balanced, "kl")
+    assert within(balanced, swift) or allocate(choices, swift) is None
+    seconds = [512 * total(some, "prefill_s") + 128 * total(some, "decode_s") for some in (balanced, quick)]
     assert seconds[1] <= seconds[0] * (1 + GAP)
