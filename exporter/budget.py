@@ -19,7 +19,9 @@ PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
-LEAST_DECODE, LEAST_PREFILL = 0.98, 0.95
+LEAST_DECODE, LEAST_PREFILL = 1.0, 0.95
+# What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
+SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.
 ROUNDED = 1e-3
 # An answer as llama-bench's default tests have it: what a choice that prefers speed makes shortest.
@@ -121,7 +123,7 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
         most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
     fixed = target.fixed_bytes(model)
     limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
-    stock = [] if most is None else target.stock(model, most - fixed)
+    stock = [] if most is None else target.stock(model, int(SAME_SIZE * (most - fixed)))
     budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device), stock)
     _require_feasible(budget)
     return budget
