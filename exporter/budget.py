@@ -19,7 +19,7 @@ PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
-LEAST_DECODE, LEAST_PREFILL = 1.0, 0.95
+LEAST_DECODE, LEAST_PREFILL = 1.03, 0.95
 # What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
 SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.

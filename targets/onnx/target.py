@@ -48,8 +48,8 @@ FLOAT = "F32"
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
-# Of onnxruntime-genai's builder, from the largest.
-STOCK = ("int8-b32-f32", "int4-b32-f32")
+# What onnxruntime-genai's builder makes of the head, and an embedding tied to it, and of the rest, from the largest.
+STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
 
 
 class Onnx:
@@ -105,10 +105,13 @@ class Onnx:
         ]
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
-        """Return what onnxruntime-genai's builder makes by default, or with 8 bits where those fit."""
-        for name in STOCK:
-            format = matmulnbits_format(name)
-            decisions = [Decision(group, "rtn", format, "as the builder makes it") for group in model.groups()]
+        """Return what the builder makes by default, or with 8 bits for the head or for all where they fit."""
+        for head, rest in STOCK:
+            decisions = [
+                Decision(group, "rtn", matmulnbits_format(name), "as the builder makes it")
+                for group in model.groups()
+                for name in [head if "head" in group.uses else rest]
+            ]
             if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
                 return decisions
         return []
