@@ -1,6 +1,6 @@
 """What a target is, what it makes, and how it is found by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -10,10 +10,11 @@ from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
+from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
-from exporter.weights.format import Float32, WeightFormat
+from exporter.weights.format import Float32, LowRank, WeightFormat
 from exporter.weights.group import Decision, WeightGroup
 
 
@@ -26,12 +27,14 @@ class Target(Protocol):
         default_method: What `--method` is by default.
         most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
             from its own weights by more than rounding, and is refused.
+        factor_formats: Bits of a weight of low-rank factors -> what they are stored in; empty where they cannot be.
     """
 
     name: str
     default_type: str
     default_method: str
     most_rounding_kl: float
+    factor_formats: Mapping[int, WeightFormat]
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with what it decides by the device's instruction set."""
@@ -85,3 +88,19 @@ def load_target(name: str) -> Target:
     """
     target: Target = load("exporter.targets.{}.target", name, target_names(), "target").TARGET
     return target
+
+
+def low_rank(target: Target, rank: int, bits: int) -> LowRank:
+    """Return factors of a rank and of so many bits as a target stores them.
+
+    Raises:
+        RequestError: the target stores none of so many bits.
+    """
+    formats = target.factor_formats
+    if bits not in formats:
+        raise RequestError(
+            f"the target {target.name} carries no low-rank factors of {bits} bits",
+            expected=", ".join(map(str, formats)) + " bits" if formats else "none: it has a place for matrices only",
+            next_step="choose other bits" if formats else "choose another target",
+        )
+    return LowRank(rank, formats[bits])

@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from pathlib import Path
 from statistics import median
 
 import llama_cpp
@@ -14,14 +15,15 @@ from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
+ADAPTER_FILE = "adapter.gguf"
 UBATCH = 512
 
 
 class LlamaCpp:
-    """A GGUF file loaded by llama.cpp.
+    """A GGUF file loaded by llama.cpp, and an adapter where the artifact has one.
 
     Args:
-        artifact: The GGUF file.
+        artifact: The GGUF file; one named `adapter.gguf` beside it is applied at full strength.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Keep keys and values in float32 (llama.cpp's default is float16).
@@ -32,7 +34,7 @@ class LlamaCpp:
     serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
-        (path,) = artifact.weights
+        (path,) = (file for file in artifact.weights if file.name != ADAPTER_FILE)
         self._before = resident_bytes()
         started = time.perf_counter()
         self._log = llama_cpp.llama_log_callback(lambda level, text, _: print(text.decode(errors="replace"), end=""))
@@ -47,6 +49,9 @@ class LlamaCpp:
         )
         if not self._context:
             raise InputError(f"llama.cpp cannot make a context of {context} tokens", where=path)
+        for file in artifact.weights:
+            if file.name == ADAPTER_FILE:
+                self._apply(file)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
@@ -54,6 +59,16 @@ class LlamaCpp:
         self._load_s = time.perf_counter() - started
         self._sampled: list[list[int]] = []
         self._position = 0
+
+    def _apply(self, adapter: Path) -> None:
+        """Let the context add an adapter's products to those of the matrices that it names."""
+        loaded = llama_cpp.llama_adapter_lora_init(self._model, str(adapter).encode())
+        if not loaded:
+            raise InputError("llama.cpp cannot load the adapter", where=adapter)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
+        status = llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+        if status:
+            raise InputError("llama.cpp cannot apply the adapter", where=adapter, got=f"status {status}", expected=0)
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
