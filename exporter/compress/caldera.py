@@ -7,10 +7,11 @@ that changes nothing.
 """
 
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.compress.ldlq import DAMPING, damped
@@ -22,7 +23,7 @@ from exporter.compress.lowrank import (
     regression,
     weighted_error,
 )
-from exporter.compress.method import Method
+from exporter.compress.method import ExpectedError, Method
 from exporter.weights.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
 
 Part = Literal["Q", "LR"]
@@ -49,6 +50,9 @@ class Turns:
     downdate: bool = False
 
 
+TURNS = Turns()
+
+
 def encode_with_factors(
     weight: Float32,
     format: WeightFormat,
@@ -56,7 +60,7 @@ def encode_with_factors(
     site: Site,
     outputs: Float32,
     method: Method,
-    turns: Turns = Turns(),
+    turns: Turns = TURNS,
 ) -> EncodedMatrix:
     """Encode one matrix and its factors; of all iterates the best is kept.
 
@@ -127,6 +131,11 @@ class _Problem:
                 best, least = again, error
         return best
 
+    def full_precision(self, target: Float32) -> Float32:
+        """Return the best L R for W - Q before they are rounded, float32 [rows, columns]."""
+        left, right = regression(target * self._rows, self._moment, self._low_rank.rank)
+        return (left / self._rows) @ right
+
     def on_outliers(self, count: int) -> EncodedFactors:
         """Return factors that hold W on the columns of the largest inputs."""
         columns = largest_channels(self._moment, min(count, self._low_rank.rank))
@@ -150,3 +159,30 @@ class _Problem:
 def _site(moment: Float32) -> Site:
     """Return a site of inputs of which no more than the second moment is known."""
     return Site(moment, moment, 0.0, np.ascontiguousarray(moment.diagonal()), {})
+
+
+def expected_error(
+    weight: Float32,
+    rows: NDArray[np.int64],
+    format: WeightFormat,
+    low_rank: LowRank,
+    site: Site,
+    outputs: Float32,
+    method: Method,
+) -> ExpectedError:
+    """Foretell the error of some rows: that of a method on what factors in full precision leave of them.
+
+    That is what `exporter.compress.allocate` needs to let a rank compete with bits for the same bytes.
+
+    Args:
+        weight: W, float32 [rows, columns]; not changed.
+        rows: Those to foretell, int64 [rows].
+        format: Of Q.
+        low_rank: Of L and R.
+        site: What was seen of the inputs.
+        outputs: Sensitivity of each row, float32 [rows].
+        method: Will choose the codes.
+    """
+    problem = _Problem(weight, site, outputs, low_rank, method)
+    residual = weight[rows] - problem.full_precision(weight)[rows]
+    return method.expected_error(residual, format, site, np.zeros(weight.shape[1], np.float32))

@@ -9,7 +9,7 @@ import numpy as np
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.caldera import Turns, encode_with_factors
+from exporter.compress.caldera import TURNS, Turns, encode_with_factors
 from exporter.compress.method import load_method, relative_error
 from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
@@ -55,7 +55,7 @@ class CompressedModel:
         effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
-        turns: Turns = Turns(),
+        turns: Turns = TURNS,
     ) -> None:
         self.model = model
         self.rewritten = rewritten or model

@@ -207,11 +207,18 @@ def _factors_alike(decisions: Mapping[str, Decision]) -> bool:
 
 
 def _widening_bytes(decision: Decision) -> int:
-    """Return by how much a matrix's scales grow when the runtime loads it."""
-    format = decision.format
-    if not isinstance(format, MatMulNBitsFormat):
-        return 0
-    return decision.group.size // format.block_columns * (4 - format.scale_bytes)
+    """Return by how much what is stored in float16 grows when the runtime loads it: scales, and factors in float16."""
+    group, low_rank = decision.group, decision.low_rank
+    weights = {decision.format: group.size}
+    if low_rank is not None:
+        weights[low_rank.format] = weights.get(low_rank.format, 0) + low_rank.rank * (group.rows + group.columns)
+    grown = 0
+    for format, count in weights.items():
+        if isinstance(format, MatMulNBitsFormat):
+            grown += count // format.block_columns * (4 - format.scale_bytes)
+        elif format.name == "F16":
+            grown += 2 * count
+    return grown
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:

@@ -164,9 +164,7 @@ def test_query_key_and_value_come_apart_where_only_one_has_factors(
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
-def test_an_adapter_that_llama_cpp_refuses_is_an_error(
-    model: Model, statistics: Statistics, tmp_path: Path
-) -> None:
+def test_an_adapter_that_llama_cpp_refuses_is_an_error(model: Model, statistics: Statistics, tmp_path: Path) -> None:
     artifact, _ = lower(model, statistics, tmp_path / "artifact", "gguf", 8)
     path = artifact.folder / "adapter.gguf"
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_c"))

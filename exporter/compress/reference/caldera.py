@@ -1,9 +1,9 @@
 """CALDERA as published: W = Q + L R with all three rounded (Saha et al. 2024, NeurIPS, algorithm 1).
 
-Q, L and R are to minimise tr(E H E^T), E = Q + L R - W, H = E[x x^T]. Q is LDLQ of W - L R with the Hessian downdated by
-what L R reaches; L and R are the rank-constrained regression of W - Q, then alternated with each other rounded. The two
-take turns, and the best iterate is kept. Nothing here fits a runtime: lattice, rotation and fractional bits exist to
-compare with the publication; `exporter.compress.caldera` is what runtimes hold.
+Q, L and R are to minimise tr(D H D^T), D = Q + L R - W, H = E[x x^T]. Q is LDLQ of W - L R with H downdated by what L R
+reaches; L and R are the rank-constrained regression of W - Q, then each is fitted to the other rounded. The two take
+turns, and the best iterate is kept. Nothing here fits a runtime: lattice, rotation and fractional bits exist to compare
+with the publication; `exporter.compress.caldera` is what runtimes hold.
 
 Two things differ from the publication: every component of L and R has a scale of its own, and a rotation of a size
 that is no power of two is completed by a Hartley transform.
@@ -72,9 +72,7 @@ class Options:
             RequestError: see the messages.
         """
         if not 0 <= self.rank <= min(rows, columns):
-            raise RequestError(
-                "the rank is above the matrix's", got=self.rank, expected=f"0 to {min(rows, columns)}"
-            )
+            raise RequestError("the rank is above the matrix's", got=self.rank, expected=f"0 to {min(rows, columns)}")
         if self.factor_bits not in FACTOR_ROUNDERS:
             raise RequestError("no factors of so many bits", got=self.factor_bits, expected="4, 8 or 16")
         if sorted(self.order) != ["LR", "Q"]:
@@ -90,7 +88,9 @@ class Options:
         width = lattice.WIDTH if self.factor_bits == 4 and self.rank else 1
         for size, wide in ((columns, max(self.rounder.width, width)), (rows, width)):
             if size % wide:
-                raise RequestError("the lattice rounds eight weights at once", got=size, expected=f"multiples of {wide}")
+                raise RequestError(
+                    "the lattice rounds eight weights at once", got=size, expected=f"multiples of {wide}"
+                )
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Decomposition:
         left: L, float32 [rows, rank].
         right: R, float32 [rank, columns].
         bits: Bits a weight of W: codes of Q, L and R, and a scale of 16 bits for each component of L and R.
-        errors: Of the best iterate after each update: tr(E H E^T) / tr(W H W^T).
+        errors: Of the best iterate after each update: tr(D H D^T) / tr(W H W^T).
     """
 
     base: Float32
@@ -163,9 +163,7 @@ def _on_outliers(weight: Float32, moment: Float32, options: Options) -> tuple[Fl
     return left, right
 
 
-def _alternate(
-    weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: Options
-) -> Decomposition:
+def _alternate(weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: Options) -> Decomposition:
     """Let Q and L R take turns and keep the best iterate."""
     base, (left, right) = np.zeros_like(weight), start
     whole = weighted_error(weight, moment)
