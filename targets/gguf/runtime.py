@@ -4,6 +4,7 @@ import ctypes
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -43,15 +44,16 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise InputError("llama.cpp cannot load the file", where=path)
+        # Before the context: its graphs are given room for the adapters that the model then has.
+        adapters = [self._adapter(file) for file in artifact.weights if file.name == ADAPTER_FILE]
         self._context_size = context
         self._context = llama_cpp.llama_init_from_model(
             self._model, _context_parameters(context, threads, exact, sequences)
         )
         if not self._context:
             raise InputError(f"llama.cpp cannot make a context of {context} tokens", where=path)
-        for file in artifact.weights:
-            if file.name == ADAPTER_FILE:
-                self._apply(file)
+        if adapters:
+            self._apply(adapters)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
@@ -60,15 +62,20 @@ class LlamaCpp:
         self._sampled: list[list[int]] = []
         self._position = 0
 
-    def _apply(self, adapter: Path) -> None:
-        """Let the context add an adapter's products to those of the matrices that it names."""
-        loaded = llama_cpp.llama_adapter_lora_init(self._model, str(adapter).encode())
+    def _adapter(self, path: Path) -> Any:
+        """Load an adapter for the model and return llama.cpp's pointer to it."""
+        loaded = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
         if not loaded:
-            raise InputError("llama.cpp cannot load the adapter", where=adapter)
-        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)
-        status = llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
-        if status:
-            raise InputError("llama.cpp cannot apply the adapter", where=adapter, got=f"status {status}", expected=0)
+            raise InputError("llama.cpp cannot load the adapter", where=path)
+        return loaded
+
+    def _apply(self, adapters: list[Any]) -> None:
+        """Let the context add the adapters' products to those of the matrices that they name."""
+        count = len(adapters)
+        strengths = (ctypes.c_float * count)(*([1.0] * count))
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*adapters)
+        # It cannot fail: llama.cpp returns 0 whatever happens.
+        llama_cpp.llama_set_adapters_lora(self._context, pointers, count, strengths)
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""

@@ -7,7 +7,6 @@ plain error feedback in the same format, in mixes of the target's formats that t
 and rounding to nearest. The published form is simulated: its dense weights replace those of the float model.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import open_artifact
+from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Distance, Reference, dequantised, distance
 from exporter.weights.format import Float32
@@ -38,6 +37,7 @@ from tests.reference import plain_texts, reference_model
 SEED = 0
 EVALUATION_WINDOWS = 8
 EMBEDDING = {"onnx": "int8-b32", "gguf": "Q8_0"}
+PROMPT = 256
 FEED_FORWARD = ("gate", "up", "down")
 QUICK = Options(iterations=2, factor_iterations=3)
 
@@ -64,6 +64,7 @@ class Bench:
         self._statistics = collect(model, calibration, SEED, lambda done, total: None)
         self._original = Reference.of_original(model, self._tokens)
         self._choices: dict[str, list[list[Choice]]] = {}
+        self._artifacts: dict[str, Artifact] = {}
 
     def _groups(self) -> list[WeightGroup]:
         return [group for group in self.model.groups() if group.layer is not None]
@@ -99,17 +100,32 @@ class Bench:
         embedding = made.decide(self.model, EMBEDDING[target], "ldlq")
         return self._measured(target, [chosen.get(one.group.name, one) for one in embedding], "allocated mix, ldlq")
 
-    def _measured(self, target: str, decisions: list[Decision], name: str) -> Row:
+    def merged(self, row: Row, type: str) -> Row:
+        """Measure the sums Q + L R of an artifact, each as one matrix of another type, rounded to nearest."""
+        artifact = self._artifacts[row.name]
+        target = load_target(artifact.target)
+        model = dequantised(self.model, target.read_back(artifact, self.model))
+        decisions = target.decide(self.model, type, "rtn")
+        return self._measured(artifact.target, decisions, f"{row.name} merged into {type}", model)
+
+    def speed(self, row: Row) -> None:
+        """Print how quickly an artifact runs."""
+        prompt = self._tokens.reshape(-1)[:PROMPT].tolist()
+        with open_artifact(self._artifacts[row.name], 2 * PROMPT, THREADS) as child:
+            timing = child.call("measure", prompt, 32, 5)
+        speeds = f"prefill {timing.prefill_tokens_per_s:6.0f}, decode {timing.decode_tokens_per_s:6.1f} tokens/s"
+        print(f"  {speeds}, {timing.peak_bytes:,} bytes at most  {row.name}", flush=True)
+
+    def _measured(self, target: str, decisions: list[Decision], name: str, model: Model | None = None) -> Row:
         made = load_target(target)
         fine = {one.group.name: one for one in made.decide(self.model, EMBEDDING[target], "ldlq")}
         decisions = [one if one.group.layer is not None else fine[one.group.name] for one in decisions]
-        folder = self._scratch / "artifact"
+        folder = self._scratch / f"{len(self._artifacts)}"
         folder.mkdir()
-        compressed = CompressedModel(self.model, decisions, self._statistics)
-        artifact = made.lower(compressed, "mixed", folder)
+        compressed = CompressedModel(model or self.model, decisions, self._statistics)
+        artifact = self._artifacts[f"{target} {name}"] = made.lower(compressed, "mixed", folder)
         with open_artifact(artifact, WINDOW, THREADS) as child:
             found = distance(self._original, lambda tokens, first: child.call("logits", tokens, first))
-        shutil.rmtree(folder)
         layers = [one for one in decisions if one.group.layer is not None]
         bits = 8 * sum(one.stored_bytes for one in layers) / sum(one.group.size for one in layers)
         return self._row(f"{target} {name}", bits, found)
@@ -166,6 +182,9 @@ def test_the_lowered_form(bench: Bench) -> None:
     four = bench.lowered("gguf", "Q4_0")
     beside = [bench.lowered("gguf", "Q4_0", 32, bits) for bits in (4, 8)]
     mixes += [bench.mixed("gguf", row.bits) for row in beside]
+    bench.merged(beside[0], "Q8_0")
+    for row in (alone, ranks[0], four, *beside):
+        bench.speed(row)
     # Rank helps at equal bits of Q; whether it pays is for the table to say.
     assert nearest.kl > alone.kl > ranks[0].kl > ranks[1].kl
     assert all(row.kl < four.kl for row in beside)
