@@ -27,7 +27,7 @@ def test_the_lattice_has_its_65536_points_and_its_mean_error() -> None:
     assert (np.minimum((points - 0.25).sum(axis=1) % 2, (points + 0.25).sum(axis=1) % 2) == 0).all()
     normal = np.random.default_rng(0).standard_normal((20_000, 8), np.float32)
     scaled = normal * np.float32(lattice.SCALE)
-    assert np.square(lattice.nearest(scaled) / lattice.SCALE - normal).mean() == pytest.approx(0.092, abs=0.001)
+    assert np.square(lattice.nearest(scaled) / lattice.SCALE - normal).mean() == pytest.approx(0.0915, abs=0.0015)
     assert np.square(lattice.nearest_twice(scaled) / lattice.SCALE - normal).mean() < 0.0105
 
 
@@ -85,12 +85,12 @@ def test_entropy_of_known_shares() -> None:
     assert entropy(np.array([[0, 0, 1, 2]], np.float32), 1.0) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(4, 0.011), (8, 2e-4), (16, 1e-6)])
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.013), (8, 3e-4), (16, 1e-6)])
 def test_factors_are_rounded_component_by_component(bits: int, most: float) -> None:
-    components = np.random.default_rng(5).standard_normal((6, 64), np.float32) * np.logspace(-2, 2, 6)[:, None]
+    components = np.random.default_rng(5).standard_normal((6, 1024), np.float32) * np.logspace(-2, 2, 6)[:, None]
     components = components.astype(np.float32)
     missed = np.square(FACTOR_ROUNDERS[bits](components) - components).mean(axis=1)
-    assert (missed < 1.5 * most * np.square(components).mean(axis=1)).all()
+    assert (missed < most * np.square(components).mean(axis=1)).all()
 
 
 def naive(weight: np.ndarray, moment: np.ndarray, options: Options, step: float) -> list[float]:
@@ -169,16 +169,20 @@ def test_rank_lowers_the_error_at_equal_bits_of_the_base(rounder: E8P | EntropyC
     assert found[2].bits == pytest.approx(found[0].bits + 32 * (4 * 320 + 32) / (128 * 192), abs=0.02)
 
 
-def test_factors_that_begin_on_outliers_help_where_there_are_outliers() -> None:
+def test_factors_that_begin_on_outliers_go_on_carrying_them() -> None:
     weight, moment = problem(8, 128, 128)
+    columns = [5, 40, 77]
     outliers = np.ones(128, np.float32)
-    outliers[[5, 40, 77]] = 30
+    outliers[columns] = 30
     moment = moment * np.outer(outliers, outliers)
-    losses = []
+    carried = []
     for count in (0, 3):
-        options = Options(rank=8, order=("Q", "LR"), outliers=count, iterations=1, rotate=False)
-        losses.append(decompose(weight, moment, options).errors[-1])
-    assert losses[1] < losses[0]
+        options = Options(rank=8, order=("Q", "LR"), outliers=count, iterations=2, rotate=False)
+        found = decompose(weight, moment, options)
+        product = (found.left @ found.right)[:, columns]
+        carried.append(np.square(product).sum() / np.square(weight[:, columns]).sum())
+    assert carried[0] < 0.2
+    assert carried[1] > 0.8
 
 
 def test_options_that_do_not_fit_are_refused() -> None:
