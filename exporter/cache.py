@@ -1,6 +1,7 @@
 """The cache folder, and writes that are whole or not there at all."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,23 @@ def cache_folder(*parts: str) -> Path:
             next_step="name another in EDGE_EXPORTER_CACHE",
         ) from error
     return folder
+
+
+def require_space(folder: Path, need_bytes: int, next_step: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        RequestError: the folder's disk has less free space; `next_step` says what to do.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise RequestError(
+            "not enough free disk space",
+            where=folder,
+            got=f"{free:,} bytes",
+            expected=f"at least {need_bytes:,} bytes",
+            next_step=next_step,
+        )
 
 
 @contextmanager

@@ -50,6 +50,9 @@ FLOAT = "F32"
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
+# What onnxruntime-genai's builder makes of the head, and an embedding tied to it, and of the rest, from the largest.
+STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
+
 
 class Onnx:
     """model.onnx with its external data, genai_config.json and the tokenizer.
@@ -105,6 +108,18 @@ class Onnx:
             Storage(tuple(groups), tuple(format for format in alphabet if format.fits(groups[0].columns)))
             for groups in together.values()
         ]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return what the builder makes by default, or with 8 bits for the head or for all where they fit."""
+        for head, rest in STOCK:
+            decisions = [
+                Decision(group, "rtn", matmulnbits_format(name), "as the builder makes it")
+                for group in model.groups()
+                for name in [head if "head" in group.uses else rest]
+            ]
+            if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
+                return decisions
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the measured speed of `MatMulNBits` with a format."""
