@@ -1,6 +1,6 @@
 """What a target is, what it makes, and how it is found by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -27,6 +27,7 @@ class Target(Protocol):
         default_method: What `--method` is by default.
         most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
             from its own weights by more than rounding, and is refused.
+        base_formats: Bits of a weight's code -> the usual format of so many; empty where formats have no names by bits.
         factor_formats: Bits of a weight of low-rank factors -> what they are stored in; empty where they cannot be.
     """
 
@@ -34,6 +35,7 @@ class Target(Protocol):
     default_type: str
     default_method: str
     most_rounding_kl: float
+    base_formats: Mapping[int, WeightFormat]
     factor_formats: Mapping[int, WeightFormat]
 
     def on(self, device: DeviceProfile) -> Self:
@@ -107,3 +109,20 @@ def low_rank(target: Target, rank: int, bits: int) -> LowRank:
             next_step="choose other bits" if formats else "choose another target",
         )
     return LowRank(rank, formats[bits])
+
+
+def base_format(target: Target, bits: int | None, widths: Collection[int]) -> WeightFormat:
+    """Return the target's format of so many bits for matrices of some widths; without bits, that of the fewest.
+
+    Raises:
+        RequestError: the target has none, or none that fits the widths.
+    """
+    fitting = {count: one for count, one in target.base_formats.items() if all(map(one.fits, widths))}
+    chosen = min(fitting, default=None) if bits is None else bits
+    if chosen is None or chosen not in fitting:
+        raise RequestError(
+            f"the target {target.name} has no format of {chosen or 'few'} bits for matrices of these widths",
+            got=", ".join(map(str, sorted(widths))),
+            expected=f"{', '.join(map(str, fitting))} bits" if fitting else "another target",
+        )
+    return fitting[chosen]

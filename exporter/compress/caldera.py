@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.compress.ldlq import DAMPING, damped
@@ -23,7 +22,7 @@ from exporter.compress.lowrank import (
     regression,
     weighted_error,
 )
-from exporter.compress.method import ExpectedError, Method
+from exporter.compress.method import Method
 from exporter.weights.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
 
 Part = Literal["Q", "LR"]
@@ -134,7 +133,8 @@ class _Problem:
     def full_precision(self, target: Float32) -> Float32:
         """Return the best L R for W - Q before they are rounded, float32 [rows, columns]."""
         left, right = regression(target * self._rows, self._moment, self._low_rank.rank)
-        return (left / self._rows) @ right
+        best: Float32 = (left / self._rows) @ right
+        return best
 
     def on_outliers(self, count: int) -> EncodedFactors:
         """Return factors that hold W on the columns of the largest inputs."""
@@ -152,7 +152,9 @@ class _Problem:
         format = self._low_rank.format
         encoded = self._method.encode(right, format, self._site)
         left = fitted_left(target, self._moment, encoded.planned)
-        seen = _site(encoded.planned @ self._moment @ encoded.planned.T)
+        image: Float32 = encoded.planned @ self._moment
+        moment: Float32 = image @ encoded.planned.T
+        seen = _site(moment)
         return EncodedFactors(self._low_rank, self._method_of_left.encode(left, format, seen).data, encoded.data)
 
 
@@ -161,28 +163,17 @@ def _site(moment: Float32) -> Site:
     return Site(moment, moment, 0.0, np.ascontiguousarray(moment.diagonal()), {})
 
 
-def expected_error(
-    weight: Float32,
-    rows: NDArray[np.int64],
-    format: WeightFormat,
-    low_rank: LowRank,
-    site: Site,
-    outputs: Float32,
-    method: Method,
-) -> ExpectedError:
-    """Foretell the error of some rows: that of a method on what factors in full precision leave of them.
+def residual(weight: Float32, low_rank: LowRank, site: Site, outputs: Float32, method: Method) -> Float32:
+    """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
 
-    That is what `exporter.compress.allocate` needs to let a rank compete with bits for the same bytes.
+    The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.
-        rows: Those to foretell, int64 [rows].
-        format: Of Q.
         low_rank: Of L and R.
         site: What was seen of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
         method: Will choose the codes.
     """
-    problem = _Problem(weight, site, outputs, low_rank, method)
-    residual = weight[rows] - problem.full_precision(weight)[rows]
-    return method.expected_error(residual, format, site, np.zeros(weight.shape[1], np.float32))
+    rest: Float32 = weight - _Problem(weight, site, outputs, low_rank, method).full_precision(weight)
+    return rest

@@ -55,6 +55,12 @@ class Gguf:
     default_type = "Q4_K_M"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    base_formats: Mapping[int, WeightFormat] = MappingProxyType(
+        {
+            bits: ggml_format(name)
+            for bits, name in {2: "Q2_K", 3: "Q3_K", 4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0"}.items()
+        }
+    )
     # The 32-wide types, so that a rank need be a multiple of 32 only.
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}

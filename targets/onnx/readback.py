@@ -66,10 +66,11 @@ class Tables:
         if node.op_type == "Gather":
             return self._values(node.input[0])
         tables = [self._values(name) for name in self._table_inputs(node)]
-        decoded = np.empty((group.rows, group.columns), np.float32)
+        columns = next(attribute.i for attribute in node.attribute if attribute.name == "K")
+        decoded = np.empty((rows, columns), np.float32)
         for at in range(first, last, OUTPUTS_AT_ONCE):
-            rows = slice(at, min(at + OUTPUTS_AT_ONCE, last))
-            decoded[rows.start - first : rows.stop - first] = _identity_product(node, [table[rows] for table in tables])
+            some = slice(at, min(at + OUTPUTS_AT_ONCE, last))
+            decoded[some.start - first : some.stop - first] = _identity_product(node, [table[some] for table in tables])
         return decoded
 
     def format_name(self, group: WeightGroup) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.moments import Site
-from exporter.compress.caldera import Turns, encode_with_factors, expected_error
+from exporter.compress.caldera import Turns, encode_with_factors, residual
 from exporter.compress.ldlq import Ldlq
 from exporter.compress.lowrank import downdated, fitted_left, fitted_right, largest_channels, regression, weighted_error
 from exporter.weights.format import LowRank, WeightFormat
@@ -120,7 +120,8 @@ def test_the_expected_error_is_about_what_encoding_makes(rank: int) -> None:
     weight, site, outputs = problem(10, 256, 128)
     format, low_rank = matmulnbits_format("int4-b32"), LowRank(rank, ggml_format("Q8_0"))
     rows = np.arange(0, 256, 4)
-    expected = expected_error(weight, rows, format, low_rank, site, outputs, LDLQ)
+    left = residual(weight, low_rank, site, outputs, LDLQ)[rows]
+    expected = LDLQ.expected_error(left, format, site, np.zeros(128, np.float32))
     made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Turns(count=1))
     change = (made.planned - weight)[rows]
     moment = site.second_moment

@@ -136,11 +136,17 @@ def decompose(weight: Float32, moment: Float32, options: Options) -> Decompositi
         return _alternate(weight, moment, outliers, options)
     chance = np.random.default_rng(options.seed)
     inputs, outputs = random_rotation(columns, chance), random_rotation(rows, chance)
-    turned = outputs @ weight @ inputs.T
-    start = outputs @ outliers[0], outliers[1] @ inputs.T
-    found = _alternate(turned, inputs @ moment @ inputs.T, start, options)
-    back = {"base": outputs.T @ found.base @ inputs, "left": outputs.T @ found.left, "right": found.right @ inputs}
-    return replace(found, **back)
+    left, right = outliers
+    start = outputs @ left, right @ inputs.T
+    found = _alternate(_between(outputs, weight, inputs.T), _between(inputs, moment, inputs.T), start, options)
+    base = _between(outputs.T, found.base, inputs)
+    return replace(found, base=base, left=outputs.T @ found.left, right=found.right @ inputs)
+
+
+def _between(first: Float32, middle: Float32, last: Float32) -> Float32:
+    half: Float32 = first @ middle
+    product: Float32 = half @ last
+    return product
 
 
 def _regular(moment: Float32, damping: float) -> Float32:
@@ -167,7 +173,7 @@ def _alternate(weight: Float32, moment: Float32, start: tuple[Float32, Float32],
     """Let Q and L R take turns and keep the best iterate."""
     base, (left, right) = np.zeros_like(weight), start
     whole = weighted_error(weight, moment)
-    bits, errors, done = 0.0, [], set[Part]()
+    bits, errors, done = 0.0, list[float](), set[Part]()
     best: tuple[Float32, Float32, Float32] | None = None
     # Without L R there is nothing to take turns with.
     for _ in range(options.iterations if options.rank else 1):
@@ -208,13 +214,15 @@ def _lattice_twice(components: Float32) -> Float32:
     scale = np.sqrt(np.square(components).mean(axis=1, keepdims=True)) / np.float32(lattice.SCALE)
     scale[scale == 0] = 1
     groups = np.ascontiguousarray(components / scale).reshape(-1, lattice.WIDTH)
-    return lattice.nearest_twice(groups).reshape(components.shape) * scale
+    rounded: Float32 = lattice.nearest_twice(groups).reshape(components.shape) * scale
+    return rounded
 
 
 def _integers(components: Float32) -> Float32:
     scale = np.abs(components).max(axis=1, keepdims=True) / 127
     scale[scale == 0] = 1
-    return np.rint(components / scale) * scale
+    rounded: Float32 = np.rint(components / scale) * scale
+    return rounded
 
 
 def _halves(components: Float32) -> Float32:

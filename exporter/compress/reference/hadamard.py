@@ -15,15 +15,17 @@ def random_rotation(size: int, chance: np.random.Generator) -> Float32:
     power = size & -size
     transform = np.kron(_hadamard(power), _hartley(size // power))
     signs = chance.choice(np.array([-1.0, 1.0]), size)
-    return (transform * signs).astype(np.float32)
+    rotation: Float32 = (transform * signs).astype(np.float32)
+    return rotation
 
 
 def _hadamard(size: int) -> NDArray[np.float64]:
     """Return Sylvester's orthonormal matrix of a power of two."""
-    matrix = np.ones((1, 1))
+    matrix: NDArray[np.float64] = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(size)
+    matrix /= np.sqrt(size)
+    return matrix
 
 
 def _hartley(size: int) -> NDArray[np.float64]:

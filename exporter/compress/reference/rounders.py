@@ -27,7 +27,8 @@ class Rounder(Protocol):
         width: Columns that are rounded together.
     """
 
-    width: int
+    @property
+    def width(self) -> int: ...  # noqa: D102
 
     def encode(self, weight: Float32, feedback: Feedback) -> tuple[Float32, float]:
         """Return rounded weights, float32 [rows, columns], and the bits that each of them takes.
