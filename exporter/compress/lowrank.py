@@ -71,9 +71,8 @@ def _solved(gram: Float32, wanted: Float32) -> Float32:
 
 def downdated(moment: Float32, right: Float32) -> Float32:
     """Return H less what rows of R span: H - H R^T (R H R^T)^-1 R H. An error there is for L to mend."""
-    image = moment @ right.T
-    spanned: Float32 = image @ _solved(right @ image, image.T)
-    rest: Float32 = moment - spanned
-    rest += rest.T.copy()
-    rest /= 2
-    return rest
+    image: Float32 = moment @ right.T
+    weights = _solved(right @ image, np.ascontiguousarray(image.T))
+    spanned: Float32 = image @ weights
+    spanned += spanned.T.copy()
+    return moment - spanned / np.float32(2)
