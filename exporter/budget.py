@@ -111,6 +111,8 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     if job.prefer not in PREFERENCES:
         raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
     _require_no_contradiction(job)
+    if job.recipe is not None:
+        return None
     most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
     times = {
         "decode_s": job.min_decode_tokens_per_s,
@@ -239,7 +241,7 @@ def foretell(
     decisions: list[Decision], job: Job, model: Model, statistics: Statistics, progress: Progress
 ) -> list[Decision]:
     """Return decisions that were made by name with the KL divergence that each is predicted to add."""
-    storages = [Storage((decision.group,), (decision.format,)) for decision in decisions]
+    storages = [Storage((one.group,), (one.format,), one.low_rank) for one in decisions]
     choices = _choices(storages, job, model, decisions[0].method, statistics, progress)
     return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
 

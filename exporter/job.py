@@ -38,6 +38,7 @@ class Job:
         min_decode_tokens_per_s: What the device is expected to generate at the least.
         min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
         prefer: What matters more within those limits: `accuracy` or `speed`, or `balanced`.
+        recipe: A recipe's name, or the path of a user's own TOML; it decides in place of type, method and limits.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Job:
     min_decode_tokens_per_s: float | None = None
     min_prefill_tokens_per_s: float | None = None
     prefer: str = "balanced"
+    recipe: str | None = None
 
     @property
     def effort_level(self) -> Effort:

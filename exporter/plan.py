@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, replace
 
+from exporter.compress.caldera import TURNS, Turns
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
+from exporter.errors import RequestError
 from exporter.job import Job
 from exporter.measures import Check, Quantity
 from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.recipe import load_recipe
 from exporter.targets.target import Target, load_target
 from exporter.weights.group import Decision
 
@@ -23,6 +26,7 @@ class Plan:
         type: Named mix or format.
         method: Compression method.
         decisions: One for each weight group.
+        turns: How matrices and their factors take turns where decisions have factors.
         file_bytes: Estimated size of the model files.
         runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
         build_peak_bytes: Estimated peak memory of the build.
@@ -43,6 +47,7 @@ class Plan:
     disk_bytes: int
     cache_bytes: int
     checks: tuple[Check, ...]
+    turns: Turns = TURNS
 
 
 def make_plan(model: Model, job: Job) -> Plan:
@@ -55,7 +60,23 @@ def make_plan(model: Model, job: Job) -> Plan:
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
     planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, 0, ())
-    return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    if job.recipe is None:
+        return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    _require_only_the_recipe(job)
+    recipe = load_recipe(job.recipe)
+    decisions = recipe.decide(model, target)
+    planned = replace(planned, method=recipe.encoding.method, turns=recipe.turns)
+    return with_decisions(planned, model, job, decisions, f"recipe {recipe.name}")
+
+
+def _require_only_the_recipe(job: Job) -> None:
+    options = {"--type": job.type, "--method": job.method, "--max-file-bytes": job.max_file_bytes, "--bits": job.bits}
+    others = [option for option, given in options.items() if given is not None]
+    if others:
+        raise RequestError(
+            f"--recipe and {' and '.join(others)} contradict each other",
+            next_step="write what you want into a recipe of your own, or leave the recipe out",
+        )
 
 
 def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:
