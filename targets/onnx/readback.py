@@ -42,13 +42,13 @@ class Tables:
 
     def decode(self, group: WeightGroup) -> Float32:
         """Return a matrix as the runtime multiplies with it, its factors included, float32 [rows, columns]."""
-        base = self._decoded(*self._node(group), group.rows)
+        base = self._decoded(*self._node(group), group.rows, group.columns)
         factors = self._factors(group)
         if factors is None:
             return base
         left, right = factors
         rank = self._outputs(right)
-        return plus(base, self._decoded(left, 0, group.rows), self._decoded(right, 0, rank))
+        return plus(base, self._decoded(left, 0, group.rows, rank), self._decoded(right, 0, rank, group.columns))
 
     def _factors(self, group: WeightGroup) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
         """Return the nodes that multiply with L and R, or None where a matrix has no factors."""
@@ -58,7 +58,7 @@ class Tables:
         found = [self._nodes[name] for names in sides for name in names if name in self._nodes]
         return (found[0], found[1]) if len(found) == 2 else None
 
-    def _decoded(self, node: onnx.NodeProto, first: int, rows: int) -> Float32:
+    def _decoded(self, node: onnx.NodeProto, first: int, rows: int, columns: int) -> Float32:
         """Return some rows of what a node multiplies with."""
         last = first + rows
         if node.op_type == "MatMul":
@@ -66,7 +66,6 @@ class Tables:
         if node.op_type == "Gather":
             return self._values(node.input[0])
         tables = [self._values(name) for name in self._table_inputs(node)]
-        columns = next(attribute.i for attribute in node.attribute if attribute.name == "K")
         decoded = np.empty((rows, columns), np.float32)
         for at in range(first, last, OUTPUTS_AT_ONCE):
             some = slice(at, min(at + OUTPUTS_AT_ONCE, last))
