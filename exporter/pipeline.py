@@ -41,8 +41,7 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     with open_model(job.source) as model:
         job = fitted(job, model)
         planned, budget = planned_within(job, model)
-        fixed = [Storage((one.group,), (one.format,), one.low_rank) for one in planned.decisions]
-        storages = fixed if budget is None else budget.storages
+        storages = [Storage.of(one) for one in planned.decisions] if budget is None else budget.storages
         return planned, stage_seconds(model, job, planned.decisions, storages, planned.file_bytes)
 
 

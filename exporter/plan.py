@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from exporter.compress.caldera import TURNS, Turns
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
-from exporter.errors import RequestError
-from exporter.job import Job
+from exporter.job import Job, require_no_contradiction
 from exporter.measures import Check, Quantity
 from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes
@@ -54,29 +53,19 @@ def make_plan(model: Model, job: Job) -> Plan:
     """Decide on every weight group and estimate sizes and memory; reads no weights.
 
     Raises:
-        RequestError: the device, target, type or method is unknown, or they do not go together.
+        RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
     """
+    require_no_contradiction(job)
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
     planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, 0, ())
     if job.recipe is None:
         return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
-    _require_only_the_recipe(job)
     recipe = load_recipe(job.recipe)
     decisions = recipe.decide(model, target)
     planned = replace(planned, method=recipe.encoding.method, turns=recipe.turns)
     return with_decisions(planned, model, job, decisions, f"recipe {recipe.name}")
-
-
-def _require_only_the_recipe(job: Job) -> None:
-    options = {"--type": job.type, "--method": job.method, "--max-file-bytes": job.max_file_bytes, "--bits": job.bits}
-    others = [option for option, given in options.items() if given is not None]
-    if others:
-        raise RequestError(
-            f"--recipe and {' and '.join(others)} contradict each other",
-            next_step="write what you want into a recipe of your own, or leave the recipe out",
-        )
 
 
 def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:

@@ -12,11 +12,7 @@ A step's `method` is a file of `exporter.steps`; its other keys are that step's 
 checked, as those of devices are.
 """
 
-import os
 from dataclasses import dataclass
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -29,7 +25,7 @@ from exporter.model.model import Model
 from exporter.registry import load, names
 from exporter.steps.step import EncodingStep
 from exporter.targets.target import Target
-from exporter.toml import checked, read_document, shown
+from exporter.toml import checked, named_file, read_document, shown
 from exporter.weights.group import Decision
 
 PACKAGE = "exporter.recipes"
@@ -94,28 +90,17 @@ def load_recipe(name_or_path: str) -> Recipe:
         RequestError: no such recipe, file or step, or an order of steps that cannot work.
         InputError: the file is no recipe.
     """
-    if name_or_path.endswith(".toml") or os.sep in name_or_path:
-        return _read(Path(name_or_path))
-    known = recipe_names()
-    if name_or_path not in known:
-        advice = did_you_mean(name_or_path, known)
-        raise RequestError(f"unknown recipe {shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
-    return _read(files(PACKAGE) / f"{name_or_path}.toml")
-
-
-def _read(file: Path | Traversable) -> Recipe:
+    file = named_file(name_or_path, PACKAGE, "recipe")
     found = read_document(file, _File, "recipe")
-    steps = [_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1)]
-    *before, last = steps
-    for number, step in enumerate(before, 1):
-        if isinstance(step, EncodingStep):
-            raise RequestError(
-                f"{step.method} gives every matrix its codes, so nothing can follow it",
-                where=f"{file}: step {number}",
-                got=f"{last.method} after it",
-                next_step=f"make {step.method} the last step",
-            )
-    return Recipe(file.name.removesuffix(".toml"), found.title, last)
+    step, *after = (_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1))
+    if after:
+        raise RequestError(
+            f"{step.method} gives every matrix its codes, so nothing can follow it",
+            where=f"{file}: step 1",
+            got=f"{after[0].method} after it",
+            next_step=f"make {step.method} the last step",
+        )
+    return Recipe(file.name.removesuffix(".toml"), found.title, step)
 
 
 def _step(table: dict[str, Any], where: str) -> EncodingStep:

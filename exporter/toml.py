@@ -1,7 +1,9 @@
 """Documents in TOML files of users: bounded in size, strict, and refused in one sentence that names the key."""
 
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from reprlib import Repr
@@ -12,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.measures import Document
+from exporter.registry import names
 
 MAX_FILE_BYTES = 1 << 20
 IMPOSSIBLE = "impossible"
@@ -31,6 +34,26 @@ Kind = TypeVar("Kind", bound=Document)
 def impossible(what: str, got: object, expected: str) -> PydanticCustomError:
     """Return what a validator raises where a value is of the right type and still cannot be."""
     return PydanticCustomError(IMPOSSIBLE, "{what}", {"what": what, "got": str(got), "expected": expected})
+
+
+def named_file(name_or_path: str, package: str, what: str) -> Path | Traversable:
+    """Return the TOML file of that name in a package, or the user's own.
+
+    Args:
+        name_or_path: A name, or a path: it ends with `.toml` or contains a separator.
+        package: Where the named files are.
+        what: What such a file describes, such as `device`.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    if name_or_path.endswith(".toml") or any(sign in name_or_path for sign in (os.sep, os.altsep) if sign):
+        return Path(name_or_path)
+    known = names(package, suffix=".toml")
+    if name_or_path not in known:
+        advice = did_you_mean(name_or_path, known)
+        raise RequestError(f"unknown {what} {shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
+    return files(package) / f"{name_or_path}.toml"
 
 
 def read_document(file: Path | Traversable, kind: type[Kind], what: str) -> Kind:

@@ -9,6 +9,7 @@ matrix under limits of bytes and seconds is a multiple-choice knapsack problem, 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import highspy
 import numpy as np
@@ -21,7 +22,7 @@ from exporter.compress.method import Method
 from exporter.errors import ExporterError
 from exporter.model.model import Model
 from exporter.weights.format import Float32, LowRank, WeightFormat
-from exporter.weights.group import WeightGroup
+from exporter.weights.group import Decision, WeightGroup
 
 Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 64
@@ -41,6 +42,11 @@ class Storage:
     groups: tuple[WeightGroup, ...]
     formats: tuple[WeightFormat, ...]
     low_rank: LowRank | None = None
+
+    @classmethod
+    def of(cls, decision: Decision) -> Self:
+        """Return the storage of a matrix that has been decided on."""
+        return cls((decision.group,), (decision.format,), decision.low_rank)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def predict(
     found = []
     for done, storage in enumerate(storages):
         progress(done, len(storages))
-        parts = [_sampled(model, group, statistics, storage.low_rank, method) for group in storage.groups]
+        parts = [_sampled(model, group, statistics, storage.low_rank) for group in storage.groups]
         found.append(
             [
                 Choice(format, stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
@@ -141,9 +147,7 @@ class _Sample:
         return float(self.rows @ (self.weight**2 @ variance)) / 2
 
 
-def _sampled(
-    model: Model, group: WeightGroup, statistics: Statistics, low_rank: LowRank | None, method: Method
-) -> _Sample:
+def _sampled(model: Model, group: WeightGroup, statistics: Statistics, low_rank: LowRank | None) -> _Sample:
     table = group.layer is None
     count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
     # Spread evenly: neighbouring rows belong to one head.
@@ -157,7 +161,7 @@ def _sampled(
     whole, site = model.read(group.name), statistics.site(group.site)
     weight = left = whole[chosen]
     if low_rank is not None and site is not None:
-        left = residual(whole, low_rank, site, statistics.sensitivity(group.layer, group.role), method)[chosen]
+        left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.role))[chosen]
     return _Sample(weight, left, site, rows, lookups, columns)
 
 

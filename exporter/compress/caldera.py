@@ -20,6 +20,7 @@ from exporter.compress.lowrank import (
     fitted_right,
     largest_channels,
     regression,
+    regression_on,
     weighted_error,
 )
 from exporter.compress.method import Method
@@ -98,8 +99,7 @@ class _Problem:
         # A method may keep what it made of the last site: L has others than Q and R.
         self._method_of_left = copy(method)
         self._moment = damped(site.second_moment, DAMPING)
-        mean = float(outputs.mean(dtype=np.float64)) or 1.0
-        self._rows = np.sqrt(np.maximum(outputs / np.float32(mean), np.float32(LEAST_SENSITIVITY)))[:, None]
+        self._rows = _scales(outputs)
 
     def error(self, change: Float32) -> float:
         """Return the weighted squared error of the outputs that a change of W makes."""
@@ -130,19 +130,10 @@ class _Problem:
                 best, least = again, error
         return best
 
-    def full_precision(self, target: Float32) -> Float32:
-        """Return the best L R for W - Q before they are rounded, float32 [rows, columns]."""
-        left, right = regression(target * self._rows, self._moment, self._low_rank.rank)
-        best: Float32 = (left / self._rows) @ right
-        return best
-
     def on_outliers(self, count: int) -> EncodedFactors:
         """Return factors that hold W on the columns of the largest inputs."""
         columns = largest_channels(self._moment, min(count, self._low_rank.rank))
-        right = np.zeros((self._low_rank.rank, self._weight.shape[1]), np.float32)
-        within = np.ascontiguousarray(self._moment[np.ix_(columns, columns)])
-        some = self._weight[:, columns] * self._rows
-        right[: len(columns), columns] = regression(some, within, min(len(columns), len(some)))[1]
+        right = regression_on(columns, self._weight * self._rows, self._moment, self._low_rank.rank)[1]
         only = np.zeros_like(self._weight)
         only[:, columns] = self._weight[:, columns]
         return self._encoded(only, right)
@@ -163,17 +154,25 @@ def _site(moment: Float32) -> Site:
     return Site(moment, moment, 0.0, np.ascontiguousarray(moment.diagonal()), {})
 
 
-def residual(weight: Float32, low_rank: LowRank, site: Site, outputs: Float32, method: Method) -> Float32:
+def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float32:
     """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
 
     The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.
-        low_rank: Of L and R.
+        rank: Of L R.
         site: What was seen of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
-        method: Will choose the codes.
     """
-    rest: Float32 = weight - _Problem(weight, site, outputs, low_rank, method).full_precision(weight)
-    return rest
+    rows = _scales(outputs)
+    left, right = regression(weight * rows, damped(site.second_moment, DAMPING), rank)
+    best: Float32 = (left / rows) @ right
+    return weight - best
+
+
+def _scales(outputs: Float32) -> Float32:
+    """Return what rows are multiplied by so that their squares count by sensitivity, float32 [rows, 1]."""
+    mean = float(outputs.mean(dtype=np.float64)) or 1.0
+    scales: Float32 = np.sqrt(np.maximum(outputs / np.float32(mean), np.float32(LEAST_SENSITIVITY)))[:, None]
+    return scales

@@ -45,6 +45,14 @@ def regression(target: Float32, moment: Float32, rank: int) -> Factors:
     return small, small.T @ target
 
 
+def regression_on(columns: NDArray[np.int64], target: Float32, moment: Float32, rank: int) -> Factors:
+    """Return L, float32 [rows, rank], and R, [rank, columns], for some columns alone; zeros where ranks are left."""
+    left, right = np.zeros((len(target), rank), np.float32), np.zeros((rank, target.shape[1]), np.float32)
+    count, within = len(columns), np.ascontiguousarray(moment[np.ix_(columns, columns)])
+    left[:, :count], right[:count, columns] = regression(target[:, columns], within, count)
+    return left, right
+
+
 def _first_vectors(gram: NDArray[np.floating[Any]], count: int) -> NDArray[np.float64]:
     """Return the eigenvectors of the largest eigenvalues, the largest first, [size, count]."""
     vectors: NDArray[np.float64] = np.linalg.eigh(gram.astype(np.float64))[1]

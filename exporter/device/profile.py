@@ -4,18 +4,14 @@ A profile is one TOML file, in the package `exporter.devices` or the user's own,
 name. Files are hostile until checked: their size is bounded, and impossible numbers are refused.
 """
 
-import os
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.errors import InputError
 from exporter.measures import Basis, Document
 from exporter.registry import names
-from exporter.toml import impossible, read_document, shown
+from exporter.toml import impossible, named_file, read_document, shown
 
 PACKAGE = "exporter.devices"
 MAX_TEXT = 1000
@@ -178,16 +174,7 @@ def load_device(name_or_path: str) -> DeviceProfile:
         InputError: the file is not a profile: too large, not TOML, an unknown or missing key, a wrong type,
             or an impossible number.
     """
-    if name_or_path.endswith(".toml") or any(sign in name_or_path for sign in (os.sep, os.altsep) if sign):
-        return _read_profile(Path(name_or_path))
-    known = device_names()
-    if name_or_path not in known:
-        advice = did_you_mean(name_or_path, known)
-        raise RequestError(f"unknown device {shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
-    return _read_profile(files(PACKAGE) / f"{name_or_path}.toml")
-
-
-def _read_profile(file: Path | Traversable) -> DeviceProfile:
+    file = named_file(name_or_path, PACKAGE, "device")
     profile = read_document(file, DeviceProfile, "device profile")
     stem = file.name.removesuffix(".toml")
     if profile.name != stem:

@@ -3,15 +3,16 @@
 The published system (Saha et al. 2024) as runtimes hold it; see `exporter.compress.caldera`.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from exporter.compress.caldera import Turns
+from exporter.compress.caldera import Part, Turns
 from exporter.compress.compressed import with_factors
 from exporter.model.model import Model
 from exporter.steps.step import EncodingStep
 from exporter.targets.target import Target, base_format, low_rank
+from exporter.toml import impossible
 from exporter.weights.group import Decision
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -47,8 +48,16 @@ class Caldera(EncodingStep):
     @property
     def turns(self) -> Turns:
         """How matrices and their factors take turns."""
-        order = ("LR", "Q") if self.first == "factors" else ("Q", "LR")
-        return Turns(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)  # type: ignore[arg-type]
+        order: tuple[Part, Part] = ("LR", "Q") if self.first == "factors" else ("Q", "LR")
+        return Turns(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)
+
+    @model_validator(mode="after")
+    def _keeps_its_outliers(self) -> Self:
+        if self.outliers > self.rank:
+            raise impossible("there are more outliers than ranks", self.outliers, f"at most {self.rank}")
+        if self.outliers and self.first == "factors":
+            raise impossible("factors that come first forget the outliers", 'first = "factors"', 'first = "matrix"')
+        return self
 
     def decide(self, model: Model, target: Target) -> list[Decision]:
         """Return the formats of Q and of embedding and head, and the factors."""

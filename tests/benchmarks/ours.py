@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.budget import SAME_SIZE, Budget, chosen
+from exporter.budget import Budget, chosen, stock_of_that_size
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
@@ -72,7 +72,7 @@ class Exporter:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         fixed = self._target.fixed_bytes(self._model)
         limits = Limits(bytes=max_file_bytes - fixed)
-        stock = self._target.stock(self._model, int(SAME_SIZE * (max_file_bytes - fixed)))
+        stock = stock_of_that_size(self._target, self._model, max_file_bytes - fixed)
         budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST, stock)
         choices = [
             [budget.timed(storage, choice) for choice in _allowed(storage, some, embedding)]

@@ -120,7 +120,7 @@ def test_the_expected_error_is_about_what_encoding_makes(rank: int) -> None:
     weight, site, outputs = problem(10, 256, 128)
     format, low_rank = matmulnbits_format("int4-b32"), LowRank(rank, ggml_format("Q8_0"))
     rows = np.arange(0, 256, 4)
-    left = residual(weight, low_rank, site, outputs, LDLQ)[rows]
+    left = residual(weight, rank, site, outputs)[rows]
     expected = LDLQ.expected_error(left, format, site, np.zeros(128, np.float32))
     made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Turns(count=1))
     change = (made.planned - weight)[rows]

@@ -51,6 +51,8 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
         ("rank = 32", "rank = 0", r"step 1: rank: the value is wrong; got 0"),
         ("rank = 32", 'rank = "32"', r"step 1: rank: the value is wrong; got '32', expected a whole number"),
         ("factor_bits = 8", "factor_bits = 5", r"step 1: factor_bits: the value is wrong; got 5, expected 4, 8 or 16"),
+        ("rank = 32", "rank = 32\noutliers = 4", r"step 1: factors that come first forget the outliers; got first = "),
+        ("rank = 32", 'outliers = 65\nfirst = "matrix"', r"step 1: there are more outliers than ranks; got 65"),
         ("schema_version = 1", "schema_version = 2", r"schema_version: the value is wrong; got 2, expected 1"),
         ("[[step]]", "[[steps]]", r"unknown key 'steps'; did you mean 'step'\?"),
         ("[[step]]", "[[step", r"the recipe is not TOML"),
@@ -108,7 +110,13 @@ def test_what_cannot_be_carried_is_refused_at_plan_time(
         planned_within(Job("model", "galaxy-s24-ultra", target, recipe=str(path)), model)
 
 
-@pytest.mark.parametrize("more", [{"type": "Q4_0"}, {"method": "rtn"}, {"max_file_bytes": 10**6}, {"bits": 3.0}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"type": "Q4_0"}, {"method": "rtn"}, {"max_file_bytes": 10**6}, {"bits": 3.0}, {"prefer": "speed"},
+        {"min_decode_tokens_per_s": 1.0}, {"min_prefill_tokens_per_s": 1.0},
+    ],
+)  # fmt: skip
 def test_a_recipe_and_what_it_decides_contradict_each_other(tmp_path: Path, more: dict[str, object]) -> None:
     job = Job("model", "galaxy-s24-ultra", "gguf", recipe="caldera", **more)  # type: ignore[arg-type]
     with (

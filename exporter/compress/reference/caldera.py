@@ -20,6 +20,7 @@ from exporter.compress.lowrank import (
     fitted_right,
     largest_channels,
     regression,
+    regression_on,
     weighted_error,
 )
 from exporter.compress.reference import lattice
@@ -131,7 +132,8 @@ def decompose(weight: Float32, moment: Float32, options: Options) -> Decompositi
     rows, columns = weight.shape
     options.check(rows, columns)
     moment = _regular(moment, options.damping)
-    outliers = _on_outliers(weight, moment, options)
+    # The first L and R hold W on the columns of the largest inputs (Cho et al. 2025, ODLRI); zeros without any.
+    outliers = regression_on(largest_channels(moment, options.outliers), weight, moment, options.rank)
     if not options.rotate:
         return _alternate(weight, moment, outliers, options)
     chance = np.random.default_rng(options.seed)
@@ -155,18 +157,6 @@ def _regular(moment: Float32, damping: float) -> Float32:
     regular = moment / np.float32(mean)
     regular[np.diag_indices_from(regular)] += np.float32(damping)
     return regular
-
-
-def _on_outliers(weight: Float32, moment: Float32, options: Options) -> tuple[Float32, Float32]:
-    """Return L and R that hold W on the columns of the largest inputs (Cho et al. 2025, ODLRI); zeros without any."""
-    left = np.zeros((len(weight), options.rank), np.float32)
-    right = np.zeros((options.rank, weight.shape[1]), np.float32)
-    if options.outliers:
-        columns = largest_channels(moment, options.outliers)
-        within = np.ascontiguousarray(moment[np.ix_(columns, columns)])
-        some, right[: options.outliers, columns] = regression(weight[:, columns], within, options.outliers)
-        left[:, : options.outliers] = some
-    return left, right
 
 
 def _alternate(weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: Options) -> Decomposition:
