@@ -167,8 +167,10 @@ def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float3
     """
     rows = _scales(outputs)
     left, right = regression(weight * rows, damped(site.second_moment, DAMPING), rank)
-    best: Float32 = (left / rows) @ right
-    return weight - best
+    scaled: Float32 = left / rows
+    best: Float32 = scaled @ right
+    rest: Float32 = weight - best
+    return rest
 
 
 def _scales(outputs: Float32) -> Float32:
