@@ -98,7 +98,7 @@ class _Problem:
         self._weight, self._site, self._low_rank, self._method = weight, site, low_rank, method
         # A method may keep what it made of the last site: L has others than Q and R.
         self._method_of_left = copy(method)
-        self._moment = damped(site.second_moment, DAMPING)
+        self._moment = damped(site.second_moment, DAMPING, site.shrinkage)
         self._rows = _scales(outputs)
 
     def error(self, change: Float32) -> float:
@@ -166,7 +166,7 @@ def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float3
         outputs: Sensitivity of each row, float32 [rows].
     """
     rows = _scales(outputs)
-    left, right = regression(weight * rows, damped(site.second_moment, DAMPING), rank)
+    left, right = regression(weight * rows, damped(site.second_moment, DAMPING, site.shrinkage), rank)
     scaled: Float32 = left / rows
     best: Float32 = scaled @ right
     rest: Float32 = weight - best
