@@ -102,7 +102,7 @@ def _build(
         statistics = collect(
             model, calibration, job.seed, lambda done, total: progress("statistics: layers", done, total)
         )
-        rewritten = target.rewritten(model, statistics)
+        rewritten = target.rewritten(model, statistics, planned.decisions)
     with stages.stage("allocate"):
         if budget is None:
             decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)

@@ -72,8 +72,8 @@ class Target(Protocol):
     def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
         """Return the peak memory of the runtime's process at a context, weights included."""
 
-    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
-        """Return the model in the coordinates that suit the target, which compute the same: its own where all do."""
+    def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model in the coordinates that suit the target and decisions like these, which compute the same."""
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""

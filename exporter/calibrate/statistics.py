@@ -52,8 +52,13 @@ class Statistics:
     def site(self, name: str) -> Site | None:
         """Return what was seen at a site; None where nothing was observed. The last one read is kept."""
         if self._last is None or self._last[0] != name:
-            self._last = name, load_site(self._folder, name)
+            self._last = None
+            self._last = name, self.read_site(name)
         return self._last[1]
+
+    def read_site(self, name: str) -> Site | None:
+        """Return the same without keeping it."""
+        return load_site(self._folder, name)
 
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] of every column, every token counting the same, float32 [columns]; None as for `site`."""

@@ -7,9 +7,13 @@ A static scale for a whole tensor is set by its largest channel. Channel j of th
 and column j of every matrix behind it multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is folded
 into what makes the channel: the gain of the normalisation before it, the value rows before the output projection (one
 factor for all heads that share them), and the up rows before the down projection.
+
+Where activations get a scale for every few columns as they come, what a channel is worth counts instead, as in AWQ (Lin
+et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of loud channels then lie on a finer part of their block's grid, and
+loud channels rob their neighbours of less of the 8 bits that activations are rounded to.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +26,12 @@ from exporter.errors import RequestError
 from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.weights.format import Float32
+from exporter.weights.group import Decision
 
 # Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
 MOST_FACTOR = np.float32(1e4)
+AWQ_ALPHA = 0.2
+EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,57 @@ def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collect
     Raises:
         RequestError: the ranges were not observed.
     """
+    return rescaled(model, statistics, sites, lambda site, users: _factors(model, statistics, site, users, alpha))
+
+
+def evened(model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA) -> Rewritten:
+    """Return the model with channels as loud as E[x^2]^((1 - alpha) / 2), everywhere but at a tied head.
+
+    Args:
+        model: The source.
+        statistics: Of the source.
+        alpha: How much of the inputs' loudness goes into the weights, from 0 to 1.
+    """
+
+    def factors(site: str, users: Collection[str]) -> Float32:
+        seen = statistics.site(site)
+        power = np.zeros(0) if seen is None else seen.second_moment.diagonal().astype(np.float64)
+        heard = power > 0
+        if not heard.any():
+            return np.ones(len(model.read(next(iter(users))).T), np.float32)
+        louder = np.where(heard, power, 1) ** (alpha / 2)
+        middle = np.exp(np.log(louder[heard]).mean())
+        return np.where(heard, np.clip(louder / middle, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+
+    return rescaled(model, statistics, EVERY_SITE, factors)
+
+
+def are_fitted(decisions: Collection[Decision]) -> bool:
+    """Return whether codes are fitted to the inputs, which is when `evened` channels pay."""
+    return any(one.method != "rtn" and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+
+
+def rescaled(
+    model: Model,
+    statistics: Statistics,
+    sites: Collection[str],
+    factors_of: Callable[[str, Collection[str]], Float32],
+) -> Rewritten:
+    """Return the model with its columns at some sites multiplied by factors, and the channels there divided.
+
+    Heads that share their values share their factors, the geometric mean. A tied head keeps its inputs as they are.
+
+    Args:
+        model: The source.
+        statistics: Of the source.
+        sites: Where to; as for `equalised`.
+        factors_of: Gives the factors, float32 [columns], of a site and of the matrices behind it.
+    """
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
     columns: dict[str, Float32] = {}
     for place in _places(model, sites):
-        found = _factors(model, statistics, place.site, place.users, alpha)
+        found = factors_of(place.site, place.users)
         made = found
         if place.by_heads:
             found, made = _by_heads(model, found)
@@ -157,24 +210,32 @@ class _Scaled:
         return values
 
 
+def _scaled_site(given: Site, factor: Float32) -> Site:
+    """Return what is seen of a site whose channels are divided by factors, float32 [columns].
+
+    A block's peak is taken to follow its loudest channel.
+    """
+    fitted, held = (moment / factor[:, None] / factor for moment in (given.fitted, given.held))
+    power = (1 - given.share) * given.fitted.diagonal() + given.share * given.held.diagonal()
+    peaks = {}
+    for block, peak in given.peaks.items():
+        before, after = (one.reshape(-1, block).max(axis=1) for one in (power, power / factor**2))
+        peaks[block] = peak * np.where(before > 0, after / np.where(before > 0, before, 1), 1)
+    return Site(fitted, held, given.share, given.squares / factor**2, peaks)
+
+
 class _ScaledStatistics(Statistics):
     """Statistics of the inputs and outputs that the new coordinates have."""
 
     def __init__(self, source: Statistics, factors: dict[str, Float32]) -> None:
         self._source = source
         self._factors = factors
-        self._scaled: tuple[str, Site] | None = None
+        self._last = None
 
-    def site(self, name: str) -> Site | None:
-        """Return what is seen of a site there, but for its peaks, which do not follow; the last one is kept."""
-        given = self._source.site(name)
-        if given is None or name not in self._factors:
-            return given
-        if self._scaled is None or self._scaled[0] != name:
-            factor = self._factors[name]
-            fitted, held = (moment / factor[:, None] / factor for moment in (given.fitted, given.held))
-            self._scaled = name, Site(fitted, held, given.share, given.squares / factor**2, {})
-        return self._scaled[1]
+    def read_site(self, name: str) -> Site | None:
+        """Return what is seen of a site there without keeping it."""
+        given, factor = self._source.read_site(name), self._factors.get(name)
+        return given if given is None or factor is None else _scaled_site(given, factor)
 
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] there, float32 [columns]."""

@@ -16,7 +16,7 @@ from exporter.cache import replacing
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
-from exporter.compress.equalise import Rewritten
+from exporter.compress.equalise import Rewritten, are_fitted, evened
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
@@ -157,9 +157,9 @@ class Gguf:
         logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
 
-    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
-        """Return the model as it is."""
-        return Rewritten(model, statistics)
+    def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model with evened channels, where codes are fitted to them."""
+        return evened(model, statistics) if are_fitted(decisions) else Rewritten(model, statistics)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, beside it the factors if there are any, then the Modelfile."""

@@ -99,7 +99,7 @@ class OnnxQdq(Onnx):
         """Return the same for every matrix: there is one format."""
         return Throughput()
 
-    def rewritten(self, model: Model, statistics: Statistics) -> Rewritten:
+    def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with equalised channels."""
         return equalised(model, statistics, ALPHA, EQUALISED)
 

@@ -62,11 +62,15 @@ class Exporter:
         self._model = model
         self._target = load_target(target)
         self._effort = effort(effort_name)
-        self._statistics = collect(model, calibration, SEED, lambda done, total: None)
+        statistics = collect(model, calibration, SEED, lambda done, total: None)
+        usual = self._target.decide(model, self._target.default_type, self._target.default_method)
+        self._rewritten = self._target.rewritten(model, statistics, usual)
         self._encoded: dict[tuple[str, str], EncodedMatrix] = {}
         self._storages = self._target.storages(model)
         method = load_method(self._target.default_method, self._effort)
-        self._choices = predict(model, self._storages, method, self._statistics, lambda done, total: None)
+        self._choices = predict(
+            self._rewritten.model, self._storages, method, self._rewritten.statistics, lambda done, total: None
+        )
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
@@ -95,7 +99,9 @@ class Exporter:
         }
         ordered = [decisions[group.name] for group in self._model.groups()]
         folder.mkdir()
-        compressed = _Remembered(self._model, ordered, self._statistics, self._effort)
+        compressed = _Remembered(
+            self._model, ordered, self._rewritten.statistics, self._effort, rewritten=self._rewritten.model
+        )
         compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
         return Ours(artifact, sum(choice.kl for choice in best))

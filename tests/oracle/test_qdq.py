@@ -1,6 +1,8 @@
 """The target `onnx-qdq` against ONNX Runtime: its quantisers, what it fuses, and the model before it was rewritten."""
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
-from exporter.compress.equalise import Rewritten, equalised
+from exporter.compress.equalise import Rewritten, equalised, evened
 from exporter.compress.method import load_method
 from exporter.effort import EFFORTS
 from exporter.errors import RequestError
@@ -56,7 +58,7 @@ def observed(model: Model) -> Statistics:
 def lower(model: Model, folder: Path, type: str, method: str = "rtn") -> tuple[Artifact, CompressedModel]:
     folder.mkdir()
     target = load_target("onnx-qdq")
-    changed = target.rewritten(model, observed(model))
+    changed = target.rewritten(model, observed(model), [])
     decisions = target.decide(model, type, method)
     compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
     return target.lower(compressed, type, folder), compressed
@@ -201,11 +203,12 @@ def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equalised_channels_compute_the_same(model_of, family: str) -> None:
+@pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=SITES), partial(evened, alpha=0.5)])
+def test_equalised_channels_compute_the_same(model_of, family: str, rule: Callable[..., Rewritten]) -> None:
     with model_of(family, tied=family != "mistral") as model:
         statistics = observed(model)
         before = Reference.of(model, TOKENS)
-        changed = equalised(model, statistics, 0.5, SITES)
+        changed = rule(model, statistics)
         after = Reference.of(changed.model, TOKENS)
         torch.testing.assert_close(after.logits(0, slice(0, 48)), before.logits(0, slice(0, 48)), rtol=0, atol=5e-5)
         assert_statistics_are_those_of_the_model(changed, statistics)
@@ -225,6 +228,8 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
         assert not np.allclose(got.squares, old.squares, rtol=0.05)
         # Weights of the tokens follow from random draws: the moments are held against those before.
         factor = np.sqrt(old.squares / expected.squares)
+        for block, peak in got.peaks.items():
+            np.testing.assert_allclose(peak, expected.peaks[block], rtol=0.5)
         for moment, was in ((got.fitted, old.fitted), (got.held, old.held), (got.second_moment, old.second_moment)):
             np.testing.assert_allclose(moment * np.outer(factor, factor), was, rtol=1e-2, atol=1e-3 * was.max())
     np.testing.assert_allclose(
@@ -237,6 +242,28 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
         assert expected_range is not None and got_range is not None
         np.testing.assert_allclose(got_range.low, expected_range.low, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(got_range.high, expected_range.high, rtol=1e-3, atol=1e-4)
+
+
+def test_evened_channels_are_as_loud_as_the_formula_says(model_of) -> None:
+    with model_of() as model:
+        statistics = observed(model)
+        before, after = (one.site("layers.1.mlp_in") for one in (statistics, evened(model, statistics, 0.5).statistics))
+        assert before is not None and after is not None
+        louder, left = (np.sqrt(one.second_moment.diagonal()) for one in (before, after))
+        np.testing.assert_allclose(left, np.sqrt(louder) * np.exp(np.log(louder).mean() / 2), rtol=1e-3)
+
+
+def test_channels_are_evened_for_fitted_codes_only(model_of) -> None:
+    with model_of() as model:
+        for name, types in {"gguf": ("Q4_0", "F32"), "onnx": ("int4", "F32")}.items():
+            target, statistics = load_target(name), observed(model)
+            for type, method, changes in (
+                (types[0], "ldlq", True),
+                (types[0], "rtn", False),
+                (types[1], "ldlq", False),
+            ):
+                changed = target.rewritten(model, statistics, target.decide(model, type, method))
+                assert (changed.model is not model) is changes
 
 
 def test_equalising_narrows_an_outlying_channel(model_of) -> None:

@@ -166,8 +166,8 @@ def test_static_integers_keep_the_behaviour(
     model: Model, statistics: Statistics, original: Reference, tmp_path: Path, type: str, most_kl: float
 ) -> None:
     target = load_target("onnx-qdq")
-    changed = target.rewritten(model, statistics)
     decisions = target.decide(model, type, "rtn")
+    changed = target.rewritten(model, statistics, decisions)
     compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
     artifact = target.lower(compressed, type, tmp_path)
     assert measure(original, artifact, f"onnx-qdq {type}").kl_mean < most_kl
