@@ -30,7 +30,7 @@ from exporter.weights.group import Decision
 
 # Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
 MOST_FACTOR = np.float32(1e4)
-AWQ_ALPHA = 0.2
+AWQ_ALPHA = 0.25
 EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 
