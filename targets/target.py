@@ -39,6 +39,9 @@ class Target(Protocol):
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""
 
+    def carried(self, model: Model) -> Model:
+        """Return a model of the same function whose shape the files can hold; it is what all else is asked for."""
+
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each weight group; reads no weights.
 

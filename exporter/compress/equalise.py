@@ -9,6 +9,7 @@ into what makes the channel: the gain of the normalisation before it, the value 
 factor for all heads that share them), and the up rows before the down projection.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +165,14 @@ class _ScaledStatistics(Statistics):
         self._source = source
         self._factors = factors
         self._scaled: tuple[str, Site] | None = None
+
+    @property
+    def key(self) -> str:
+        """What they are of: the source's, and the factors."""
+        total = hashlib.sha256(self._source.key.encode())
+        for name, factor in self._factors.items():
+            total.update(f"{name}:".encode() + factor.tobytes())
+        return total.hexdigest()
 
     def site(self, name: str) -> Site | None:
         """Return what is seen of a site there, but for its peaks, which do not follow; the last one is kept."""

@@ -75,6 +75,10 @@ class Onnx:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
 
+    def carried(self, model: Model) -> Model:
+        """Return the model as it is: every layer of the graph has its own shapes."""
+        return model
+
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return the same format for every matrix; a tied embedding and head share one storage."""
         if type not in self.types():
