@@ -99,14 +99,14 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
         raise RequestError("the share to prune is impossible", got=ratio, expected="a number between 0 and 1")
     if multiple < 1:
         raise RequestError("the widths cannot be rounded", got=f"a multiple of {multiple}", expected="1 or more")
-    widths = tuple(round((1 - ratio) * width / multiple) * multiple for width in architecture.intermediate)
-    for width, kept in zip(architecture.intermediate, widths, strict=True):
-        if not 0 < kept < width:
-            raise RequestError(
-                f"the share to prune rounds to {'all' if kept <= 0 else 'none'} of {width} channels",
-                got=f"{ratio} in steps of {multiple}",
-                next_step="choose another share or a smaller multiple",
-            )
+    before = architecture.intermediate
+    widths = tuple(min(round((1 - ratio) * width / multiple) * multiple, width) for width in before)
+    if widths == before or min(widths) == 0:
+        raise RequestError(
+            f"the share to prune rounds to {'none' if widths == before else 'all'} of a layer's channels",
+            got=f"{ratio} of {', '.join(map(str, sorted(set(before))))} channels in steps of {multiple}",
+            next_step="choose another share or a smaller multiple",
+        )
     return widths
 
 

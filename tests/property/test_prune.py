@@ -133,24 +133,21 @@ def test_the_pruned_model_is_what_was_asked_for(model: Model, even: bool) -> Non
     assert found.predicted_kl is not None and found.predicted_kl > 0
 
 
-def test_repair_and_choice_both_pay(model: Model) -> None:
-    statistics = statistics_of(model)
-    found = prune(model, statistics, Options(1 / 3, 16, even=True))
-    gates = [found.model.read(f"model.layers.{layer}.mlp.gate_proj.weight") for layer in range(3)]
-    source = [model.read(f"model.layers.{layer}.mlp.gate_proj.weight") for layer in range(3)]
-    kept = [
-        np.array([np.flatnonzero((whole == row).all(1))[0] for row in gate])
-        for gate, whole in zip(gates, source, strict=True)
-    ]
-    chance = np.random.default_rng(0)
-    drawn = [np.sort(chance.choice(96, 64, replace=False)) for _ in range(3)]
-    mended, bare, random = (
-        kl(model, found.model),
-        kl(model, selected(model, kept, {})),
-        kl(model, selected(model, drawn, {})),
-    )
-    assert mended < 0.8 * bare
-    assert bare < random
+def test_what_others_can_stand_for_is_not_missed(model: Model) -> None:
+    """The second half of the channels is twice the first: half of all of them is enough, once `down` is repaired."""
+    weights = model.folder / "model.safetensors"
+    tensors = load_file(weights)
+    for layer in range(3):
+        for role, factor in (("gate", 1), ("up", 2)):
+            whole = tensors[f"model.layers.{layer}.mlp.{role}_proj.weight"]
+            whole[48:] = factor * whole[:48]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with open_model(str(model.folder)) as doubled:
+        statistics = statistics_of(doubled)
+        found = prune(doubled, statistics, Options(0.5, 16, even=True, damping=1e-6))
+        bare = selected(doubled, [np.arange(48, 96)] * 3, {})
+        assert kl(doubled, found.model) < 1e-4
+        assert kl(doubled, bare) > 0.01
 
 
 def test_uneven_widths_foretell_no_more_than_even_ones(model: Model) -> None:
@@ -202,9 +199,13 @@ def test_statistics_in_other_coordinates_have_another_key(model: Model) -> None:
         (-0.1, 16, r"share to prune is impossible"),
         (float("nan"), 16, r"share to prune is impossible"),
         (0.25, 0, r"widths cannot be rounded; got a multiple of 0, expected 1 or more"),
-        (0.05, 32, r"rounds to none of 96 channels; got 0\.05 in steps of 32; choose another share"),
-        (0.9, 32, r"rounds to all of 96 channels; got 0\.9 in steps of 32"),
-        (0.2, 256, r"rounds to all of 96 channels"),
+        (
+            0.05,
+            32,
+            r"rounds to none of a layer's channels; got 0\.05 of 96 channels in steps of 32; choose another share",
+        ),
+        (0.9, 32, r"rounds to all of a layer's channels; got 0\.9 of 96 channels in steps of 32"),
+        (0.2, 256, r"rounds to all of a layer's channels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_weight_is_read(
@@ -245,5 +246,4 @@ def test_a_silent_layer_is_pruned_too(model: Model, tmp_path: Path) -> None:
     with open_model(str(model.folder)) as silent:
         found = prune(silent, statistics_of(silent), Options(1 / 3, 16))
         assert found.model.architecture.intermediate[1] == min(found.model.architecture.intermediate)
-        assert not found.model.read("model.layers.1.mlp.down_proj.weight").any()
         assert np.isfinite(kl(silent, found.model))
