@@ -31,9 +31,10 @@ class LayerStream:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._skeleton: Any = weightless_module(model)
+        skeleton = weightless_module(model)
+        self._decoder: Any = skeleton.model
         # The rotary embedding has buffers that follow from the config alone.
-        self._rotary = type(self._skeleton.model.rotary_emb)(self._skeleton.config)
+        self._rotary: Any = type(self._decoder.rotary_emb)(skeleton.config)
 
     @property
     def layers(self) -> int:
@@ -48,7 +49,7 @@ class LayerStream:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load one decoder layer; its weights go at the end."""
-        module: nn.Module = self._skeleton.model.layers[index]
+        module: nn.Module = self._decoder.layers[index]
         state = {name: torch.from_numpy(self._model.read(layer_tensor(index, name))) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         try:
@@ -82,7 +83,7 @@ class LayerStream:
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the head sees: the final normalisation of the last layer's output."""
-        norm = self._skeleton.model.norm
+        norm = self._decoder.norm
         norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
         normalised: torch.Tensor = norm(hidden)
         return normalised

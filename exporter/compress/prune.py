@@ -250,7 +250,8 @@ def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: Channels) -> torc
         kept: The channels that stay.
     """
     rows = moment[torch.from_numpy(kept)]
-    return torch.linalg.solve(rows[:, torch.from_numpy(kept)], rows @ weight.T).T.float().contiguous()
+    solution: torch.Tensor = torch.linalg.solve(rows[:, torch.from_numpy(kept)], rows @ weight.T)
+    return solution.T.float().contiguous()
 
 
 def shared_out(eliminations: Sequence[Elimination], total: int, multiple: int) -> tuple[int, ...]:

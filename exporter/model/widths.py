@@ -77,14 +77,14 @@ class _Rewidened:
     """The tensors of a model, those of its feed-forward parts made when they are read."""
 
     def __init__(
-        self, model: Model, shapes: dict[str, tuple[int, ...]], places: dict[str, tuple[int, int]], read: _Read
+        self, model: Model, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]], read: _Read
     ) -> None:
         self._source, self._shapes, self._places, self._read = model.tensors, shapes, places, read
         self.files: list[Path] = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""
-        return self._source.shapes() | self._shapes
+        return {**self._source.shapes(), **self._shapes}
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
