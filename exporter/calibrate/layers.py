@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,9 +32,9 @@ class LayerStream:
     def __init__(self, model: Model) -> None:
         self._model = model
         skeleton = weightless_module(model)
-        self._decoder: Any = skeleton.model
+        self._decoder = cast(Any, skeleton.model)
         # The rotary embedding has buffers that follow from the config alone.
-        self._rotary: Any = type(self._decoder.rotary_emb)(skeleton.config)
+        self._rotary = type(self._decoder.rotary_emb)(skeleton.config)
 
     @property
     def layers(self) -> int:
