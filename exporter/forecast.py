@@ -98,7 +98,7 @@ def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
             seconds += sum(rows * group.columns * 1e-9 * speeds[format.name] for format in storage.formats)
     sites = {group.site: group.columns for storage in storages for group in storage.groups}
     factors = sum(columns**3 for columns in sites.values())
-    return seconds + (2 / 3 / FACTOR_SHARE + 2) * factors / flops_per_s
+    return seconds + (2 / 3 / FACTOR_SHARE + 2 / 3) * factors / flops_per_s
 
 
 def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:

@@ -37,7 +37,7 @@ class Job:
         bits: The same as an average of bits a weight, everything in the files counted.
         min_decode_tokens_per_s: What the device is expected to generate at the least.
         min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
-        prefer: `accuracy`, or `speed`: what matters more within those limits.
+        prefer: What matters more within those limits: `accuracy` or `speed`, or `balanced`.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Job:
     bits: float | None = None
     min_decode_tokens_per_s: float | None = None
     min_prefill_tokens_per_s: float | None = None
-    prefer: str = "accuracy"
+    prefer: str = "balanced"
 
     @property
     def effort_level(self) -> Effort:

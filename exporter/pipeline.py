@@ -22,7 +22,7 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import Plan, make_plan, with_decisions
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
-from exporter.stages import Stages
+from exporter.stages import Stages, give_back_freed_memory
 from exporter.validate.proof import prove
 
 
@@ -81,6 +81,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     output = job.output
     if output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
+    give_back_freed_memory()
     stages = Stages()
     with ExitStack() as opened:
         with stages.stage("open"):

@@ -52,6 +52,9 @@ class Target(Protocol):
     def storages(self, model: Model) -> list[Storage]:
         """Return what is stored in one format each, and the formats that it may have here."""
 
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return what the runtime's own tool makes, the largest of no more bytes of matrices; empty for none."""
+
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return how quickly the runtime multiplies with a matrix; infinity where it does not for most tokens."""
 

@@ -214,13 +214,13 @@ def _backwards(
         moments = {site: Moments(_columns(module, roles[0])) for site, roles in sites.items()}
         for part, outputs, given in stream.differentiable(module, inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
-            squares = {role: g.square() for role, g in gradients.items()}
-            for role, square in squares.items():
-                sums[role] = sums.get(role, torch.zeros(())) + square.sum(dim=(0, 1))
+            tokens = {role: _squares(gradients.pop(role), role, sums) for role in LINEARS}
             for site, roles in sites.items():
-                moments[site].add(seen[roles[0]], _weights([squares[role] for role in roles]), part.start)
-    for site, moment in moments.items():
-        moment.save(folder, f"layers.{index}.{site}")
+                moments[site].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
+            # Nothing of these windows is kept while the next are derived.
+            seen.clear()
+    for site in sites:
+        moments.pop(site).save(folder, f"layers.{index}.{site}")
     count = gradient[..., 0].numel()
     save_vectors(folder / f"{_gradients(index)}.npz", {role: (sums[role] / count).numpy() for role in LINEARS})
     return before
@@ -230,9 +230,19 @@ def _columns(module: nn.Module, role: str) -> int:
     return int(module.get_parameter(f"{LINEARS[role][0]}.weight").shape[1])
 
 
-def _weights(squares: list[torch.Tensor]) -> torch.Tensor:
-    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike."""
-    tokens = [square.sum(-1) for square in squares]
+def _squares(gradient: torch.Tensor, role: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Add the squares of a gradient, [windows, length, rows], to its role's; return their sums by token."""
+    squares = gradient.square()
+    sums[role] = sums.get(role, torch.zeros(())) + squares.sum(dim=(0, 1))
+    return squares.sum(-1)
+
+
+def _weights(tokens: list[torch.Tensor]) -> torch.Tensor:
+    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike.
+
+    Args:
+        tokens: Each matrix's squared gradients by token, float32 [windows, length].
+    """
     return torch.stack([weights / weights.mean().clamp(min=1e-30) for weights in tokens]).mean(0)
 
 

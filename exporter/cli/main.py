@@ -47,7 +47,10 @@ MinPrefillOption = Annotated[
     float | None, typer.Option("--min-prefill", min=1e-3, help="Least tokens/s of a prompt on the device (estimated).")
 ]
 PreferOption = Annotated[
-    str, typer.Option("--prefer", help="accuracy, or speed: the quickest formats at no more than twice the least loss.")
+    str,
+    typer.Option(
+        "--prefer", help="accuracy; speed, at no more than twice the loss; or balanced: no slower than stock."
+    ),
 ]
 EffortOption = Annotated[
     str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
@@ -76,7 +79,7 @@ def build(
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
     min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "accuracy",
+    prefer: PreferOption = "balanced",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
@@ -113,7 +116,7 @@ def plan(
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
     min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "accuracy",
+    prefer: PreferOption = "balanced",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,

@@ -228,7 +228,7 @@ def _solve(costs: Float64, used: Float64, bounds: Float64, counts: list[int]) ->
     matrix.start_ = np.arange(0, entries * total + 1, entries)
     matrix.index_ = np.column_stack([np.tile(np.arange(len(bounds)), (total, 1)), len(bounds) + owner]).ravel()
     matrix.value_ = np.vstack([used, np.ones((1, total))]).T.ravel()
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver = highspy.Highs()
     solver.silent()
     for option, value in {
         "threads": 1, "mip_rel_gap": GAP, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": TOLERANCE,

@@ -16,6 +16,8 @@ from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32
 from exporter.weights.group import Decision
 
+DIGESTED_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -107,7 +109,10 @@ class CompressedModel:
 
 def weights_digest(weight: Float32) -> str:
     """Return the SHA-256 of weights, float32 [rows, columns], with -0 counted as 0."""
-    return hashlib.sha256(np.ascontiguousarray(weight + np.float32(0)).data).hexdigest()
+    digest = hashlib.sha256()
+    for first in range(0, len(weight), DIGESTED_ROWS_AT_ONCE):
+        digest.update(np.ascontiguousarray(weight[first : first + DIGESTED_ROWS_AT_ONCE] + np.float32(0)).data)
+    return digest.hexdigest()
 
 
 def check_formats(decisions: list[Decision]) -> None:

@@ -25,4 +25,5 @@ def weightless_module(model: Model) -> nn.Module:
             if linear.weight.shape != (group.rows, group.columns):
                 linear.out_features, linear.in_features = group.rows, group.columns
                 linear.weight = nn.Parameter(torch.empty(group.rows, group.columns))
-    return module
+    # Only hidden states are derived by: what weights' gradients would need is not kept.
+    return module.requires_grad_(False)

@@ -5,7 +5,7 @@ independent of each other, so a target may reorder encoded rows without decoding
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,24 @@ class Grid(Protocol):
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block, uint8 [rows, bytes of a block], from codes, uint8 [rows, block columns]."""
+
+
+@runtime_checkable
+class PartedGrid(Grid, Protocol):
+    """A grid whose block has parts with scales of their own, which can be chosen when feedback reaches them."""
+
+    @property
+    def part_columns(self) -> int:
+        """Columns of a part."""
+
+    def reached(self, column: int, values: Float32, importance: Float32) -> "PartedGrid":
+        """Return the grid with the scales that suit the values of one part, those of other parts as they are.
+
+        Args:
+            column: The part's first.
+            values: float32 [columns of the part, rows].
+            importance: What an error in each of its columns costs, float32 [columns of the part].
+        """
 
 
 def squared_error(weights: Float32, gram: Float32, aim: Float32) -> Float32:

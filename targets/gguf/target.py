@@ -43,6 +43,9 @@ ALPHABET = (
     "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 
+# From the largest to the smallest.
+USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_M")
+
 
 class Gguf:
     """One GGUF file, its tensors in any type of llama.cpp's, and a Modelfile for Ollama."""
@@ -103,6 +106,14 @@ class Gguf:
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
         return [Storage((group,), formats(group)) for group in model.groups()]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return llama.cpp's usual mix of that size."""
+        for mix in USUAL_MIXES:
+            decisions = self._mixed(model, mix, "rtn")
+            if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
+                return decisions
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the speed of a type's kernels; of a prompt only the last token goes through the head."""

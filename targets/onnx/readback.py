@@ -15,7 +15,7 @@ from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 from exporter.weights.matmulnbits import MatMulNBitsFormat
 
-OUTPUTS_AT_ONCE = 8192
+OUTPUTS_AT_ONCE = 2048
 
 
 class Tables:
@@ -49,11 +49,11 @@ class Tables:
         if node.op_type == "Gather":
             return self._values(node.input[0])
         tables = [self._values(name) for name in self._table_inputs(node)]
-        steps = range(first, last, OUTPUTS_AT_ONCE)
-        parts = [
-            _identity_product(node, [table[at : min(at + OUTPUTS_AT_ONCE, last)] for table in tables]) for at in steps
-        ]
-        return np.concatenate(parts)
+        decoded = np.empty((group.rows, group.columns), np.float32)
+        for at in range(first, last, OUTPUTS_AT_ONCE):
+            rows = slice(at, min(at + OUTPUTS_AT_ONCE, last))
+            decoded[rows.start - first : rows.stop - first] = _identity_product(node, [table[rows] for table in tables])
+        return decoded
 
     def format_name(self, group: WeightGroup) -> str:
         """Return the format that the node states, such as `int4-b32`."""
@@ -136,4 +136,4 @@ def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     result: np.ndarray = session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0]
-    return np.ascontiguousarray(result.T)
+    return result.T

@@ -48,6 +48,9 @@ FLOAT = "F32"
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
+# Of onnxruntime-genai's builder, from the largest.
+STOCK = ("int8-b32-f32", "int4-b32-f32")
+
 
 class Onnx:
     """model.onnx with its external data, genai_config.json and the tokenizer.
@@ -104,6 +107,15 @@ class Onnx:
             Storage(tuple(groups), tuple(format for format in alphabet if format.fits(groups[0].columns)))
             for groups in together.values()
         ]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return what onnxruntime-genai's builder makes by default, or with 8 bits where those fit."""
+        for name in STOCK:
+            format = matmulnbits_format(name)
+            decisions = [Decision(group, "rtn", format, "as the builder makes it") for group in model.groups()]
+            if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
+                return decisions
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the measured speed of `MatMulNBits` with a format."""

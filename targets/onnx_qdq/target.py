@@ -88,6 +88,10 @@ class OnnxQdq(Onnx):
         """Return the matrices, each with the only format that they can have."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
 
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return nothing: there is one format."""
+        return []
+
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the same for every matrix: there is one format."""
         return Throughput()

@@ -22,7 +22,7 @@ from exporter.targets.target import load_target
 from tests.models import VOCAB, tiny_model
 
 HIDDEN, INTERMEDIATE, LAYERS = 1024, 4096, 2
-PROMPT, DECODE, ROUNDS = 256, 24, 5
+PROMPT, DECODE, ROUNDS = 256, 32, 7
 BASELINE = "Q4_0"
 # Products with a matrix, of all matrices but the embedding, for each token.
 PRODUCTS = LAYERS * (3 * HIDDEN * INTERMEDIATE + 3 * HIDDEN * HIDDEN)

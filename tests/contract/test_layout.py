@@ -31,7 +31,7 @@ ORDER = [
     {"job", "stages"},
     {"calibrate", "compress"},
     {"targets"},
-    {"plan", "sampling", "budget"},
+    {"plan", "sampling", "budget", "needs"},
     {"validate"},
     {"report", "forecast"},
     {"bundle"},

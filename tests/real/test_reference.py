@@ -99,7 +99,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     else:
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
-    job = Job(str(folder), "any", max_file_bytes=stock.file_bytes)
+    job = Job(str(folder), "any", max_file_bytes=stock.file_bytes, prefer="accuracy")
     budget = feasible_budget(job, model, made, load_device("raspberry-pi-5"))
     assert budget is not None
     decisions = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)

@@ -111,7 +111,7 @@ def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> No
     with open_model(job().source) as model:
         most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.architecture.parameters)
         seconds = {}
-        for prefer in ("accuracy", "speed"):
+        for prefer in ("balanced", "accuracy", "speed"):
             planned, budget = pipeline.planned_within(job(target="gguf", max_file_bytes=most, prefer=prefer), model)
             assert budget is not None
             timed = [
@@ -119,9 +119,10 @@ def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> No
             ]
             seconds[prefer] = sum(512 * choice.prefill_s + 128 * choice.decode_s for choice in timed)
         assert seconds["speed"] < seconds["accuracy"]
+        assert seconds["balanced"] <= seconds["accuracy"] * 1.001
         # Without a budget, the file may be as large as that of the default type.
         assert pipeline.planned_within(job(target="gguf", prefer="speed"), model)[1] is not None
-    with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*speed"):
+    with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*'speed'"):
         pipeline.plan(job(prefer="sped"))
 
 

@@ -109,3 +109,10 @@ def test_names_from_outside_are_shown_as_they_are(world: Path) -> None:
     shown = cli(world, "plan", odd, "-d", "raspberry-pi-5")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("odd \ufffd[31m[red]model for ")
+
+
+def test_a_plan_within_limits_is_one_json_document(world: Path) -> None:
+    limits = ("--bits", "30", "--min-decode", "10", "--prefer", "speed")
+    planned = cli(world, "plan", "model", "--device", "raspberry-pi-5", "--target", "gguf", *limits, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert "10.0 tokens/s decoded (estimated), speed preferred" in json.loads(planned.stdout)["type"]
