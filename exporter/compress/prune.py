@@ -31,6 +31,7 @@ from exporter.model.widths import Channels, selected
 
 VERSION = 1
 CHANNELS_AT_ONCE = 8
+DAMPING = 0.01
 # A layer keeps at least this share of its channels, however little they seem to matter: the quadratic form that tells
 # what a loss costs holds for small ones.
 LEAST_KEPT = 0.25
@@ -50,7 +51,7 @@ class Options:
     ratio: float = 0.25
     multiple: int = 32
     even: bool = False
-    damping: float = 0.01
+    damping: float = DAMPING
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,11 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
 def prune(
     model: Model, statistics: Statistics, options: Options, progress: Callable[[int, int], None] = silent
 ) -> Pruned:
-    """Return the model without the channels that cost least, from the cache if that was done before.
+    """Return the model without the channels that cost least, repaired; what was done before comes from the cache.
 
     Args:
         model: The source.
-        statistics: Of its inputs of `down`.
+        statistics: Of the inputs and outputs of its `down`.
         options: What is asked for.
         progress: Called with layers done, each twice, and their total.
 
@@ -125,44 +126,76 @@ def prune(
         RequestError: see `planned_widths`; or the inputs were not observed.
     """
     widths = planned_widths(model.architecture, options.ratio, options.multiple)
-    decisive = f"{VERSION}:{model.digest}:{statistics.key}:{sorted(asdict(options).items())}"
-    folder = cache_folder("pruned", hashlib.sha256(decisive.encode()).hexdigest()[:32])
-    if not (folder / "done.npz").is_file():
-        _prune(model, statistics, options, widths, folder, progress)
-    layers = range(model.architecture.layers)
-    kept = [np.load(folder / f"kept.{layer}.npy", allow_pickle=False) for layer in layers]
-    predicted = float(load_vectors(folder / "done.npz")["predicted_kl"])
-    return Pruned.of(model, kept, {layer: folder / f"down.{layer}.npy" for layer in layers}, predicted)
+    layers = len(widths)
+    path = _cached(model, statistics, *sorted(asdict(options).items())) / "kept.npz"
+    if not path.is_file():
+        chosen = _chosen(model, statistics, options, widths, lambda done, _: progress(done, 2 * layers))
+        save_vectors(path, {str(layer): channels for layer, channels in enumerate(chosen)})
+    saved = load_vectors(path)
+    kept = [saved[str(layer)] for layer in range(layers)]
+    return repair(model, statistics, kept, options.damping, lambda done, _: progress(layers + done, 2 * layers))
 
 
-def _prune(
+def repair(
+    model: Model,
+    statistics: Statistics,
+    kept: Sequence[Channels],
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] = silent,
+) -> Pruned:
+    """Return the model with some channels, however they were chosen, and `down` repaired; cached as `prune` is.
+
+    Args:
+        model: The source.
+        statistics: Of the inputs and outputs of its `down`.
+        kept: For each layer the channels that stay, ascending.
+        damping: See `Options`.
+        progress: Called with layers done and their total.
+
+    Raises:
+        RequestError: the inputs were not observed.
+    """
+    digests = [hashlib.sha256(channels.astype("<i8").tobytes()).hexdigest() for channels in kept]
+    folder = _cached(model, statistics, damping, *digests)
+    files = {layer: folder / f"down.{layer}.npy" for layer in range(len(kept))}
+    if not (folder / "losses.npy").is_file():
+        losses = []
+        for layer, channels in enumerate(kept):
+            progress(layer, len(kept))
+            weight, moment = _down(model, layer), _moment(statistics, layer, damping)
+            found = repaired(weight, moment, channels)
+            save_array(files[layer], found.numpy())
+            change = -weight
+            change[:, torch.from_numpy(channels)] += found
+            errors = (change @ moment * change).sum(1)
+            losses.append(float(errors @ _sensitivity(statistics, layer)))
+        save_array(folder / "losses.npy", np.array(losses))
+        progress(len(kept), len(kept))
+    return Pruned.of(model, kept, files, float(np.load(folder / "losses.npy", allow_pickle=False).sum()) / 2)
+
+
+def _cached(model: Model, statistics: Statistics, *decisive: object) -> Path:
+    key = f"{VERSION}:{model.digest}:{statistics.key}:{decisive}"
+    return cache_folder("pruned", hashlib.sha256(key.encode()).hexdigest()[:32])
+
+
+def _chosen(
     model: Model,
     statistics: Statistics,
     options: Options,
     widths: tuple[int, ...],
-    folder: Path,
     progress: Callable[[int, int], None],
-) -> None:
-    layers = len(widths)
-    eliminations = []
+) -> list[Channels]:
+    """Return the channels of each layer that stay."""
+    found = []
     for layer, width in enumerate(widths):
-        progress(layer, 2 * layers)
+        progress(layer, len(widths))
         least = width if options.even else min(width, _least(model.architecture.intermediate[layer], options.multiple))
-        sensitivity = torch.from_numpy(statistics.sensitivity(layer, "down"))
         moment = _moment(statistics, layer, options.damping)
-        eliminations.append(eliminate(_down(model, layer), sensitivity, moment, least))
+        found.append(eliminate(_down(model, layer), _sensitivity(statistics, layer), moment, least))
     if not options.even:
-        widths = shared_out(eliminations, sum(widths), options.multiple)
-    total = 0.0
-    for layer, (found, width) in enumerate(zip(eliminations, widths, strict=True)):
-        progress(layers + layer, 2 * layers)
-        kept = found.kept(width)
-        save_array(folder / f"kept.{layer}.npy", kept)
-        weight = repaired(_down(model, layer), _moment(statistics, layer, options.damping), kept)
-        save_array(folder / f"down.{layer}.npy", weight.numpy())
-        total += found.loss(width) / 2
-    save_vectors(folder / "done.npz", {"predicted_kl": np.array(total)})
-    progress(2 * layers, 2 * layers)
+        widths = shared_out(found, sum(widths), options.multiple)
+    return [one.kept(width) for one, width in zip(found, widths, strict=True)]
 
 
 def _least(width: int, multiple: int) -> int:
@@ -172,6 +205,10 @@ def _least(width: int, multiple: int) -> int:
 
 def _down(model: Model, layer: int) -> torch.Tensor:
     return torch.from_numpy(model.read(layer_tensor(layer, f"{LINEARS['down'][0]}.weight"))).double()
+
+
+def _sensitivity(statistics: Statistics, layer: int) -> torch.Tensor:
+    return torch.from_numpy(statistics.sensitivity(layer, "down")).double()
 
 
 def _moment(statistics: Statistics, layer: int, damping: float) -> torch.Tensor:
@@ -217,16 +254,16 @@ def eliminate(
 
     Args:
         weight: W, float64 [outputs, channels].
-        sensitivity: s, [outputs].
+        sensitivity: s, float64 [outputs].
         moment: H, positive definite, float64 [channels, channels].
         least: How many channels stay at least.
         at_once: How many go before the costs of the others are computed again.
     """
     # P and A of the channels that are left; rows of the others are zero.
     inverse = torch.linalg.inv(moment)
-    outputs = (weight * sensitivity.double().sqrt()[:, None]).T.contiguous()
+    outputs = (weight * sensitivity.sqrt()[:, None]).T.contiguous()
     left = torch.ones(len(moment), dtype=torch.bool)
-    order, losses = [], []
+    order, losses = [np.empty(0, np.int64)], [np.empty(0)]
     for count in range(len(moment), least, -at_once):
         scores = torch.where(left, outputs.square().sum(1) / inverse.diagonal(), torch.inf)
         going = scores.topk(min(at_once, count - least), largest=False).indices

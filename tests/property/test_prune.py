@@ -16,7 +16,7 @@ from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows
 from exporter.compress import prune as pruning
 from exporter.compress.equalise import equalised
-from exporter.compress.prune import Elimination, Options, eliminate, planned_widths, prune, repaired, shared_out
+from exporter.compress.prune import Elimination, Options, eliminate, planned_widths, prune, repair, repaired, shared_out
 from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -161,10 +161,42 @@ def test_it_is_done_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = statistics_of(model)
     first = prune(model, statistics, Options(1 / 3, 16))
     monkeypatch.setattr(pruning, "eliminate", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(pruning, "repaired", lambda *_: pytest.fail("computed again"))
     again = prune(model, statistics, Options(1 / 3, 16))
     assert again.model.digest == first.model.digest
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         prune(model, statistics, Options(1 / 3, 32))
+
+
+def test_any_choice_can_be_repaired(model: Model) -> None:
+    statistics = statistics_of(model)
+    best = prune(model, statistics, Options(1 / 3, 16, even=True))
+    drawn = [np.sort(np.random.default_rng(layer).choice(96, 64, replace=False)) for layer in range(3)]
+    found = repair(model, statistics, drawn)
+    assert found.model.architecture.intermediate == (64, 64, 64)
+    assert found.predicted_kl is not None and best.predicted_kl is not None
+    assert found.predicted_kl > best.predicted_kl
+    bare = selected(model, drawn, {})
+    for layer in range(3):
+        gate, down = (f"model.layers.{layer}.mlp.{role}_proj.weight" for role in ("gate", "down"))
+        np.testing.assert_array_equal(found.model.read(gate), bare.read(gate))
+        assert not np.array_equal(found.model.read(down), bare.read(down))
+
+
+def test_what_is_foretold_is_the_loss_of_the_steps(model: Model) -> None:
+    """Two ways to the same: the weighted error of the repaired weights, and the sum of what each step added."""
+    statistics = statistics_of(model)
+    found = prune(model, statistics, Options(1 / 3, 16, even=True))
+    losses = [
+        eliminate(
+            pruning._down(model, layer),
+            pruning._sensitivity(statistics, layer),
+            pruning._moment(statistics, layer, 0.01),
+            64,
+        ).loss(64)
+        for layer in range(3)
+    ]
+    assert found.predicted_kl == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_statistics_of_the_pruned_model_are_its_own(model: Model) -> None:
@@ -181,6 +213,9 @@ def test_pruned_models_are_pruned_again(model: Model) -> None:
     once = prune(model, statistics_of(model), Options(1 / 3, 16)).model
     twice = prune(once, statistics_of(once), Options(0.25, 16))
     assert sum(twice.model.architecture.intermediate) < sum(once.architecture.intermediate)
+    even = prune(once, statistics_of(once), Options(0.25, 16, even=True)).model.architecture.intermediate
+    assert even == planned_widths(once.architecture, 0.25, 16)
+    assert even != once.architecture.intermediate
     assert np.isfinite(kl(model, twice.model))
 
 
