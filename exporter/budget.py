@@ -19,7 +19,9 @@ PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
-LEAST_DECODE, LEAST_PREFILL = 0.98, 0.95
+LEAST_DECODE, LEAST_PREFILL = 1.03, 0.95
+# What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
+SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.
 ROUNDED = 1e-3
 # An answer as llama-bench's default tests have it: what a choice that prefers speed makes shortest.
@@ -62,10 +64,7 @@ class Budget:
     @cached_property
     def swift(self) -> Limits:
         """The limits, and those of what the stock tool makes: its times, in proportion to the bytes."""
-        made = [
-            self.timed(Storage((one.group,), (one.format,)), Choice(one.format, one.stored_bytes, 0))
-            for one in self.stock
-        ]
+        made = [self.timed(Storage.of(one), Choice(one.format, one.stored_bytes, 0)) for one in self.stock]
         if not made:
             return self.limits
         larger = max(self.limits.bytes / sum(choice.bytes for choice in made), 1.0)
@@ -103,12 +102,13 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     """Return the budget that the job names, or None where it names a type, or nothing, instead.
 
     Raises:
-        RequestError: the job's limits contradict each other or its type, or no choice of formats keeps them; the
-            nearest that one keeps is named.
+        RequestError: the preference is unknown, or no choice of formats keeps the limits; the nearest that one keeps
+            is named.
     """
     if job.prefer not in PREFERENCES:
         raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
-    _require_no_contradiction(job)
+    if job.recipe is not None:
+        return None
     most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
     times = {
         "decode_s": job.min_decode_tokens_per_s,
@@ -121,24 +121,15 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
         most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
     fixed = target.fixed_bytes(model)
     limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
-    stock = [] if most is None else target.stock(model, most - fixed)
+    stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
     budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device), stock)
     _require_feasible(budget)
     return budget
 
 
-def _require_no_contradiction(job: Job) -> None:
-    options = {
-        "--type": job.type is not None,
-        "--max-file-bytes": job.max_file_bytes is not None,
-        "--bits": job.bits is not None,
-        "--min-decode": job.min_decode_tokens_per_s is not None,
-        "--min-prefill": job.min_prefill_tokens_per_s is not None,
-        f"--prefer {job.prefer}": job.prefer != "balanced",
-    }
-    named = [option for option, given in options.items() if given]
-    if len(named) > 1 and ("--type" in named or {"--max-file-bytes", "--bits"} <= set(named)):
-        raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
+def stock_of_that_size(target: Target, model: Model, most_bytes: int) -> list[Decision]:
+    """Return what the stock tool makes of about as many bytes of matrices; empty where it makes nothing so small."""
+    return target.stock(model, int(SAME_SIZE * most_bytes))
 
 
 def _require_feasible(budget: Budget) -> None:
@@ -237,7 +228,7 @@ def foretell(
     decisions: list[Decision], job: Job, model: Model, statistics: Statistics, progress: Progress
 ) -> list[Decision]:
     """Return decisions that were made by name with the KL divergence that each is predicted to add."""
-    storages = [Storage((decision.group,), (decision.format,)) for decision in decisions]
+    storages = [Storage.of(one) for one in decisions]
     choices = _choices(storages, job, model, decisions[0].method, statistics, progress)
     return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
 

@@ -5,6 +5,7 @@ stage.
 """
 
 from exporter.calibrate.layers import TOKENS_AT_ONCE
+from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.job import Job
 from exporter.model.model import Model
 
@@ -28,7 +29,7 @@ def build_peak_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes
         runtime_peak_bytes: What the runtime takes with it.
     """
     matrix = 4 * max(group.size for group in model.groups())
-    widest = max(_sites(model).values())
+    widest = max(site_columns(model).values())
     encoding = int(MATRIX_COPIES * matrix)
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
@@ -38,16 +39,10 @@ def build_peak_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes
 def cache_bytes(model: Model, job: Job) -> int:
     """Return the disk space that statistics, hidden states and sampled text take in the cache."""
     shape = model.architecture
-    moments = 4 * sum(columns**2 for columns in _sites(model).values())
-    windows = job.effort_level.calibration_windows
-    hidden = 4 * job.window * shape.hidden * (windows * (shape.layers + 3) + job.evaluation_windows)
+    statistics = disk_bytes(model, job.effort_level.calibration_windows * job.window)
+    evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
     sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
-    return moments + hidden + sampling
-
-
-def _sites(model: Model) -> dict[str, int]:
-    """Return the width of each site that is observed."""
-    return {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+    return statistics + evaluated + sampling
 
 
 def _statistics_bytes(model: Model, job: Job) -> int:

@@ -41,8 +41,7 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     with open_model(job.source) as model:
         job = fitted(job, model)
         planned, budget = planned_within(job, model)
-        fixed = [Storage((decision.group,), (decision.format,)) for decision in planned.decisions]
-        storages = fixed if budget is None else budget.storages
+        storages = [Storage.of(one) for one in planned.decisions] if budget is None else budget.storages
         return planned, stage_seconds(model, job, planned.decisions, storages, planned.file_bytes)
 
 
@@ -119,6 +118,7 @@ def _build(
             job.effort_level,
             lambda done, total: progress("compress: matrices", done, total),
             rewritten.model,
+            planned.turns,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from exporter.compress.caldera import TURNS, Turns
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
-from exporter.job import Job
+from exporter.job import Job, require_no_contradiction
 from exporter.measures import Check, Quantity
 from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.recipe import load_recipe
 from exporter.targets.target import Target, load_target
 from exporter.weights.group import Decision
 
@@ -23,6 +25,7 @@ class Plan:
         type: Named mix or format.
         method: Compression method.
         decisions: One for each weight group.
+        turns: How matrices and their factors take turns where decisions have factors.
         file_bytes: Estimated size of the model files.
         runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
         build_peak_bytes: Estimated peak memory of the build.
@@ -43,19 +46,26 @@ class Plan:
     disk_bytes: int
     cache_bytes: int
     checks: tuple[Check, ...]
+    turns: Turns = TURNS
 
 
 def make_plan(model: Model, job: Job) -> Plan:
     """Decide on every weight group and estimate sizes and memory; reads no weights.
 
     Raises:
-        RequestError: the device, target, type or method is unknown, or they do not go together.
+        RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
     """
+    require_no_contradiction(job)
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
     planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, 0, ())
-    return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    if job.recipe is None:
+        return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    recipe = load_recipe(job.recipe)
+    decisions = recipe.decide(model, target)
+    planned = replace(planned, method=recipe.encoding.method, turns=recipe.turns)
+    return with_decisions(planned, model, job, decisions, f"recipe {recipe.name}")
 
 
 def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:

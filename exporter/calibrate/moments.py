@@ -21,7 +21,7 @@ STRIPES = 4
 ACTIVATION_BLOCKS = (16, 32, 64, 128, 256)
 # Of so many windows the last is held back from the sums that codes are fitted to, to tell how well they generalise.
 HELD_EVERY = 4
-MIRRORED_AT_ONCE = 512
+ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,36 @@ class Site:
         """E[x x^T] over all windows, float32 [columns, columns]."""
         mean: Float32 = self.fitted + np.float32(self.share) * (self.held - self.fitted)
         return mean
+
+    @cached_property
+    def shrinkage(self) -> float:
+        """How much of the correlations in `second_moment` to give up, since other windows would have had others.
+
+        sum_ij Var(r_ij) / sum_ij r_ij^2 over i != j (Schaefer and Strimmer 2005, eq. 10, target D), from 0 to 1. The
+        variance follows from how much the windows that were held back differ from the others; 0 where there were none.
+        """
+        if self.share in (0.0, 1.0):
+            return 0.0
+        noise = self.share * (1 - self.share) * _off_diagonal(self.held, self.second_moment, self.fitted)
+        return min(1.0, noise / max(_off_diagonal(self.second_moment, self.second_moment), 1e-30))
+
+    @property
+    def fitted_shrinkage(self) -> float:
+        """The same for `fitted`, a mean over fewer windows."""
+        return min(1.0, self.shrinkage / (1 - self.share)) if self.share < 1 else 0.0
+
+
+def _off_diagonal(moment: Float32, variances: Float32, other: Float32 | None = None) -> float:
+    """Return the sum of the squared correlations off the diagonal, or of how much they differ from another's."""
+    scale = 1 / np.sqrt(np.maximum(variances.diagonal(), np.finfo(np.float32).tiny))
+    total = 0.0
+    for first in range(0, len(moment), ROWS_AT_ONCE):
+        stripe = slice(first, first + ROWS_AT_ONCE)
+        part = moment[stripe] * scale if other is None else (moment[stripe] - other[stripe]) * scale
+        part *= scale[stripe, None]
+        part[:, stripe][np.diag_indices(len(part))] = 0
+        total += float(np.vdot(part, part))
+    return total
 
 
 class _Moment:
@@ -149,8 +179,8 @@ def load_site(folder: Path, site: str) -> Site | None:
 
 def _mirror(source: Float32, target: Float32) -> None:
     """Write what lies left of the diagonal of a square over what lies right of it in another, stripe by stripe."""
-    for first in range(0, len(source), MIRRORED_AT_ONCE):
-        stripe = slice(first, first + MIRRORED_AT_ONCE)
+    for first in range(0, len(source), ROWS_AT_ONCE):
+        stripe = slice(first, first + ROWS_AT_ONCE)
         target[:first, stripe] = source[stripe, :first].T
         above = np.triu_indices(len(source[stripe]), 1)
         target[stripe, stripe][above] = source[stripe, stripe].T[above]

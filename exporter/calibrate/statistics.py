@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, load_vectors, save_array, save_vectors
+from exporter.cache import cache_folder, load_vectors, require_space, save_array, save_vectors
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.moments import Moments, Site, load_site
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
@@ -35,6 +35,7 @@ from exporter.weights.format import Float32
 VERSION = 4
 HEAD_SITE = "head_in"
 POSITIONS_AT_ONCE = 512
+NO_SPACE = "free some space or name another folder in EDGE_EXPORTER_CACHE"
 
 
 class Statistics:
@@ -87,6 +88,19 @@ def statistics_key(model: Model, windows: Windows, seed: int) -> str:
     return hashlib.sha256(f"{VERSION}:{model.digest}:{windows.digest}:{seed}".encode()).hexdigest()[:32]
 
 
+def site_columns(model: Model) -> dict[str, int]:
+    """Return the width of each site that is observed."""
+    return {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+
+
+def disk_bytes(model: Model, tokens: int) -> int:
+    """Return what the statistics take on disk while they are collected: moments, every layer's inputs, gradients."""
+    shape = model.architecture
+    return 4 * (
+        sum(columns**2 for columns in site_columns(model).values()) + tokens * shape.hidden * (shape.layers + 3)
+    )
+
+
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
     """Run the float model forwards and backwards over the windows, one layer's weights in memory at a time.
 
@@ -100,11 +114,14 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
 
     Raises:
         InputError: activations or gradients are not finite (named by layer).
+        RequestError: the cache's disk is too full.
     """
     folder = cache_folder("statistics", statistics_key(model, windows, seed))
     found = Statistics(folder)
     if (folder / "lookups.npz").is_file():
         return found
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    require_space(folder, disk_bytes(model, windows.tokens.size) - there, NO_SPACE)
     stream = LayerStream(model)
     if not list(folder.glob("gradient.*.npy")):
         hidden = _forwards(stream, windows, folder, progress)

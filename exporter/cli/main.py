@@ -32,6 +32,9 @@ TargetOption = Annotated[
 ]
 TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name, such as caldera, or your own .toml file.")
+]
 MaxFileBytesOption = Annotated[
     int | None,
     typer.Option("--max-file-bytes", min=1, help="Most bytes of the model files: each matrix gets its best format."),
@@ -75,6 +78,7 @@ def build(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    recipe: RecipeOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
@@ -96,7 +100,7 @@ def build(
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
@@ -112,6 +116,7 @@ def plan(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    recipe: RecipeOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
@@ -131,7 +136,7 @@ def plan(
     job = Job(
         model, device, target, type, method, None, calibration, evaluation, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
     )  # fmt: skip
     made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))

@@ -145,7 +145,7 @@ def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
         "stage_seconds": {stage: _estimated(taken, "s") for stage, taken in seconds.items()},
         **checks_facts(made.checks),
         "decisions": [
-            {"name": d.group.name, "format": d.format.name, "method": d.method, "bytes": d.stored_bytes,
+            {"name": d.group.name, "format": d.stored_as, "method": d.method, "bytes": d.stored_bytes,
              "reason": d.reason}
             for d in made.decisions
         ],
@@ -172,7 +172,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     console.print("[dim]calibration text, statistics and the original's own answers stay in the cache[/]")
     counts: dict[tuple[str, str], int] = {}
     for decision in made.decisions:
-        key = (decision.format.name, decision.reason)
+        key = (decision.stored_as, decision.reason)
         counts[key] = counts.get(key, 0) + 1
     for (format, reason), count in counts.items():
         console.print(f"{count:4d} x {format:<8} [dim]{plain(reason)}[/]")

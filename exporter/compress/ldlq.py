@@ -84,7 +84,12 @@ class Ldlq:
         """
         if self._foretold is None or self._foretold[0] is not site or not np.array_equal(self._foretold[1], columns):
             self._foretold = None
-            self._foretold = site, columns, feedback_factor(damped(site.fitted, self._damping)), {}
+            self._foretold = (
+                site,
+                columns,
+                feedback_factor(damped(site.fitted, self._damping, site.fitted_shrinkage)),
+                {},
+            )
         factor, found = self._foretold[2:]
         if block not in found:
             found[block] = _spread_costs(factor, block, site.held, columns)
@@ -93,7 +98,7 @@ class Ldlq:
     def _moment_and_factor(self, site: Site) -> tuple[Float32, Float32]:
         """Return damped H and its factor; the last ones are kept, since matrices that share an input follow on."""
         if self._last is None or self._last[0] is not site:
-            moment = damped(site.second_moment, self._damping)
+            moment = damped(site.second_moment, self._damping, site.shrinkage)
             self._last = site, moment, feedback_factor(moment)
         return self._last[1:]
 
@@ -138,11 +143,18 @@ class _Block:
         return self.grid.pack(np.ascontiguousarray(self.codes.T))
 
 
-def damped(second_moment: Float32, damping: float) -> Float32:
-    """Return H with a share of its mean diagonal added to the diagonal, float32 [columns, columns]."""
-    moment = second_moment.copy()
-    mean = float(moment.trace(dtype=np.float64)) / len(moment)
-    moment[np.diag_indices_from(moment)] += np.float32(damping * (mean if mean > 0 else 1.0))
+def damped(second_moment: Float32, damping: float, shrinkage: float = 0.0) -> Float32:
+    """Return H that can be inverted and is not fitted to chance, float32 [columns, columns].
+
+    Args:
+        second_moment: H, float32 [columns, columns].
+        damping: Added to the diagonal, as a share of its mean.
+        shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.moments.Site`.
+    """
+    moment = second_moment * np.float32(1 - shrinkage)
+    diagonal = second_moment.diagonal()
+    mean = float(diagonal.sum(dtype=np.float64)) / len(moment)
+    moment[np.diag_indices_from(moment)] = diagonal + np.float32(damping * (mean if mean > 0 else 1.0))
     return moment
 
 

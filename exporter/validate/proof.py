@@ -147,7 +147,7 @@ def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check
 def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
     """Compare the formats in the file with those decided on."""
     stored = target.stored_types(artifact, compressed.model)
-    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.format.name]
+    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
     detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
     return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))
 

@@ -14,19 +14,6 @@ Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class EncodedMatrix:
-    """A matrix in a weight format.
-
-    Attributes:
-        data: The encoded rows, uint8 [rows, bytes of a row].
-        planned: What the runtime is meant to multiply with, float32 [rows, columns].
-    """
-
-    data: Bytes
-    planned: Float32
-
-
 class Grid(Protocol):
     """The values one block of columns can take once its scales are fixed, for every row."""
 
@@ -136,3 +123,67 @@ class WeightFormat(Protocol):
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks, in order of columns."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """How large the factors are and what they are stored in.
+
+    Attributes:
+        rank: Columns of L and rows of R.
+        format: Of the rows of both, which is why the rank must be a whole number of its blocks.
+    """
+
+    rank: int
+    format: WeightFormat
+
+    @property
+    def name(self) -> str:
+        """Such as `r64-Q8_0`."""
+        return f"r{self.rank}-{self.format.name}"
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes in the file beside a matrix of so many rows and columns."""
+        return self.format.stored_bytes(rows, self.rank) + self.format.stored_bytes(self.rank, columns)
+
+
+@dataclass(frozen=True)
+class EncodedFactors:
+    """L and R in a weight format.
+
+    Attributes:
+        low_rank: Rank and format.
+        left: Encoded rows of L, uint8 [rows, bytes of a row of the rank's width].
+        right: Encoded rows of R, uint8 [rank, bytes of a row].
+    """
+
+    low_rank: LowRank
+    left: Bytes
+    right: Bytes
+
+    def added_to(self, base: Float32) -> Float32:
+        """Return Q + L R as the runtime decodes the three, float32 [rows, columns]."""
+        decode = self.low_rank.format.decode_rows
+        return plus(base, decode(self.left, self.low_rank.rank), decode(self.right, base.shape[1]))
+
+
+@dataclass(frozen=True)
+class EncodedMatrix:
+    """A matrix in a weight format.
+
+    Attributes:
+        data: The encoded rows, uint8 [rows, bytes of a row].
+        planned: What the runtime is meant to multiply with, factors included, float32 [rows, columns].
+        factors: What it multiplies with beside the encoded rows, if there is anything.
+    """
+
+    data: Bytes
+    planned: Float32
+    factors: EncodedFactors | None = None
+
+
+def plus(base: Float32, left: Float32, right: Float32) -> Float32:
+    """Return Q + L R, float32 [rows, columns]: the one way to sum them up, so that equal parts make equal sums."""
+    total: Float32 = np.ascontiguousarray(left) @ np.ascontiguousarray(right)
+    total += base
+    return total

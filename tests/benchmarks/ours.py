@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.budget import Budget, chosen
+from exporter.budget import Budget, chosen, stock_of_that_size
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
@@ -20,7 +20,7 @@ from exporter.weights.group import Decision
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI.
-HOST = Cpu(bytes_per_s=45e9, products_per_s=196e9)
+HOST = Cpu(bytes_per_s=45e9, products_per_s=208e9)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Exporter:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         fixed = self._target.fixed_bytes(self._model)
         limits = Limits(bytes=max_file_bytes - fixed)
-        stock = self._target.stock(self._model, max_file_bytes - fixed)
+        stock = stock_of_that_size(self._target, self._model, max_file_bytes - fixed)
         budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST, stock)
         choices = [
             [budget.timed(storage, choice) for choice in _allowed(storage, some, embedding)]

@@ -42,7 +42,7 @@ def test_bundle_is_whole_and_says_what_it_is(world: Path, target: str) -> None:
     assert facts["target"] == target
     assert facts["accuracy"]["kl_mean"]["value"] < 0.01
     # This model's weights are random, so its first choices hardly lead: a small change moves some of them.
-    assert facts["accuracy"]["top1_agreement"]["value"] > 0.85
+    assert facts["accuracy"]["top1_agreement"]["value"] > 0.9
     for section, name in (("size", "file_bytes"), ("speed", "decode_tokens_per_s"), ("memory", "peak_bytes")):
         assert facts[section][name]["basis"] == "measured"
     assert {check["name"] for check in facts["checks"]} >= {"lowering.weights", "lowering.formats", "device.ram"}
