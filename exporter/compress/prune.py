@@ -111,6 +111,24 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
     return widths
 
 
+def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int) -> tuple[int, ...]:
+    """Return widths of the same sum, as uneven as they may get: the first layer keeps all, others pay for it.
+
+    Args:
+        even: Those of `planned_widths`.
+        architecture: Of the model to prune.
+        multiple: What the widths are rounded to.
+    """
+    widths = list(even)
+    for layer in range(1, len(widths)):
+        room = architecture.intermediate[0] - widths[0]
+        spare = widths[layer] - _least(architecture.intermediate[layer], multiple)
+        moved = max(0, min(room, spare)) // multiple * multiple
+        widths[0] += moved
+        widths[layer] -= moved
+    return tuple(widths)
+
+
 def prune(
     model: Model, statistics: Statistics, options: Options, progress: Callable[[int, int], None] = silent
 ) -> Pruned:

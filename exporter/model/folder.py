@@ -27,10 +27,9 @@ def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> N
         shard_bytes: Most bytes of one file, unless a single tensor has more.
 
     Raises:
-        RequestError: the folder exists, or cannot be written.
+        RequestError: the folder exists, has no place, or cannot be written.
     """
-    if folder.exists():
-        raise RequestError("the folder exists already", where=folder, next_step="name another")
+    require_new(folder)
     even = model if model.architecture.even else padded(model)
     try:
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
@@ -41,6 +40,18 @@ def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> N
             made.rename(folder)
     except OSError as error:
         raise RequestError("the folder cannot be written", where=folder, got=error.strerror) from error
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a folder that exists, or that has no place.
+
+    Raises:
+        RequestError: see above.
+    """
+    if folder.exists():
+        raise RequestError("the folder exists already", where=folder, next_step="name another")
+    if not folder.parent.is_dir():
+        raise RequestError("there is no such folder", where=folder.parent, next_step="make it, or name another")
 
 
 def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:

@@ -40,6 +40,11 @@ def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -
     return _rewidened(model, [len(channels) for channels in kept], read, total.hexdigest())
 
 
+def outlined(model: Model, widths: Sequence[int]) -> Model:
+    """Return the model with the first channels of each layer: of the shape that any others would give it."""
+    return selected(model, [np.arange(width) for width in widths], {})
+
+
 def padded(model: Model) -> Model:
     """Return the model with channels of zeros, which put out nothing, so that all layers are as wide as the widest."""
     widest = max(model.architecture.intermediate)

@@ -4,11 +4,9 @@ llama.cpp gives every layer of most architectures the width that `feed_forward_l
 computes what `llama` does and reads one width for each layer.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from exporter.model.architecture import Architecture
-from exporter.weights.group import Decision
 
 WITH_WIDTHS = {"llama": "deci"}
 
@@ -37,15 +35,5 @@ def carriage(architecture: Architecture) -> Carriage:
         with_widths = WITH_WIDTHS[own]
         return Carriage(with_widths, False, f"written as {with_widths!r}, which reads a width for each layer")
     widest = max(architecture.intermediate)
-    return Carriage(own, True, f"llama.cpp's {own!r} has one width for all layers: zeros fill each up to {widest}")
-
-
-def zero_bytes(architecture: Architecture, decisions: Sequence[Decision]) -> int:
-    """Return the bytes that channels of zeros take.
-
-    Args:
-        architecture: Of the model without them.
-        decisions: For the model with them, one for each weight group.
-    """
-    bare = {group.name: group.size for group in architecture.groups()}
-    return sum(one.stored_bytes * (one.group.size - bare[one.group.name]) // one.group.size for one in decisions)
+    filled = f"zeros fill each up to {widest}, of which equal widths need none"
+    return Carriage(own, True, f"llama.cpp's {own!r} has one width for all layers: {filled}")

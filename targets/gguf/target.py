@@ -32,6 +32,7 @@ from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
+from exporter.targets.target import Carried
 from exporter.weights.format import Float32, WeightFormat, plus
 from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
@@ -79,9 +80,10 @@ class Gguf:
         """Return the named mixes, then the single types."""
         return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
 
-    def carried(self, model: Model) -> Model:
+    def carried(self, model: Model) -> Carried:
         """Return the model, filled with channels of zeros where the file has one width for layers of several."""
-        return padded(model) if carriage(model.architecture).padded else model
+        way = carriage(model.architecture)
+        return Carried(padded(model) if way.padded else model, way.reason)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
@@ -179,7 +181,7 @@ class Gguf:
             adapter = None
             if with_factors:
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.model, with_factors)))
+                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.rewritten, with_factors)))
             _write_gguf(opened.enter_context(replacing(folder / MODEL_FILE)), compressed, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
         lines = [f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)]
@@ -262,7 +264,7 @@ def _adapter(artifact: Artifact, model: Model) -> Adapter:
 
 
 def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: AdapterWriter | None) -> None:
-    model = compressed.model
+    model = compressed.rewritten
     names = gguf_names(model.architecture.layers)
     vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
     vectors |= frequency_factors(model.config, model.architecture.head_dim)
