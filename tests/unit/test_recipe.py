@@ -1,5 +1,6 @@
 """Recipes: named and the user's own, every way in which a file can be wrong, and what a step decides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from exporter.compress.caldera import Turns
 from exporter.errors import ExporterError, InputError, RequestError
 from exporter.job import Job
 from exporter.measures import Quantity
-from exporter.model.families import Family
+from exporter.model.families import FAMILIES
 from exporter.model.sources import open_model
 from exporter.pipeline import planned_within
 from exporter.plan import Plan
@@ -133,8 +134,8 @@ CODED = GOOD.partition("title")[2].partition("\n")[2]
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GOOD + PRUNED.partition("goes\"")[2], r"step 2: caldera gives every matrix its codes, so prunenet cannot follow "
-         r"it; got caldera, then prunenet; put prunenet before caldera"),
+        (GOOD + PRUNED.partition("goes\"")[2], r"step 2: caldera gives every matrix its codes, so prunenet cannot "
+         r"follow it; got caldera, then prunenet; put prunenet before caldera"),
         (PRUNED + PRUNED.partition("goes\"")[2].replace("prunenet", "prune-closed-form"), r"step 2: a model is pruned "
          r"once; got prunenet, then prune-closed-form; leave one out and choose the ratio of the other"),
         (PRUNED.replace("0.34", "1.5"), r"step 1: ratio: the value is wrong; got 1.5, expected less than 1"),
@@ -158,6 +159,7 @@ def test_pruning_may_come_before_what_gives_formats(tmp_path: Path) -> None:
 
 
 def planned_with(folder: Path, text: str, family: str = "llama", target: str = "gguf", **more: object) -> Plan:
+    folder.mkdir(exist_ok=True)
     path = str(recipe(folder, text))
     with open_model(str(tiny_model(folder / "model", family, layers=3))) as model:
         return planned_within(Job("model", "galaxy-s24-ultra", target, recipe=path, **more), model)[0]  # type: ignore[arg-type]
@@ -169,8 +171,8 @@ def planned_with(folder: Path, text: str, family: str = "llama", target: str = "
         ("gguf", {}, "recipe mine, Q4_K_M", "ldlq"),
         ("onnx", {}, "recipe mine, int4", "ldlq"),
         ("gguf", {"type": "Q8_0", "method": "rtn"}, "recipe mine, Q8_0", "rtn"),
-        ("gguf", {"bits": 5.0}, "recipe mine, at most 97,270 bytes", "ldlq"),
-        ("onnx", {"max_file_bytes": 120_000}, "recipe mine, at most 120,000 bytes", "ldlq"),
+        ("gguf", {"bits": 5.0}, "recipe mine, at most 70,680 bytes", "ldlq"),
+        ("onnx", {"max_file_bytes": 160_000}, "recipe mine, at most 160,000 bytes", "ldlq"),
     ],
 )
 def test_without_a_step_that_gives_formats_the_job_does(
@@ -179,7 +181,7 @@ def test_without_a_step_that_gives_formats_the_job_does(
     planned = planned_with(tmp_path, PRUNED, "llama", target, **more)
     assert (planned.scheme, planned.method) == (scheme, method)
     assert planned.pruning is not None
-    assert planned.pruning.removed == Quantity(value=pytest.approx(1 / 3), unit="fraction", basis="estimated")
+    assert planned.pruning.removed == Quantity(value=1 - 192 / 288, unit="fraction", basis="estimated")
     assert {one.group.rows for one in planned.decisions if one.group.role in ("gate", "up")} == {64}
 
 
@@ -211,9 +213,10 @@ def test_what_cannot_be_pruned_is_refused_at_plan_time(
     text = PRUNED.replace("prunenet", method)
     with pytest.raises(RequestError, match=r"rounds to none of a layer's channels; got 0.01 of 96.* smaller multiple"):
         planned_with(tmp_path, text.replace("0.34", "0.01"))
-    with pytest.raises(RequestError, match=r"cannot hold rows of 63 weights"):
-        planned_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 63"), type="Q8_0")
-    monkeypatch.setattr(Family, "gated", False)
+    narrow = planned_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 72"), type="Q8_0")
+    assert {one.format.name for one in narrow.decisions if one.group.columns == 72} == {"F16"}
+    assert all("falls back to F16" in one.reason for one in narrow.decisions if one.group.columns == 72)
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"], gated=False))
     with pytest.raises(RequestError, match=r"the feed-forward part of a LlamaForCausalLM is not gated"):
         planned_with(tmp_path / "third", text)
 
