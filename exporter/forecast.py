@@ -6,7 +6,7 @@ the stages reach were measured on 2 cores of an x86-64 machine.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
     return seconds + (2 / 3 / FACTOR_SHARE + 2 / 3) * factors / flops_per_s
 
 
-def _encoding(decisions: Sequence[Decision], job: Job, flops_per_s: float) -> float:
+def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
     """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
     kinds = {(decision.method, decision.format.name): decision for decision in decisions}
     speeds = {kind: _encode_nanoseconds(decision.method, decision.format, job) for kind, decision in kinds.items()}

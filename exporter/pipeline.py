@@ -25,6 +25,7 @@ from exporter.plan import Plan, make_plan, with_decisions, with_model
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
 from exporter.stages import Stages, give_back_freed_memory
+from exporter.steps.step import Observe
 from exporter.validate.proof import prove
 
 
@@ -58,6 +59,14 @@ def within_limits(planned: Plan, job: Job) -> tuple[Plan, Budget | None]:
     if budget is not None:
         planned = with_decisions(planned, job, likely(budget, planned.model, planned.method), budget.scheme)
     return planned, budget
+
+
+def rewritten_within(planned: Plan, job: Job, observe: Observe, progress: Progress) -> tuple[Plan, Budget | None]:
+    """Return the plan for what the recipe's steps make of the source, which is saved where the job says so."""
+    smaller = planned.recipe.rewritten(planned.original, observe, partial(progress, "rewrite"))
+    if job.save_pruned is not None:
+        save_folder(smaller, job.save_pruned)
+    return within_limits(with_model(planned, job, smaller, "measured"), job)
 
 
 def fitted(job: Job, model: Model) -> Job:
@@ -110,15 +119,12 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
 
     if planned.recipe.rewriting:
         with stages.stage("rewrite"):
-            smaller = planned.recipe.rewritten(original, observe, partial(progress, "rewrite"))
-            if job.save_pruned is not None:
-                save_folder(smaller, job.save_pruned)
-            planned, budget = within_limits(with_model(planned, job, smaller, "measured"), job)
+            planned, budget = rewritten_within(planned, job, observe, progress)
     with stages.stage("statistics"):
         rewritten = target.rewritten(planned.model, observe(planned.model))
     with stages.stage("allocate"):
         if budget is None:
-            decisions = foretell(list(planned.decisions), job, rewritten.model, rewritten.statistics, progress)
+            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
         else:
             decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
         planned = replace(planned, decisions=decisions)
@@ -126,7 +132,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
         (staging / "model").mkdir()
         compressed = CompressedModel(
             original,
-            list(planned.decisions),
+            planned.decisions,
             rewritten.statistics,
             job.effort_level,
             partial(progress, "compress: matrices"),

@@ -1,7 +1,6 @@
 """What a job would do and need, said before a weight is read."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
@@ -45,7 +44,7 @@ class Plan:
     recipe: Recipe
     type: str = ""
     method: str = ""
-    decisions: Sequence[Decision] = ()
+    decisions: list[Decision] = field(default_factory=list)
     pruning: Pruning | None = None
     file_bytes: int = 0
     runtime_peak_bytes: int = 0
@@ -119,7 +118,7 @@ def _pruning(planned: Plan, pruned: Model, carried: Carried, basis: Basis) -> Pr
     )
 
 
-def zero_bytes(architecture: Architecture, decisions: Sequence[Decision]) -> int:
+def zero_bytes(architecture: Architecture, decisions: list[Decision]) -> int:
     """Return the bytes that channels of zeros take.
 
     Args:
