@@ -18,8 +18,8 @@ from exporter.weights.group import Decision
 PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
-# Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
-LEAST_DECODE, LEAST_PREFILL = 1.03, 0.95
+# Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
+LEAST_PREFILL = 0.95
 # What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
 SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.
@@ -68,7 +68,7 @@ class Budget:
         if not made:
             return self.limits
         larger = max(self.limits.bytes / sum(choice.bytes for choice in made), 1.0)
-        decode_s = larger * sum(choice.decode_s for choice in made) / LEAST_DECODE
+        decode_s = larger * sum(choice.decode_s for choice in made) / (1 + self.target.decode_margin)
         prefill_s = larger * sum(choice.prefill_s for choice in made) / LEAST_PREFILL
         return replace(
             self.limits,

@@ -36,6 +36,8 @@ class Target(Protocol):
         default_method: What `--method` is by default.
         most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
             from its own weights by more than rounding, and is refused.
+        decode_margin: By how much more than its kernels' speeds say a choice of formats may take for a token, over what
+            the runtime's own tool makes: as measured of whole models, a share.
         base_formats: Bits of a weight's code -> the usual format of so many; empty where formats have no names by bits.
         factor_formats: Bits of a weight of low-rank factors -> what they are stored in; empty where they cannot be.
     """
@@ -44,6 +46,7 @@ class Target(Protocol):
     default_type: str
     default_method: str
     most_rounding_kl: float
+    decode_margin: float
     base_formats: Mapping[int, WeightFormat]
     factor_formats: Mapping[int, WeightFormat]
 

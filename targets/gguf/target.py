@@ -58,6 +58,7 @@ class Gguf:
     default_type = "Q4_K_M"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    decode_margin = 0.03
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {
             bits: ggml_format(name)

@@ -66,6 +66,7 @@ class Onnx:
     default_type = "int4"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    decode_margin = 0.08
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {bits: matmulnbits_format(name) for bits, name in {2: "int2-b64", 4: "int4-b32", 8: "int8-b32"}.items()}
     )
