@@ -7,11 +7,11 @@ from functools import cached_property
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
 from exporter.compress.method import load_method
-from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Cpu, cpu_of
 from exporter.errors import RequestError, did_you_mean
 from exporter.job import Job, Progress
 from exporter.model.model import Model
+from exporter.plan import Plan
 from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
@@ -98,8 +98,8 @@ def _limit_in_words(name: str, limit: float, fixed_bytes: int) -> str:
     return f"at least {1 / limit:,.1f} tokens/s {'decoded' if name == 'decode_s' else 'prefilled'} (estimated)"
 
 
-def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfile) -> Budget | None:
-    """Return the budget that the job names, or None where it names a type, or nothing, instead.
+def feasible_budget(job: Job, planned: Plan) -> Budget | None:
+    """Return the budget that the job names, or None where it names a type, a recipe that decides, or nothing, instead.
 
     Raises:
         RequestError: the preference is unknown, or no choice of formats keeps the limits; the nearest that one keeps
@@ -107,9 +107,10 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     """
     if job.prefer not in PREFERENCES:
         raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
-    if job.recipe is not None:
+    if planned.recipe.encoding is not None:
         return None
-    most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
+    model, target = planned.model, planned.target
+    most = job.max_file_bytes if job.bits is None else int(job.bits * planned.original.architecture.parameters / 8)
     times = {
         "decode_s": job.min_decode_tokens_per_s,
         "prefill_s": job.min_prefill_tokens_per_s,
@@ -122,7 +123,7 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     fixed = target.fixed_bytes(model)
     limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
     stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
-    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device), stock)
+    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(planned.device), stock)
     _require_feasible(budget)
     return budget
 

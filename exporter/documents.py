@@ -56,7 +56,7 @@ def describe(
     """Return report and measurements of a finished job."""
     model = compressed.model
     recipe = Recipe(
-        scheme=plan.type,
+        scheme=plan.scheme,
         method=plan.method,
         effort=job.effort,
         calibration=_text_facts(calibration),
@@ -70,6 +70,7 @@ def describe(
         device_title=plan.device.title,
         target=plan.target.name,
         recipe=recipe,
+        pruning=plan.pruning,
         size=_size(artifact, model),
         accuracy=_accuracy(proof, evaluation, compressed),
         checks=proof.checks,

@@ -17,6 +17,7 @@ from exporter.compress.compressed import weights_digest
 from exporter.compress.method import load_method, relative_error
 from exporter.job import Job
 from exporter.model.model import Model
+from exporter.plan import Plan
 from exporter.validate.proof import DECODE_TOKENS, REPEATS, ROUNDING_SHARE
 from exporter.weights.format import WeightFormat
 from exporter.weights.ggml import ggml_format
@@ -34,38 +35,48 @@ OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5,
 PROBE_SHAPE = (1024, 512)
 
 
-def stage_seconds(
-    model: Model, job: Job, decisions: list[Decision], storages: list[Storage], file_bytes: int
-) -> dict[str, float]:
+def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str, float]:
     """Return stage -> seconds of a build that finds nothing in the cache; reads no weights.
 
     Args:
-        model: The source.
+        planned: The plan.
         job: What is asked for.
-        decisions: One for each weight group.
         storages: The formats whose cost is predicted.
-        file_bytes: Size of the artifact.
     """
+    original, model = planned.original, planned.model
     flops_per_s = _flops_per_s()
-    calibration, evaluation = job.effort_level.calibration_windows * job.window, job.evaluation_windows * job.window
-    token = _token_flops(model, job.window)
+    evaluation = job.evaluation_windows * job.window
+    token, before = _token_flops(model, job.window), _token_flops(original, job.window)
     prompt = token / (PROMPT_SHARE * flops_per_s)
     return {
         "open": OPEN_SECONDS,
-        "calibration text": _sampling(model, job, token / (SAMPLING_SHARE * flops_per_s)),
-        # Forwards, forwards again and backwards.
-        "statistics": calibration * (3 * token + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s),
+        "calibration text": _sampling(original, job, before / (SAMPLING_SHARE * flops_per_s)),
+        **_rewriting(planned, _statistics(original, job, flops_per_s), flops_per_s),
+        "statistics": _statistics(model, job, flops_per_s),
         "allocate": _prediction(storages, job, flops_per_s),
-        "compress and lower": VOCABULARY_SECONDS + _encoding(decisions, job, flops_per_s),
+        "compress and lower": VOCABULARY_SECONDS + _encoding(planned.decisions, job, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
-        + REPEATS * DECODE_TOKENS * file_bytes / DECODED_BYTES_PER_SECOND
-        + evaluation * (1 + 1 / ROUNDING_SHARE) * token / (LAYERS_SHARE * flops_per_s)
+        + REPEATS * DECODE_TOKENS * planned.file_bytes / DECODED_BYTES_PER_SECOND
+        + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
         + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
         + evaluation * prompt
         + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS,
     }
+
+
+def _statistics(model: Model, job: Job, flops_per_s: float) -> float:
+    """Return the seconds of running forwards, forwards again and backwards."""
+    tokens = job.effort_level.calibration_windows * job.window
+    return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s)
+
+
+def _rewriting(planned: Plan, statistics_s: float, flops_per_s: float) -> dict[str, float]:
+    """Return the seconds of the stage in which the recipe's steps make the model smaller, if it has such steps."""
+    works = [step.work(planned.original) for step in planned.recipe.rewriting]
+    seconds = sum(w.operations / (FACTOR_SHARE * flops_per_s) + w.observes * statistics_s for w in works)
+    return {"rewrite": seconds} if works else {}
 
 
 def _token_flops(model: Model, window: int) -> float:

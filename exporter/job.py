@@ -35,11 +35,13 @@ class Job:
         context: Tokens of context that memory and speed are stated for.
         threads: Threads that runtimes compute with on this machine.
         max_file_bytes: Most bytes of the model files; every matrix then gets the format that keeps behaviour best.
-        bits: The same as an average of bits a weight, everything in the files counted.
+        bits: The same as an average of bits a weight of the source, everything in the files counted.
         min_decode_tokens_per_s: What the device is expected to generate at the least.
         min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
         prefer: What matters more within those limits: `accuracy` or `speed`, or `balanced`.
-        recipe: A recipe's name, or the path of a user's own TOML; it decides in place of type, method and limits.
+        recipe: A recipe's name, or the path of a user's own TOML; where it gives matrices their formats, it decides in
+            place of type, method and limits.
+        save_pruned: A folder that the model is written to once a recipe has pruned it, for transformers.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Job:
     min_prefill_tokens_per_s: float | None = None
     prefer: str = "balanced"
     recipe: str | None = None
+    save_pruned: Path | None = None
 
     @property
     def effort_level(self) -> Effort:
@@ -77,12 +80,23 @@ class Job:
         )
 
 
-def require_no_contradiction(job: Job) -> None:
-    """Refuse options that decide the same thing twice.
+def require_no_contradiction(job: Job, prunes: bool, encodes: bool) -> None:
+    """Refuse options that decide the same thing twice, or that nothing follows from.
+
+    Args:
+        job: What is asked for.
+        prunes: Its recipe makes the model smaller.
+        encodes: Its recipe gives every matrix its format.
 
     Raises:
         RequestError: they are named.
     """
+    if job.save_pruned is not None and not prunes:
+        raise RequestError(
+            "there is no pruned model to save",
+            where="--save-pruned",
+            next_step="name a recipe that prunes, such as --recipe prunenet",
+        )
     limits = {
         "--max-file-bytes": job.max_file_bytes is not None,
         "--bits": job.bits is not None,
@@ -90,8 +104,8 @@ def require_no_contradiction(job: Job) -> None:
         "--min-prefill": job.min_prefill_tokens_per_s is not None,
         f"--prefer {job.prefer}": job.prefer != "balanced",
     }
-    options = {"--recipe": job.recipe is not None, "--type": job.type is not None}
-    if job.recipe is not None:
+    options = {"--recipe": encodes, "--type": job.type is not None}
+    if encodes:
         options["--method"] = job.method is not None
     named = [option for option, given in {**options, **limits}.items() if given]
     alone = {"--recipe", "--type"} & set(named)

@@ -22,6 +22,24 @@ class Quantity(Document):
     basis: Basis
 
 
+class Pruning(Document):
+    """Feed-forward channels that were taken away before matrices got their formats.
+
+    Attributes:
+        method: What chose them.
+        removed: Share of them that went, a `fraction`.
+        widths: How many each layer keeps.
+        carried: How the files hold these widths.
+        zero_bytes: `bytes` of the files that hold channels of zeros, where layers are filled up to the widest.
+    """
+
+    method: str
+    removed: Quantity
+    widths: tuple[int, ...]
+    carried: str
+    zero_bytes: Quantity
+
+
 class Check(Document):
     """The outcome of one check; a check that was not run is never a pass.
 

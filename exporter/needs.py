@@ -8,6 +8,7 @@ from exporter.calibrate.layers import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.job import Job
 from exporter.model.model import Model
+from exporter.recipe import Recipe
 
 # Interpreter, torch, transformers and a runtime's libraries, with what is kept of finished stages.
 BASE_BYTES = 500 << 20
@@ -19,12 +20,13 @@ MATRIX_COPIES = 3.5
 HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 9
 
 
-def build_peak_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
+def build_peak_bytes(model: Model, job: Job, recipe: Recipe, file_bytes: int, runtime_peak_bytes: int) -> int:
     """Return the memory of the stage that needs most.
 
     Args:
-        model: The source.
+        model: The source, which is the largest that any stage has.
         job: What is asked for.
+        recipe: Its steps.
         file_bytes: Size of the artifact.
         runtime_peak_bytes: What the runtime takes with it.
     """
@@ -33,13 +35,15 @@ def build_peak_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes
     encoding = int(MATRIX_COPIES * matrix)
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
-    return BASE_BYTES + max(_statistics_bytes(model, job), factoring, encoding, comparing)
+    rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
+    return BASE_BYTES + max(_statistics_bytes(model, job), factoring, encoding, comparing, rewriting)
 
 
-def cache_bytes(model: Model, job: Job) -> int:
+def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     """Return the disk space that statistics, hidden states and sampled text take in the cache."""
     shape = model.architecture
-    statistics = disk_bytes(model, job.effort_level.calibration_windows * job.window)
+    observed = 1 + sum(step.work(model).observes for step in recipe.rewriting)
+    statistics = observed * disk_bytes(model, job.effort_level.calibration_windows * job.window)
     evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
     sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
     return statistics + evaluated + sampling
@@ -52,7 +56,7 @@ def _statistics_bytes(model: Model, job: Job) -> int:
     weights = 4 * sum(group.size for group in layer)
     moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
     tokens = max(TOKENS_AT_ONCE, job.window)
-    derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * shape.intermediate)
+    derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * max(shape.intermediate))
     hidden = 3 * 4 * job.effort_level.calibration_windows * job.window * shape.hidden
     return weights + moments + derivative + hidden
 

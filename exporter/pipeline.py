@@ -2,12 +2,13 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from exporter.budget import Budget, decide_within, feasible_budget, foretell, likely
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.write import staging_folder, write_bundle
-from exporter.calibrate.statistics import collect
+from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
@@ -16,13 +17,15 @@ from exporter.effort import effort
 from exporter.errors import ExporterError, RequestError
 from exporter.forecast import stage_seconds
 from exporter.job import Job, Progress, silent
+from exporter.model.folder import require_new, save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan import Plan, make_plan, with_decisions
+from exporter.plan import Plan, make_plan, with_decisions, with_model
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
 from exporter.stages import Stages, give_back_freed_memory
+from exporter.steps.step import Observe
 from exporter.validate.proof import prove
 
 
@@ -42,16 +45,28 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
         job = fitted(job, model)
         planned, budget = planned_within(job, model)
         storages = [Storage.of(one) for one in planned.decisions] if budget is None else budget.storages
-        return planned, stage_seconds(model, job, planned.decisions, storages, planned.file_bytes)
+        return planned, stage_seconds(planned, job, storages)
 
 
 def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
+    """Return the plan for a source, within the limits that the job names; reads no weights."""
+    return within_limits(make_plan(model, job), job)
+
+
+def within_limits(planned: Plan, job: Job) -> tuple[Plan, Budget | None]:
     """Return the plan, and the budget that the job names; decisions within one are the likely ones."""
-    planned = make_plan(model, job)
-    budget = feasible_budget(job, model, planned.target, planned.device)
+    budget = feasible_budget(job, planned)
     if budget is not None:
-        planned = with_decisions(planned, model, job, likely(budget, model, planned.method), budget.scheme)
+        planned = with_decisions(planned, job, likely(budget, planned.model, planned.method), budget.scheme)
     return planned, budget
+
+
+def rewritten_within(planned: Plan, job: Job, observe: Observe, progress: Progress) -> tuple[Plan, Budget | None]:
+    """Return the plan for what the recipe's steps make of the source, which is saved where the job says so."""
+    smaller = planned.recipe.rewritten(planned.original, observe, partial(progress, "rewrite"))
+    if job.save_pruned is not None:
+        save_folder(smaller, job.save_pruned)
+    return within_limits(with_model(planned, job, smaller, "measured"), job)
 
 
 def fitted(job: Job, model: Model) -> Job:
@@ -88,21 +103,25 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         job = fitted(job, model)
         with stages.stage("plan"):
             planned, budget = planned_within(job, model)
+            if job.save_pruned is not None:
+                require_new(job.save_pruned)
         staging = opened.enter_context(staging_folder(output, planned.disk_bytes))
-        return _build(job, model, planned, budget, staging, stages, progress)
+        return _build(job, planned, budget, staging, stages, progress)
 
 
-def _build(
-    job: Job, model: Model, planned: Plan, budget: Budget | None, staging: Path, stages: Stages, progress: Progress
-) -> Bundle:
-    target = planned.target
+def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages: Stages, progress: Progress) -> Bundle:
+    original, target = planned.original, planned.target
     with stages.stage("calibration text"):
-        calibration, evaluation = texts(job, model, progress)
+        calibration, evaluation = texts(job, original, progress)
+
+    def observe(model: Model) -> Statistics:
+        return collect(model, calibration, job.seed, partial(progress, "statistics: layers"))
+
+    if planned.recipe.rewriting:
+        with stages.stage("rewrite"):
+            planned, budget = rewritten_within(planned, job, observe, progress)
     with stages.stage("statistics"):
-        statistics = collect(
-            model, calibration, job.seed, lambda done, total: progress("statistics: layers", done, total)
-        )
-        rewritten = target.rewritten(model, statistics, planned.decisions)
+        rewritten = target.rewritten(planned.model, observe(planned.model), planned.decisions)
     with stages.stage("allocate"):
         if budget is None:
             decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
@@ -112,13 +131,13 @@ def _build(
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(
-            model,
+            original,
             planned.decisions,
             rewritten.statistics,
             job.effort_level,
-            lambda done, total: progress("compress: matrices", done, total),
+            partial(progress, "compress: matrices"),
             rewritten.model,
-            planned.turns,
+            planned.recipe.turns,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:
@@ -130,7 +149,7 @@ def _build(
     report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)
     write_documents(staging, report, measurements, proof.self_test)
     assert job.output is not None
-    manifest = write_bundle(staging, job.output, header(job, model, report))
+    manifest = write_bundle(staging, job.output, header(job, original, report))
     return Bundle(job.output, manifest, report, measurements)
 
 

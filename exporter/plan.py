@@ -1,16 +1,16 @@
 """What a job would do and need, said before a weight is read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from exporter.compress.caldera import TURNS, Turns
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
 from exporter.job import Job, require_no_contradiction
-from exporter.measures import Check, Quantity
+from exporter.measures import Basis, Check, Pruning, Quantity
+from exporter.model.architecture import Architecture
 from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes
-from exporter.recipe import load_recipe
-from exporter.targets.target import Target, load_target
+from exporter.recipe import NO_RECIPE, Recipe, load_recipe
+from exporter.targets.target import Carried, Target, load_target
 from exporter.weights.group import Decision
 
 
@@ -19,13 +19,16 @@ class Plan:
     """Decisions and needs.
 
     Attributes:
-        model_name: The model's name.
+        original: The source.
+        model: What decisions are for: the source, or what the recipe's steps leave of it, as the target carries it.
+            Before it is rewritten, its shape alone is meant.
         device: The profile.
         target: The target.
+        recipe: The steps.
         type: Named mix or format.
         method: Compression method.
         decisions: One for each weight group.
-        turns: How matrices and their factors take turns where decisions have factors.
+        pruning: What a step takes away from feed-forward parts; None for nothing.
         file_bytes: Estimated size of the model files.
         runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
         build_peak_bytes: Estimated peak memory of the build.
@@ -34,19 +37,27 @@ class Plan:
         checks: The estimates against the device's limits.
     """
 
-    model_name: str
+    original: Model
+    model: Model
     device: DeviceProfile
     target: Target
-    type: str
-    method: str
-    decisions: list[Decision]
-    file_bytes: int
-    runtime_peak_bytes: int
-    build_peak_bytes: int
-    disk_bytes: int
-    cache_bytes: int
-    checks: tuple[Check, ...]
-    turns: Turns = TURNS
+    recipe: Recipe
+    type: str = ""
+    method: str = ""
+    decisions: list[Decision] = field(default_factory=list)
+    pruning: Pruning | None = None
+    file_bytes: int = 0
+    runtime_peak_bytes: int = 0
+    build_peak_bytes: int = 0
+    disk_bytes: int = 0
+    cache_bytes: int = 0
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def scheme(self) -> str:
+        """The recipe where there is one, and the type where the recipe leaves that open."""
+        named = [] if self.recipe is NO_RECIPE else [f"recipe {self.recipe.name}"]
+        return ", ".join([*named, *([self.type] if self.recipe.encoding is None else [])])
 
 
 def make_plan(model: Model, job: Job) -> Plan:
@@ -55,22 +66,30 @@ def make_plan(model: Model, job: Job) -> Plan:
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
     """
-    require_no_contradiction(job)
+    recipe = NO_RECIPE if job.recipe is None else load_recipe(job.recipe)
+    require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
-    kind, method = job.type or target.default_type, job.method or target.default_method
-    planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, 0, ())
-    if job.recipe is None:
-        return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
-    recipe = load_recipe(job.recipe)
-    decisions = recipe.decide(model, target)
-    planned = replace(planned, method=recipe.encoding.method, turns=recipe.turns)
-    return with_decisions(planned, model, job, decisions, f"recipe {recipe.name}")
+    return with_model(Plan(model, model, device, target, recipe), job, recipe.outlined(model), "estimated")
 
 
-def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:
+def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
+    """Return the plan for what the recipe's steps leave of the source; `basis` says how its shape is known."""
+    target, encoding = planned.target, planned.recipe.encoding
+    carried = target.carried(model)
+    planned = replace(planned, model=carried.model)
+    if encoding is None:
+        type, method = job.type or target.default_type, job.method or target.default_method
+        planned = with_decisions(replace(planned, method=method), job, target.decide(carried.model, type, method), type)
+    else:
+        decisions = encoding.decide(carried.model, target)
+        planned = with_decisions(replace(planned, method=encoding.method), job, decisions, encoding.method)
+    return planned if model is planned.original else replace(planned, pruning=_pruning(planned, model, carried, basis))
+
+
+def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str) -> Plan:
     """Return the plan with other decisions and all that follows from them, under a name for their mix."""
-    target = planned.target
+    target, model, original = planned.target, planned.model, planned.original
     file_bytes = target.estimated_file_bytes(model, decisions)
     peak = target.estimated_peak_bytes(model, decisions, job.context)
     quantity = Quantity(value=float(peak), unit="bytes", basis="estimated")
@@ -80,8 +99,31 @@ def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decisi
         decisions=decisions,
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
-        build_peak_bytes=build_peak_bytes(model, job, file_bytes, peak),
+        build_peak_bytes=build_peak_bytes(original, job, planned.recipe, file_bytes, peak),
         disk_bytes=file_bytes + (64 << 20),
-        cache_bytes=cache_bytes(model, job),
+        cache_bytes=cache_bytes(original, job, planned.recipe),
         checks=tuple(check_fit(planned.device, file_bytes, quantity, "estimated")),
     )
+
+
+def _pruning(planned: Plan, pruned: Model, carried: Carried, basis: Basis) -> Pruning:
+    before, after = planned.original.architecture, pruned.architecture
+    removed = 1 - sum(after.intermediate) / sum(before.intermediate)
+    return Pruning(
+        method=" and ".join(step.method for step in planned.recipe.rewriting),
+        removed=Quantity(value=removed, unit="fraction", basis=basis),
+        widths=after.intermediate,
+        carried=carried.how,
+        zero_bytes=Quantity(value=float(zero_bytes(after, planned.decisions)), unit="bytes", basis=basis),
+    )
+
+
+def zero_bytes(architecture: Architecture, decisions: list[Decision]) -> int:
+    """Return the bytes that channels of zeros take.
+
+    Args:
+        architecture: Of the model without them.
+        decisions: For the model with them, one for each weight group.
+    """
+    bare = {group.name: group.size for group in architecture.groups()}
+    return sum(one.stored_bytes * (one.group.size - bare[one.group.name]) // one.group.size for one in decisions)

@@ -8,30 +8,33 @@
     bits = 2
     rank = 64
 
-A step's `method` is a file of `exporter.steps`; its other keys are that step's options. Files are hostile until
-checked, as those of devices are.
+Steps that make the model smaller come first, then at most one that gives every matrix its format. A step's `method` is
+a file of `exporter.steps`; its other keys are that step's options. Files are hostile until checked, as those of
+devices are.
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
 
-from exporter.compress.caldera import Turns
+from exporter.calibrate.layers import Progress
+from exporter.compress.caldera import TURNS, Turns
 from exporter.device.profile import Text
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.measures import Document
 from exporter.model.model import Model
 from exporter.registry import load, names
-from exporter.steps.step import EncodingStep
-from exporter.targets.target import Target
+from exporter.steps.step import EncodingStep, Observe, PruningStep, RewritingStep
 from exporter.toml import checked, named_file, read_document, shown
-from exporter.weights.group import Decision
 
 PACKAGE = "exporter.recipes"
 STEPS = "exporter.steps"
 NOT_STEPS = {"step"}
 MOST_STEPS = 16
+Step = RewritingStep | EncodingStep
 
 
 class _File(Document):
@@ -44,30 +47,39 @@ class _File(Document):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps in order.
+    """Steps in order; without any, the job's own choices are all that is done.
 
     Attributes:
         name: The file's name without `.toml`.
         title: One line for people.
-        encoding: The last step, which gives every matrix its format.
+        rewriting: Steps that give a smaller model.
+        encoding: The step that gives every matrix its format; None leaves that to the job's type or limits.
     """
 
     name: str
     title: str
-    encoding: EncodingStep
+    rewriting: tuple[RewritingStep, ...] = ()
+    encoding: EncodingStep | None = None
 
     @property
     def turns(self) -> Turns:
         """How matrices and their factors take turns."""
-        return self.encoding.turns
+        return TURNS if self.encoding is None else self.encoding.turns
 
-    def decide(self, model: Model, target: Target) -> list[Decision]:
-        """Return a decision for each weight group; reads no weights.
+    def outlined(self, model: Model) -> Model:
+        """Return a model of the shape that the rewriting steps give; reads no weights.
 
         Raises:
-            RequestError: the target or the model cannot carry what a step asks for.
+            RequestError: a step cannot be done to this model.
         """
-        return self.encoding.decide(model, target)
+        return reduce(lambda given, step: step.outlined(given), self.rewriting, model)
+
+    def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
+        """Return the model that the rewriting steps give; for arguments see `RewritingStep.rewritten`."""
+        return reduce(lambda given, step: step.rewritten(given, observe, progress), self.rewriting, model)
+
+
+NO_RECIPE = Recipe("none", "nothing but what the job names")
 
 
 def recipe_names() -> list[str]:
@@ -92,18 +104,36 @@ def load_recipe(name_or_path: str) -> Recipe:
     """
     file = named_file(name_or_path, PACKAGE, "recipe")
     found = read_document(file, _File, "recipe")
-    step, *after = (_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1))
-    if after:
+    steps = [_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1)]
+    for number, (before, step) in enumerate(pairwise(steps), 2):
+        _require_order(before, step, f"{file}: step {number}")
+    return Recipe(
+        file.name.removesuffix(".toml"),
+        found.title,
+        tuple(step for step in steps if isinstance(step, RewritingStep)),
+        next((step for step in steps if isinstance(step, EncodingStep)), None),
+    )
+
+
+def _require_order(before: Step, step: Step, where: str) -> None:
+    if isinstance(before, EncodingStep):
+        first = f"put {step.method} before {before.method}" if isinstance(step, RewritingStep) else "leave one out"
         raise RequestError(
-            f"{step.method} gives every matrix its codes, so nothing can follow it",
-            where=f"{file}: step 1",
-            got=f"{after[0].method} after it",
-            next_step=f"make {step.method} the last step",
+            f"{before.method} gives every matrix its codes, so {step.method} cannot follow it",
+            where=where,
+            got=f"{before.method}, then {step.method}",
+            next_step=first,
         )
-    return Recipe(file.name.removesuffix(".toml"), found.title, step)
+    if isinstance(before, PruningStep) and isinstance(step, PruningStep):
+        raise RequestError(
+            "a model is pruned once",
+            where=where,
+            got=f"{before.method}, then {step.method}",
+            next_step="leave one out and choose the ratio of the other",
+        )
 
 
-def _step(table: dict[str, Any], where: str) -> EncodingStep:
+def _step(table: dict[str, Any], where: str) -> Step:
     method = table.get("method")
     known = step_names()
     if not isinstance(method, str):
@@ -111,5 +141,5 @@ def _step(table: dict[str, Any], where: str) -> EncodingStep:
         raise InputError("a step must name its method", where=where, got=shown(method), expected=expected)
     if method not in known:
         raise InputError(f"unknown method {shown(method)}", where=where, next_step=did_you_mean(method, known))
-    kind: type[EncodingStep] = load(f"{STEPS}.{{}}", method, known, "method").STEP
+    kind: type[RewritingStep] | type[EncodingStep] = load(f"{STEPS}.{{}}", method, known, "method").STEP
     return checked(table, kind, where)

@@ -1,6 +1,7 @@
 """What a target is, what it makes, and how it is found by name."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -16,6 +17,14 @@ from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
 from exporter.weights.format import Float32, LowRank, WeightFormat
 from exporter.weights.group import Decision, WeightGroup
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A model of the same function whose shape a target's files can hold, and how they hold it, for people."""
+
+    model: Model
+    how: str
 
 
 class Target(Protocol):
@@ -46,6 +55,9 @@ class Target(Protocol):
 
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""
+
+    def carried(self, model: Model) -> Carried:
+        """Return the model as the files can hold its shape; it is what all else is asked for."""
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each weight group; reads no weights.

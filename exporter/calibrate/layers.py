@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
+from exporter.model.module import weightless_module
 
 # Windows are run together up to so many tokens: matrix products are fast there, and activations still small.
 TOKENS_AT_ONCE = 2048
@@ -30,14 +31,10 @@ class LayerStream:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        config = type(model.config).from_dict(model.config.to_dict())
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
-        # Only hidden states are derived by: what weights' gradients would need is not kept.
-        self._skeleton.requires_grad_(False)
+        skeleton = weightless_module(model)
+        self._decoder = cast(Any, skeleton.model)
         # The rotary embedding has buffers that follow from the config alone.
-        self._rotary = type(self._skeleton.model.rotary_emb)(config)
+        self._rotary = type(self._decoder.rotary_emb)(skeleton.config)
 
     @property
     def layers(self) -> int:
@@ -52,7 +49,7 @@ class LayerStream:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Load one decoder layer; its weights go at the end."""
-        module = self._skeleton.model.layers[index]
+        module: nn.Module = self._decoder.layers[index]
         state = {name: torch.from_numpy(self._model.read(layer_tensor(index, name))) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         try:
@@ -86,7 +83,7 @@ class LayerStream:
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the head sees: the final normalisation of the last layer's output."""
-        norm = self._skeleton.model.norm
+        norm = self._decoder.norm
         norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
         normalised: torch.Tensor = norm(hidden)
         return normalised

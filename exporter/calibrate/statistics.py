@@ -49,6 +49,11 @@ class Statistics:
         self._folder = folder
         self._last: tuple[str, Site | None] | None = None
 
+    @property
+    def key(self) -> str:
+        """What they are of: a digest of model, text and seed."""
+        return self._folder.name
+
     def site(self, name: str) -> Site | None:
         """Return what was seen at a site; None where nothing was observed. The last one read is kept."""
         if self._last is None or self._last[0] != name:

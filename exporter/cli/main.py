@@ -35,12 +35,17 @@ MethodOption = Annotated[str | None, typer.Option("--method", help="How codes ar
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name, such as caldera, or your own .toml file.")
 ]
+SavePrunedOption = Annotated[
+    Path | None,
+    typer.Option("--save-pruned", help="A new folder for the model that the recipe pruned, as transformers loads it."),
+]
 MaxFileBytesOption = Annotated[
     int | None,
     typer.Option("--max-file-bytes", min=1, help="Most bytes of the model files: each matrix gets its best format."),
 ]
 BitsOption = Annotated[
-    float | None, typer.Option("--bits", min=0.1, help="The same as bits a weight, everything in the files counted.")
+    float | None,
+    typer.Option("--bits", min=0.1, help="The same as bits a weight of MODEL, everything in the files counted."),
 ]
 MinDecodeOption = Annotated[
     float | None,
@@ -90,6 +95,7 @@ def build(
     seed: SeedOption = 0,
     context: ContextOption = 512,
     threads: ThreadsOption = THREADS,
+    save_pruned: SavePrunedOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a proved bundle for a device."""
@@ -100,7 +106,7 @@ def build(
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, save_pruned=save_pruned,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)

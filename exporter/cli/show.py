@@ -15,8 +15,9 @@ from rich.table import Table
 from exporter.bundle.verify import read_manifest
 from exporter.device.profile import DeviceProfile
 from exporter.errors import InputError
-from exporter.measures import Check
+from exporter.measures import Check, Pruning
 from exporter.report.data import Measurements, Report, from_json, merged
+from exporter.report.figures import pruned
 from exporter.report.figures import text as figure
 
 if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
@@ -26,13 +27,13 @@ console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
 FIGURES = (
     ("size.file_bytes", "model files"),
-    ("size.bits_per_weight", "bits a weight, all counted"),
+    ("size.bits_per_weight", "bits a weight of the original, all counted"),
     ("accuracy.kl_mean", "KL(original || artifact), mean"),
     ("accuracy.kl_p99", "KL, 99th percentile"),
     ("accuracy.top1_agreement", "same next token"),
     ("accuracy.confident_agreement", "the same where the original is sure"),
     ("accuracy.perplexity_ratio", "perplexity ratio"),
-    ("accuracy.predicted_kl", "as predicted before it was made"),
+    ("accuracy.predicted_kl", "of it the formats, as predicted"),
     ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
     ("speed.prefill_tokens_per_s", "prefill, on the host"),
     ("speed.decode_tokens_per_s", "decode, on the host"),
@@ -99,11 +100,18 @@ def bundle(path: Path) -> None:
         quantity = _at(facts, key)
         table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
     console.print(table)
+    _pruning(facts["pruning"])
     for warning in facts["model"]["warnings"]:
         console.print(f"[yellow]note:[/] {plain(warning)}")
     checks(Check.model_validate(check) for check in facts["checks"])
     content, page = facts["content_digest"][:16], path / "report.html"
     console.print(f"bundle [bold]{plain(path)}[/], content {content}, report {plain(page)}")
+
+
+def _pruning(facts: dict[str, Any] | None) -> None:
+    if facts is not None:
+        pruning = Pruning.model_validate(facts, strict=False)
+        console.print(f"{plain(pruning.method)}: {plain(pruned(pruning))} [dim]{pruning.removed.basis}[/]")
 
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any]:
@@ -136,11 +144,13 @@ def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
         "build_seconds": (sum(seconds.values()), "s"),
     }
     return {
-        "model": made.model_name,
+        "model": made.original.name,
         "device": made.device.name,
         "target": made.target.name,
+        "recipe": made.recipe.name,
         "type": made.type,
         "method": made.method,
+        "pruning": None if made.pruning is None else made.pruning.model_dump(mode="json"),
         **{name: _estimated(value, unit) for name, (value, unit) in estimates.items()},
         "stage_seconds": {stage: _estimated(taken, "s") for stage, taken in seconds.items()},
         **checks_facts(made.checks),
@@ -160,8 +170,8 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     """Print a plan."""
     facts: dict[str, Any] = plan_facts(made, seconds)
     console.print(
-        f"[bold]{plain(made.model_name)}[/] for {plain(made.device.title)}: {made.target.name}, "
-        f"{made.type} by {made.method}"
+        f"[bold]{plain(made.original.name)}[/] for {plain(made.device.title)}: {made.target.name}, "
+        f"{plain(made.scheme)} by {made.method}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes", "build_seconds"):
@@ -169,6 +179,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     for stage, quantity in facts["stage_seconds"].items():
         table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity['value'], 's')}[/]", "")
     console.print(table)
+    _pruning(facts["pruning"])
     console.print("[dim]calibration text, statistics and the original's own answers stay in the cache[/]")
     counts: dict[tuple[str, str], int] = {}
     for decision in made.decisions:

@@ -39,13 +39,13 @@ class CompressedModel:
     """The matrices of a model in the formats decided on; each is encoded when the target asks for it.
 
     Args:
-        model: The source.
+        model: The source, which it is compared with.
         decisions: One for each weight group.
         statistics: What was seen of the inputs; None where no method and no format needs them.
         effort: How much work the methods do.
         encoded: Called after each matrix with its number and the total.
-        rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
-            own.
+        rewritten: The source in the shape and coordinates that it is compressed in, which decisions and statistics
+            are of; None for its own.
         turns: How matrices and their factors take turns where a decision has factors.
     """
 

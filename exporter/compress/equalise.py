@@ -13,6 +13,7 @@ et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of loud channels then lie on 
 loud channels rob their neighbours of less of the 8 bits that activations are rounded to.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,6 +232,14 @@ class _ScaledStatistics(Statistics):
         self._source = source
         self._factors = factors
         self._last = None
+
+    @property
+    def key(self) -> str:
+        """What they are of: the source's, and the factors."""
+        total = hashlib.sha256(self._source.key.encode())
+        for name, factor in self._factors.items():
+            total.update(f"{name}:".encode() + factor.tobytes())
+        return total.hexdigest()
 
     def read_site(self, name: str) -> Site | None:
         """Return what is seen of a site there without keeping it."""

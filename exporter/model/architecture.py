@@ -30,7 +30,7 @@ class Architecture:
         family: Which tensors play which role.
         layers: Decoder layers.
         hidden: Width of the residual stream.
-        intermediate: Width of the feed-forward layer.
+        intermediate: Width of the feed-forward part of each decoder layer; they differ where rows were pruned.
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Width of a head.
@@ -43,7 +43,7 @@ class Architecture:
     family: Family
     layers: int
     hidden: int
-    intermediate: int
+    intermediate: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -66,13 +66,14 @@ class Architecture:
         for bias in ("mlp_bias", *(() if "q_bias" in FAMILIES[named].vectors else ("attention_bias",))):
             if getattr(config, bias, False):
                 raise InputError(f"a {named} with {bias}=true is not supported", where=where, expected=f"{bias}=false")
+        layers = _whole(config, "num_hidden_layers", where, MAX_LAYERS)
         heads = _whole(config, "num_attention_heads", where)
         hidden = _whole(config, "hidden_size", where)
         architecture = cls(
             family=FAMILIES[named],
-            layers=_whole(config, "num_hidden_layers", where, MAX_LAYERS),
+            layers=layers,
             hidden=hidden,
-            intermediate=_whole(config, "intermediate_size", where),
+            intermediate=(_whole(config, "intermediate_size", where),) * layers,
             heads=heads,
             kv_heads=_whole(config, "num_key_value_heads", where, default=heads),
             head_dim=_whole(config, "head_dim", where, default=hidden // heads),
@@ -90,6 +91,11 @@ class Architecture:
         return architecture
 
     @property
+    def even(self) -> bool:
+        """Whether the feed-forward parts of all layers are equally wide."""
+        return len(set(self.intermediate)) == 1
+
+    @property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
         return sum(group.size for group in self.groups()) + sum(_size(shape) for shape in self.vectors().values())
@@ -101,7 +107,7 @@ class Architecture:
         found = [WeightGroup(EMBEDDING, "embedding", None, self.vocab, self.hidden, uses, embedding_site)]
         for layer in range(self.layers):
             for role, (module, site) in LINEARS.items():
-                rows, columns = self._linear_shape(role)
+                rows, columns = self._linear_shape(role, layer)
                 name = layer_tensor(layer, f"{module}.weight")
                 found.append(WeightGroup(name, role, layer, rows, columns, (role,), f"layers.{layer}.{site}"))
         if not self.tied:
@@ -124,16 +130,17 @@ class Architecture:
         }
         return found | {FINAL_NORM: (self.hidden,)}
 
-    def _linear_shape(self, role: str) -> tuple[int, int]:
+    def _linear_shape(self, role: str, layer: int) -> tuple[int, int]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        width = self.intermediate[layer]
         return {
             "q": (query, self.hidden),
             "k": (key, self.hidden),
             "v": (key, self.hidden),
             "o": (self.hidden, query),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+            "gate": (width, self.hidden),
+            "up": (width, self.hidden),
+            "down": (self.hidden, width),
         }[role]
 
     def check_shapes(self, held: dict[str, tuple[int, ...]], where: object) -> None:

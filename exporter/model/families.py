@@ -41,6 +41,7 @@ class Family:
         gguf_architecture: `general.architecture` of a GGUF file.
         vectors: Role -> tensor name within a layer, of all vectors a layer has.
         rotary_interleaved_in_gguf: llama.cpp stores query and key rows of this family in its own order.
+        gated: The feed-forward part is down(act(gate x) * up x), so that its channels can be pruned.
     """
 
     model_type: str
@@ -48,6 +49,7 @@ class Family:
     gguf_architecture: str
     vectors: dict[str, str]
     rotary_interleaved_in_gguf: bool
+    gated: bool = True
 
 
 FAMILIES = {

@@ -27,6 +27,7 @@ class Model:
         architecture: Its shape.
         tensors: Its weights.
         warnings: What a reader of the results must know of the source.
+        changes: Digest of what was done to the shape or the weights since they were read; empty for nothing.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Model:
     architecture: Architecture
     tensors: TensorSource
     warnings: tuple[str, ...] = ()
+    changes: str = ""
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices, in the order of the forward pass."""
@@ -52,9 +54,10 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over config.json, the tokenizer's files and the weights' files: what a result depends on."""
+        """SHA-256 over config.json, the tokenizer's files, the weights' files and changes: what a result depends on."""
         metadata = sorted(path for path in self.folder.glob("*.json") if path.name != "model.safetensors.index.json")
-        return digest_files([*metadata, *self.tensors.files])
+        files = digest_files([*metadata, *self.tensors.files])
+        return hashlib.sha256(f"{files}:{self.changes}".encode()).hexdigest() if self.changes else files
 
 
 def digest_files(paths: Sequence[Path]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from exporter.errors import InputError
-from exporter.measures import Check, Document, Quantity
+from exporter.measures import Check, Document, Pruning, Quantity
 
 Verdict = Literal["passed", "failed", "incomplete"]
 Count = Annotated[int, Field(ge=0)]
@@ -76,7 +76,8 @@ class Accuracy(Document):
         top1_agreement: Share of tokens where both choose the same next token, as a `fraction`.
         confident_agreement: The same where the original's first choice leads by more than 0.5 nats, as a `fraction`.
         perplexity_ratio: Perplexity of the artifact over that of the original, a `ratio`.
-        predicted_kl: What the decisions were predicted to cost before anything was encoded, in `nats`.
+        predicted_kl: What the formats were predicted to cost before anything was encoded, in `nats`; what was pruned
+            before is not in it.
         runtime_rounding_kl: What the rounding of activations, the runtime's own or the graph's, adds, in `nats`.
         tokens: Number of tokens compared.
         text_digest: SHA-256 of the text they come from.
@@ -94,7 +95,7 @@ class Accuracy(Document):
 
 
 class Size(Document):
-    """Bytes that the runtime's model files take on disk, and stored bits for each weight."""
+    """Bytes that the runtime's model files take on disk, and stored bits for each weight of the original."""
 
     file_bytes: Quantity
     bits_per_weight: Quantity
@@ -140,6 +141,7 @@ class Report(Document):
     device_title: str
     target: str
     recipe: Recipe
+    pruning: Pruning | None = None
     size: Size
     accuracy: Accuracy
     checks: tuple[Check, ...]

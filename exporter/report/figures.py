@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+from exporter.measures import Pruning
+
 BYTE_UNITS = ("kB", "MB", "GB", "TB")
 
 
@@ -40,3 +42,13 @@ def text(value: float, unit: str) -> str:
     """Return `amount` as one text."""
     number, shown = amount(value, unit)
     return f"{number} {shown}".rstrip()
+
+
+def pruned(pruning: Pruning) -> str:
+    """Return in words what was pruned and how the files hold the rest."""
+    least, most = min(pruning.widths), max(pruning.widths)
+    widths = f"{least}" if least == most else f"{least} to {most}"
+    zeros = pruning.zero_bytes
+    filled = f"; {text(zeros.value, zeros.unit)} of zeros" if zeros.value else ""
+    share = text(pruning.removed.value, pruning.removed.unit)
+    return f"{share} of the feed-forward channels removed, {widths} left in a layer; {pruning.carried}{filled}"

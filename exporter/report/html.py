@@ -60,7 +60,7 @@ def render_html(report: Report, measurements: Measurements) -> str:
         percent=lambda fraction: figures.text(fraction, "fraction"),
         role=charts.role_title,
     )
-    environment.globals["amount"] = figures.text
+    environment.globals.update(amount=figures.text, pruned=figures.pruned)
     template = environment.from_string((files("exporter.report") / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(_view(report, measurements))
 
@@ -111,7 +111,7 @@ def _cards(report: Report, measurements: Measurements) -> list[Figure]:
     before = figures.text(memory.interpreter_bytes.value, memory.interpreter_bytes.unit)
     return [
         Figure.of("Model files", size.file_bytes, f"{_times_smaller(report)} times smaller than at 16 bits"),
-        Figure.of("Bits per weight", size.bits_per_weight, "scales and padding included"),
+        Figure.of("Bits per weight", size.bits_per_weight, "of the original; scales and padding included"),
         Figure.of("Same next token", accuracy.top1_agreement, "as the original model's first choice"),
         Figure.of("Divergence (KL)", accuracy.kl_mean, "a token, on average; 0 is identical"),
         Figure.of("Writing", speed.decode_tokens_per_s, "decode, one token at a time"),
@@ -152,7 +152,7 @@ def _accuracy(report: Report) -> list[Figure]:
         Figure.of(
             "Predicted divergence",
             found.predicted_kl,
-            "The mean divergence that the decisions were predicted to cost before anything was encoded.",
+            "The mean divergence that the formats were predicted to cost before anything was encoded.",
         ),
         Figure.of(
             "Runtime rounding",

@@ -1,16 +1,108 @@
-"""What a step of a recipe is."""
+"""What a step of a recipe is, of each kind that there is.
+
+`RewritingStep`s come first and give a smaller model; an `EncodingStep` then gives every matrix its format. A step that
+works on the files that the target makes would be a third kind, and come last.
+"""
 
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
+
+from exporter.calibrate.layers import Progress
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import TURNS, Turns
+from exporter.compress.prune import planned_widths
 from exporter.measures import Document
+from exporter.model.architecture import Architecture
 from exporter.model.model import Model
+from exporter.model.widths import outlined
 from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
+# The second moment of a layer's channels, its inverse, and products of them, in double precision.
+SQUARES = 5
+# Gives the statistics of a model on the calibration text, collected when they are asked for.
+Observe = Callable[[Model], Statistics]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rewriting step takes.
+
+    Attributes:
+        operations: Multiplications and additions in double precision.
+        peak_bytes: Memory.
+        observes: It needs statistics of the model that it rewrites.
+    """
+
+    operations: float
+    peak_bytes: int
+    observes: bool
+
+
+class RewritingStep(Document):
+    """A step that gives a smaller model, before matrices get their formats.
+
+    Attributes:
+        method: The step's name, that of its file.
+    """
+
+    method: str
+
+    @abstractmethod
+    def outlined(self, model: Model) -> Model:
+        """Return a model of the shape that the step gives, as far as it is known before; reads no weights.
+
+        Raises:
+            RequestError: the step cannot be done to this model; what would work is named.
+        """
+
+    @abstractmethod
+    def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
+        """Return the model that the step gives.
+
+        Args:
+            model: The source.
+            observe: Gives statistics.
+            progress: Called with what is done and the total.
+        """
+
+    @abstractmethod
+    def work(self, model: Model) -> Work:
+        """Return what the step takes; reads no weights."""
+
+
+class PruningStep(RewritingStep):
+    """A step that takes feed-forward channels away.
+
+    Attributes:
+        ratio: Share of them that goes.
+        multiple: Of so many channels a layer keeps a multiple: 32 fits every runtime's blocks, 256 the K types.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    multiple: Annotated[int, Field(ge=1, le=4096)] = 32
+
+    def widths(self, model: Model) -> tuple[int, ...]:
+        """Return how many channels each layer keeps, as far as it is known before."""
+        return planned_widths(model.architecture, self.ratio, self.multiple)
+
+    def outlined(self, model: Model) -> Model:
+        """Return the model with as many channels as will stay, whichever they are."""
+        return outlined(model, self.widths(model))
+
+
+def repair_work(architecture: Architecture) -> Work:
+    """Return what the repair of `down` takes, which needs statistics: one system of equations for each layer."""
+    operations = sum(2 / 3 * width**3 + 2 * width**2 * architecture.hidden for width in architecture.intermediate)
+    return Work(operations, SQUARES * 8 * max(architecture.intermediate) ** 2, True)
+
 
 class EncodingStep(Document):
-    """A step that gives every matrix its format, and its factors if it has any: the last of a recipe.
+    """A step that gives every matrix its format, and its factors if it has any.
 
     Attributes:
         method: The step's name, that of its file.

@@ -104,7 +104,7 @@ def _own_reference(
     target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, progress: Progress
 ) -> tuple[Reference, dict[str, str]]:
     """Return the float model with the artifact's own weights on some windows, and the digests of those weights."""
-    decoded = Decoded(target.read_back(artifact, compressed.model))
+    decoded = Decoded(target.read_back(artifact, compressed.rewritten))
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
     with_its_weights = dequantised(compressed.rewritten, decoded)
     own = Reference.of(with_its_weights, some, partial(progress, "prove: layers of the artifact"))
@@ -146,7 +146,7 @@ def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check
 
 def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
     """Compare the formats in the file with those decided on."""
-    stored = target.stored_types(artifact, compressed.model)
+    stored = target.stored_types(artifact, compressed.rewritten)
     wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
     detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
     return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))

@@ -12,6 +12,7 @@ import numpy as np
 
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, open_gguf
+from exporter.targets.gguf.carriage import carriage
 from exporter.weights.format import EncodedFactors, Float32, LowRank
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision, WeightGroup
@@ -29,7 +30,7 @@ class AdapterWriter:
     """
 
     def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
-        self._writer = gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)
+        self._writer = gguf.GGUFWriter(path, carriage(model.architecture).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
         self._writer.add_name(model.name)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -35,7 +35,8 @@ def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: Pr
     writer.add_block_count(architecture.layers)
     writer.add_context_length(architecture.context_length)
     writer.add_embedding_length(architecture.hidden)
-    writer.add_feed_forward_length(architecture.intermediate)
+    widths = architecture.intermediate
+    writer.add_feed_forward_length(widths[0] if architecture.even else widths)
     writer.add_head_count(architecture.heads)
     writer.add_head_count_kv(architecture.kv_heads)
     writer.add_key_length(architecture.head_dim)

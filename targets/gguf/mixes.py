@@ -18,6 +18,7 @@ from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.tensors import gguf_names, open_gguf
 from exporter.targets.child import Child
+from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise
 
@@ -58,7 +59,7 @@ def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedCo
     """Write the skeleton and return the width of each matrix."""
     names = gguf_names(architecture.layers)
     widths = {names[group.name]: group.columns for group in architecture.groups()}
-    with closing(gguf.GGUFWriter(path, architecture.family.gguf_architecture)) as writer:
+    with closing(gguf.GGUFWriter(path, carriage(architecture).architecture)) as writer:
         write_header(writer, architecture, config)
         for name, columns in widths.items():
             writer.add_tensor(name, np.zeros((2, columns), np.float32))

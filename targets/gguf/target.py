@@ -22,14 +22,17 @@ from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
+from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
+from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import frequency_factors, rope, write_header
 from exporter.targets.gguf.kernels import ON_X86, throughput_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
+from exporter.targets.target import Carried
 from exporter.weights.format import Float32, WeightFormat, plus
 from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
@@ -78,9 +81,20 @@ class Gguf:
         """Return the named mixes, then the single types."""
         return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
 
+    def carried(self, model: Model) -> Carried:
+        """Return the model, filled with channels of zeros where the file has one width for layers of several."""
+        way = carriage(model.architecture)
+        return Carried(padded(model) if way.padded else model, way.reason)
+
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
         rope(model.config)
+        way = carriage(model.architecture)
+        if way.padded:
+            raise RequestError(
+                "the feed-forward widths of the layers differ, which the file cannot hold", got=way.reason,
+                next_step="use the model that `carried` returns, or prune all layers alike",
+            )  # fmt: skip
         if type not in self.types():
             raise RequestError(f"unknown GGUF type {type!r}", next_step=did_you_mean(type, self.types()))
         decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
@@ -128,7 +142,7 @@ class Gguf:
         vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
         with TemporaryDirectory() as scratch:
             path = Path(scratch, "empty.gguf")
-            with closing(gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)) as writer:
+            with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
                 _add_metadata(writer, model, "")
                 for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
                     writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
@@ -153,7 +167,7 @@ class Gguf:
         shape = model.architecture
         keys_and_values = 2 * 2 * context * shape.layers * shape.kv_heads * shape.head_dim
         batch = min(context, 512)
-        scores = 4 * batch * (3 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_dim)
+        scores = 4 * batch * (3 * shape.hidden + 3 * max(shape.intermediate) + 2 * shape.heads * shape.head_dim)
         logits = 4 * shape.vocab
         return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
 
@@ -168,7 +182,7 @@ class Gguf:
             adapter = None
             if with_factors:
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.model, with_factors)))
+                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.rewritten, with_factors)))
             _write_gguf(opened.enter_context(replacing(folder / MODEL_FILE)), compressed, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
         lines = [f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)]
@@ -251,11 +265,11 @@ def _adapter(artifact: Artifact, model: Model) -> Adapter:
 
 
 def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: AdapterWriter | None) -> None:
-    model = compressed.model
+    model = compressed.rewritten
     names = gguf_names(model.architecture.layers)
     vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
     vectors |= frequency_factors(model.config, model.architecture.head_dim)
-    with closing(gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)) as writer:
+    with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
         _add_metadata(writer, model, type)
         for name, vector in vectors.items():
             writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)

@@ -14,9 +14,9 @@ import torch
 from onnxruntime_genai.models import builder as genai_builder
 from onnxruntime_genai.models import builders
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from exporter.model.model import Model
+from exporter.model.module import weightless_module
 
 BUILDERS: dict[str, Any] = {
     "LlamaForCausalLM": builders.LlamaModel,
@@ -69,16 +69,27 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
+        _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
     return Skeleton(builder.model, builder)
 
 
+def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
+    """Let the builder, which knows one width for the feed-forward parts, use each layer's own."""
+    make_layer = builder.make_layer
+
+    def make(layer: int, module: nn.Module) -> None:
+        builder.intermediate_size = widths[layer]
+        make_layer(layer, module)
+
+    builder.make_layer = make
+
+
 def _weightless(model: Model) -> nn.Module:
     """Return the transformers module with real vectors and with matrices that are one zero, repeated by stride."""
-    with torch.device("meta"):
-        module: nn.Module = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
+    module = weightless_module(model)
     vectors = model.architecture.vectors()
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")

@@ -38,6 +38,7 @@ from exporter.targets.onnx.kernels import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.skeleton import build_skeleton
+from exporter.targets.target import Carried
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision, WeightGroup
@@ -86,6 +87,10 @@ class Onnx:
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
+
+    def carried(self, model: Model) -> Carried:
+        """Return the model as it is."""
+        return Carried(model, "every layer of the graph has its own shapes")
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return the same format for every matrix; a tied embedding and head share one storage."""
@@ -176,7 +181,7 @@ class Onnx:
                 _put_integers(graph, compressed, file, self._rounding.level)
 
         fuse_qkv = _factors_alike(compressed.decisions)
-        return self._write(compressed, folder, fill, fuse_qkv, floats and compressed.model.architecture.tied)
+        return self._write(compressed, folder, fill, fuse_qkv, floats and compressed.rewritten.architecture.tied)
 
     def _write(
         self,
@@ -241,7 +246,7 @@ def _widening_bytes(decision: Decision) -> int:
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:
-    tied = compressed.model.architecture.tied
+    tied = compressed.rewritten.architecture.tied
     for product in products(graph):
         names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
         format = compressed.decisions[names[0]].format
@@ -261,7 +266,7 @@ def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, 
 
 
 def _put_floats(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
-    tied = compressed.model.architecture.tied
+    tied = compressed.rewritten.architecture.tied
     for product in products(graph):
         names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
         values = np.concatenate([compressed.encode(name).planned for name in names])

@@ -132,7 +132,7 @@ def _put_matrices(graph: ir.Graph, compressed: CompressedModel, scheme: Scheme, 
         (name,) = product.groups
         assert product.node.name
         stem = product.node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
-        if name == HEAD and compressed.model.architecture.tied:
+        if name == HEAD and compressed.rewritten.architecture.tied:
             name, table = EMBEDDING, embedding.turned(graph, product.node)
         else:
             table = put_weights(graph, file, stem, _format(compressed, name), compressed.encode(name).data)

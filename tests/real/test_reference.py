@@ -13,12 +13,12 @@ from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
 from exporter.compress.compressed import CompressedModel
-from exporter.device.profile import load_device
 from exporter.job import Job
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
+from exporter.plan import make_plan
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
@@ -99,8 +99,8 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     else:
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
-    job = Job(str(folder), "any", max_file_bytes=stock.file_bytes, prefer="accuracy")
-    budget = feasible_budget(job, model, made, load_device("raspberry-pi-5"))
+    job = Job(str(folder), "raspberry-pi-5", target, max_file_bytes=stock.file_bytes, prefer="accuracy")
+    budget = feasible_budget(job, make_plan(model, job))
     assert budget is not None
     decisions = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
     (tmp_path / "ours").mkdir()

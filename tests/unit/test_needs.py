@@ -14,6 +14,7 @@ from exporter.calibrate.text import Windows
 from exporter.job import Job
 from exporter.model.sources import open_model
 from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.recipe import NO_RECIPE
 from tests.models import tiny_model
 
 FREED = """
@@ -48,9 +49,9 @@ def test_the_cache_of_statistics_is_as_large_as_foretold(tmp_path: Path, monkeyp
     windows = Windows.of(np.random.default_rng(0).integers(0, 300, (4, 16)), "file", 0)
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
         collect(model, windows, 0, silent)
-        foretold, hidden = cache_bytes(model, job), 4 * 16 * 256 * (4 * 5 + 6)
+        foretold, hidden = cache_bytes(model, job, NO_RECIPE), 4 * 16 * 256 * (4 * 5 + 6)
         parameters = model.architecture.parameters
-        assert cache_bytes(model, replace(job, evaluation=None)) == foretold + 34 * parameters // 32
+        assert cache_bytes(model, replace(job, evaluation=None), NO_RECIPE) == foretold + 34 * parameters // 32
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     # Small files stand beside the second moments; hidden states are gone by now.
     assert foretold - hidden <= kept <= 1.1 * (foretold - hidden)
@@ -61,8 +62,8 @@ def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     peaks = []
     for name, hidden, intermediate in (("small", 64, 96), ("wide", 64, 4096), ("large", 128, 8192)):
         with open_model(str(tiny_model(tmp_path / name, hidden=hidden, intermediate=intermediate))) as model:
-            peaks.append(build_peak_bytes(model, job, 0, 0))
-            assert build_peak_bytes(model, job, 4 << 30, 1 << 30) > 5 << 30
+            peaks.append(build_peak_bytes(model, job, NO_RECIPE, 0, 0))
+            assert build_peak_bytes(model, job, NO_RECIPE, 4 << 30, 1 << 30) > 5 << 30
     assert sorted(peaks) == peaks
     # Two second moments of the widest site in float32, and their sums beside it.
     assert peaks[2] - peaks[0] > 2 * 4 * 8192**2

@@ -1,5 +1,6 @@
 """Recipes: named and the user's own, every way in which a file can be wrong, and what a step decides."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,13 @@ import pytest
 from exporter.compress.caldera import Turns
 from exporter.errors import ExporterError, InputError, RequestError
 from exporter.job import Job
+from exporter.measures import Quantity
+from exporter.model.families import FAMILIES
 from exporter.model.sources import open_model
 from exporter.pipeline import planned_within
+from exporter.plan import Plan
 from exporter.recipe import load_recipe, recipe_names
+from exporter.report import figures
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 
@@ -46,7 +51,7 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('"caldera"', '"caldra"', r"step 1: unknown method 'caldra'; did you mean 'caldera'\?"),
-        ('method = "caldera"', "", r"step 1: a step must name its method; got None, expected one of caldera"),
+        ('method = "caldera"', "", r"step 1: a step must name its method; got None, expected one of caldera, prune"),
         ("rank = 32", "ranks = 32", r"step 1: unknown key 'ranks'; did you mean 'rank'\?"),
         ("rank = 32", "rank = 0", r"step 1: rank: the value is wrong; got 0"),
         ("rank = 32", 'rank = "32"', r"step 1: rank: the value is wrong; got '32', expected a whole number"),
@@ -56,7 +61,11 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
         ("schema_version = 1", "schema_version = 2", r"schema_version: the value is wrong; got 2, expected 1"),
         ("[[step]]", "[[steps]]", r"unknown key 'steps'; did you mean 'step'\?"),
         ("[[step]]", "[[step", r"the recipe is not TOML"),
-        (GOOD, GOOD + GOOD.partition("factors")[2][2:], r"caldera gives every matrix its codes, so nothing can follow"),
+        (
+            GOOD,
+            GOOD + GOOD.partition("factors")[2][2:],
+            r"step 2: caldera gives every matrix its codes, so caldera cannot",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -76,7 +85,8 @@ def test_an_unknown_name_and_a_missing_file() -> None:
 def test_matrices_get_the_fewest_bits_and_factors_and_the_embedding_eight(tmp_path: Path, target: str) -> None:
     made = load_recipe(str(recipe(tmp_path, GOOD)))
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        decisions = made.decide(model, load_target(target))
+        assert made.encoding is not None
+        decisions = made.encoding.decide(model, load_target(target))
         outer = {one.stored_as for one in decisions if one.group.layer is None}
         inner = {one.stored_as for one in decisions if one.group.layer is not None}
     # The model's widths are 64 and 96: no type of 256 columns fits, nor 2 bits in blocks of 64.
@@ -108,6 +118,127 @@ def test_what_cannot_be_carried_is_refused_at_plan_time(
         pytest.raises(ExporterError, match=message),
     ):
         planned_within(Job("model", "galaxy-s24-ultra", target, recipe=str(path)), model)
+
+
+PRUNED = """
+schema_version = 1
+title = "A third of the channels goes"
+
+[[step]]
+method = "prunenet"
+ratio = 0.34
+"""
+CODED = GOOD.partition("title")[2].partition("\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + PRUNED.partition("goes\"")[2], r"step 2: caldera gives every matrix its codes, so prunenet cannot "
+         r"follow it; got caldera, then prunenet; put prunenet before caldera"),
+        (PRUNED + PRUNED.partition("goes\"")[2].replace("prunenet", "prune-closed-form"), r"step 2: a model is pruned "
+         r"once; got prunenet, then prune-closed-form; leave one out and choose the ratio of the other"),
+        (PRUNED.replace("0.34", "1.5"), r"step 1: ratio: the value is wrong; got 1.5, expected less than 1"),
+        (PRUNED + "sizes = 'equal'", r"step 1: unknown key 'sizes'"),
+        (PRUNED + "episodes = 0", r"step 1: episodes: the value is wrong; got 0"),
+        (PRUNED.replace("prunenet", "prune-closed-form") + "sizes = 'even'", r"expected 'per-layer' or 'equal'"),
+    ],
+)  # fmt: skip
+def test_orders_and_options_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises((InputError, RequestError), match=message):
+        load_recipe(str(recipe(tmp_path, text)))
+
+
+def test_pruning_may_come_before_what_gives_formats(tmp_path: Path) -> None:
+    path = str(recipe(tmp_path, PRUNED + CODED))
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", "gguf", recipe=path), model)
+    assert (planned.scheme, planned.method) == ("recipe mine", "caldera")
+    assert planned.pruning is not None and planned.pruning.widths == (64, 64)
+    assert {one.stored_as for one in planned.decisions} == {"Q8_0", "Q4_0+r32-Q8_0"}
+
+
+def planned_with(folder: Path, text: str, family: str = "llama", target: str = "gguf", **more: object) -> Plan:
+    folder.mkdir(exist_ok=True)
+    path = str(recipe(folder, text))
+    with open_model(str(tiny_model(folder / "model", family, layers=3))) as model:
+        return planned_within(Job("model", "galaxy-s24-ultra", target, recipe=path, **more), model)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "scheme", "method"),
+    [
+        ("gguf", {}, "recipe mine, Q4_K_M", "ldlq"),
+        ("onnx", {}, "recipe mine, int4", "ldlq"),
+        ("gguf", {"type": "Q8_0", "method": "rtn"}, "recipe mine, Q8_0", "rtn"),
+        ("gguf", {"bits": 5.0}, "recipe mine, at most 70,680 bytes", "ldlq"),
+        ("onnx", {"max_file_bytes": 160_000}, "recipe mine, at most 160,000 bytes", "ldlq"),
+    ],
+)
+def test_without_a_step_that_gives_formats_the_job_does(
+    tmp_path: Path, target: str, more: dict[str, object], scheme: str, method: str
+) -> None:
+    planned = planned_with(tmp_path, PRUNED, "llama", target, **more)
+    assert (planned.scheme, planned.method) == (scheme, method)
+    assert planned.pruning is not None
+    assert planned.pruning.removed == Quantity(value=1 - 192 / 288, unit="fraction", basis="estimated")
+    assert {one.group.rows for one in planned.decisions if one.group.role in ("gate", "up")} == {64}
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "sizes", "widths", "carried", "zeros"),
+    [
+        ("llama", "gguf", "per-layer", (96, 32, 64), "written as 'deci'", False),
+        ("llama", "gguf", "equal", (64, 64, 64), "all layers are 64 wide", False),
+        ("qwen2", "gguf", "per-layer", (96, 32, 64), "zeros fill each up to 96", True),
+        ("qwen2", "onnx", "per-layer", (96, 32, 64), "every layer of the graph has its own shapes", False),
+    ],
+)
+def test_the_plan_says_how_the_files_hold_the_widths(
+    tmp_path: Path, family: str, target: str, sizes: str, widths: tuple[int, ...], carried: str, zeros: bool
+) -> None:
+    text = PRUNED.replace('"prunenet"', f'"prune-closed-form"\nsizes = "{sizes}"')
+    pruning = planned_with(tmp_path, text, family, target).pruning
+    assert pruning is not None and pruning.widths == widths
+    assert carried in pruning.carried
+    assert (pruning.zero_bytes.value > 0) is zeros
+    said = figures.pruned(pruning)
+    assert said.startswith("33.3 % of the feed-forward channels removed, ") and ("of zeros" in said) is zeros
+
+
+@pytest.mark.parametrize("method", ["prunenet", "prune-closed-form"])
+def test_what_cannot_be_pruned_is_refused_at_plan_time(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = PRUNED.replace("prunenet", method)
+    with pytest.raises(RequestError, match=r"rounds to none of a layer's channels; got 0.01 of 96.* smaller multiple"):
+        planned_with(tmp_path, text.replace("0.34", "0.01"))
+    narrow = planned_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 72"), type="Q8_0")
+    assert {one.format.name for one in narrow.decisions if one.group.columns == 72} == {"F16"}
+    assert all("falls back to F16" in one.reason for one in narrow.decisions if one.group.columns == 72)
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"], gated=False))
+    with pytest.raises(RequestError, match=r"the feed-forward part of a LlamaForCausalLM is not gated"):
+        planned_with(tmp_path / "third", text)
+
+
+def test_more_pruning_needs_less_and_more_observing_more(tmp_path: Path) -> None:
+    with open_model(str(tiny_model(tmp_path / "model", layers=3))) as model:
+        plain, quarter, observed = (
+            planned_within(Job("model", "galaxy-s24-ultra", "gguf", recipe=name), model)
+            for name in (None, str(recipe(tmp_path, PRUNED)), "prune-closed-form")
+        )
+    assert quarter[0].file_bytes < plain[0].file_bytes
+    assert quarter[0].cache_bytes == plain[0].cache_bytes < observed[0].cache_bytes
+
+
+@pytest.mark.parametrize("recipe_name", [None, "caldera"])
+def test_nothing_pruned_is_saved_without_pruning(tmp_path: Path, recipe_name: str | None) -> None:
+    job = Job("model", "galaxy-s24-ultra", "gguf", recipe=recipe_name, save_pruned=tmp_path / "saved")
+    with (
+        open_model(str(tiny_model(tmp_path / "model"))) as model,
+        pytest.raises(RequestError, match=r"--save-pruned: there is no pruned model to save; .* --recipe prunenet"),
+    ):
+        planned_within(job, model)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,331 @@
+"""Feed-forward channels pruned in closed form: those go that cost least, and `down` is repaired for their loss.
+
+With h the inputs of `down`, W its weights and H = E[w h h^T], the channels K that stay serve best with
+
+    W' = W H_:K (H_KK)^-1,
+
+the least-squares fit to what all of them put out. Its error D is a KL divergence of 1/2 sum_i s_i (D H D^T)_ii a token,
+as in `exporter.calibrate.statistics`. Where channels B go from those that are left, it grows by
+1/2 tr(A_B^T (P_BB)^-1 A_B), P being the inverse of H over what is left and A = W'^T diag(s)^1/2. So a few go at a time,
+those first for which |A_c|^2 / P_cc is least (Hassibi and Stork 1993, Optimal Brain Surgeon, eq. 5, for whole columns;
+Kurtic et al. 2023, ZipLM, section 3.1), and what each step costs tells how many each layer can spare.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exporter.cache import cache_folder, load_vectors, save_array, save_vectors
+from exporter.calibrate.layers import silent
+from exporter.calibrate.statistics import Statistics
+from exporter.errors import RequestError
+from exporter.model.architecture import Architecture
+from exporter.model.families import LINEARS, layer_tensor
+from exporter.model.model import Model
+from exporter.model.widths import Channels, selected
+
+VERSION = 1
+CHANNELS_AT_ONCE = 8
+DAMPING = 0.01
+# A layer keeps at least this share of its channels, however little they seem to matter: the quadratic form that tells
+# what a loss costs holds for small ones.
+LEAST_KEPT = 0.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for.
+
+    Attributes:
+        ratio: Share of the feed-forward channels that go.
+        multiple: Of so many channels a layer keeps a multiple: 32 fits every runtime's blocks, 256 the K types.
+        even: All layers keep equally many; else those that can spare more lose more.
+        damping: Added to the diagonal of H, as a share of its mean.
+    """
+
+    ratio: float = 0.25
+    multiple: int = 32
+    even: bool = False
+    damping: float = DAMPING
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model with fewer feed-forward channels.
+
+    Its statistics are to be collected anew, not chosen from the original's: behind a pruned layer all inputs differ.
+
+    Attributes:
+        model: The model.
+        ratio: Share of the channels that went.
+        predicted_kl: KL divergence a token, in nats, that is foretold; None where nothing foretells it.
+    """
+
+    model: Model
+    ratio: float
+    predicted_kl: float | None = None
+
+    @classmethod
+    def of(
+        cls, model: Model, kept: Sequence[Channels], down: dict[int, Path], predicted_kl: float | None = None
+    ) -> "Pruned":
+        """Take channels of a model; see `exporter.model.widths.selected`."""
+        ratio = 1 - sum(map(len, kept)) / sum(model.architecture.intermediate)
+        return cls(selected(model, kept, down), ratio, predicted_kl)
+
+
+def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> tuple[int, ...]:
+    """Return how many channels each layer keeps if all lose the same share; reads no weights.
+
+    Args:
+        architecture: Of the model to prune.
+        ratio: Share of the channels that go.
+        multiple: What the widths are rounded to.
+
+    Raises:
+        RequestError: the feed-forward part is not gated, or the ratio is impossible or lost in rounding.
+    """
+    if not architecture.family.gated:
+        raise RequestError(
+            f"the feed-forward part of a {architecture.family.architecture} is not gated",
+            expected="down(act(gate x) * up x)",
+            next_step="leave out the step that prunes",
+        )
+    if not 0 < ratio < 1:
+        raise RequestError("the share to prune is impossible", got=ratio, expected="a number between 0 and 1")
+    if multiple < 1:
+        raise RequestError("the widths cannot be rounded", got=f"a multiple of {multiple}", expected="1 or more")
+    before = architecture.intermediate
+    widths = tuple(min(round((1 - ratio) * width / multiple) * multiple, width) for width in before)
+    if widths == before or min(widths) == 0:
+        raise RequestError(
+            f"the share to prune rounds to {'none' if widths == before else 'all'} of a layer's channels",
+            got=f"{ratio} of {', '.join(map(str, sorted(set(before))))} channels in steps of {multiple}",
+            next_step="choose another share or a smaller multiple",
+        )
+    return widths
+
+
+def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int) -> tuple[int, ...]:
+    """Return widths of the same sum, as uneven as they may get: the first layer keeps all, others pay for it.
+
+    Args:
+        even: Those of `planned_widths`.
+        architecture: Of the model to prune.
+        multiple: What the widths are rounded to.
+    """
+    widths = list(even)
+    for layer in range(1, len(widths)):
+        room = architecture.intermediate[0] - widths[0]
+        spare = widths[layer] - _least(architecture.intermediate[layer], multiple)
+        moved = max(0, min(room, spare)) // multiple * multiple
+        widths[0] += moved
+        widths[layer] -= moved
+    return tuple(widths)
+
+
+def prune(
+    model: Model, statistics: Statistics, options: Options, progress: Callable[[int, int], None] = silent
+) -> Pruned:
+    """Return the model without the channels that cost least, repaired; what was done before comes from the cache.
+
+    Args:
+        model: The source.
+        statistics: Of the inputs and outputs of its `down`.
+        options: What is asked for.
+        progress: Called with layers done, each twice, and their total.
+
+    Raises:
+        RequestError: see `planned_widths`; or the inputs were not observed.
+    """
+    widths = planned_widths(model.architecture, options.ratio, options.multiple)
+    layers = len(widths)
+    path = _cached(model, statistics, *sorted(asdict(options).items())) / "kept.npz"
+    if not path.is_file():
+        chosen = _chosen(model, statistics, options, widths, lambda done, _: progress(done, 2 * layers))
+        save_vectors(path, {str(layer): channels for layer, channels in enumerate(chosen)})
+    saved = load_vectors(path)
+    kept = [saved[str(layer)] for layer in range(layers)]
+    return repair(model, statistics, kept, options.damping, lambda done, _: progress(layers + done, 2 * layers))
+
+
+def repair(
+    model: Model,
+    statistics: Statistics,
+    kept: Sequence[Channels],
+    damping: float = DAMPING,
+    progress: Callable[[int, int], None] = silent,
+) -> Pruned:
+    """Return the model with some channels, however they were chosen, and `down` repaired; cached as `prune` is.
+
+    Args:
+        model: The source.
+        statistics: Of the inputs and outputs of its `down`.
+        kept: For each layer the channels that stay, ascending.
+        damping: See `Options`.
+        progress: Called with layers done and their total.
+
+    Raises:
+        RequestError: the inputs were not observed.
+    """
+    digests = [hashlib.sha256(channels.astype("<i8").tobytes()).hexdigest() for channels in kept]
+    folder = _cached(model, statistics, damping, *digests)
+    files = {layer: folder / f"down.{layer}.npy" for layer in range(len(kept))}
+    if not (folder / "losses.npy").is_file():
+        losses = []
+        for layer, channels in enumerate(kept):
+            progress(layer, len(kept))
+            weight, moment = _down(model, layer), _moment(statistics, layer, damping)
+            found = repaired(weight, moment, channels)
+            save_array(files[layer], found.numpy())
+            change = -weight
+            change[:, torch.from_numpy(channels)] += found
+            errors = (change @ moment * change).sum(1)
+            losses.append(float(errors @ _sensitivity(statistics, layer)))
+        save_array(folder / "losses.npy", np.array(losses))
+        progress(len(kept), len(kept))
+    return Pruned.of(model, kept, files, float(np.load(folder / "losses.npy", allow_pickle=False).sum()) / 2)
+
+
+def _cached(model: Model, statistics: Statistics, *decisive: object) -> Path:
+    key = f"{VERSION}:{model.digest}:{statistics.key}:{decisive}"
+    return cache_folder("pruned", hashlib.sha256(key.encode()).hexdigest()[:32])
+
+
+def _chosen(
+    model: Model,
+    statistics: Statistics,
+    options: Options,
+    widths: tuple[int, ...],
+    progress: Callable[[int, int], None],
+) -> list[Channels]:
+    """Return the channels of each layer that stay."""
+    found = []
+    for layer, width in enumerate(widths):
+        progress(layer, len(widths))
+        least = width if options.even else min(width, _least(model.architecture.intermediate[layer], options.multiple))
+        moment = _moment(statistics, layer, options.damping)
+        found.append(eliminate(_down(model, layer), _sensitivity(statistics, layer), moment, least))
+    if not options.even:
+        widths = shared_out(found, sum(widths), options.multiple)
+    return [one.kept(width) for one, width in zip(found, widths, strict=True)]
+
+
+def _least(width: int, multiple: int) -> int:
+    """Return the fewest channels that a layer may keep, a multiple."""
+    return max(1, -(-int(LEAST_KEPT * width) // multiple)) * multiple
+
+
+def _down(model: Model, layer: int) -> torch.Tensor:
+    return torch.from_numpy(model.read(layer_tensor(layer, f"{LINEARS['down'][0]}.weight"))).double()
+
+
+def _sensitivity(statistics: Statistics, layer: int) -> torch.Tensor:
+    return torch.from_numpy(statistics.sensitivity(layer, "down")).double()
+
+
+def _moment(statistics: Statistics, layer: int, damping: float) -> torch.Tensor:
+    """Return damped H of the inputs of a layer's `down`, float64 [channels, channels]."""
+    name = f"layers.{layer}.{LINEARS['down'][1]}"
+    site = statistics.site(name)
+    if site is None:
+        raise RequestError("the inputs of down were not observed", where=name, next_step="collect statistics first")
+    moment = torch.from_numpy(site.second_moment).double()
+    diagonal = moment.diagonal()
+    mean = float(diagonal.mean())
+    diagonal += damping * (mean if mean > 0 else 1.0)
+    return moment
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """In which order the channels of a layer go.
+
+    Attributes:
+        channels: How many there are.
+        order: Those that go, the first first, int64 [gone].
+        losses: What each adds to the weighted squared error of the outputs after repair, float64 [gone].
+    """
+
+    channels: int
+    order: Channels
+    losses: NDArray[np.float64]
+
+    def kept(self, width: int) -> Channels:
+        """Return the channels that stay, ascending."""
+        return np.setdiff1d(np.arange(self.channels), self.order[: self.channels - width])
+
+    def loss(self, width: int) -> float:
+        """Return the error with so many channels left."""
+        return float(self.losses[: self.channels - width].sum())
+
+
+def eliminate(
+    weight: torch.Tensor, sensitivity: torch.Tensor, moment: torch.Tensor, least: int, at_once: int = CHANNELS_AT_ONCE
+) -> Elimination:
+    """Take the channel away that costs least, again and again.
+
+    Args:
+        weight: W, float64 [outputs, channels].
+        sensitivity: s, float64 [outputs].
+        moment: H, positive definite, float64 [channels, channels].
+        least: How many channels stay at least.
+        at_once: How many go before the costs of the others are computed again.
+    """
+    # P and A of the channels that are left; rows of the others are zero.
+    inverse = torch.linalg.inv(moment)
+    outputs = (weight * sensitivity.sqrt()[:, None]).T.contiguous()
+    left = torch.ones(len(moment), dtype=torch.bool)
+    order, losses = [np.empty(0, np.int64)], [np.empty(0)]
+    for count in range(len(moment), least, -at_once):
+        scores = torch.where(left, outputs.square().sum(1) / inverse.diagonal(), torch.inf)
+        going = scores.topk(min(at_once, count - least), largest=False).indices
+        rows, gone = inverse[going], outputs[going]
+        solved = torch.linalg.solve(rows[:, going], torch.cat([gone, rows], dim=1))
+        by_outputs, by_rows = solved.split([gone.shape[1], len(moment)], dim=1)
+        order.append(going.numpy())
+        losses.append(np.full(len(going), float((gone * by_outputs).sum()) / len(going)))
+        outputs.addmm_(rows.T, by_outputs, alpha=-1)
+        inverse.addmm_(rows.T, by_rows, alpha=-1)
+        left[going] = False
+    return Elimination(len(moment), np.concatenate(order), np.concatenate(losses))
+
+
+def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: Channels) -> torch.Tensor:
+    """Return W' for the channels that stay, float32 [outputs, kept].
+
+    Args:
+        weight: W, float64 [outputs, channels].
+        moment: H, positive definite, float64 [channels, channels].
+        kept: The channels that stay.
+    """
+    rows = moment[torch.from_numpy(kept)]
+    solution: torch.Tensor = torch.linalg.solve(rows[:, torch.from_numpy(kept)], rows @ weight.T)
+    return solution.T.float().contiguous()
+
+
+def shared_out(eliminations: Sequence[Elimination], total: int, multiple: int) -> tuple[int, ...]:
+    """Return how many channels each layer keeps, multiples, so that all together cost least.
+
+    The cheapest step goes first: that is best where the steps of each layer become dearer.
+
+    Args:
+        eliminations: One for each layer.
+        total: Channels that all layers keep together.
+        multiple: What each width is a multiple of.
+    """
+    sums = [np.concatenate([[0.0], one.losses.cumsum()]) for one in eliminations]
+    widths = [one.channels // multiple * multiple for one in eliminations]
+
+    def cost(layer: int) -> float:
+        gone = eliminations[layer].channels - widths[layer]
+        return float(sums[layer][gone + multiple] - sums[layer][gone]) if gone + multiple < len(sums[layer]) else np.inf
+
+    while sum(widths) > total:
+        widths[min(range(len(widths)), key=cost)] -= multiple
+    return tuple(widths)

@@ -1,0 +1,93 @@
+"""A model written as a Hugging Face folder that plain `from_pretrained` loads."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors.numpy import save_file
+
+from exporter.errors import RequestError
+from exporter.model.model import Model
+from exporter.model.tensors import INDEX, SINGLE
+from exporter.model.widths import padded
+
+# A shard is in memory while it is written.
+SHARD_BYTES = 2 << 30
+COMPANIONS = ("*.json", "*.model", "*.jinja", "LICENSE*")
+
+
+def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config, weights in float32 and the tokenizer's files; unequal feed-forward widths are filled with zeros.
+
+    Args:
+        model: The model, as it was read or with channels taken away.
+        folder: A folder that does not exist; it gets its name when it is complete.
+        shard_bytes: Most bytes of one file, unless a single tensor has more.
+
+    Raises:
+        RequestError: the folder exists, has no place, or cannot be written.
+    """
+    require_new(folder)
+    even = model if model.architecture.even else padded(model)
+    try:
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            _write_weights(even, made, shard_bytes)
+            _write_companions(even, made)
+            made.rename(folder)
+    except OSError as error:
+        raise RequestError("the folder cannot be written", where=folder, got=error.strerror) from error
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a folder that exists, or that has no place.
+
+    Raises:
+        RequestError: see above.
+    """
+    if folder.exists():
+        raise RequestError("the folder exists already", where=folder, next_step="name another")
+    if not folder.parent.is_dir():
+        raise RequestError("there is no such folder", where=folder.parent, next_step="make it, or name another")
+
+
+def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:
+    shards = list(_shards(model, shard_bytes))
+    files = [SINGLE] if len(shards) == 1 else [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: model.read(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": 4 * model.architecture.parameters}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
+    """Yield the names of the tensors of one file after the other."""
+    sizes = {group.name: 4 * group.size for group in model.groups()}
+    sizes |= {name: 4 * shape[0] for name, shape in model.architecture.vectors().items()}
+    shard: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if shard and held + size > shard_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(name)
+        held += size
+    yield shard
+
+
+def _write_companions(model: Model, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in model.folder.glob(pattern):
+            if path.name not in ("config.json", INDEX):
+                shutil.copyfile(path, folder / path.name)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = [model.architecture.family.architecture]
+    config.dtype = "float32"
+    config.save_pretrained(folder)

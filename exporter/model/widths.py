@@ -1,0 +1,96 @@
+"""A model with other feed-forward widths: channels taken away, or channels of zeros added.
+
+Channel c of a gated feed-forward part, down(act(gate x) * up x), is row c of gate and up and column c of down.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.model.families import LINEARS, layer_tensor
+from exporter.model.model import Model, digest_files
+from exporter.weights.format import Float32
+
+Channels = NDArray[np.int64]
+CHANNEL_AXES = {"gate": 0, "up": 0, "down": 1}
+
+
+def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -> Model:
+    """Return the model with some channels of each feed-forward part; weights stay lazy.
+
+    Args:
+        model: The source.
+        kept: For each layer the channels that stay, ascending, int64 [width].
+        down: Layer -> file of a `down` matrix in place of the source's columns, float32 [hidden, width] as .npy.
+    """
+
+    def read(name: str, layer: int, axis: int) -> Float32:
+        if axis == CHANNEL_AXES["down"] and layer in down:
+            given: Float32 = np.load(down[layer], allow_pickle=False)
+            return given
+        return np.ascontiguousarray(model.read(name).take(kept[layer], axis))
+
+    total = hashlib.sha256(f"{model.changes}:selected:{digest_files(list(down.values()))}".encode())
+    for channels in kept:
+        total.update(f"{len(channels)}:".encode() + channels.astype("<i8").tobytes())
+    return _rewidened(model, [len(channels) for channels in kept], read, total.hexdigest())
+
+
+def outlined(model: Model, widths: Sequence[int]) -> Model:
+    """Return the model with the first channels of each layer: of the shape that any others would give it."""
+    return selected(model, [np.arange(width) for width in widths], {})
+
+
+def padded(model: Model) -> Model:
+    """Return the model with channels of zeros, which put out nothing, so that all layers are as wide as the widest."""
+    widest = max(model.architecture.intermediate)
+
+    def read(name: str, layer: int, axis: int) -> Float32:
+        values = model.read(name)
+        more = [(0, 0), (0, 0)]
+        more[axis] = 0, widest - values.shape[axis]
+        return np.pad(values, more)
+
+    changes = hashlib.sha256(f"{model.changes}:padded".encode()).hexdigest()
+    return _rewidened(model, [widest] * model.architecture.layers, read, changes)
+
+
+# Reads a tensor of the feed-forward part of a layer, whose channels lie on the axis given.
+_Read = Callable[[str, int, int], Float32]
+
+
+def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -> Model:
+    architecture = replace(model.architecture, intermediate=tuple(widths))
+    config = type(model.config).from_dict(model.config.to_dict())
+    # transformers has one width for all layers: see `exporter.model.module`.
+    config.intermediate_size = max(widths)
+    places = {
+        layer_tensor(layer, f"{LINEARS[role][0]}.weight"): (layer, axis)
+        for layer in range(architecture.layers)
+        for role, axis in CHANNEL_AXES.items()
+    }
+    shapes = {group.name: (group.rows, group.columns) for group in architecture.groups() if group.name in places}
+    tensors = _Rewidened(model, shapes, places, read)
+    return replace(model, config=config, architecture=architecture, tensors=tensors, changes=changes)
+
+
+class _Rewidened:
+    """The tensors of a model, those of its feed-forward parts made when they are read."""
+
+    def __init__(
+        self, model: Model, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]], read: _Read
+    ) -> None:
+        self._source, self._shapes, self._places, self._read = model.tensors, shapes, places, read
+        self.files: list[Path] = model.tensors.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        return {**self._source.shapes(), **self._shapes}
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        return self._read(name, *self._places[name]) if name in self._places else self._source.read(name)

@@ -1,0 +1,194 @@
+"""PruneNet's policy: its parts against naive ones, what it learns, and every quirk."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporter.compress import prunenet
+from exporter.compress.prunenet import PUBLISHED, Options, kolmogorov_smirnov, learned, prune, singular_values
+from exporter.errors import RequestError
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from tests.models import tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    with open_model(str(tiny_model(tmp_path / "model"))) as opened:
+        yield opened
+
+
+@given(first=st.lists(st.integers(0, 9), min_size=1), second=st.lists(st.integers(0, 9), min_size=1))
+def test_the_distance_of_two_samples(first: list[int], second: list[int]) -> None:
+    def share(sample: list[int], most: int) -> float:
+        return sum(value <= most for value in sample) / len(sample)
+
+    expected = max(abs(share(first, most) - share(second, most)) for most in range(10))
+    found = kolmogorov_smirnov(np.sort(np.array(first, float)), np.sort(np.array(second, float)))
+    assert found == pytest.approx(expected)
+
+
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), seed=st.integers(0, 99))
+def test_singular_values(rows: int, columns: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    expected = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[::-1]
+    np.testing.assert_allclose(singular_values(torch.from_numpy(matrix)), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_network_is_that_of_the_paper() -> None:
+    network = prunenet._Network(6, 10)
+    gate = torch.randn(8, 6)
+    z = gate @ network.project.weight.T + network.project.bias
+    torch.testing.assert_close(network(gate), z @ network.read)
+    assert 0 <= float(network.read.detach().min()) <= float(network.read.detach().max()) < 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_probabilities_of_all_draws_sum_to_one(count: int) -> None:
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    draws = [torch.tensor(rows) for rows in permutations(range(5), count)]
+    total = sum(float(prunenet._log_probability(logits, rows, True).exp()) for rows in draws)
+    assert total == pytest.approx(1, rel=1e-5)
+    # What is published is not a probability.
+    assert sum(float(prunenet._log_probability(logits, rows, False).exp()) for rows in draws) != pytest.approx(
+        1, rel=0.01
+    )
+
+
+def test_torch_draws_in_the_order_that_the_probability_is_of() -> None:
+    """Of three rows, how often each pair comes in which order."""
+    logits = torch.tensor([2.0, 0.0, -1.0])
+    chance = torch.Generator().manual_seed(0)
+    counts = dict.fromkeys(permutations(range(3), 2), 0)
+    for _ in range(20_000):
+        counts[tuple(prunenet._drawn(logits, 2, chance).tolist())] += 1
+    for rows, count in counts.items():
+        expected = math.exp(float(prunenet._log_probability(logits, torch.tensor(rows), True)))
+        assert count / 20_000 == pytest.approx(expected, abs=0.015)
+
+
+def test_it_learns_which_rows_carry_the_spectrum() -> None:
+    """Half of the rows are nearly nothing, and a direction tells which: without them the spectrum stays as it is."""
+    chance = torch.Generator().manual_seed(0)
+    gate = torch.randn(64, 16, generator=chance) * 1e-3
+    gate[::2] = torch.randn(32, 16, generator=chance)
+    gate[:, 0] = torch.arange(64).remainder(2) * -4.0 + 2.0
+    rewards = learn(gate, Options(0.5, episodes=150, learning_rate=1e-2)).rewards
+    assert rewards[-50:].mean() > 1.5 * rewards[:20].mean()
+
+
+def learn(gate: torch.Tensor, options: Options) -> prunenet.Policy:
+    return prunenet.follow_rewards([gate], options, lambda done, total: None)
+
+
+def test_a_policy_serves_every_ratio(model: Model) -> None:
+    policy = learned(model, Options(0.5, episodes=3))
+    narrow, wide = (prune(model, policy, ratio, 16).model for ratio in (2 / 3, 1 / 3))
+    assert narrow.architecture.intermediate == (32, 32)
+    assert wide.architecture.intermediate == (64, 64)
+    for layer in range(2):
+        rows = [{row.tobytes() for row in one.read(prunenet.gate_name(layer))} for one in (narrow, wide)]
+        assert rows[0] < rows[1]
+
+
+def test_rows_stay_by_their_product_with_a_direction(model: Model) -> None:
+    policy = learned(model, Options(0.5, episodes=2))
+    found = prune(model, policy, 1 / 3, 32)
+    assert found.ratio == pytest.approx(1 / 3)
+    assert found.predicted_kl is None
+    for layer, kept in enumerate(policy.kept(model, (64, 64))):
+        products = model.read(prunenet.gate_name(layer)) @ policy.direction
+        assert products[kept].min() >= np.delete(products, kept).max()
+        for role, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            name = f"model.layers.{layer}.mlp.{role}_proj.weight"
+            np.testing.assert_array_equal(found.model.read(name), model.read(name).take(kept, axis))
+
+
+def test_the_same_seed_learns_the_same_and_only_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = learned(model, Options(episodes=2))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    again = prunenet._learn(model, Options(episodes=2), lambda done, total: None)
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(first.direction, again.direction)
+    other = learned(model, Options(episodes=2, seed=1))
+    assert not np.array_equal(first.direction, other.direction)
+    monkeypatch.setattr(prunenet, "_learn", lambda *_: pytest.fail("learned again"))
+    np.testing.assert_array_equal(learned(model, Options(episodes=2)).direction, first.direction)
+    with pytest.raises(pytest.fail.Exception, match="learned again"):
+        learned(model, Options(episodes=3))
+
+
+SWITCHES = {
+    "keep_best": False, "baseline": False, "exact_probability": False, "same_noise": False, "clip": None,
+    "regularisation": 0.1, "discount": 0.5, "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_changes_what_is_learned(model: Model, switch: str) -> None:
+    options = Options(0.5, episodes=6, clip=1e-3)
+    plain = learned(model, options)
+    other = learned(model, replace(options, **{switch: SWITCHES[switch]}))
+    assert not np.array_equal(plain.direction, other.direction)
+
+
+def test_the_best_policy_is_the_one_that_earned_most(model: Model) -> None:
+    best = learned(model, Options(0.5, episodes=6))
+    number = int(best.rewards.argmax())
+    # The policy of an episode is what all episodes before it made.
+    before = Options(0.5, episodes=number, keep_best=False) if number else None
+    if before is not None:
+        np.testing.assert_array_equal(best.direction, learned(model, before).direction)
+    last = learned(model, Options(0.5, episodes=6, keep_best=False))
+    np.testing.assert_array_equal(best.rewards, last.rewards)
+
+
+def test_as_published_the_mask_is_drawn_by_the_seed(model: Model) -> None:
+    policy = learned(model, replace(PUBLISHED, episodes=2))
+    first, again = (policy.kept(model, (64, 64)) for _ in range(2))
+    np.testing.assert_array_equal(np.array(first), np.array(again))
+    reseeded = replace(policy, options=replace(policy.options, seed=1)).kept(model, (64, 64))
+    assert not np.array_equal(np.array(first), np.array(reseeded))
+    assert all((np.diff(kept) > 0).all() for kept in first)
+
+
+def test_a_spectrum_that_stays_earns_most() -> None:
+    gate = torch.zeros(6, 3)
+    policy = learn(gate, Options(0.5, episodes=1))
+    assert policy.rewards.tolist() == [prunenet.MOST_REWARD]
+
+
+def test_layers_of_different_widths(model: Model) -> None:
+    uneven = prune(model, learned(model, Options(episodes=1)), 1 / 3, 32).model
+    policy = learned(uneven, Options(episodes=1))
+    assert [len(kept) for kept in policy.kept(uneven, (32, 16))] == [32, 16]
+
+
+def test_no_episodes_are_refused(model: Model) -> None:
+    with pytest.raises(RequestError, match="PruneNet cannot learn; got 0 episodes, expected 1 or more"):
+        learned(model, Options(episodes=0))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_an_impossible_ratio_is_refused(model: Model, ratio: float) -> None:
+    with pytest.raises(RequestError, match="the share to prune is impossible"):
+        learned(model, Options(ratio))
+    with pytest.raises(RequestError, match="the share to prune is impossible"):
+        prune(model, learned(model, Options(episodes=1)), ratio, 32)
+
+
+def test_a_family_without_a_gate_is_refused(model: Model) -> None:
+    family = replace(model.architecture.family, gated=False)
+    plain = replace(model, architecture=replace(model.architecture, family=family))
+    with pytest.raises(RequestError, match="is not gated"):
+        learned(plain, Options())
