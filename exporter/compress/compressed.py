@@ -1,15 +1,16 @@
 """A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.method import load_method, relative_error
+from exporter.compress.method import Method, load_method, relative_error
 from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
 from exporter.model.model import Model
@@ -42,6 +43,7 @@ class CompressedModel:
         encoded: Called after each matrix with its number and the total.
         rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
             own.
+        methods: Methods of single matrices, by name, instead of the one that the decision names.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class CompressedModel:
         effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
+        methods: Mapping[str, Method] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.rewritten = rewritten or model
@@ -59,6 +62,7 @@ class CompressedModel:
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
         self._methods = {name: load_method(name, effort) for name in {one.method for one in decisions}}
+        self._own_methods = methods
         self._encoded = encoded
 
     def encode(self, name: str) -> EncodedMatrix:
@@ -71,7 +75,8 @@ class CompressedModel:
         decision = self.decisions[name]
         weight = self.rewritten.read(name)
         site = self._site(decision)
-        matrix = self._methods[decision.method].encode(weight, decision.format, site)
+        method = self._own_methods.get(name, self._methods[decision.method])
+        matrix = method.encode(weight, decision.format, site)
         if weight.any() and not matrix.planned.any():
             raise RequestError(
                 f"{decision.format.name} makes every weight zero",

@@ -9,7 +9,7 @@ into what makes the channel: the gain of the normalisation before it, the value 
 factor for all heads that share them), and the up rows before the down projection.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,11 +49,32 @@ def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collect
     Raises:
         RequestError: the ranges were not observed.
     """
+    return rescaled(
+        model, statistics, sites, lambda site, users: _factors(model, statistics, site, users, alpha)
+    )
+
+
+def rescaled(
+    model: Model,
+    statistics: Statistics,
+    sites: Collection[str],
+    factors_of: Callable[[str, Collection[str]], Float32],
+) -> Rewritten:
+    """Return the model with its columns at some sites multiplied by factors, and the channels there divided.
+
+    Heads that share their values share their factors, the geometric mean. A tied head keeps its inputs as they are.
+
+    Args:
+        model: The source.
+        statistics: Of the source.
+        sites: Where to; as for `equalised`.
+        factors_of: Gives the factors, float32 [columns], of a site and of the matrices behind it.
+    """
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
     columns: dict[str, Float32] = {}
     for place in _places(model, sites):
-        found = _factors(model, statistics, place.site, place.users, alpha)
+        found = factors_of(place.site, place.users)
         made = found
         if place.by_heads:
             found, made = _by_heads(model, found)
