@@ -209,6 +209,29 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_
         show.document(show.bundle_facts(path), as_json, lambda: show.bundle(path))
 
 
+@app.command(epilog="Example: edge-exporter unpack model.gguf.coded -o models")
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A coded file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the restored file; made if missing.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Restore the file that a coded file stands for, bit by bit, and check it."""
+    from exporter.cli import show
+    from exporter.coding.container import original_of, restore_file
+
+    if not file.is_file():
+        raise RequestError("there is no such file", where=file)
+    restored = output / original_of(file).name
+    if os.path.lexists(restored):
+        raise RequestError("already exists", where=restored, next_step="choose another -o or delete it")
+    output.mkdir(parents=True, exist_ok=True)
+    with show.progress(enabled=not as_json) as progress:
+        mib = 1 << 20
+        original = restore_file(file, restored, lambda done, total: progress("unpack: MiB", done // mib, total // mib))
+    facts = {"file": str(restored), "bytes": original.size, "sha256": original.sha256.hex()}
+    show.document(facts, as_json, lambda: print(f"{restored}: {original.size:,} bytes"))
+
+
 @app.command(epilog="Example: edge-exporter devices raspberry-pi-5")
 def devices(
     name: Annotated[str | None, typer.Argument(help="A device's name or TOML; none lists all.")] = None,

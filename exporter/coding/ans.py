@@ -6,7 +6,6 @@ a symbol of share f and cumulative share c, of 2^k, as x' = floor(x / f) 2^k + c
 a step of all lanes is one operation on arrays; lanes read their words in order from one common sequence.
 """
 
-
 import numpy as np
 from numpy.typing import NDArray
 

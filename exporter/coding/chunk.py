@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.coding import ans
+from exporter.coding.huffman import huffman_bytes, read_huffman, read_zstd, searched_bytes
 from exporter.coding.layout import ANYTHING, CODES, KINDS, NUMBERS, Field, Part
 from exporter.coding.reading import Reading
-from exporter.coding.huffman import huffman_bytes, read_huffman, read_zstd, searched_bytes
 from exporter.coding.streams import MOST_CLASSES, Block, Shape, blocks_of, restore, shape_of, streams_of
 from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits, read_table, shares_of, table_bytes
 from exporter.errors import InputError
@@ -147,7 +147,9 @@ def _read_shape(reading: Reading, part: Part, field: Field) -> Shape:
         raise InputError("a field of the coded file has strange flags", got=flags)
     rows, columns = part.rows, part.records * field.width
     of_rows = _read_classes(reading, rows) if flags & 2 else np.zeros(rows, np.uint8)
-    return Shape(bool(flags & 1), of_rows, _read_classes(reading, columns) if flags & 4 else np.zeros(columns, np.uint8))
+    return Shape(
+        bool(flags & 1), of_rows, _read_classes(reading, columns) if flags & 4 else np.zeros(columns, np.uint8)
+    )
 
 
 def _read_classes(reading: Reading, count: int) -> Bytes:

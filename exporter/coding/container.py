@@ -124,9 +124,7 @@ def original_of(coded: Path) -> Original:
         return _read_header(file, coded)
 
 
-def restore_file(
-    coded: Path, to: Path, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Original:
+def restore_file(coded: Path, to: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Original:
     """Write the file that a coded file stands for, bit by bit; it gets its name when it is complete and checked.
 
     Args:

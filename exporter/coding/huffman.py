@@ -1,7 +1,7 @@
 """The Huffman coder of Zstandard, for streams of codes, and two codes a symbol where they are few.
 
-A Huffman code spends whole bits on a symbol, which costs much where most codes are zero. Two codes that are among the 15
-commonest make one symbol; others are told by an escape and listed. Half as many symbols are also restored sooner.
+A Huffman code spends whole bits on a symbol, which costs much where most codes are zero. Two codes that are among the
+15 commonest make one symbol; others are told by an escape and listed. Half as many symbols are also restored sooner.
 """
 
 import numpy as np

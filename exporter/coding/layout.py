@@ -1,8 +1,8 @@
 """What the bytes of a runtime's file mean, as far as coding needs to know: which are codes, which are numbers.
 
-A part of a file is an array [rows, records] of records of equal size; a record is a few fields one after the other, such
-as the float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind resemble each other, so a field is coded apart
-from the others. A wrong layout costs bytes, never correctness.
+A part of a file is an array [rows, records] of records of equal size; a record is a few fields one after the other,
+such as the float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind resemble each other, so a field is coded
+apart from the others. A wrong layout costs bytes, never correctness.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,8 @@
 The bytes of a number go to a stream each, since the upper ones repeat and the lower ones do not; where it takes fewer
 bytes, all but a row's first number are stored as differences (exclusive or) from the one before.
 
-Codes reach further in some rows and columns of a matrix than in others. Rows and columns get classes, whole steps of the
-logarithm of how far their codes reach; the codes of a row of class i and a column of class j share a table with all
+Codes reach further in some rows and columns of a matrix than in others. Rows and columns get classes, whole steps of
+the logarithm of how far their codes reach; the codes of a row of class i and a column of class j share a table with all
 whose classes have the same sum, and stand together in the stream.
 """
 
@@ -78,7 +78,9 @@ def streams_of(values: Bytes, field: Field, shape: Shape) -> list[Bytes]:
 def blocks_of(part: Part, field: Field, shape: Shape) -> list[list[Block]]:
     """Return the blocks of each stream of a field."""
     if field.kind == CODES:
-        spans = [(rows.stop - rows.start, columns.stop - columns.start, table) for rows, columns, table in _blocks(shape)]
+        spans = [
+            (rows.stop - rows.start, columns.stop - columns.start, table) for rows, columns, table in _blocks(shape)
+        ]
         return [[Block(rows * columns, table) for rows, columns, table in spans]]
     count = part.rows * part.records
     if field.kind != NUMBERS:

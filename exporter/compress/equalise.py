@@ -49,9 +49,7 @@ def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collect
     Raises:
         RequestError: the ranges were not observed.
     """
-    return rescaled(
-        model, statistics, sites, lambda site, users: _factors(model, statistics, site, users, alpha)
-    )
+    return rescaled(model, statistics, sites, lambda site, users: _factors(model, statistics, site, users, alpha))
 
 
 def rescaled(

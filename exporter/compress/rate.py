@@ -1,16 +1,16 @@
 """A rate of our choice in an 8-bit format: error feedback with steps chosen for the entropy of the codes.
 
-The file is the runtime's own, 8 bits a weight; coded (`exporter.coding`) it takes what its codes' entropy is. With D = E V
-the error of feedback (see `exporter.compress.ldlq`), a matrix costs sum_ij s_i d_j step_ij^2 / 24 in KL, where s_i is a
-row's sensitivity and d_j = 1 / U_jj^2 what of an input is not foretold by later ones, and its codes take
+The file is the runtime's own, 8 bits a weight; coded (`exporter.coding`) it takes what its codes' entropy is. With
+D = E V the error of feedback (see `exporter.compress.ldlq`), a matrix costs sum_ij s_i d_j step_ij^2 / 24 in KL, where
+s_i is a row's sensitivity and d_j = 1 / U_jj^2 what of an input is not foretold by later ones, and its codes take
 sum_ij log2(sigma_ij / step_ij) + const bits. Least KL at a total of bits is thus
 
     step_ij = c / sqrt(s_i d_j)
 
 with one c for all matrices: reverse water-filling (Lifar et al. 2026, WaterSIC, for the columns). The columns' part is
 absorbed by what comes before the matrix (`in_even_columns`), the rows' part is the scale of a row. Values are drawn
-towards zero before they are rounded, by the Wiener factor v / (v + 1/12) for codes of variance v: near a step's bound the
-cheaper code is the better one.
+towards zero before they are rounded, by the Wiener factor v / (v + 1/12) for codes of variance v: near a step's bound
+the cheaper code is the better one.
 """
 
 import math
@@ -34,7 +34,7 @@ from exporter.weights.group import WeightGroup
 from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
 
 DEFAULT_BITS = 3.0
-# Added to the diagonal of H, as a share of itself: of what is not foretold by other inputs at least so much is believed.
+# Added to the diagonal of H, as a share of itself: no input is believed to be foretold any better than that.
 DAMPING = 0.03
 # Rows that hardly matter count at least so much of the mean.
 LEAST_SENSITIVITY = 1e-3
@@ -183,7 +183,7 @@ def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -
 def _step_for(problem: _Problem, bits: float) -> float:
     """Return the common step at which some rows of a matrix take so many bits a weight."""
     guess = problem.guess() - bits
-    rates = [rate_at(problem, 2.0 ** (guess + octave)) for octave in OCTAVES]
+    rates = [_rate_at(problem, 2.0 ** (guess + octave)) for octave in OCTAVES]
     return _crossing(guess, np.array(rates), bits)
 
 
@@ -198,7 +198,7 @@ def _crossing(guess: float, rates: Float64, bits: float) -> float:
     return float(2.0 ** (guess + np.interp(-bits, -falling, OCTAVES)))
 
 
-def rate_at(problem: _Problem, step: float, times: float = 1.0) -> float:
+def _rate_at(problem: _Problem, step: float, times: float = 1.0) -> float:
     """Return the bits a weight, tables and scales included, that a matrix takes at a common step.
 
     Args:
@@ -263,7 +263,7 @@ def rated(
         # The roots are those of the whole matrix's sensitivities.
         problem = replace(whole, roots=_Problem.of(weight, None, sensitivity).roots[rows])
         times = group.rows / len(rows)
-        rates[number] = [rate_at(problem, 2.0 ** (guess + octave), times) for octave in OCTAVES]
+        rates[number] = [_rate_at(problem, 2.0 ** (guess + octave), times) for octave in OCTAVES]
     progress(len(groups), len(groups))
     step = _crossing(guess, weights @ rates / weights.sum(), bits)
     at = math.log2(step) - guess
