@@ -221,7 +221,10 @@ def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] =
         seen = statistics.site(site)
         if seen is None:
             raise RequestError("the activations were not observed", where=site)
-        return 1 / feedback_factor(damped_moment(seen.second_moment)).diagonal()
+        logarithms = -np.log(feedback_factor(damped_moment(seen.second_moment)).diagonal())
+        # Only ratios matter; the rest would push scales to the ends of float16.
+        even: Float32 = np.exp(logarithms - logarithms.mean())
+        return even
 
     return rescaled(model, statistics, sites, factors)
 

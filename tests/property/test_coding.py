@@ -63,8 +63,8 @@ def test_any_file_is_restored_whatever_its_layout_claims(
 @pytest.fixture(scope="module", params=PROFILES)
 def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coded")
-    (folder / "file").write_bytes(b"header " * 9 + q8_0(24, 128, 2.0))
-    code_file(folder / "file", folder / "coded", request.param, [Section(63, Part(24, 4, Q8_0))])
+    (folder / "file").write_bytes(b"header " * 9 + q8_0(16, 64, 1.0))
+    code_file(folder / "file", folder / "coded", request.param, [Section(63, Part(16, 2, Q8_0))])
     return folder / "coded"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exporter.coding.container import code_file
 from tests.commands import cli
 from tests.models import tiny_model
 
@@ -92,6 +93,22 @@ def test_wrong_requests_are_one_sentence(world: Path, arguments: tuple[str, ...]
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in world.iterdir()) == before
+
+
+def test_a_coded_file_is_unpacked_and_a_damaged_one_is_not(world: Path) -> None:
+    model = world / "bundle-gguf/model/model.gguf"
+    code_file(model, world / "small.coded")
+    printed = json.loads(cli(world, "unpack", "small.coded", "-o", "unpacked", "--json").stdout)
+    assert (world / "unpacked/model.gguf").read_bytes() == model.read_bytes()
+    assert printed["bytes"] == model.stat().st_size
+    again = cli(world, "unpack", "small.coded", "-o", "unpacked")
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    flip(world / "small.coded", -9)
+    damaged = cli(world, "unpack", "small.coded", "-o", "other")
+    assert (damaged.returncode, "the coded file is damaged" in damaged.stderr) == (3, True)
+    assert not list((world / "other").iterdir())
+    nothing = cli(world, "unpack", "none.coded", "-o", "other")
+    assert (nothing.returncode, "there is no such file" in nothing.stderr) == (2, True)
 
 
 def test_listing_devices_and_planning(world: Path) -> None:
