@@ -116,7 +116,7 @@ def test_ans_takes_as_many_bits_as_the_oracle(spread: float) -> None:
     model = constriction.stream.model.Categorical(tables[0] / TOTAL, perfect=True)
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(symbols.astype(np.int32), model)
-    assert (coder.get_compressed().size * 4) == pytest.approx(2 * len(words) + 2 * len(states), rel=2e-3)
+    assert (coder.get_compressed().size * 4) == pytest.approx(2 * len(words) + 2 * len(states), rel=5e-3)
     assert 16 * len(words) + 16 * len(states) <= 1.005 * entropy_bits(counts_of(symbols))
 
 
