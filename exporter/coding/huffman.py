@@ -6,6 +6,7 @@ A Huffman code spends whole bits on a symbol, which costs much where most codes 
 
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from exporter.coding.reading import Reading
 from exporter.coding.tables import Bytes, counts_of
@@ -62,7 +63,9 @@ def read_huffman(reading: Reading, size: int) -> Bytes:
     others = np.frombuffer(reading.take(count), np.uint8)
     both = np.arange(256, dtype=np.uint8)
     symbol = np.append(common, np.uint8(0))
-    symbols = np.stack([symbol[both & 15], symbol[both >> 4]], axis=1).view(np.uint16)[pairs, 0].view(np.uint8)[:size]
+    symbols: Bytes = (
+        np.stack([symbol[both & 15], symbol[both >> 4]], axis=1).view(np.uint16)[pairs, 0].view(np.uint8)[:size]
+    )
     escaped = _escaped(pairs)[:size]
     if np.count_nonzero(escaped) != count:
         raise InputError("the coded file escapes another count of symbols than it lists", got=count)
@@ -70,11 +73,12 @@ def read_huffman(reading: Reading, size: int) -> Bytes:
     return symbols
 
 
-def _escaped(pairs: Bytes) -> np.ndarray:
+def _escaped(pairs: Bytes) -> NDArray[np.bool_]:
     """Return where the escape stands, bool [2 x pairs]."""
     both = np.arange(256, dtype=np.uint8)
     table = np.stack([both & 15, both >> 4], axis=1) == _ESCAPE
-    return table.view(np.uint16)[pairs, 0].view(np.bool_)
+    escaped: NDArray[np.bool_] = table.view(np.uint16)[pairs, 0].view(np.bool_)
+    return escaped
 
 
 def _frame(symbols: Bytes, parameters: zstandard.ZstdCompressionParameters) -> bytes:
@@ -94,6 +98,8 @@ def read_zstd(reading: Reading, size: int) -> bytes:
         # What the frame says of its own size is not believed: it would be allocated.
         if zstandard.frame_content_size(frame) != size:
             raise InputError("a Zstandard frame of the coded file has another size", expected=size)
-        return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompress(frame, max_output_size=size)
+        decoder = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+        symbols: bytes = decoder.decompress(frame, max_output_size=size)
     except zstandard.ZstdError as error:
         raise InputError("a Zstandard frame of the coded file is damaged", got=error) from error
+    return symbols

@@ -178,7 +178,8 @@ def _classified(codes: Bytes, one: Shape, by_column: bool, times: float = 1.0) -
 def _numbered(reach: NDArray[np.float32], step: float) -> Bytes:
     """Return classes, uint8, of how far codes reach: the furthest get their own, those that are too near share one."""
     steps = np.rint(reach / step)
-    return np.clip(steps - steps.max() + MOST_CLASSES - 1, 0, MOST_CLASSES - 1).astype(np.uint8)
+    classes: Bytes = np.clip(steps - steps.max() + MOST_CLASSES - 1, 0, MOST_CLASSES - 1).astype(np.uint8)
+    return classes
 
 
 def _bits(codes: Bytes, shape: Shape, times: float) -> float:
@@ -188,5 +189,5 @@ def _bits(codes: Bytes, shape: Shape, times: float) -> float:
         for column in np.unique(shape.columns):
             counts[number + column] += counts_of(codes[np.ix_(shape.rows == number, shape.columns == column)])
     used = counts[counts.any(axis=1)]
-    least = sum(entropy_bits(one) for one in used)
+    least = float(sum(entropy_bits(one) for one in used))
     return times * (least + 4 * len(codes)) + len(used) * TABLE_BITS + 4 * codes.shape[1]

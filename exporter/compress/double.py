@@ -34,7 +34,7 @@ SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
 # Of the weights that the steps leave, this share becomes zero.
 ZEROED = 0.02
 # How many times coarser than those of 8 bits steps can be.
-COARSEST = 64.0
+COARSEST = 128.0
 SEARCHES = 12
 SAMPLED_ROWS = 256
 
@@ -87,15 +87,16 @@ class Double:
                 low = middle
             else:
                 high = middle
-        return 2.0**high
+        return float(2.0**high)
 
     def _rate(self, weight: Float32, reach: Float32, coarseness: float, times: float) -> float:
         codes = self._codes(weight, _steps(weight, coarseness), reach)
-        return coded_bits(codes.view(np.uint8), times) / (codes.size * times) + 16 / codes.shape[1]
+        return float(coded_bits(codes.view(np.uint8), times) / (codes.size * times) + 16 / codes.shape[1])
 
     def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> NDArray[np.int8]:
         """Return the nearest codes, int8 [rows, columns], those that move the outputs least zero."""
-        codes = np.clip(np.rint(weight / steps[:, None]), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
+        nearest = np.rint(weight / steps[:, None])
+        codes: NDArray[np.int8] = np.clip(nearest, -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
         moved = np.abs(codes) * steps[:, None] * reach
         left = moved[codes != 0]
         if self.zeroed and left.size:

@@ -14,7 +14,7 @@ the cheaper code is the better one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,7 +119,8 @@ class _Problem:
     def steps(self, step: float) -> Float32:
         """Return the step of each row, float32 [rows]: no weight is beyond the largest code."""
         least = np.abs(self.weight).max(axis=1) / np.float32(LARGEST_CODE - 7)
-        return np.maximum(np.float32(step) / self.roots, least)
+        steps: Float32 = np.maximum(np.float32(step) / self.roots, least)
+        return steps
 
     def guess(self) -> float:
         """Return log2 of the common step at which normally distributed weights take 0 bits by the formula of many."""
@@ -217,7 +218,7 @@ def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] =
     Column j is multiplied by sqrt(d_j), what an input's deviation is from what later inputs foretell of it.
     """
 
-    def factors(site: str, _: Sequence[str]) -> Float32:
+    def factors(site: str, _: Collection[str]) -> Float32:
         seen = statistics.site(site)
         if seen is None:
             raise RequestError("the activations were not observed", where=site)
