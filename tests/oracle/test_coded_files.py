@@ -70,9 +70,9 @@ def test_methods_with_steps_are_carried_by_the_targets(
         decisions = made.decide(model, type, "rtn")
         groups = [decision.group for decision in decisions if decision.group.site != "tokens"]
         if method == "rate":
-            methods = dict(rated(rewritten.model, rewritten.statistics, groups, 5.0))
+            methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0))
         else:
-            methods = dict(doubled(rewritten.statistics, groups, 5.0))
+            methods = dict(doubled(rewritten.statistics, groups, 6.0))
         compressed = CompressedModel(model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods)
         (tmp_path / "artifact").mkdir()
         artifact = made.lower(compressed, type, tmp_path / "artifact")
