@@ -45,16 +45,25 @@ def shares_of(counts: NDArray[np.int64]) -> Shares:
 
 
 def table_bytes(shares: Shares) -> bytes:
-    """Return a table: the first symbol, how many follow, and the share of each, the highest bit saying "two bytes"."""
+    """Return a table: the first symbol, how many follow, and the share of each; the highest bit says "two bytes".
+
+    After a share of 0 stands how many more of them follow.
+    """
     seen = np.flatnonzero(shares)
     first, last = int(seen[0]), int(seen[-1])
     stored = bytearray((first, last - first))
-    for share in shares[first : last + 1].tolist():
-        # Only a symbol that is alone has the whole, which does not fit: it is told by a count of 0.
-        if last == first:
-            break
-        stored += bytes((share,)) if share < ONE_BYTE else bytes((ONE_BYTE | share >> 8, share & 255))
+    # Only a symbol that is alone has the whole, which would not fit: it is told by nothing following.
+    at = first if first < last else last + 1
+    while at <= last:
+        share = int(shares[at])
+        zeros = int(seen[np.searchsorted(seen, at)]) - at
+        stored += bytes((0, zeros - 1)) if zeros else _stored(share)
+        at += zeros or 1
     return bytes(stored)
+
+
+def _stored(share: int) -> bytes:
+    return bytes((share,)) if share < ONE_BYTE else bytes((ONE_BYTE | share >> 8, share & 255))
 
 
 def read_table(reading: Reading) -> Shares:
@@ -70,9 +79,14 @@ def read_table(reading: Reading) -> Shares:
     if following == 0:
         shares[first] = TOTAL
         return shares
-    for symbol in range(first, first + following + 1):
+    symbol = first
+    while symbol <= first + following:
         (share,) = reading.take(1)
-        shares[symbol] = share if share < ONE_BYTE else (share & ONE_BYTE - 1) << 8 | reading.take(1)[0]
+        if share == 0:
+            symbol += reading.take(1)[0]
+        else:
+            shares[symbol] = share if share < ONE_BYTE else (share & ONE_BYTE - 1) << 8 | reading.take(1)[0]
+        symbol += 1
     if int(shares.sum()) != TOTAL:
         raise InputError("the shares of a table do not make a whole", got=int(shares.sum()), expected=TOTAL)
     return shares

@@ -2,41 +2,34 @@
 
 After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), of which no code is published;
 the choices here are ours. Inputs' channels are divided by how far they reach, which goes into the weights
-(`exporter.compress.equalise`); every row has one step, a share of its largest weight; weights that can move an output
-by little, |w| max|x|, become zero; the rest is rounded to the nearest step. Steps and zeros follow from the bits that
-the codes are to take when coded (`exporter.coding`). The file is the runtime's own.
+(`exporter.compress.equalise`); steps are chosen for the bits that the codes are to take when coded (`exporter.coding`),
+one common to all matrices by how much their rows matter (`exporter.compress.steps`); weights are rounded to the
+nearest, and those become zero that can move an output least, by |w| max|x|. The file is the runtime's own.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.coding.streams import coded_bits
 from exporter.compress.equalise import Rewritten, equalised
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import error_of
+from exporter.compress.steps import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
-from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 from exporter.weights.group import WeightGroup
 from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
 
 DEFAULT_BITS = 3.6
-# How much of the inputs' spread goes into the weights; see `exporter.compress.equalise`.
-ALPHA = 0.5
+# Channels are scaled by the inputs' reach alone: where steps are common to a row, that of the weights does not matter.
+ALPHA = 1.0
 SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
 # Of the weights that the steps leave, this share becomes zero.
 ZEROED = 0.02
-# How many times coarser than those of 8 bits steps can be.
-COARSEST = 128.0
-SEARCHES = 12
-SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -44,14 +37,18 @@ class Double:
     """Round to the nearest of steps as coarse as the bits ask for.
 
     Attributes:
-        bits: Bits a weight that the codes are to take when coded.
+        bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
         largest: The largest magnitude seen of each input, float32 [columns]; None for the deviations at hand.
         zeroed: Share of the weights that become zero because they move the outputs least.
+        roots: What the step is divided by in each row, float32 [rows]; None where all rows count alike.
+        step: The common step.
     """
 
     bits: float = DEFAULT_BITS
     largest: Float32 | None = None
     zeroed: float = ZEROED
+    roots: Float32 | None = None
+    step: float | None = None
     name = "double"
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
@@ -60,54 +57,38 @@ class Double:
         Raises:
             RequestError: the format is not a symmetric one of 8 bits, or no step gives the rate.
         """
+        roots = np.ones(len(weight), np.float32) if self.roots is None else self.roots
         reach = self.largest
         if reach is None:
             reach = np.ones(weight.shape[1], np.float32) if site is None else np.sqrt(site.squares)
-        coarseness = self._coarseness(weight, reach)
-        steps = stored_steps(format, _steps(weight, coarseness))
+        step = self.step
+        if step is None:
+            curve = Curve.of(weight, roots, self.rounding(weight, roots, reach))
+            step = 2.0 ** common_step([curve], [1], self.bits)
+        steps = stored_steps(format, row_steps(weight, roots, step))
         data = encode_steps(format, self._codes(weight, steps, reach), steps)
         return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
 
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Return the error itself, as of rounding to the nearest."""
-        return error_of(self.encode(weight, format, site).planned - weight, site, columns)
+        """Return the error itself, with all rows alike: nothing of it is fitted to the text."""
+        alike = Double(self.bits, self.largest, self.zeroed)
+        return error_of(alike.encode(weight, format, site).planned - weight, site, columns)
 
-    def _coarseness(self, weight: Float32, reach: Float32) -> float:
-        """Return how many times coarser than those of 8 bits steps are at the rate asked for, by halving."""
-        rows = np.unique(np.linspace(0, len(weight) - 1, min(len(weight), SAMPLED_ROWS)).astype(np.int64))
-        some, times = weight[rows], len(weight) / len(rows)
-        low, high = 0.0, math.log2(COARSEST)
-        if not self._rate(some, reach, COARSEST, times) <= self.bits <= self._rate(some, reach, 1.0, times):
-            raise RequestError("no step gives this rate", got=f"{self.bits:g} bits a weight", where=self.name)
-        for _ in range(SEARCHES):
-            middle = (low + high) / 2
-            if self._rate(some, reach, 2.0**middle, times) > self.bits:
-                low = middle
-            else:
-                high = middle
-        return float(2.0**high)
+    def rounding(self, weight: Float32, roots: Float32, reach: Float32) -> Callable[[float], Int8]:
+        """Return a function that gives the codes, int8 [rows, columns], of some rows at a common step."""
+        return lambda step: self._codes(weight, row_steps(weight, roots, step), reach)
 
-    def _rate(self, weight: Float32, reach: Float32, coarseness: float, times: float) -> float:
-        codes = self._codes(weight, _steps(weight, coarseness), reach)
-        return float(coded_bits(codes.view(np.uint8), times) / (codes.size * times) + 16 / codes.shape[1])
-
-    def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> NDArray[np.int8]:
+    def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> Int8:
         """Return the nearest codes, int8 [rows, columns], those that move the outputs least zero."""
         nearest = np.rint(weight / steps[:, None])
-        codes: NDArray[np.int8] = np.clip(nearest, -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
+        codes: Int8 = np.clip(nearest, -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
         moved = np.abs(codes) * steps[:, None] * reach
         left = moved[codes != 0]
         if self.zeroed and left.size:
             codes[moved <= np.quantile(left, self.zeroed)] = 0
         return codes
-
-
-def _steps(weight: Float32, coarseness: float) -> Float32:
-    """Return the step of each row, float32 [rows]."""
-    steps: Float32 = np.abs(weight).max(axis=1) * np.float32(coarseness / LARGEST_CODE)
-    return np.where(steps > 0, steps, np.float32(1))
 
 
 def in_scaled_channels(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
@@ -116,23 +97,45 @@ def in_scaled_channels(model: Model, statistics: Statistics, sites: Sequence[str
 
 
 def doubled(
-    statistics: Statistics, groups: Sequence[WeightGroup], bits: float, zeroed: float = ZEROED
+    model: Model,
+    statistics: Statistics,
+    groups: Sequence[WeightGroup],
+    bits: float,
+    zeroed: float = ZEROED,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Double]:
-    """Return the method for each matrix, by name, at a rate in bits a weight.
+    """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
 
     Args:
-        statistics: In the coordinates that the matrices are encoded in.
+        model: The model, in the coordinates that it is encoded in.
+        statistics: In the same coordinates.
         groups: The matrices.
-        bits: Bits a weight of each, tables and scales included.
+        bits: Bits a weight on average, tables and scales included.
         zeroed: Share of the weights that become zero.
+        progress: Called with matrices done and their total.
+
+    Raises:
+        RequestError: no common step gives this rate.
     """
-    made = {}
-    for group in groups:
-        ranges = statistics.ranges(group.site)
-        made[group.name] = Double(bits, None if ranges is None else ranges.largest, zeroed)
-    return made
+    curves, methods = [], []
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        site, ranges = statistics.site(group.site), statistics.ranges(group.site)
+        deviation = 1.0 if site is None else float(np.sqrt(site.second_moment.trace() / group.columns))
+        roots, rows = roots_of(sensitivity_of(statistics, group), deviation), some_rows(group.rows)
+        reach = np.ones(group.columns, np.float32) if ranges is None else ranges.largest
+        method = Double(bits, reach, zeroed, roots)
+        weight, times = model.read(group.name)[rows], group.rows / len(rows)
+        curves.append(Curve.of(weight, roots[rows], method.rounding(weight, roots[rows], reach), times))
+        methods.append(method)
+    progress(len(groups), len(groups))
+    step = common_step(curves, [group.size for group in groups], bits)
+    return {
+        group.name: Double(curve.at(step), method.largest, zeroed, method.roots, 2.0**step)
+        for group, curve, method in zip(groups, curves, methods, strict=True)
+    }
 
 
 def at(effort: Effort) -> Double:
-    """Return the method for one matrix by itself."""
+    """Return the method for one matrix by itself; `doubled` spreads bits over several."""
     return Double()

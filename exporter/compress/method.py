@@ -11,7 +11,7 @@ from exporter.effort import Effort
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
-NOT_METHODS = {"method", "compressed", "allocate", "equalise"}
+NOT_METHODS = {"method", "compressed", "allocate", "equalise", "steps"}
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.coding.streams import coded_bits
 from exporter.compress.equalise import Rewritten, rescaled
 from exporter.compress.ldlq import feedback_factor
 from exporter.compress.method import ExpectedError
+from exporter.compress.steps import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
 from exporter.errors import RequestError
 from exporter.model.model import Model
@@ -36,15 +35,9 @@ from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
 DEFAULT_BITS = 3.0
 # Added to the diagonal of H, as a share of itself: no input is believed to be foretold any better than that.
 DAMPING = 0.03
-# Rows that hardly matter count at least so much of the mean.
-LEAST_SENSITIVITY = 1e-3
 ROWS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 32
-SAMPLED_ROWS = 96
-# Octaves around the first guess in which the common step is looked for.
-OCTAVES = np.linspace(-1.5, 1.5, 7)
 SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
-Float64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Rate:
     Attributes:
         bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
         sensitivity: Of each row, float32 [rows]; None where all count alike.
-        step: The step of a row of sensitivity 1, c in the formula.
+        step: c in the formula; where the rows count alike, the step itself.
     """
 
     bits: float = DEFAULT_BITS
@@ -69,8 +62,8 @@ class Rate:
             RequestError: the format is not a symmetric one of 8 bits.
         """
         problem = _Problem.of(weight, site, self.sensitivity)
-        step = self.step if self.step is not None else _step_for(problem, self.bits)
-        steps = stored_steps(format, problem.steps(step))
+        step = self.step if self.step is not None else 2.0 ** common_step([problem.sampled_curve()], [1], self.bits)
+        steps = stored_steps(format, row_steps(weight, problem.roots, step))
         codes = problem.rounded(steps)
         steps = stored_steps(format, problem.refitted(codes, steps))
         data = encode_steps(format, codes, steps)
@@ -80,7 +73,7 @@ class Rate:
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
         """Foretell the error of some rows from what they lose on the text that codes are not fitted to."""
-        alike = replace(self, sensitivity=None)
+        alike = Rate(self.bits)
         if site is None:
             change = alike.encode(weight, format, None).planned - weight
             return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
@@ -98,7 +91,8 @@ class _Problem:
         weight: float32 [rows, columns].
         moment: H, damped, float32 [columns, columns]; None where inputs were not observed.
         factor: Its feedback factor U; likewise.
-        roots: Square root of each row's sensitivity, float32 [rows].
+        roots: Square root of each row's sensitivity times d, the mean of the columns', float32 [rows]; ones where the
+            rows count alike.
     """
 
     weight: Float32
@@ -111,23 +105,21 @@ class _Problem:
         moment = None if site is None else damped_moment(site.second_moment)
         factor = None if moment is None else feedback_factor(moment)
         if sensitivity is None:
-            roots = np.ones(len(weight), np.float32)
-        else:
-            roots = np.sqrt(sensitivity + LEAST_SENSITIVITY * sensitivity.mean() + np.float32(1e-30))
-        return cls(weight, moment, factor, roots)
+            return cls(weight, moment, factor, np.ones(len(weight), np.float32))
+        even = 1.0 if factor is None else math.exp(-np.log(factor.diagonal()).mean(dtype=np.float64))
+        return cls(weight, moment, factor, roots_of(sensitivity, even))
 
-    def steps(self, step: float) -> Float32:
-        """Return the step of each row, float32 [rows]: no weight is beyond the largest code."""
-        least = np.abs(self.weight).max(axis=1) / np.float32(LARGEST_CODE - 7)
-        steps: Float32 = np.maximum(np.float32(step) / self.roots, least)
-        return steps
+    def sampled_curve(self) -> Curve:
+        """Return what rates common steps give, from some rows."""
+        rows = some_rows(len(self.weight))
+        some = replace(self, weight=self.weight[rows], roots=self.roots[rows])
 
-    def guess(self) -> float:
-        """Return log2 of the common step at which normally distributed weights take 0 bits by the formula of many."""
-        spread = np.sqrt(np.mean(self.weight**2, axis=1, dtype=np.float64)) * self.roots
-        return float(np.mean(np.log2(np.maximum(spread, 1e-30)))) + math.log2(2 * math.pi * math.e) / 2
+        def rounded(step: float) -> Int8:
+            return some.rounded(row_steps(some.weight, some.roots, step))
 
-    def rounded(self, steps: Float32) -> NDArray[np.int8]:
+        return Curve.of(some.weight, some.roots, rounded, len(self.weight) / len(rows))
+
+    def rounded(self, steps: Float32) -> Int8:
         """Return codes, int8 [rows, columns], for a step of each row."""
         gain = self._gain(steps)
         if self.factor is None:
@@ -143,7 +135,7 @@ class _Problem:
         gain: Float32 = variance / (variance + np.float32(1 / 12))
         return gain
 
-    def refitted(self, codes: NDArray[np.int8], steps: Float32) -> Float32:
+    def refitted(self, codes: Int8, steps: Float32) -> Float32:
         """Return the steps, float32 [rows], that suit the codes best: (q H w) / (q H q) of each row."""
         levels = codes.astype(np.float32)
         seen = levels if self.moment is None else levels @ self.moment
@@ -162,11 +154,11 @@ def damped_moment(moment: Float32) -> Float32:
     return damped
 
 
-def _codes(values: Float32) -> NDArray[np.int8]:
+def _codes(values: Float32) -> Int8:
     return np.clip(np.rint(values), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
 
 
-def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -> NDArray[np.int8]:
+def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -> Int8:
     """Round some rows column by column, each error fed back into later columns."""
     columns, gains = np.ascontiguousarray(weight.T), np.ascontiguousarray(gain.T / steps)
     errors, codes = np.empty_like(columns), np.empty(columns.shape, np.int8)
@@ -179,37 +171,6 @@ def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -
             codes[start + column] = _codes(values * gains[start + column])
             errors[start + column] = (values - codes[start + column] * steps) / within[column, column]
     return np.ascontiguousarray(codes.T)
-
-
-def _step_for(problem: _Problem, bits: float) -> float:
-    """Return the common step at which some rows of a matrix take so many bits a weight."""
-    guess = problem.guess() - bits
-    rates = [_rate_at(problem, 2.0 ** (guess + octave)) for octave in OCTAVES]
-    return _crossing(guess, np.array(rates), bits)
-
-
-def _crossing(guess: float, rates: Float64, bits: float) -> float:
-    """Return the step at which rates, falling over `OCTAVES` around 2^guess, are so many bits."""
-    falling = np.minimum.accumulate(rates)
-    if not falling[-1] <= bits <= falling[0]:
-        raise RequestError(
-            "no step gives this rate", got=f"{bits:g} bits a weight",
-            expected=f"from {falling[-1]:.2f} to {falling[0]:.2f}",
-        )  # fmt: skip
-    return float(2.0 ** (guess + np.interp(-bits, -falling, OCTAVES)))
-
-
-def _rate_at(problem: _Problem, step: float, times: float = 1.0) -> float:
-    """Return the bits a weight, tables and scales included, that a matrix takes at a common step.
-
-    Args:
-        problem: The matrix or some of its rows.
-        step: The common step.
-        times: How many times as many rows the matrix has.
-    """
-    codes = problem.rounded(problem.steps(step))
-    bits = coded_bits(codes.view(np.uint8), times) + 16 * len(codes) * times
-    return bits / (codes.size * times)
 
 
 def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
@@ -251,39 +212,19 @@ def rated(
     Raises:
         RequestError: no common step gives this rate.
     """
-    weights = np.array([group.size for group in groups], np.float64)
-    sampled = [_sensitivities(statistics, group) for group in groups]
-    chosen = [_spread(group.rows) for group in groups]
-    guesses = [
-        _Problem.of(model.read(group.name)[rows], None, sensitivity[rows]).guess()
-        for group, rows, sensitivity in zip(groups, chosen, sampled, strict=True)
-    ]
-    guess = float(np.average(guesses, weights=weights)) - bits
-    rates = np.empty((len(groups), len(OCTAVES)))
-    for number, (group, rows, sensitivity) in enumerate(zip(groups, chosen, sampled, strict=True)):
+    curves, sensitivities = [], []
+    for number, group in enumerate(groups):
         progress(number, len(groups))
-        weight = model.read(group.name)[rows]
-        whole = _Problem.of(weight, statistics.site(group.site), None)
-        # The roots are those of the whole matrix's sensitivities.
-        problem = replace(whole, roots=_Problem.of(weight, None, sensitivity).roots[rows])
-        times = group.rows / len(rows)
-        rates[number] = [_rate_at(problem, 2.0 ** (guess + octave), times) for octave in OCTAVES]
+        sensitivity = sensitivity_of(statistics, group)
+        problem = _Problem.of(model.read(group.name), statistics.site(group.site), sensitivity)
+        curves.append(problem.sampled_curve())
+        sensitivities.append(sensitivity)
     progress(len(groups), len(groups))
-    step = _crossing(guess, weights @ rates / weights.sum(), bits)
-    at = math.log2(step) - guess
+    step = common_step(curves, [group.size for group in groups], bits)
     return {
-        group.name: Rate(float(np.interp(at, OCTAVES, mine)), sensitivity, step)
-        for group, mine, sensitivity in zip(groups, rates, sampled, strict=True)
+        group.name: Rate(curve.at(step), sensitivity, 2.0**step)
+        for group, curve, sensitivity in zip(groups, curves, sensitivities, strict=True)
     }
-
-
-def _sensitivities(statistics: Statistics, group: WeightGroup) -> Float32:
-    return statistics.sensitivity(group.layer, "head" if group.layer is None else group.role)
-
-
-def _spread(rows: int) -> NDArray[np.int64]:
-    """Return some rows, evenly spread: neighbouring ones belong to one head."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).astype(np.int64))
 
 
 def at(effort: Effort) -> Rate:

@@ -129,7 +129,7 @@ def test_a_rate_of_the_linears(world: World, tmp_path: Path, bits: float) -> Non
 def test_double_compression_against_its_int8(world: World, tmp_path: Path) -> None:
     plain = lowered(world, Rewritten(world.model, world.statistics), {}, tmp_path / "plain")
     rewritten = in_scaled_channels(world.model, world.statistics)
-    methods = doubled(rewritten.statistics, world.model.groups(), DOUBLE_BITS)
+    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
     artifact = lowered(world, rewritten, methods, tmp_path / "artifact")
     size = transported(artifact, tmp_path)
     (kl8, _, right8), (kl, same, right) = hits(world, plain), hits(world, artifact)
@@ -145,7 +145,7 @@ def test_fast_restores_300_mb_a_second(world: World, tmp_path: Path, kind: str) 
     rewritten = (
         in_scaled_channels(world.model, world.statistics) if coarse else Rewritten(world.model, world.statistics)
     )
-    methods = doubled(rewritten.statistics, world.model.groups(), DOUBLE_BITS) if coarse else {}
+    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS) if coarse else {}
     (model,) = lowered(world, rewritten, methods, tmp_path / "artifact").weights
     sizes = {profile: code_file(model, tmp_path / profile, profile) for profile in ("small", "fast")}  # type: ignore[arg-type]
     seconds = []

@@ -72,7 +72,7 @@ def test_methods_with_steps_are_carried_by_the_targets(
         if method == "rate":
             methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0))
         else:
-            methods = dict(doubled(rewritten.statistics, groups, 6.0))
+            methods = dict(doubled(rewritten.model, rewritten.statistics, groups, 6.0))
         compressed = CompressedModel(model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods)
         (tmp_path / "artifact").mkdir()
         artifact = made.lower(compressed, type, tmp_path / "artifact")
