@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
@@ -14,9 +15,13 @@ from exporter.model.model import Model
 from exporter.targets.target import Target
 from exporter.weights.group import Decision
 
-# Of the least KL that the limits allow, how much a quicker choice may cost. Some is given up for speed in any case: at
-# the optimum a hundredth of the KL pays for many hundredths of the time.
-PREFERENCES = {"accuracy": 1.02, "speed": 2.0}
+PREFERENCES = ("balanced", "accuracy", "speed")
+# A choice that prefers speed may cost so many times the least KL that the limits allow.
+SPEED_KL = 2.0
+# Of the speed of what the stock tool makes of as many bytes, what a choice must at least be expected to have.
+LEAST_DECODE, LEAST_PREFILL = 1.03, 0.95
+# What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
+SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.
 ROUNDED = 1e-3
 # An answer as llama-bench's default tests have it: what a choice that prefers speed makes shortest.
@@ -31,9 +36,10 @@ class Budget:
         limits: The most that all matrices together may take; see `exporter.compress.allocate.Choice`.
         fixed_bytes: Bytes of the model files that are no matrix.
         storages: What formats are chosen for.
-        prefer: `accuracy` or `speed`.
+        prefer: `balanced`, `accuracy` or `speed`; see `chosen`.
         target: Knows how quick its kernels are.
         cpu: The device's.
+        stock: What the stock tool makes of no more bytes; empty where it makes nothing so small.
     """
 
     limits: Limits
@@ -42,6 +48,7 @@ class Budget:
     prefer: str
     target: Target
     cpu: Cpu
+    stock: list[Decision]
 
     @property
     def file_bytes(self) -> float:
@@ -52,7 +59,22 @@ class Budget:
     def scheme(self) -> str:
         """The limits in words."""
         words = [_limit_in_words(name, limit, self.fixed_bytes) for name, limit in _set(self.limits).items()]
-        return ", ".join([*words, *(["quick rather than accurate"] if self.prefer == "speed" else [])])
+        return ", ".join([*words, *([] if self.prefer == "balanced" else [f"{self.prefer} preferred"])])
+
+    @cached_property
+    def swift(self) -> Limits:
+        """The limits, and those of what the stock tool makes: its times, in proportion to the bytes."""
+        made = [self.timed(Storage.of(one), Choice(one.format, one.stored_bytes, 0)) for one in self.stock]
+        if not made:
+            return self.limits
+        larger = max(self.limits.bytes / sum(choice.bytes for choice in made), 1.0)
+        decode_s = larger * sum(choice.decode_s for choice in made) / LEAST_DECODE
+        prefill_s = larger * sum(choice.prefill_s for choice in made) / LEAST_PREFILL
+        return replace(
+            self.limits,
+            decode_s=min(self.limits.decode_s, decode_s),
+            prefill_s=min(self.limits.prefill_s, prefill_s),
+        )
 
     def timed(self, storage: Storage, choice: Choice) -> Choice:
         """Return a choice with the time that it takes on the device; a table that is only looked up takes none."""
@@ -80,12 +102,13 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     """Return the budget that the job names, or None where it names a type, or nothing, instead.
 
     Raises:
-        RequestError: the job's limits contradict each other or its type, or no choice of formats keeps them; the
-            nearest that one keeps is named.
+        RequestError: the preference is unknown, or no choice of formats keeps the limits; the nearest that one keeps
+            is named.
     """
     if job.prefer not in PREFERENCES:
         raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
-    _require_no_contradiction(job)
+    if job.recipe is not None:
+        return None
     most = job.max_file_bytes if job.bits is None else int(job.bits * model.architecture.parameters / 8)
     times = {
         "decode_s": job.min_decode_tokens_per_s,
@@ -93,28 +116,20 @@ def feasible_budget(job: Job, model: Model, target: Target, device: DeviceProfil
     }
     seconds = {name: 1 / rate for name, rate in times.items() if rate is not None}
     if most is None and not seconds:
-        if job.prefer == "accuracy":
+        if job.prefer == "balanced":
             return None
         most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
     fixed = target.fixed_bytes(model)
     limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
-    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device))
+    stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
+    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(device), stock)
     _require_feasible(budget)
     return budget
 
 
-def _require_no_contradiction(job: Job) -> None:
-    options = {
-        "--type": job.type is not None,
-        "--max-file-bytes": job.max_file_bytes is not None,
-        "--bits": job.bits is not None,
-        "--min-decode": job.min_decode_tokens_per_s is not None,
-        "--min-prefill": job.min_prefill_tokens_per_s is not None,
-        "--prefer speed": job.prefer == "speed",
-    }
-    named = [option for option, given in options.items() if given]
-    if len(named) > 1 and ("--type" in named or {"--max-file-bytes", "--bits"} <= set(named)):
-        raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
+def stock_of_that_size(target: Target, model: Model, most_bytes: int) -> list[Decision]:
+    """Return what the stock tool makes of about as many bytes of matrices; empty where it makes nothing so small."""
+    return target.stock(model, int(SAME_SIZE * most_bytes))
 
 
 def _require_feasible(budget: Budget) -> None:
@@ -159,7 +174,7 @@ def likely(budget: Budget, model: Model, method: str) -> list[Decision]:
         for storage in budget.storages
         for size in [sum(group.size for group in storage.groups)]
     ]
-    best = chosen(choices, budget.limits, budget.prefer)
+    best = chosen(budget, choices)
     decisions = {
         group.name: Decision(group, method, choice.format, "likely; build decides from the calibration text")
         for storage, choice in zip(budget.storages, best, strict=True)
@@ -178,7 +193,7 @@ def decide_within(
         for storage, some in zip(budget.storages, predicted, strict=True)
     ]
     decisions = {}
-    for storage, choice in zip(budget.storages, chosen(choices, budget.limits, budget.prefer), strict=True):
+    for storage, choice in zip(budget.storages, chosen(budget, choices), strict=True):
         reason = f"predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
             share = choice.kl * group.size / sum(one.size for one in storage.groups)
@@ -186,17 +201,23 @@ def decide_within(
     return [decisions[group.name] for group in model.groups()]
 
 
-def chosen(choices: Sequence[Sequence[Choice]], limits: Limits, prefer: str) -> list[Choice]:
-    """Return the quickest choices within limits whose predicted KL is as close to the least as the preference says.
+def chosen(budget: Budget, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
+    """Return the choices that suit the preference best within the limits.
+
+    `accuracy` takes the least predicted KL. `balanced` does so among choices that are not expected to be slower than
+    what the stock tool makes of as many bytes, where there are any. `speed` takes the quickest that cost little more.
 
     Raises:
         RequestError: nothing keeps the limits.
     """
-    best = allocate(choices, limits)
+    balanced = None if budget.prefer == "accuracy" else allocate(choices, budget.swift)
+    best = balanced or allocate(choices, budget.limits)
     if best is None:
         raise RequestError("no choice of formats keeps the limits", next_step="raise the budget")
-    most_kl = PREFERENCES[prefer] * sum(choice.kl for choice in best)
-    return allocate(choices, replace(limits, kl=most_kl), _answer_s) or best
+    if budget.prefer != "speed":
+        return best
+    most_kl = SPEED_KL * sum(choice.kl for choice in best)
+    return allocate(choices, replace(budget.limits, kl=most_kl), _answer_s) or best
 
 
 def _answer_s(choice: Choice) -> float:
@@ -207,7 +228,7 @@ def foretell(
     decisions: list[Decision], job: Job, model: Model, statistics: Statistics, progress: Progress
 ) -> list[Decision]:
     """Return decisions that were made by name with the KL divergence that each is predicted to add."""
-    storages = [Storage((decision.group,), (decision.format,)) for decision in decisions]
+    storages = [Storage.of(one) for one in decisions]
     choices = _choices(storages, job, model, decisions[0].method, statistics, progress)
     return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
 

@@ -1,7 +1,8 @@
 """The cache folder, and writes that are whole or not there at all."""
 
 import os
-import tempfile
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ def cache_folder(*parts: str) -> Path:
     root = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edge-exporter")
     folder = root.joinpath(*parts)
     try:
+        # Private: it holds what was computed from the user's texts.
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(
@@ -29,12 +32,29 @@ def cache_folder(*parts: str) -> Path:
     return folder
 
 
+def require_space(folder: Path, need_bytes: int, next_step: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        RequestError: the folder's disk has less free space; `next_step` says what to do.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise RequestError(
+            "not enough free disk space",
+            where=folder,
+            got=f"{free:,} bytes",
+            expected=f"at least {need_bytes:,} bytes",
+            next_step=next_step,
+        )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes the name when all went well, else it goes."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    # Not tempfile.mkstemp: its private mode would stay with the finished file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         temporary.replace(path)

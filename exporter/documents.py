@@ -127,7 +127,7 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
             layer=decision.group.layer,
             rows=decision.group.rows,
             columns=decision.group.columns,
-            format=decision.format.name,
+            format=decision.stored_as,
             method=decision.method,
             reason=decision.reason,
             stored_bytes=decision.stored_bytes,

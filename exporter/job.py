@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.effort import Effort, effort
+from exporter.errors import RequestError
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +38,8 @@ class Job:
         bits: The same as an average of bits a weight, everything in the files counted.
         min_decode_tokens_per_s: What the device is expected to generate at the least.
         min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
-        prefer: `accuracy`, or `speed`: what matters more within those limits.
+        prefer: What matters more within those limits: `accuracy` or `speed`, or `balanced`.
+        recipe: A recipe's name, or the path of a user's own TOML; it decides in place of type, method and limits.
     """
 
     source: str
@@ -59,7 +61,8 @@ class Job:
     bits: float | None = None
     min_decode_tokens_per_s: float | None = None
     min_prefill_tokens_per_s: float | None = None
-    prefer: str = "accuracy"
+    prefer: str = "balanced"
+    recipe: str | None = None
 
     @property
     def effort_level(self) -> Effort:
@@ -72,3 +75,25 @@ class Job:
         return (
             level if self.calibration_windows is None else replace(level, calibration_windows=self.calibration_windows)
         )
+
+
+def require_no_contradiction(job: Job) -> None:
+    """Refuse options that decide the same thing twice.
+
+    Raises:
+        RequestError: they are named.
+    """
+    limits = {
+        "--max-file-bytes": job.max_file_bytes is not None,
+        "--bits": job.bits is not None,
+        "--min-decode": job.min_decode_tokens_per_s is not None,
+        "--min-prefill": job.min_prefill_tokens_per_s is not None,
+        f"--prefer {job.prefer}": job.prefer != "balanced",
+    }
+    options = {"--recipe": job.recipe is not None, "--type": job.type is not None}
+    if job.recipe is not None:
+        options["--method"] = job.method is not None
+    named = [option for option, given in {**options, **limits}.items() if given]
+    alone = {"--recipe", "--type"} & set(named)
+    if len(named) > 1 and (alone or {"--max-file-bytes", "--bits"} <= set(named)):
+        raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")

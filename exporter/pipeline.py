@@ -22,7 +22,7 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import Plan, make_plan, with_decisions
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
-from exporter.stages import Stages
+from exporter.stages import Stages, give_back_freed_memory
 from exporter.validate.proof import prove
 
 
@@ -41,8 +41,7 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     with open_model(job.source) as model:
         job = fitted(job, model)
         planned, budget = planned_within(job, model)
-        fixed = [Storage((decision.group,), (decision.format,)) for decision in planned.decisions]
-        storages = fixed if budget is None else budget.storages
+        storages = [Storage.of(one) for one in planned.decisions] if budget is None else budget.storages
         return planned, stage_seconds(model, job, planned.decisions, storages, planned.file_bytes)
 
 
@@ -81,6 +80,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     output = job.output
     if output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
+    give_back_freed_memory()
     stages = Stages()
     with ExitStack() as opened:
         with stages.stage("open"):
@@ -118,6 +118,7 @@ def _build(
             job.effort_level,
             lambda done, total: progress("compress: matrices", done, total),
             rewritten.model,
+            planned.turns,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

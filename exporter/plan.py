@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass, replace
 
+from exporter.compress.caldera import TURNS, Turns
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
-from exporter.job import Job
+from exporter.job import Job, require_no_contradiction
 from exporter.measures import Check, Quantity
 from exporter.model.model import Model
+from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.recipe import load_recipe
 from exporter.targets.target import Target, load_target
 from exporter.weights.group import Decision
-
-# Interpreter, torch and transformers, and what the allocator keeps of finished stages.
-BASE_BYTES = 650 << 20
-# Copies of the largest matrix in float32 while it is encoded: read, decoded, changed, and their products.
-ENCODED_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,12 @@ class Plan:
         type: Named mix or format.
         method: Compression method.
         decisions: One for each weight group.
+        turns: How matrices and their factors take turns where decisions have factors.
         file_bytes: Estimated size of the model files.
         runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
         build_peak_bytes: Estimated peak memory of the build.
         disk_bytes: Disk space that the build needs where the bundle is written.
+        cache_bytes: Disk space that it needs in the cache.
         checks: The estimates against the device's limits.
     """
 
@@ -44,20 +44,28 @@ class Plan:
     runtime_peak_bytes: int
     build_peak_bytes: int
     disk_bytes: int
+    cache_bytes: int
     checks: tuple[Check, ...]
+    turns: Turns = TURNS
 
 
 def make_plan(model: Model, job: Job) -> Plan:
     """Decide on every weight group and estimate sizes and memory; reads no weights.
 
     Raises:
-        RequestError: the device, target, type or method is unknown, or they do not go together.
+        RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
     """
+    require_no_contradiction(job)
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     kind, method = job.type or target.default_type, job.method or target.default_method
-    planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, ())
-    return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    planned = Plan(model.name, device, target, kind, method, [], 0, 0, 0, 0, 0, ())
+    if job.recipe is None:
+        return with_decisions(planned, model, job, target.decide(model, kind, method), kind)
+    recipe = load_recipe(job.recipe)
+    decisions = recipe.decide(model, target)
+    planned = replace(planned, method=recipe.encoding.method, turns=recipe.turns)
+    return with_decisions(planned, model, job, decisions, f"recipe {recipe.name}")
 
 
 def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decision], type: str) -> Plan:
@@ -72,19 +80,8 @@ def with_decisions(planned: Plan, model: Model, job: Job, decisions: list[Decisi
         decisions=decisions,
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
-        build_peak_bytes=_build_peak(model, job, file_bytes, peak),
+        build_peak_bytes=build_peak_bytes(model, job, file_bytes, peak),
         disk_bytes=file_bytes + (64 << 20),
+        cache_bytes=cache_bytes(model, job),
         checks=tuple(check_fit(planned.device, file_bytes, quantity, "estimated")),
     )
-
-
-def _build_peak(model: Model, job: Job, file_bytes: int, runtime_peak: int) -> int:
-    """Return the larger of two stages' needs: encoding the largest matrix, and comparing logits with the runtime's."""
-    shape = model.architecture
-    encoding = ENCODED_COPIES * 4 * max(group.size for group in model.groups())
-    logits = 4 * shape.vocab * job.window // 2
-    hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden
-    heads = 2 * 4 * shape.vocab * shape.hidden
-    # The mapped artifact; logits expected, got, and twice on their way; the runtime with its own.
-    comparing = heads + hidden + file_bytes + 4 * logits + runtime_peak + 2 * logits
-    return BASE_BYTES + max(encoding, comparing)

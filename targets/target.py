@@ -1,6 +1,6 @@
 """What a target is, what it makes, and how it is found by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -10,10 +10,11 @@ from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
+from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
-from exporter.weights.format import Float32, WeightFormat
+from exporter.weights.format import Float32, LowRank, WeightFormat
 from exporter.weights.group import Decision, WeightGroup
 
 
@@ -26,12 +27,16 @@ class Target(Protocol):
         default_method: What `--method` is by default.
         most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
             from its own weights by more than rounding, and is refused.
+        base_formats: Bits of a weight's code -> the usual format of so many; empty where formats have no names by bits.
+        factor_formats: Bits of a weight of low-rank factors -> what they are stored in; empty where they cannot be.
     """
 
     name: str
     default_type: str
     default_method: str
     most_rounding_kl: float
+    base_formats: Mapping[int, WeightFormat]
+    factor_formats: Mapping[int, WeightFormat]
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with what it decides by the device's instruction set."""
@@ -48,6 +53,9 @@ class Target(Protocol):
 
     def storages(self, model: Model) -> list[Storage]:
         """Return what is stored in one format each, and the formats that it may have here."""
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return what the runtime's own tool makes, the largest of no more bytes of matrices; empty for none."""
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return how quickly the runtime multiplies with a matrix; infinity where it does not for most tokens."""
@@ -85,3 +93,36 @@ def load_target(name: str) -> Target:
     """
     target: Target = load("exporter.targets.{}.target", name, target_names(), "target").TARGET
     return target
+
+
+def low_rank(target: Target, rank: int, bits: int) -> LowRank:
+    """Return factors of a rank and of so many bits as a target stores them.
+
+    Raises:
+        RequestError: the target stores none of so many bits.
+    """
+    formats = target.factor_formats
+    if bits not in formats:
+        raise RequestError(
+            f"the target {target.name} carries no low-rank factors of {bits} bits",
+            expected=", ".join(map(str, formats)) + " bits" if formats else "none: it has a place for matrices only",
+            next_step="choose other bits" if formats else "choose another target",
+        )
+    return LowRank(rank, formats[bits])
+
+
+def base_format(target: Target, bits: int | None, widths: Collection[int]) -> WeightFormat:
+    """Return the target's format of so many bits for matrices of some widths; without bits, that of the fewest.
+
+    Raises:
+        RequestError: the target has none, or none that fits the widths.
+    """
+    fitting = {count: one for count, one in target.base_formats.items() if all(map(one.fits, widths))}
+    chosen = min(fitting, default=None) if bits is None else bits
+    if chosen is None or chosen not in fitting:
+        raise RequestError(
+            f"the target {target.name} has no format of {chosen or 'few'} bits for matrices of these widths",
+            got=", ".join(map(str, sorted(widths))),
+            expected=f"{', '.join(map(str, fitting))} bits" if fitting else "another target",
+        )
+    return fitting[chosen]

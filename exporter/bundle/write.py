@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from exporter.bundle.manifest import MANIFEST, FileEntry, Header, Manifest, files_below, role_of, sha256_of
+from exporter.cache import require_space
 from exporter.errors import ExporterError, RequestError
 from exporter.report.data import to_json
 
@@ -46,7 +47,7 @@ def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
             where=output.parent,
             next_step="create it or choose another -o",
         )
-    _require_space(output.parent, need_bytes)
+    require_space(output.parent, need_bytes, "free some space or choose another -o")
     folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
     try:
         with _refusing(output):
@@ -60,18 +61,6 @@ def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise RequestError("already exists", where=path, next_step="choose another -o or delete it")
-
-
-def _require_space(folder: Path, need_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise RequestError(
-            "not enough free disk space",
-            where=folder,
-            got=f"{free:,} bytes",
-            expected=f"at least {need_bytes:,} bytes",
-            next_step="free some space or choose another -o",
-        )
 
 
 @contextmanager

@@ -34,6 +34,8 @@ class LayerStream:
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self._skeleton = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+        # Only hidden states are derived by: what weights' gradients would need is not kept.
+        self._skeleton.requires_grad_(False)
         # The rotary embedding has buffers that follow from the config alone.
         self._rotary = type(self._skeleton.model.rotary_emb)(config)
 

@@ -21,6 +21,7 @@ STRIPES = 4
 ACTIVATION_BLOCKS = (16, 32, 64, 128, 256)
 # Of so many windows the last is held back from the sums that codes are fitted to, to tell how well they generalise.
 HELD_EVERY = 4
+ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,36 @@ class Site:
         """E[x x^T] over all windows, float32 [columns, columns]."""
         mean: Float32 = self.fitted + np.float32(self.share) * (self.held - self.fitted)
         return mean
+
+    @cached_property
+    def shrinkage(self) -> float:
+        """How much of the correlations in `second_moment` to give up, since other windows would have had others.
+
+        sum_ij Var(r_ij) / sum_ij r_ij^2 over i != j (Schaefer and Strimmer 2005, eq. 10, target D), from 0 to 1. The
+        variance follows from how much the windows that were held back differ from the others; 0 where there were none.
+        """
+        if self.share in (0.0, 1.0):
+            return 0.0
+        noise = self.share * (1 - self.share) * _off_diagonal(self.held, self.second_moment, self.fitted)
+        return min(1.0, noise / max(_off_diagonal(self.second_moment, self.second_moment), 1e-30))
+
+    @property
+    def fitted_shrinkage(self) -> float:
+        """The same for `fitted`, a mean over fewer windows."""
+        return min(1.0, self.shrinkage / (1 - self.share)) if self.share < 1 else 0.0
+
+
+def _off_diagonal(moment: Float32, variances: Float32, other: Float32 | None = None) -> float:
+    """Return the sum of the squared correlations off the diagonal, or of how much they differ from another's."""
+    scale = 1 / np.sqrt(np.maximum(variances.diagonal(), np.finfo(np.float32).tiny))
+    total = 0.0
+    for first in range(0, len(moment), ROWS_AT_ONCE):
+        stripe = slice(first, first + ROWS_AT_ONCE)
+        part = moment[stripe] * scale if other is None else (moment[stripe] - other[stripe]) * scale
+        part *= scale[stripe, None]
+        part[:, stripe][np.diag_indices(len(part))] = 0
+        total += float(np.vdot(part, part))
+    return total
 
 
 class _Moment:
@@ -106,7 +137,7 @@ class Moments:
         self._tokens += len(rows)
 
     def save(self, folder: Path, site: str) -> None:
-        """Write the means under the site's name.
+        """Write the means under the site's name; the sums are used up.
 
         Two symmetric matrices fit into one square: the fitted one on and below the diagonal, the one held back
         above it, its diagonal beside.
@@ -114,10 +145,9 @@ class Moments:
         Raises:
             InputError: they are not finite.
         """
-        fitted, held = self._fitted.mean(), self._held.mean()
+        both, held = self._fitted.mean(), self._held.mean()
         total = self._fitted.weight + self._held.weight
-        both = np.tril(fitted)
-        both += np.tril(held, -1).T
+        _mirror(held, both)
         vectors: dict[str, np.ndarray] = {
             "held_diagonal": held.diagonal().copy(),
             "share": np.array(self._held.weight / total if total > 0 else 0.0),
@@ -134,16 +164,23 @@ def load_site(folder: Path, site: str) -> Site | None:
     path = folder / f"{site}.npy"
     if not path.is_file():
         return None
-    both = np.load(path, allow_pickle=False)
+    fitted = np.load(path, allow_pickle=False)
     vectors = load_vectors(folder / f"{site}.npz")
     share = float(vectors["share"])
     peaks = {block: vectors[f"peaks_{block}"] for block in ACTIVATION_BLOCKS if f"peaks_{block}" in vectors}
-    fitted = np.tril(both)
-    fitted += np.tril(both, -1).T
+    held = fitted
     if share > 0:
-        held = np.triu(both, 1)
-        held += held.T
+        held = fitted.T.copy()
+        _mirror(held, held)
         held[np.diag_indices_from(held)] = vectors["held_diagonal"]
-    else:
-        held = fitted
+    _mirror(fitted, fitted)
     return Site(fitted, held, share, vectors["squares"], peaks)
+
+
+def _mirror(source: Float32, target: Float32) -> None:
+    """Write what lies left of the diagonal of a square over what lies right of it in another, stripe by stripe."""
+    for first in range(0, len(source), ROWS_AT_ONCE):
+        stripe = slice(first, first + ROWS_AT_ONCE)
+        target[:first, stripe] = source[stripe, :first].T
+        above = np.triu_indices(len(source[stripe]), 1)
+        target[stripe, stripe][above] = source[stripe, stripe].T[above]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, load_vectors, save_array, save_vectors
+from exporter.cache import cache_folder, load_vectors, require_space, save_array, save_vectors
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.moments import Moments, Site, load_site
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
@@ -35,6 +35,7 @@ from exporter.weights.format import Float32
 VERSION = 4
 HEAD_SITE = "head_in"
 POSITIONS_AT_ONCE = 512
+NO_SPACE = "free some space or name another folder in EDGE_EXPORTER_CACHE"
 
 
 class Statistics:
@@ -82,6 +83,19 @@ def statistics_key(model: Model, windows: Windows, seed: int) -> str:
     return hashlib.sha256(f"{VERSION}:{model.digest}:{windows.digest}:{seed}".encode()).hexdigest()[:32]
 
 
+def site_columns(model: Model) -> dict[str, int]:
+    """Return the width of each site that is observed."""
+    return {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+
+
+def disk_bytes(model: Model, tokens: int) -> int:
+    """Return what the statistics take on disk while they are collected: moments, every layer's inputs, gradients."""
+    shape = model.architecture
+    return 4 * (
+        sum(columns**2 for columns in site_columns(model).values()) + tokens * shape.hidden * (shape.layers + 3)
+    )
+
+
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
     """Run the float model forwards and backwards over the windows, one layer's weights in memory at a time.
 
@@ -95,11 +109,14 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
 
     Raises:
         InputError: activations or gradients are not finite (named by layer).
+        RequestError: the cache's disk is too full.
     """
     folder = cache_folder("statistics", statistics_key(model, windows, seed))
     found = Statistics(folder)
     if (folder / "lookups.npz").is_file():
         return found
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    require_space(folder, disk_bytes(model, windows.tokens.size) - there, NO_SPACE)
     stream = LayerStream(model)
     if not list(folder.glob("gradient.*.npy")):
         hidden = _forwards(stream, windows, folder, progress)
@@ -209,13 +226,13 @@ def _backwards(
         moments = {site: Moments(_columns(module, roles[0])) for site, roles in sites.items()}
         for part, outputs, given in stream.differentiable(module, inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
-            squares = {role: g.square() for role, g in gradients.items()}
-            for role, square in squares.items():
-                sums[role] = sums.get(role, torch.zeros(())) + square.sum(dim=(0, 1))
+            tokens = {role: _squares(gradients.pop(role), role, sums) for role in LINEARS}
             for site, roles in sites.items():
-                moments[site].add(seen[roles[0]], _weights([squares[role] for role in roles]), part.start)
-    for site, moment in moments.items():
-        moment.save(folder, f"layers.{index}.{site}")
+                moments[site].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
+            # Nothing of these windows is kept while the next are derived.
+            seen.clear()
+    for site in sites:
+        moments.pop(site).save(folder, f"layers.{index}.{site}")
     count = gradient[..., 0].numel()
     save_vectors(folder / f"{_gradients(index)}.npz", {role: (sums[role] / count).numpy() for role in LINEARS})
     return before
@@ -225,9 +242,19 @@ def _columns(module: nn.Module, role: str) -> int:
     return int(module.get_parameter(f"{LINEARS[role][0]}.weight").shape[1])
 
 
-def _weights(squares: list[torch.Tensor]) -> torch.Tensor:
-    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike."""
-    tokens = [square.sum(-1) for square in squares]
+def _squares(gradient: torch.Tensor, role: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Add the squares of a gradient, [windows, length, rows], to its role's; return their sums by token."""
+    squares = gradient.square()
+    sums[role] = sums.get(role, torch.zeros(())) + squares.sum(dim=(0, 1))
+    return squares.sum(-1)
+
+
+def _weights(tokens: list[torch.Tensor]) -> torch.Tensor:
+    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike.
+
+    Args:
+        tokens: Each matrix's squared gradients by token, float32 [windows, length].
+    """
     return torch.stack([weights / weights.mean().clamp(min=1e-30) for weights in tokens]).mean(0)
 
 

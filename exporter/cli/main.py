@@ -32,6 +32,9 @@ TargetOption = Annotated[
 ]
 TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name, such as caldera, or your own .toml file.")
+]
 MaxFileBytesOption = Annotated[
     int | None,
     typer.Option("--max-file-bytes", min=1, help="Most bytes of the model files: each matrix gets its best format."),
@@ -47,7 +50,10 @@ MinPrefillOption = Annotated[
     float | None, typer.Option("--min-prefill", min=1e-3, help="Least tokens/s of a prompt on the device (estimated).")
 ]
 PreferOption = Annotated[
-    str, typer.Option("--prefer", help="accuracy, or speed: the quickest formats at no more than twice the least loss.")
+    str,
+    typer.Option(
+        "--prefer", help="accuracy; speed, at no more than twice the loss; or balanced: no slower than stock."
+    ),
 ]
 EffortOption = Annotated[
     str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
@@ -72,11 +78,12 @@ def build(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    recipe: RecipeOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
     min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "accuracy",
+    prefer: PreferOption = "balanced",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
@@ -93,7 +100,7 @@ def build(
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
@@ -109,11 +116,12 @@ def plan(
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
+    recipe: RecipeOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
     min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "accuracy",
+    prefer: PreferOption = "balanced",
     effort: EffortOption = "balanced",
     calibration: CalibrationOption = None,
     evaluation: EvaluationOption = None,
@@ -128,7 +136,7 @@ def plan(
     job = Job(
         model, device, target, type, method, None, calibration, evaluation, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort,
+        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
     )  # fmt: skip
     made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))

@@ -132,6 +132,7 @@ def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
         "runtime_peak_bytes": (made.runtime_peak_bytes, "bytes"),
         "build_peak_bytes": (made.build_peak_bytes, "bytes"),
         "disk_bytes": (made.disk_bytes, "bytes"),
+        "cache_bytes": (made.cache_bytes, "bytes"),
         "build_seconds": (sum(seconds.values()), "s"),
     }
     return {
@@ -144,7 +145,7 @@ def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
         "stage_seconds": {stage: _estimated(taken, "s") for stage, taken in seconds.items()},
         **checks_facts(made.checks),
         "decisions": [
-            {"name": d.group.name, "format": d.format.name, "method": d.method, "bytes": d.stored_bytes,
+            {"name": d.group.name, "format": d.stored_as, "method": d.method, "bytes": d.stored_bytes,
              "reason": d.reason}
             for d in made.decisions
         ],
@@ -163,7 +164,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
         f"{made.type} by {made.method}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "build_seconds"):
+    for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes", "build_seconds"):
         table.add_row(name.replace("_", " "), figure(facts[name]["value"], facts[name]["unit"]), "[dim]estimated[/]")
     for stage, quantity in facts["stage_seconds"].items():
         table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity['value'], 's')}[/]", "")
@@ -171,7 +172,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     console.print("[dim]calibration text, statistics and the original's own answers stay in the cache[/]")
     counts: dict[tuple[str, str], int] = {}
     for decision in made.decisions:
-        key = (decision.format.name, decision.reason)
+        key = (decision.stored_as, decision.reason)
         counts[key] = counts.get(key, 0) + 1
     for (format, reason), count in counts.items():
         console.print(f"{count:4d} x {format:<8} [dim]{plain(reason)}[/]")

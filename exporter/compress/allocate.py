@@ -9,6 +9,7 @@ matrix under limits of bytes and seconds is a multiple-choice knapsack problem, 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import highspy
 import numpy as np
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.caldera import residual
 from exporter.compress.method import Method
 from exporter.errors import ExporterError
 from exporter.model.model import Model
-from exporter.weights.format import Float32, WeightFormat
-from exporter.weights.group import WeightGroup
+from exporter.weights.format import Float32, LowRank, WeightFormat
+from exporter.weights.group import Decision, WeightGroup
 
 Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 64
@@ -35,10 +37,16 @@ DEAREST = 1e6
 
 @dataclass(frozen=True)
 class Storage:
-    """Matrices that must have one format, and the formats that they can have."""
+    """Matrices that must have one format, the formats that they can have, and factors beside each of them."""
 
     groups: tuple[WeightGroup, ...]
     formats: tuple[WeightFormat, ...]
+    low_rank: LowRank | None = None
+
+    @classmethod
+    def of(cls, decision: Decision) -> Self:
+        """Return the storage of a matrix that has been decided on."""
+        return cls((decision.group,), (decision.format,), decision.low_rank)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def predict(
     found = []
     for done, storage in enumerate(storages):
         progress(done, len(storages))
-        parts = [_sampled(model, group, statistics) for group in storage.groups]
+        parts = [_sampled(model, group, statistics, storage.low_rank) for group in storage.groups]
         found.append(
             [
                 Choice(format, stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
@@ -106,6 +114,7 @@ class _Sample:
 
     Attributes:
         weight: float32 [rows, columns].
+        left: What factors leave of it to be encoded, or all of it, float32 [rows, columns].
         site: What was seen of the inputs, or None for a table that is only looked up.
         rows: Sensitivity of each row as an output, scaled up to the whole matrix, float64 [rows].
         lookups: The same of each row as what is looked up, float64 [rows]; zeros where it is not.
@@ -113,6 +122,7 @@ class _Sample:
     """
 
     weight: Float32
+    left: Float32
     site: Site | None
     rows: Float64
     lookups: Float64
@@ -120,7 +130,7 @@ class _Sample:
 
     def kl(self, method: Method, format: WeightFormat) -> float:
         """Return the KL divergence that a format is predicted to cause, the runtime's rounding included."""
-        expected = method.expected_error(self.weight, format, self.site, self.columns)
+        expected = method.expected_error(self.left, format, self.site, self.columns)
         kl = float(self.rows @ expected.outputs + self.lookups @ expected.lookups)
         return kl / 2 + self._rounding_kl(format)
 
@@ -137,7 +147,7 @@ class _Sample:
         return float(self.rows @ (self.weight**2 @ variance)) / 2
 
 
-def _sampled(model: Model, group: WeightGroup, statistics: Statistics) -> _Sample:
+def _sampled(model: Model, group: WeightGroup, statistics: Statistics, low_rank: LowRank | None) -> _Sample:
     table = group.layer is None
     count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
     # Spread evenly: neighbouring rows belong to one head.
@@ -148,7 +158,11 @@ def _sampled(model: Model, group: WeightGroup, statistics: Statistics) -> _Sampl
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()
         lookups = _scaled_up(frequencies, chosen)
-    return _Sample(model.read(group.name)[chosen], statistics.site(group.site), rows, lookups, columns)
+    whole, site = model.read(group.name), statistics.site(group.site)
+    weight = left = whole[chosen]
+    if low_rank is not None and site is not None:
+        left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.role))[chosen]
+    return _Sample(weight, left, site, rows, lookups, columns)
 
 
 def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
@@ -160,7 +174,12 @@ def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:
 
 def stored_bytes(storage: Storage, format: WeightFormat) -> int:
     """Return the bytes of a storage in a format."""
-    return sum(format.stored_bytes(group.rows, group.columns) for group in storage.groups)
+    beside = storage.low_rank
+    return sum(
+        format.stored_bytes(group.rows, group.columns)
+        + (beside.stored_bytes(group.rows, group.columns) if beside else 0)
+        for group in storage.groups
+    )
 
 
 def allocate(
@@ -228,7 +247,7 @@ def _solve(costs: Float64, used: Float64, bounds: Float64, counts: list[int]) ->
     matrix.start_ = np.arange(0, entries * total + 1, entries)
     matrix.index_ = np.column_stack([np.tile(np.arange(len(bounds)), (total, 1)), len(bounds) + owner]).ravel()
     matrix.value_ = np.vstack([used, np.ones((1, total))]).T.ravel()
-    solver = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver = highspy.Highs()
     solver.silent()
     for option, value in {
         "threads": 1, "mip_rel_gap": GAP, "mip_abs_gap": 0.0, "mip_feasibility_tolerance": TOLERANCE,

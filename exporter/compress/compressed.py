@@ -1,8 +1,8 @@
 """A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -10,12 +10,16 @@ import numpy as np
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.caldera import TURNS, Turns, encode_with_factors
 from exporter.compress.method import Method, load_method, relative_error
 from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
+from exporter.model.families import LINEARS
 from exporter.model.model import Model
-from exporter.weights.format import EncodedMatrix, Float32
+from exporter.weights.format import EncodedMatrix, Float32, LowRank
 from exporter.weights.group import Decision
+
+DIGESTED_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class CompressedModel:
         encoded: Called after each matrix with its number and the total.
         rewritten: The source in the coordinates that it is compressed in, which the statistics are of; None for its
             own.
+        turns: How matrices and their factors take turns where a decision has factors.
         methods: Methods of single matrices, by name, instead of the one that the decision names.
     """
 
@@ -54,6 +59,7 @@ class CompressedModel:
         effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
+        turns: Turns = TURNS,
         methods: Mapping[str, Method] = MappingProxyType({}),
     ) -> None:
         self.model = model
@@ -64,6 +70,7 @@ class CompressedModel:
         self._methods = {name: load_method(name, effort) for name in {one.method for one in decisions}}
         self._own_methods = methods
         self._encoded = encoded
+        self._turns = turns
 
     def encode(self, name: str) -> EncodedMatrix:
         """Read, compress and return one matrix; its outcome is kept.
@@ -75,8 +82,7 @@ class CompressedModel:
         decision = self.decisions[name]
         weight = self.rewritten.read(name)
         site = self._site(decision)
-        method = self._own_methods.get(name, self._methods[decision.method])
-        matrix = method.encode(weight, decision.format, site)
+        matrix = self._matrix(decision, weight, site)
         if weight.any() and not matrix.planned.any():
             raise RequestError(
                 f"{decision.format.name} makes every weight zero",
@@ -90,6 +96,19 @@ class CompressedModel:
         )
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
+
+    def _matrix(self, decision: Decision, weight: Float32, site: Site | None) -> EncodedMatrix:
+        method = self._own_methods.get(decision.group.name, self._methods[decision.method])
+        if decision.low_rank is None:
+            return method.encode(weight, decision.format, site)
+        if self._statistics is None or site is None:
+            raise RequestError(
+                "factors cannot be fitted to inputs that were not observed",
+                where=decision.group.name,
+                next_step="collect statistics first",
+            )
+        outputs = self._statistics.sensitivity(decision.group.layer, decision.group.role)
+        return encode_with_factors(weight, decision.format, decision.low_rank, site, outputs, method, self._turns)
 
     def vector(self, name: str) -> Float32:
         """Return a norm or bias, which stays as it is."""
@@ -112,14 +131,33 @@ class CompressedModel:
 
 def weights_digest(weight: Float32) -> str:
     """Return the SHA-256 of weights, float32 [rows, columns], with -0 counted as 0."""
-    return hashlib.sha256(np.ascontiguousarray(weight + np.float32(0)).data).hexdigest()
+    digest = hashlib.sha256()
+    for first in range(0, len(weight), DIGESTED_ROWS_AT_ONCE):
+        digest.update(np.ascontiguousarray(weight[first : first + DIGESTED_ROWS_AT_ONCE] + np.float32(0)).data)
+    return digest.hexdigest()
+
+
+def with_factors(decisions: list[Decision], low_rank: LowRank, roles: Collection[str] = LINEARS) -> list[Decision]:
+    """Return decisions with factors beside the matrices of some roles, and a reason that says so.
+
+    Raises:
+        RequestError: one of the matrices cannot carry them; see `check_formats`.
+    """
+    changed = [
+        replace(one, low_rank=low_rank, reason=f"{one.reason}; low-rank factors {low_rank.name} beside it")
+        if one.group.role in roles
+        else one
+        for one in decisions
+    ]
+    check_formats(changed)
+    return changed
 
 
 def check_formats(decisions: list[Decision]) -> None:
     """Refuse formats that cannot hold their matrices.
 
     Raises:
-        RequestError: a matrix's width does not fit its format.
+        RequestError: a matrix's width does not fit its format, or its factors fit neither it nor their format.
     """
     for decision in decisions:
         if not decision.format.fits(decision.group.columns):
@@ -128,4 +166,37 @@ def check_formats(decisions: list[Decision]) -> None:
                 where=decision.group.name,
                 expected=f"a multiple of {decision.format.block_columns}",
                 next_step="choose another type",
+            )
+        if decision.low_rank is not None:
+            _check_factors(decision, decision.low_rank)
+
+
+def _check_factors(decision: Decision, low_rank: LowRank) -> None:
+    group = decision.group
+    if group.layer is None:
+        raise RequestError(
+            "embedding and head carry no factors",
+            where=group.name,
+            got=low_rank.name,
+            expected="factors beside matrices of the layers; llama.cpp dies of an adapter of a tied embedding",
+            next_step="leave these roles out",
+        )
+    if decision.format.block_columns == 1:
+        raise RequestError(
+            f"factors beside {decision.format.name} would only take room",
+            where=group.name,
+            next_step="choose a type of fewer bits",
+        )
+    most = min(group.rows, group.columns)
+    if not 0 < low_rank.rank <= most:
+        raise RequestError(
+            "the rank is not one that the matrix has", where=group.name, got=low_rank.rank, expected=f"1 to {most}"
+        )
+    for size in (low_rank.rank, group.columns):
+        if not low_rank.format.fits(size):
+            raise RequestError(
+                f"factors in {low_rank.format.name} cannot have rows of {size} weights",
+                where=group.name,
+                expected=f"a multiple of {low_rank.format.block_columns}",
+                next_step="choose another rank, or 16 bits for factors",
             )

@@ -3,7 +3,7 @@
 After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), of which no code is published;
 the choices here are ours. Inputs' channels are divided by how far they reach, which goes into the weights
 (`exporter.compress.equalise`); steps are chosen for the bits that the codes are to take when coded (`exporter.coding`),
-one common to all matrices by how much their rows matter (`exporter.compress.steps`); weights are rounded to the
+one common to all matrices by how much their rows matter (`exporter.compress.curve`); weights are rounded to the
 nearest, and those become zero that can move an output least, by |w| max|x|. The file is the runtime's own.
 """
 
@@ -17,7 +17,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.equalise import Rewritten, equalised
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import error_of
-from exporter.compress.steps import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat

@@ -11,7 +11,6 @@ Neither step can make the error larger.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,16 @@ from exporter.calibrate.moments import Site
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import RoundToNearest
 from exporter.effort import Effort
-from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, WeightFormat
+from exporter.weights.format import Bytes, EncodedMatrix, Float32, Grid, PartedGrid, WeightFormat
 
 DAMPING = 0.01
 SWEEPS = 2
 # Rows are independent of each other. Products are BLAS's, which uses all cores; more threads were no faster.
 ROWS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 32
+PANEL_COLUMNS, STRIPE_COLUMNS = 256, 512
+# Up to so many columns a matrix is factored and inverted in one piece.
+WHOLE_FACTOR_COLUMNS = 64
 
 
 class Ldlq:
@@ -43,7 +45,7 @@ class Ldlq:
         self._damping = damping
         self._sweeps = sweeps
         self._last: tuple[Site, Float32, Float32] | None = None
-        self._foretold: tuple[Site, Float32, dict[int, tuple[Float32, Float32]]] | None = None
+        self._foretold: tuple[Site, Float32, Float32, dict[int, tuple[Float32, Float32]]] | None = None
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix; without statistics of its inputs this is round to nearest."""
@@ -71,27 +73,32 @@ class Ldlq:
         errors -= weight
         errors *= errors
         block = format.block_columns if format.grid(weight[:1, : format.block_columns], None) is None else 1
-        spread, cost = self._spread(site, block)
-        outputs, lookups = errors @ cost, errors @ (spread**2 @ columns) if columns.any() else np.zeros(len(errors))
+        costs = self._costs(site, block, columns)
+        outputs, lookups = (errors @ cost for cost in costs)
         return ExpectedError(outputs.astype(np.float64), lookups.astype(np.float64))
 
-    def _spread(self, site: Site, block: int) -> tuple[Float32, Float32]:
-        """Return V, float32 [columns, columns], and the diagonal of V H V^T, float32 [columns]."""
-        if self._foretold is None or self._foretold[0] is not site:
-            self._foretold = site, feedback_factor(damped(site.fitted, self._damping)), {}
-        _, factor, found = self._foretold
+    def _costs(self, site: Site, block: int, columns: Float32) -> tuple[Float32, Float32]:
+        """Return what the squared error e^2 of each column costs in the outputs and the lookups, float32 [columns].
+
+        They are the diagonal of V H V^T and, with weights on the diagonal of C, that of V C V^T.
+        """
+        if self._foretold is None or self._foretold[0] is not site or not np.array_equal(self._foretold[1], columns):
+            self._foretold = None
+            self._foretold = (
+                site,
+                columns,
+                feedback_factor(damped(site.fitted, self._damping, site.fitted_shrinkage)),
+                {},
+            )
+        factor, found = self._foretold[2:]
         if block not in found:
-            spread = factor / factor.diagonal()[:, None]
-            for start in range(0, len(factor) if block > 1 else 0, block):
-                rows = slice(start, start + block)
-                spread[rows, start:] = np.linalg.solve(factor[rows, rows], factor[rows, start:])
-            found[block] = spread, np.einsum("ij,ij->i", spread @ site.held, spread)
+            found[block] = _spread_costs(factor, block, site.held, columns)
         return found[block]
 
     def _moment_and_factor(self, site: Site) -> tuple[Float32, Float32]:
         """Return damped H and its factor; the last ones are kept, since matrices that share an input follow on."""
         if self._last is None or self._last[0] is not site:
-            moment = damped(site.second_moment, self._damping)
+            moment = damped(site.second_moment, self._damping, site.shrinkage)
             self._last = site, moment, feedback_factor(moment)
         return self._last[1:]
 
@@ -102,9 +109,14 @@ class Ldlq:
         size = format.block_columns
         feedback = np.empty_like(columns)
         rounded: list[Bytes | _Block] = []
+        panel = size * max(1, PANEL_COLUMNS // size)
         for start in range(0, len(columns), size):
-            block = slice(start, start + size)
-            left = columns[block] - factor[:start, block].T @ feedback[:start]
+            block, first = slice(start, start + size), start - start % panel
+            if start == first:
+                # The feedback of all earlier panels is one large product: much quicker than a small one for each block.
+                following = slice(first, first + panel)
+                ahead = columns[following] - factor[:first, following].T @ feedback[:first]
+            left = ahead[start - first :][:size] - factor[first:start, block].T @ feedback[first:start]
             current = np.ascontiguousarray(left.T)
             grid = format.grid(current, importance[block])
             if grid is None:
@@ -131,11 +143,18 @@ class _Block:
         return self.grid.pack(np.ascontiguousarray(self.codes.T))
 
 
-def damped(second_moment: Float32, damping: float) -> Float32:
-    """Return H with a share of its mean diagonal added to the diagonal, float32 [columns, columns]."""
-    moment = second_moment.copy()
-    mean = float(moment.trace(dtype=np.float64)) / len(moment)
-    moment[np.diag_indices_from(moment)] += np.float32(damping * (mean if mean > 0 else 1.0))
+def damped(second_moment: Float32, damping: float, shrinkage: float = 0.0) -> Float32:
+    """Return H that can be inverted and is not fitted to chance, float32 [columns, columns].
+
+    Args:
+        second_moment: H, float32 [columns, columns].
+        damping: Added to the diagonal, as a share of its mean.
+        shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.moments.Site`.
+    """
+    moment = second_moment * np.float32(1 - shrinkage)
+    diagonal = second_moment.diagonal()
+    mean = float(diagonal.sum(dtype=np.float64)) / len(moment)
+    moment[np.diag_indices_from(moment)] = diagonal + np.float32(damping * (mean if mean > 0 else 1.0))
     return moment
 
 
@@ -145,35 +164,67 @@ def feedback_factor(moment: Float32) -> Float32:
     Computed without inverting H: with the lower Cholesky factor of H in reversed order, P H P = L L^T, the factor
     is U = P L^-1 P.
     """
-    inverse = _triangle_inverse(np.linalg.cholesky(moment[::-1, ::-1].astype(np.float64)))
+    inverse = moment[::-1, ::-1].astype(np.float64)
+    _invert_factor(inverse)
     return np.ascontiguousarray(inverse[::-1, ::-1], np.float32)
 
 
-def _triangle_inverse(lower: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Return the inverse of a lower triangle, by halves: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+def _invert_factor(moment: NDArray[np.float64]) -> None:
+    """Put the inverse of its lower Cholesky factor into the place of a symmetric matrix, by halves.
 
-    SciPy has one too, but a BLAS of its own, whose waiting threads slow down NumPy's.
+    [[P, Q^T], [Q, R]] has the factor [[A, 0], [B, C]], where A A^T = P, B = Q A^-T and C C^T = R - B B^T; its inverse
+    is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. So there is never more than one such matrix, and nearly all of the work is
+    products. SciPy has both steps too, but a BLAS of its own, whose waiting threads slow down NumPy's.
     """
-    size = len(lower)
-    if size <= 64:
-        return np.tril(np.linalg.inv(lower))
+    size = len(moment)
+    if size <= WHOLE_FACTOR_COLUMNS:
+        moment[:] = np.tril(np.linalg.inv(np.linalg.cholesky(moment)))
+        return
     half = size // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half] = _triangle_inverse(lower[:half, :half])
-    inverse[half:, half:] = _triangle_inverse(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse
+    first, beside, last = moment[:half, :half], moment[half:, :half], moment[half:, half:]
+    _invert_factor(first)
+    factor = beside @ first.T
+    last -= factor @ factor.T
+    _invert_factor(last)
+    beside[:] = last @ (factor @ first)
+    np.negative(beside, out=beside)
+    moment[:half, half:] = 0
+
+
+def _spread_costs(factor: Float32, block: int, moment: Float32, columns: Float32) -> tuple[Float32, Float32]:
+    """Return v H v^T of each row v of V, and the sum of its squares with weights; see `Ldlq._costs`.
+
+    V is an upper triangle, made and multiplied stripe by stripe without what lies left of the stripe's diagonal.
+    """
+    outputs, lookups = np.empty_like(columns), np.empty_like(columns)
+    step = block * max(1, STRIPE_COLUMNS // block)
+    for first in range(0, len(factor), step):
+        stripe = slice(first, first + step)
+        spread = factor[stripe, first:] / factor.diagonal()[stripe, None]
+        for start in range(0, len(spread) if block > 1 else 0, block):
+            rows = slice(start, start + block)
+            spread[rows, start:] = np.linalg.inv(spread[rows, rows]) @ spread[rows, start:]
+        outputs[stripe] = np.einsum("ij,ij->i", spread @ moment[first:, first:], spread)
+        lookups[stripe] = spread**2 @ columns[first:]
+    return outputs, lookups
 
 
 def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, errors: Float32) -> _Block:
     """Round the columns of one block in order; fill in their errors / U_jj, float32 [columns, rows]."""
     codes = np.empty(columns.shape, np.uint8)
-    feedback = np.ascontiguousarray(factor.T)
-    for column in range(len(columns)):
-        values = columns[column] - feedback[column, :column] @ errors[:column]
-        codes[column], rounded = grid.round(column, values)
-        np.subtract(values, rounded, out=errors[column])
-        errors[column] /= factor[column, column]
+    size = grid.part_columns if isinstance(grid, PartedGrid) else COLUMNS_AT_ONCE
+    for start in range(0, len(columns), size):
+        part = slice(start, start + size)
+        left = columns[part] - factor[:start, part].T @ errors[:start]
+        feedback = np.ascontiguousarray(factor[part, part].T)
+        if isinstance(grid, PartedGrid):
+            # What an error costs after the later columns have made up for it as well as they can.
+            grid = grid.reached(start, left, feedback.diagonal() ** -2)
+        for column in range(len(left)):
+            values = left[column] - feedback[column, :column] @ errors[start : start + column]
+            codes[start + column], rounded = grid.round(start + column, values)
+            np.subtract(values, rounded, out=values)
+            np.divide(values, feedback[column, column], out=errors[start + column])
     return _Block(block, grid, codes)
 
 
@@ -181,7 +232,7 @@ def _round_block(block: Float32, format: WeightFormat, factor: Float32, importan
     """Round one block with the reference quantiser; return it encoded and its errors times U_bb^-1, [columns, rows]."""
     data = format.encode_rows(block, importance)
     difference = block - format.decode_rows(data, block.shape[1])
-    return data, np.linalg.solve(factor.T, difference.T)
+    return data, np.linalg.inv(factor).T @ difference.T
 
 
 def _descend(weight: Float32, blocks: list[_Block], moment: Float32, sweeps: int) -> None:

@@ -11,7 +11,10 @@ from exporter.effort import Effort
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
-NOT_METHODS = {"method", "compressed", "allocate", "equalise", "steps"}
+NOT_METHODS = {"method", "compressed", "allocate", "equalise", "lowrank", "caldera", "curve"}
+
+# More rows at a time would only take more memory.
+ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,16 @@ def load_method(name: str, effort: Effort) -> Method:
 
 def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float:
     """Return E|Dx|^2 / E|Wx|^2 of the change D = planned - W: the relative squared output error."""
-    change = planned - weight
+    error = size = 0.0
+    for first in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        error += _outputs_squared(planned[rows] - weight[rows], second_moment)
+        size += _outputs_squared(weight[rows], second_moment)
+    return float(np.float64(error) / size)
+
+
+def _outputs_squared(weight: Float32, second_moment: Float32 | None) -> float:
+    """Return E|Wx|^2, or the sum of squares of the weights where the inputs x were not observed."""
     if second_moment is None:
-        return float((change**2).sum(dtype=np.float64) / (weight**2).sum(dtype=np.float64))
-    error = np.einsum("ij,ij->", change @ second_moment, change, dtype=np.float64)
-    return float(error / np.einsum("ij,ij->", weight @ second_moment, weight, dtype=np.float64))
+        return float((weight**2).sum(dtype=np.float64))
+    return float(np.einsum("ij,ij->", weight @ second_moment, weight, dtype=np.float64))

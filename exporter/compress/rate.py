@@ -24,7 +24,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.equalise import Rewritten, rescaled
 from exporter.compress.ldlq import feedback_factor
 from exporter.compress.method import ExpectedError
-from exporter.compress.steps import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
 from exporter.errors import RequestError
 from exporter.model.model import Model

@@ -4,24 +4,16 @@ A profile is one TOML file, in the package `exporter.devices` or the user's own,
 name. Files are hostile until checked: their size is bounded, and impossible numbers are refused.
 """
 
-import os
-import tomllib
-from collections.abc import Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
-from reprlib import Repr
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field, model_validator
 
-from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.errors import InputError
 from exporter.measures import Basis, Document
 from exporter.registry import names
+from exporter.toml import impossible, named_file, read_document, shown
 
 PACKAGE = "exporter.devices"
-MAX_FILE_BYTES = 1 << 20
 MAX_TEXT = 1000
 MIB, TIB = 1 << 20, 1 << 40
 
@@ -30,26 +22,11 @@ X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512
 Feature = Literal[ArmFeature, X86Feature]
 DeviceClass = Literal["phone", "tablet", "laptop", "board"]
 
-IMPOSSIBLE = "impossible"
-EXPECTED = {
-    "bool_type": "true or false",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "model_type": "a table",
-    "string_type": "text",
-    "tuple_type": "a list",
-}
-
-
-def _impossible(what: str, got: object, expected: str) -> PydanticCustomError:
-    return PydanticCustomError(IMPOSSIBLE, "{what}", {"what": what, "got": str(got), "expected": expected})
-
 
 def _readable(text: str) -> str:
     # Control characters would reach terminals and reports.
     if not text.strip() or len(text) > MAX_TEXT or not text.isprintable():
-        raise _impossible("the text cannot be shown", _shown(text), f"1 to {MAX_TEXT} printable characters on one line")
+        raise impossible("the text cannot be shown", shown(text), f"1 to {MAX_TEXT} printable characters on one line")
     return text
 
 
@@ -74,7 +51,7 @@ class Fact(Document):
 def _within(low: float, high: float, words: str) -> AfterValidator:
     def check(fact: Fact) -> Fact:
         if not low <= fact.value <= high:
-            raise _impossible("the number is impossible", f"{fact.value:,.13g}", words)
+            raise impossible("the number is impossible", f"{fact.value:,.13g}", words)
         return fact
 
     return AfterValidator(check)
@@ -106,9 +83,9 @@ class InstructionSet(Document):
     def _is_possible(self) -> Self:
         features = set(self.features)
         if len(features) < len(self.features):
-            raise _impossible("a feature is listed twice", ", ".join(self.features), "each feature once")
+            raise impossible("a feature is listed twice", ", ".join(self.features), "each feature once")
         if features & set(get_args(ArmFeature)) and features & set(get_args(X86Feature)):
-            raise _impossible("no core has both Arm and x86 features", ", ".join(self.features), "one architecture")
+            raise impossible("no core has both Arm and x86 features", ", ".join(self.features), "one architecture")
         return self
 
 
@@ -165,9 +142,9 @@ class DeviceProfile(Document):
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         if self.cores > 256:
-            raise _impossible("the clusters have too many cores", self.cores, "at most 256")
+            raise impossible("the clusters have too many cores", self.cores, "at most 256")
         if self.threads.count > self.cores:
-            raise _impossible("threads.count exceeds the cores", self.threads.count, f"at most {self.cores}")
+            raise impossible("threads.count exceeds the cores", self.threads.count, f"at most {self.cores}")
         self._require_order("effective_bandwidth_bytes_per_s", "peak_bandwidth_bytes_per_s")
         self._require_order("app_memory_limit_bytes", "ram_bytes")
         if self.app_memory_limit_with_entitlement_bytes is not None:
@@ -178,7 +155,7 @@ class DeviceProfile(Document):
     def _require_order(self, lower: str, upper: str) -> None:
         low, high = getattr(self, lower).value, getattr(self, upper).value
         if low > high:
-            raise _impossible(f"{lower} exceeds {upper}", f"{low:,.13g}", f"at most {high:,.13g}")
+            raise impossible(f"{lower} exceeds {upper}", f"{low:,.13g}", f"at most {high:,.13g}")
 
 
 def device_names() -> list[str]:
@@ -197,96 +174,15 @@ def load_device(name_or_path: str) -> DeviceProfile:
         InputError: the file is not a profile: too large, not TOML, an unknown or missing key, a wrong type,
             or an impossible number.
     """
-    if name_or_path.endswith(".toml") or any(sign in name_or_path for sign in (os.sep, os.altsep) if sign):
-        return _read_profile(Path(name_or_path))
-    known = device_names()
-    if name_or_path not in known:
-        advice = did_you_mean(name_or_path, known)
-        raise RequestError(f"unknown device {_shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
-    return _read_profile(files(PACKAGE) / f"{name_or_path}.toml")
-
-
-def _read_profile(file: Path | Traversable) -> DeviceProfile:
-    try:
-        profile = DeviceProfile.model_validate(_parse(file))
-    except ValidationError as error:
-        raise _refusal(error, file) from error
+    file = named_file(name_or_path, PACKAGE, "device")
+    profile = read_document(file, DeviceProfile, "device profile")
     stem = file.name.removesuffix(".toml")
     if profile.name != stem:
         raise InputError(
             "the name of the device is not the name of its file",
             where=f"{file}: name",
-            got=_shown(profile.name),
-            expected=_shown(stem),
+            got=shown(profile.name),
+            expected=shown(stem),
             next_step="rename one of the two",
         )
     return profile
-
-
-def _parse(file: Path | Traversable) -> dict[str, Any]:
-    data = _read_bounded(file)
-    try:
-        return tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError("the device profile is not TOML", where=file, got=error, expected="TOML in UTF-8") from error
-
-
-def _read_bounded(file: Path | Traversable) -> bytes:
-    try:
-        if not file.is_file():
-            raise RequestError("there is no such file", where=file, next_step="give the path of a device profile")
-        with file.open("rb") as opened:
-            data: bytes = opened.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise InputError("the device profile cannot be read", where=file, got=error.strerror) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError("the device profile is too large", where=file, expected=f"at most {MAX_FILE_BYTES} bytes")
-    return data
-
-
-def _refusal(error: ValidationError, file: object) -> InputError:
-    """Return the first fault as one sentence; a misspelt key comes before the key that it leaves missing."""
-    fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
-    location, kind = fault["loc"], fault["type"]
-    if kind == "extra_forbidden":
-        *parents, key = location
-        advice = did_you_mean(str(key), _known_keys(parents))
-        return InputError(f"unknown key {_shown(key)}", where=_at(file, parents), next_step=advice)
-    where = _at(file, location)
-    if kind == "missing":
-        return InputError("the key is missing", where=where, next_step="add it; other profiles show how")
-    if kind == IMPOSSIBLE:
-        facts = fault["ctx"]
-        return InputError(facts["what"], where=where, got=facts["got"], expected=facts["expected"])
-    return InputError("the value is wrong", where=where, got=_shown(fault["input"]), expected=_expected(fault))
-
-
-def _expected(fault: ErrorDetails) -> str:
-    return EXPECTED.get(fault["type"], fault["msg"].removeprefix("Input should be "))
-
-
-def _at(file: object, location: Sequence[int | str]) -> str:
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
-    return ": ".join(filter(None, (str(file), "".join(steps).removeprefix("."))))
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Return the keys of the table at a location of the schema."""
-    table: type[BaseModel] = DeviceProfile
-    for step in location:
-        if isinstance(step, str):
-            table = _tables(table.model_fields[step].annotation)[0]
-    return list(table.model_fields)
-
-
-def _tables(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models in an annotation such as `tuple[Cluster, ...]` or `Fact | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [table for inner in get_args(annotation) for table in _tables(inner)]
-
-
-def _shown(value: object) -> str:
-    shortener = Repr()
-    shortener.maxstring = shortener.maxother = 80
-    return "a table" if isinstance(value, dict) else shortener.repr(value)

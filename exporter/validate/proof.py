@@ -87,11 +87,8 @@ def prove(
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
-    decoded = Decoded(target.read_back(artifact, model))
-    some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
-    with_its_weights = dequantised(compressed.rewritten, decoded)
-    own = Reference.of(with_its_weights, some, partial(progress, "prove: layers of the artifact"))
-    checks = [check_weights(decoded.digests, compressed), check_stored_types(target, artifact, compressed)]
+    own, digests = _own_reference(target, artifact, compressed, tokens, progress)
+    checks = [check_weights(digests, compressed), check_stored_types(target, artifact, compressed)]
     _require(checks)
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
@@ -101,6 +98,17 @@ def prove(
         self_test = make_self_test(logits, model.architecture.vocab, 0)
         checks += check_parity(child, model)
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
+
+
+def _own_reference(
+    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, progress: Progress
+) -> tuple[Reference, dict[str, str]]:
+    """Return the float model with the artifact's own weights on some windows, and the digests of those weights."""
+    decoded = Decoded(target.read_back(artifact, compressed.model))
+    some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
+    with_its_weights = dequantised(compressed.rewritten, decoded)
+    own = Reference.of(with_its_weights, some, partial(progress, "prove: layers of the artifact"))
+    return own, decoded.digests
 
 
 def _require(lowered: list[Check]) -> None:
@@ -139,7 +147,7 @@ def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check
 def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
     """Compare the formats in the file with those decided on."""
     stored = target.stored_types(artifact, compressed.model)
-    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.format.name]
+    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
     detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
     return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))
 

@@ -5,26 +5,13 @@ independent of each other, so a target may reorder encoded rows without decoding
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class EncodedMatrix:
-    """A matrix in a weight format.
-
-    Attributes:
-        data: The encoded rows, uint8 [rows, bytes of a row].
-        planned: What the runtime is meant to multiply with, float32 [rows, columns].
-    """
-
-    data: Bytes
-    planned: Float32
 
 
 class Grid(Protocol):
@@ -47,6 +34,24 @@ class Grid(Protocol):
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return the encoded block, uint8 [rows, bytes of a block], from codes, uint8 [rows, block columns]."""
+
+
+@runtime_checkable
+class PartedGrid(Grid, Protocol):
+    """A grid whose block has parts with scales of their own, which can be chosen when feedback reaches them."""
+
+    @property
+    def part_columns(self) -> int:
+        """Columns of a part."""
+
+    def reached(self, column: int, values: Float32, importance: Float32) -> "PartedGrid":
+        """Return the grid with the scales that suit the values of one part, those of other parts as they are.
+
+        Args:
+            column: The part's first.
+            values: float32 [columns of the part, rows].
+            importance: What an error in each of its columns costs, float32 [columns of the part].
+        """
 
 
 def squared_error(weights: Float32, gram: Float32, aim: Float32) -> Float32:
@@ -118,3 +123,67 @@ class WeightFormat(Protocol):
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks, in order of columns."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """How large the factors are and what they are stored in.
+
+    Attributes:
+        rank: Columns of L and rows of R.
+        format: Of the rows of both, which is why the rank must be a whole number of its blocks.
+    """
+
+    rank: int
+    format: WeightFormat
+
+    @property
+    def name(self) -> str:
+        """Such as `r64-Q8_0`."""
+        return f"r{self.rank}-{self.format.name}"
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes in the file beside a matrix of so many rows and columns."""
+        return self.format.stored_bytes(rows, self.rank) + self.format.stored_bytes(self.rank, columns)
+
+
+@dataclass(frozen=True)
+class EncodedFactors:
+    """L and R in a weight format.
+
+    Attributes:
+        low_rank: Rank and format.
+        left: Encoded rows of L, uint8 [rows, bytes of a row of the rank's width].
+        right: Encoded rows of R, uint8 [rank, bytes of a row].
+    """
+
+    low_rank: LowRank
+    left: Bytes
+    right: Bytes
+
+    def added_to(self, base: Float32) -> Float32:
+        """Return Q + L R as the runtime decodes the three, float32 [rows, columns]."""
+        decode = self.low_rank.format.decode_rows
+        return plus(base, decode(self.left, self.low_rank.rank), decode(self.right, base.shape[1]))
+
+
+@dataclass(frozen=True)
+class EncodedMatrix:
+    """A matrix in a weight format.
+
+    Attributes:
+        data: The encoded rows, uint8 [rows, bytes of a row].
+        planned: What the runtime is meant to multiply with, factors included, float32 [rows, columns].
+        factors: What it multiplies with beside the encoded rows, if there is anything.
+    """
+
+    data: Bytes
+    planned: Float32
+    factors: EncodedFactors | None = None
+
+
+def plus(base: Float32, left: Float32, right: Float32) -> Float32:
+    """Return Q + L R, float32 [rows, columns]: the one way to sum them up, so that equal parts make equal sums."""
+    total: Float32 = np.ascontiguousarray(left) @ np.ascontiguousarray(right)
+    total += base
+    return total

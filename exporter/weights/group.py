@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exporter.weights.format import WeightFormat
+from exporter.weights.format import LowRank, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Decision:
         format: What it is stored in.
         reason: For people.
         predicted_kl: What it is predicted to add to the KL divergence a token, in nats; None before statistics.
+        low_rank: Factors that are stored beside it; None for nothing.
     """
 
     group: WeightGroup
@@ -50,8 +51,20 @@ class Decision:
     format: WeightFormat
     reason: str
     predicted_kl: float | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The format's name, with rank and format of the factors where there are any: `Q4_0+r32-Q8_0`."""
+        return self.format.name if self.low_rank is None else f"{self.format.name}+{self.low_rank.name}"
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the group without its factors."""
+        return self.format.stored_bytes(self.group.rows, self.group.columns)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the group in the model file."""
-        return self.format.stored_bytes(self.group.rows, self.group.columns)
+        """Bytes of the group in the model files."""
+        beside = self.low_rank.stored_bytes(self.group.rows, self.group.columns) if self.low_rank else 0
+        return self.base_bytes + beside

@@ -1,4 +1,4 @@
-"""How ggml's types lay out their codes, so that error feedback can choose them; scales stay where ggml put them.
+"""How ggml's types lay out their codes, so that error feedback can choose them.
 
 Each layout is proved against ggml's own decoder in the tests. K types: https://github.com/ggml-org/llama.cpp,
 ggml-common.h, describes the blocks.
@@ -21,7 +21,7 @@ class Layout:
         columns: Weights of a block that share scale and minimum.
         put: Writes codes, uint8 [rows, block columns], into encoded blocks, uint8 [rows, bytes of a block].
         scales: float16 numbers at the block's beginning, which are all that its weights are scaled by: 1 for a scale,
-            2 for a scale and a minimum, 0 where scales are nested.
+            2 for a scale and a minimum, 0 where they are nested; see `exporter.weights.nested`.
     """
 
     levels: Float32

@@ -1,8 +1,9 @@
 """How quickly llama.cpp multiplies with each type, against Q4_0 with many tokens at once.
 
-Measured by `tests/benchmarks/test_llama_kernels.py`: llama-cpp-python 0.3.36 on one core of an x86-64 server with
-AVX-512 VNNI, where Q4_0 made 98e9 products a second. What bits cost is not what kernels cost: Q4_1, Q5_0 and Q5_1 have
-none for many tokens at once, and take up to three times as long for a prompt as types of more bits.
+Measured by `tests/benchmarks/test_llama_kernels.py`: llama-cpp-python 0.3.36 on two cores of an x86-64 server with
+AVX-512 VNNI, where Q4_0 made 208e9 products a second, with more weights than the caches hold. What bits cost is not
+what kernels cost: Q4_1, Q5_0 and Q5_1 have none for many tokens at once, and take up to three times as long for a
+prompt as types of more bits.
 
 On Arm with dotprod or i8mm llama.cpp repacks Q4_0, IQ4_NL, Q4_K, Q5_K, Q6_K and Q8_0 (ggml-cpu/repack.cpp). What has to
 do without there takes 3 to 4 times as long for a prompt: published prefills are 0.13 to 0.29 TOPS against 0.05 to 0.07
@@ -16,24 +17,24 @@ from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 
 ON_X86: Mapping[str, Throughput] = {
-    "IQ2_XXS": Throughput(0.128, 1.32),
-    "IQ2_S": Throughput(0.121, 1.32),
-    "Q2_K": Throughput(0.280, 0.81),
-    "IQ3_XXS": Throughput(0.097, 1.40),
-    "IQ3_S": Throughput(0.081, 1.40),
-    "Q3_K": Throughput(0.199, 1.26),
-    "IQ4_XS": Throughput(0.186, 1.54),
-    "IQ4_NL": Throughput(0.252, 1.00),
-    "Q4_0": Throughput(0.252, 1.00),
-    "Q4_1": Throughput(0.130, 0.33),
-    "Q4_K": Throughput(0.306, 1.06),
-    "Q5_0": Throughput(0.145, 0.66),
-    "Q5_1": Throughput(0.132, 0.30),
-    "Q5_K": Throughput(0.183, 1.57),
-    "Q6_K": Throughput(0.223, 1.25),
-    "Q8_0": Throughput(0.169, 0.80),
-    "F16": Throughput(0.115, 0.66),
-    "F32": Throughput(0.059, 0.60),
+    "IQ2_XXS": Throughput(0.119, 1.40),
+    "IQ2_S": Throughput(0.114, 1.33),
+    "Q2_K": Throughput(0.243, 0.78),
+    "IQ3_XXS": Throughput(0.088, 1.32),
+    "IQ3_S": Throughput(0.077, 1.43),
+    "Q3_K": Throughput(0.190, 1.40),
+    "IQ4_XS": Throughput(0.174, 1.67),
+    "IQ4_NL": Throughput(0.234, 1.00),
+    "Q4_0": Throughput(0.237, 1.00),
+    "Q4_1": Throughput(0.112, 0.32),
+    "Q4_K": Throughput(0.265, 1.04),
+    "Q5_0": Throughput(0.122, 0.66),
+    "Q5_1": Throughput(0.113, 0.29),
+    "Q5_K": Throughput(0.167, 1.73),
+    "Q6_K": Throughput(0.188, 1.33),
+    "Q8_0": Throughput(0.135, 0.81),
+    "F16": Throughput(0.078, 0.68),
+    "F32": Throughput(0.038, 0.60),
 }
 REPACKED_ON_ARM = ("Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # Of the speed of repacked kernels, by those figures.

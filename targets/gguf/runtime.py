@@ -2,7 +2,9 @@
 
 import ctypes
 import time
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -14,14 +16,15 @@ from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
+ADAPTER_FILE = "adapter.gguf"
 UBATCH = 512
 
 
 class LlamaCpp:
-    """A GGUF file loaded by llama.cpp.
+    """A GGUF file loaded by llama.cpp, and an adapter where the artifact has one.
 
     Args:
-        artifact: The GGUF file.
+        artifact: The GGUF file; one named `adapter.gguf` beside it is applied at full strength.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Keep keys and values in float32 (llama.cpp's default is float16).
@@ -32,7 +35,7 @@ class LlamaCpp:
     serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
-        (path,) = artifact.weights
+        (path,) = (file for file in artifact.weights if file.name != ADAPTER_FILE)
         self._before = resident_bytes()
         started = time.perf_counter()
         self._log = llama_cpp.llama_log_callback(lambda level, text, _: print(text.decode(errors="replace"), end=""))
@@ -41,12 +44,16 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise InputError("llama.cpp cannot load the file", where=path)
+        # Before the context: its graphs are given room for the adapters that the model then has.
+        adapters = [self._adapter(file) for file in artifact.weights if file.name == ADAPTER_FILE]
         self._context_size = context
         self._context = llama_cpp.llama_init_from_model(
             self._model, _context_parameters(context, threads, exact, sequences)
         )
         if not self._context:
             raise InputError(f"llama.cpp cannot make a context of {context} tokens", where=path)
+        if adapters:
+            self._apply(adapters)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
@@ -54,6 +61,21 @@ class LlamaCpp:
         self._load_s = time.perf_counter() - started
         self._sampled: list[list[int]] = []
         self._position = 0
+
+    def _adapter(self, path: Path) -> Any:
+        """Load an adapter for the model and return llama.cpp's pointer to it."""
+        loaded = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
+        if not loaded:
+            raise InputError("llama.cpp cannot load the adapter", where=path)
+        return loaded
+
+    def _apply(self, adapters: list[Any]) -> None:
+        """Let the context add the adapters' products to those of the matrices that they name."""
+        count = len(adapters)
+        strengths = (ctypes.c_float * count)(*([1.0] * count))
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*adapters)
+        # It cannot fail: llama.cpp returns 0 whatever happens.
+        llama_cpp.llama_set_adapters_lora(self._context, pointers, count, strengths)
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Self
 
 import gguf
@@ -22,12 +23,14 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
 from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.header import frequency_factors, rope, write_header
 from exporter.targets.gguf.kernels import ON_X86, throughput_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
+from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
-from exporter.weights.format import Float32, WeightFormat
+from exporter.weights.format import Float32, WeightFormat, plus
 from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
 
@@ -41,6 +44,9 @@ ALPHABET = (
     "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
 
+# From the largest to the smallest.
+USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_M")
+
 
 class Gguf:
     """One GGUF file, its tensors in any type of llama.cpp's, and a Modelfile for Ollama."""
@@ -49,6 +55,16 @@ class Gguf:
     default_type = "Q4_K_M"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    base_formats: Mapping[int, WeightFormat] = MappingProxyType(
+        {
+            bits: ggml_format(name)
+            for bits, name in {2: "Q2_K", 3: "Q3_K", 4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0"}.items()
+        }
+    )
+    # The 32-wide types, so that a rank need be a multiple of 32 only.
+    factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
+        {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
+    )
 
     def __init__(self, throughput: Mapping[str, Throughput] = ON_X86) -> None:
         self._throughput = throughput
@@ -91,6 +107,14 @@ class Gguf:
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
         return [Storage((group,), formats(group)) for group in model.groups()]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return llama.cpp's usual mix of that size."""
+        for mix in USUAL_MIXES:
+            decisions = self._mixed(model, mix, "rtn")
+            if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
+                return decisions
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the speed of a type's kernels; of a prompt only the last token goes through the head."""
@@ -137,36 +161,48 @@ class Gguf:
         return Rewritten(model, statistics)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
-        """Write the GGUF file tensor by tensor, then the Modelfile."""
-        artifact = Artifact(self.name, folder, (folder / MODEL_FILE,))
-        with replacing(folder / MODEL_FILE) as partial:
-            _write_gguf(partial, compressed, type)
-        (folder / MODELFILE).write_text(f"FROM ./{MODEL_FILE}\n", encoding="utf-8")
-        return artifact
+        """Write the GGUF file tensor by tensor, beside it the factors if there are any, then the Modelfile."""
+        with_factors = [one for one in compressed.decisions.values() if one.low_rank is not None]
+        with ExitStack() as opened:
+            adapter = None
+            if with_factors:
+                partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
+                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.model, with_factors)))
+            _write_gguf(opened.enter_context(replacing(folder / MODEL_FILE)), compressed, type, adapter)
+        files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
+        lines = [f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)]
+        (folder / MODELFILE).write_text("".join(lines), encoding="utf-8")
+        return Artifact(self.name, folder, tuple(folder / file for file in files))
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
-        """Return a function that decodes a matrix from the file with ggml's own `to_float`."""
-        tensors = {tensor.name: tensor for tensor in open_gguf(artifact.weights[0]).tensors}
+        """Return a function that decodes a matrix from the files with ggml's own `to_float`, its factors included."""
+        tensors = {tensor.name: tensor for tensor in open_gguf(_model_file(artifact)).tensors}
         names = gguf_names(model.architecture.layers)
+        adapter = _adapter(artifact, model)
 
         def read(group: WeightGroup) -> Float32:
             tensor = tensors[names[group.name]]
             data = np.ascontiguousarray(tensor.data).view(np.uint8)
             stored = ggml_format(tensor.tensor_type.name).decode_rows(data, group.columns)
             order = row_order(model, group)
-            if order is None:
-                return stored
-            restored = np.empty_like(stored)
-            restored[order] = stored
-            return restored
+            factors = adapter.decode(group)
+            if factors is None:
+                return _restored(stored, order)
+            left, right = factors
+            return plus(_restored(stored, order), _restored(left, order), right)
 
         return read
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the type of each matrix as the file states it."""
-        types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(artifact.weights[0]).tensors}
+        types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(_model_file(artifact)).tensors}
         names = gguf_names(model.architecture.layers)
-        return {group.name: types[names[group.name]] for group in model.groups()}
+        adapter = _adapter(artifact, model)
+        return {
+            group.name: types[names[group.name]] + (f"+{low_rank.name}" if low_rank else "")
+            for group in model.groups()
+            for low_rank in [adapter.low_rank(group)]
+        }
 
 
 # A Python process with numpy and llama.cpp loaded and no model, measured on x86-64 Linux.
@@ -196,7 +232,24 @@ def row_order(model: Model, group: WeightGroup) -> np.ndarray | None:
     return interleaved_rows(group.rows, heads)
 
 
-def _write_gguf(path: Path, compressed: CompressedModel, type: str) -> None:
+def _restored(stored: Float32, order: np.ndarray | None) -> Float32:
+    """Return rows in the source's order, given the order in which they are stored."""
+    if order is None:
+        return stored
+    rows = np.empty_like(stored)
+    rows[order] = stored
+    return rows
+
+
+def _model_file(artifact: Artifact) -> Path:
+    return next(path for path in artifact.weights if path.name != ADAPTER_FILE)
+
+
+def _adapter(artifact: Artifact, model: Model) -> Adapter:
+    return Adapter(next((path for path in artifact.weights if path.name == ADAPTER_FILE), None), model)
+
+
+def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: AdapterWriter | None) -> None:
     model = compressed.model
     names = gguf_names(model.architecture.layers)
     vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
@@ -208,16 +261,18 @@ def _write_gguf(path: Path, compressed: CompressedModel, type: str) -> None:
         for decision in compressed.decisions.values():
             shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
             kind = gguf.GGMLQuantizationType[decision.format.name]
-            writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.stored_bytes, kind)
+            writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.base_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for vector in vectors.values():
             writer.write_tensor_data(vector)
         for decision in compressed.decisions.values():
-            data = compressed.encode(decision.group.name).data
+            matrix = compressed.encode(decision.group.name)
             order = row_order(model, decision.group)
-            writer.write_tensor_data(data if order is None else data[order])
+            writer.write_tensor_data(matrix.data if order is None else matrix.data[order])
+            if adapter is not None and matrix.factors is not None:
+                adapter.add(matrix.factors, order)
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:

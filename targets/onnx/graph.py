@@ -111,7 +111,7 @@ def put_table(
     values = []
     for part, array in parts.items():
         value = register(graph, file.append(f"{stem}.{part}", array))
-        values.append(value if array.dtype != np.float16 else _widened(graph, value))
+        values.append(value if array.dtype != np.float16 else widened(graph, value))
     return values
 
 
@@ -129,10 +129,10 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _widened(graph: ir.Graph, scales: ir.Value) -> ir.Value:
-    """Return float16 scales behind a `Cast` to float32, which ONNX Runtime folds into a constant when it loads."""
-    output = ir.Value(name=f"{scales.name}.float32", shape=scales.shape, type=ir.TensorType(ir.DataType.FLOAT))
-    cast = ir.node("Cast", [scales], {"to": ir.DataType.FLOAT}, outputs=[output], name=f"{scales.name}/Cast")
+def widened(graph: ir.Graph, halves: ir.Value) -> ir.Value:
+    """Return float16 numbers behind a `Cast` to float32, which ONNX Runtime folds into a constant when it loads."""
+    output = ir.Value(name=f"{halves.name}.float32", shape=halves.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", [halves], {"to": ir.DataType.FLOAT}, outputs=[output], name=f"{halves.name}/Cast")
     graph.insert_before(graph[0], cast)
     return output
 

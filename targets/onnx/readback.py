@@ -11,11 +11,11 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, HEAD, LINEARS
-from exporter.weights.format import Float32
+from exporter.weights.format import Float32, plus
 from exporter.weights.group import WeightGroup
 from exporter.weights.matmulnbits import MatMulNBitsFormat
 
-OUTPUTS_AT_ONCE = 8192
+OUTPUTS_AT_ONCE = 2048
 
 
 class Tables:
@@ -41,25 +41,51 @@ class Tables:
         return {tensor.name: tensor for tensor in self._graph.initializer}
 
     def decode(self, group: WeightGroup) -> Float32:
-        """Return a matrix as the runtime multiplies with it, float32 [rows, columns]."""
-        node, first = self._node(group)
-        last = first + group.rows
+        """Return a matrix as the runtime multiplies with it, its factors included, float32 [rows, columns]."""
+        base = self._decoded(*self._node(group), group.rows, group.columns)
+        factors = self._factors(group)
+        if factors is None:
+            return base
+        left, right = factors
+        rank = self._outputs(right)
+        return plus(base, self._decoded(left, 0, group.rows, rank), self._decoded(right, 0, rank, group.columns))
+
+    def _factors(self, group: WeightGroup) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+        """Return the nodes that multiply with L and R, or None where a matrix has no factors."""
+        if group.layer is None:
+            return None
+        sides = [[f"{_stem(group)}/{side}/{kind}" for kind in ("MatMulNBits", "MatMul")] for side in ("left", "right")]
+        found = [self._nodes[name] for names in sides for name in names if name in self._nodes]
+        return (found[0], found[1]) if len(found) == 2 else None
+
+    def _decoded(self, node: onnx.NodeProto, first: int, rows: int, columns: int) -> Float32:
+        """Return some rows of what a node multiplies with."""
+        last = first + rows
         if node.op_type == "MatMul":
-            return np.ascontiguousarray(self._values(node.input[1]).T[first:last])
+            return np.ascontiguousarray(self._values(self._stored(node.input[1])).T[first:last], np.float32)
         if node.op_type == "Gather":
             return self._values(node.input[0])
         tables = [self._values(name) for name in self._table_inputs(node)]
-        steps = range(first, last, OUTPUTS_AT_ONCE)
-        parts = [
-            _identity_product(node, [table[at : min(at + OUTPUTS_AT_ONCE, last)] for table in tables]) for at in steps
-        ]
-        return np.concatenate(parts)
+        decoded = np.empty((rows, columns), np.float32)
+        for at in range(first, last, OUTPUTS_AT_ONCE):
+            some = slice(at, min(at + OUTPUTS_AT_ONCE, last))
+            decoded[some.start - first : some.stop - first] = _identity_product(node, [table[some] for table in tables])
+        return decoded
 
     def format_name(self, group: WeightGroup) -> str:
-        """Return the format that the node states, such as `int4-b32`."""
-        node, _ = self._node(group)
-        if node.op_type in ("MatMul", "Gather"):
+        """Return the format that the graph states, such as `int4-b32` or `int4-b32+r32-F16`."""
+        base = self._format_of(self._node(group)[0])
+        factors = self._factors(group)
+        if factors is None:
+            return base
+        return f"{base}+r{self._outputs(factors[1])}-{self._format_of(factors[0])}"
+
+    def _format_of(self, node: onnx.NodeProto) -> str:
+        if node.op_type == "Gather":
             return "F32"
+        if node.op_type == "MatMul":
+            kind = self._initialisers[self._stored(node.input[1])].data_type
+            return "F16" if kind == TensorProto.FLOAT16 else "F32"
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         table = self._table_inputs(node)
         scale_type = tensor_dtype_to_np_dtype(self._initialisers[table[1]].data_type).type
@@ -72,12 +98,12 @@ class Tables:
             return self._first("/model/embed_tokens/GatherBlockQuantized", "/model/embed_tokens/Gather"), 0
         if group.name in (EMBEDDING, HEAD):
             return self._first("/lm_head/MatMulNBits", "/lm_head/MatMul"), 0
-        part = "attn" if LINEARS[group.role][0].startswith("self_attn") else "mlp"
-        stem = f"/model/layers.{group.layer}/{part}"
-        own = [f"{stem}/{group.role}_proj/MatMul{suffix}" for suffix in ("NBits", "")]
+        stem = _stem(group)
+        own = [f"{stem}/MatMul{suffix}" for suffix in ("NBits", "")]
         if any(name in self._nodes for name in own):
             return self._first(*own), 0
-        node = self._first(f"{stem}/qkv_proj/MatMulNBits", f"{stem}/qkv_proj/MatMul")
+        fused = f"{stem.rpartition('/')[0]}/qkv_proj"
+        node = self._first(f"{fused}/MatMulNBits", f"{fused}/MatMul")
         return node, self._first_row(node, group)
 
     def _first(self, *names: str) -> onnx.NodeProto:
@@ -88,16 +114,22 @@ class Tables:
 
     def _first_row(self, node: onnx.NodeProto, group: WeightGroup) -> int:
         """Return where query, key or value begins in a fused matrix: query first, then key, then value."""
-        dims = self._initialisers[node.input[1]].dims
-        outputs = int(dims[1] if node.op_type == "MatMul" else dims[0])
         if group.role == "q":
             return 0
-        return outputs - (2 if group.role == "k" else 1) * group.rows
+        return self._outputs(node) - (2 if group.role == "k" else 1) * group.rows
+
+    def _outputs(self, node: onnx.NodeProto) -> int:
+        dims = self._initialisers[self._stored(node.input[1])].dims
+        return int(dims[1] if node.op_type == "MatMul" else dims[0])
+
+    def _stored(self, name: str) -> str:
+        """Return the name of what is stored where a `Cast` may widen it."""
+        return name if name in self._initialisers else self._makers[name].input[0]
 
     def _table_inputs(self, node: onnx.NodeProto) -> list[str]:
         """Return the names of codes, scales and zero points as they are stored."""
         used = [*node.input[1:]] if node.op_type == "MatMulNBits" else [node.input[0], *node.input[2:]]
-        return [name if name in self._initialisers else self._makers[name].input[0] for name in used]
+        return [self._stored(name) for name in used]
 
     def _values(self, name: str) -> np.ndarray:
         tensor = self._initialisers[name]
@@ -105,6 +137,12 @@ class Tables:
             return numpy_helper.to_array(tensor, str(self._folder))
         except (ValueError, OSError) as error:
             raise InputError("the external data is truncated or missing", where=name, got=error) from error
+
+
+def _stem(group: WeightGroup) -> str:
+    """Return how the names of a matrix's nodes begin."""
+    part = "attn" if LINEARS[group.role][0].startswith("self_attn") else "mlp"
+    return f"/model/layers.{group.layer}/{part}/{group.role}_proj"
 
 
 def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32:
@@ -136,4 +174,4 @@ def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     result: np.ndarray = session.run(None, {"x": np.eye(columns, dtype=np.float32)})[0]
-    return np.ascontiguousarray(result.T)
+    return result.T

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -67,6 +68,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         kind = BUILDERS[model.architecture.family.architecture]
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
+        builder.make_packed_matmul_float_class = _packed
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
@@ -83,6 +85,12 @@ def _weightless(model: Model) -> nn.Module:
         value = torch.from_numpy(model.read(name)) if name in vectors else torch.zeros(()).expand(parameter.shape)
         setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
     return module
+
+
+def _packed(*matrices: nn.Linear) -> SimpleNamespace:
+    """Stand in for the builder's own way to stack query, key and value, which would fill memory with the zeros."""
+    rows, columns = sum(len(matrix.weight) for matrix in matrices), matrices[0].weight.shape[1]
+    return SimpleNamespace(weight=torch.zeros(()).expand(rows, columns))
 
 
 @contextlib.contextmanager

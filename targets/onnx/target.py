@@ -1,8 +1,9 @@
 """The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, its matrices in `MatMulNBits`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
     ALIGNED_FROM_BYTES,
     PAGE_BYTES,
@@ -48,6 +50,9 @@ FLOAT = "F32"
 # A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
 INTERPRETER_BYTES = 90 << 20
 
+# What onnxruntime-genai's builder makes of the head, and an embedding tied to it, and of the rest, from the largest.
+STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
+
 
 class Onnx:
     """model.onnx with its external data, genai_config.json and the tokenizer.
@@ -60,6 +65,12 @@ class Onnx:
     default_type = "int4"
     default_method = "ldlq"
     most_rounding_kl = 0.1
+    base_formats: Mapping[int, WeightFormat] = MappingProxyType(
+        {bits: matmulnbits_format(name) for bits, name in {2: "int2-b64", 4: "int4-b32", 8: "int8-b32"}.items()}
+    )
+    factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
+        {4: matmulnbits_format("int4-b32"), 8: matmulnbits_format("int8-b32"), 16: ggml_format("F16")}
+    )
     # Nodes and initialisers of a layer: 9,792 with zero points everywhere, 8,575 without, in the reference model.
     graph_bytes_per_layer = 9792
     weight_copies = 2.0
@@ -100,6 +111,18 @@ class Onnx:
             Storage(tuple(groups), tuple(format for format in alphabet if format.fits(groups[0].columns)))
             for groups in together.values()
         ]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return what the builder makes by default, or with 8 bits for the head or for all where they fit."""
+        for head, rest in STOCK:
+            decisions = [
+                Decision(group, "rtn", matmulnbits_format(name), "as the builder makes it")
+                for group in model.groups()
+                for name in [head if "head" in group.uses else rest]
+            ]
+            if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
+                return decisions
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the measured speed of `MatMulNBits` with a format."""
@@ -151,7 +174,8 @@ class Onnx:
             else:
                 _put_integers(graph, compressed, file, self._rounding.level)
 
-        return self._write(compressed, folder, fill, True, floats and compressed.model.architecture.tied)
+        fuse_qkv = _factors_alike(compressed.decisions)
+        return self._write(compressed, folder, fill, fuse_qkv, floats and compressed.model.architecture.tied)
 
     def _write(
         self,
@@ -191,12 +215,28 @@ class Onnx:
         return {group.name: tables.format_name(group) for group in model.groups()}
 
 
+def _factors_alike(decisions: Mapping[str, Decision]) -> bool:
+    """Return whether of query, key and value of each layer all have factors or none: else they are three products."""
+    found: dict[int | None, set[bool]] = {}
+    for decision in decisions.values():
+        if decision.group.role in ("q", "k", "v"):
+            found.setdefault(decision.group.layer, set()).add(decision.low_rank is not None)
+    return all(len(some) == 1 for some in found.values())
+
+
 def _widening_bytes(decision: Decision) -> int:
-    """Return by how much a matrix's scales grow when the runtime loads it."""
-    format = decision.format
-    if not isinstance(format, MatMulNBitsFormat):
-        return 0
-    return decision.group.size // format.block_columns * (4 - format.scale_bytes)
+    """Return by how much what is stored in float16 grows when the runtime loads it: scales, and factors in float16."""
+    group, low_rank = decision.group, decision.low_rank
+    weights = {decision.format: group.size}
+    if low_rank is not None:
+        weights[low_rank.format] = weights.get(low_rank.format, 0) + low_rank.rank * (group.rows + group.columns)
+    grown = 0
+    for format, count in weights.items():
+        if isinstance(format, MatMulNBitsFormat):
+            grown += count // format.block_columns * (4 - format.scale_bytes)
+        elif format.name == "F16":
+            grown += 2 * count
+    return grown
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:
@@ -205,8 +245,12 @@ def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, 
         names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
         format = compressed.decisions[names[0]].format
         assert isinstance(format, MatMulNBitsFormat)
-        data = np.concatenate([compressed.encode(name).data for name in names])
+        matrices = [compressed.encode(name) for name in names]
+        data = np.concatenate([matrix.data for matrix in matrices])
         table = put_matrix(graph, product, format, data, file, accuracy_level)
+        factors = [matrix.factors for matrix in matrices if matrix.factors is not None]
+        if factors:
+            add_factors(graph, product, factors, file, accuracy_level)
     embedding = compressed.decisions[EMBEDDING]
     rows, columns, format = embedding.group.rows, embedding.group.columns, embedding.format
     assert isinstance(format, MatMulNBitsFormat)

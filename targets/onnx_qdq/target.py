@@ -1,8 +1,9 @@
 """The target `onnx-qdq`: a decoder whose products are of static integers, as NPUs and XNNPACK take them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -66,6 +67,8 @@ class OnnxQdq(Onnx):
     default_method = "ldlq"
     # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
     most_rounding_kl = 0.3
+    base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
+    factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
     # ONNX Runtime turns the tables round while it fuses them: 2.8 with 8-bit activations, 3.5 with 16-bit ones.
     weight_copies = 3.25
@@ -87,6 +90,10 @@ class OnnxQdq(Onnx):
     def storages(self, model: Model) -> list[Storage]:
         """Return the matrices, each with the only format that they can have."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
+
+    def stock(self, model: Model, most_bytes: int) -> list[Decision]:
+        """Return nothing: there is one format."""
+        return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the same for every matrix: there is one format."""

@@ -95,6 +95,16 @@ class Bench:
             made = exporter.made(max_file_bytes, folder, embedding)
             return self._kept(measured(self.original, made.artifact, name, "ours", made.predicted))
 
+    def alike(self, exporter: Exporter, name: str, embedding: str) -> Row:
+        """Make and measure ours with one format for the embedding and another for all other matrices."""
+        with self.folder() as folder:
+            made = exporter.alike(name, embedding, folder)
+            return self._kept(measured(self.original, made.artifact, name, "ours", made.predicted))
+
+    def packed(self, artifact: Artifact, name: str) -> Row:
+        """Measure what the command line made."""
+        return self._kept(measured(self.original, artifact, name, "ours"))
+
     def _kept(self, row: Row) -> Row:
         self.rows.append(row)
         # What else is known stays, so that an interrupted run loses nothing.

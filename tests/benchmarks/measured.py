@@ -71,7 +71,6 @@ class Published:
         document = self._read() | {conditions: {"identity": identity, "rows": [asdict(row) for row in rows]}}
         with replacing(self.path) as partial:
             partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        self.path.chmod(0o644)
 
     def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}

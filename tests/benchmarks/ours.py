@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.budget import Budget, chosen
+from exporter.budget import Budget, chosen, stock_of_that_size
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
@@ -15,11 +15,12 @@ from exporter.model.families import EMBEDDING
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
+from exporter.weights.format import EncodedMatrix
 from exporter.weights.group import Decision
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI.
-HOST = Cpu(bytes_per_s=20e9, products_per_s=196e9)
+HOST = Cpu(bytes_per_s=45e9, products_per_s=208e9)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Ours:
 
     artifact: Artifact
     predicted: float
+
+
+class _Remembered(CompressedModel):
+    """A compressed model that encodes no matrix twice in one format."""
+
+    encoded: dict[tuple[str, str], EncodedMatrix]
+
+    def encode(self, name: str) -> EncodedMatrix:
+        key = name, self.decisions[name].format.name
+        if key not in self.encoded:
+            self.encoded[key] = super().encode(name)
+        return self.encoded[key]
 
 
 class Exporter:
@@ -50,20 +63,31 @@ class Exporter:
         self._target = load_target(target)
         self._effort = effort(effort_name)
         self._statistics = collect(model, calibration, SEED, lambda done, total: None)
+        self._encoded: dict[tuple[str, str], EncodedMatrix] = {}
         self._storages = self._target.storages(model)
         method = load_method(self._target.default_method, self._effort)
         self._choices = predict(model, self._storages, method, self._statistics, lambda done, total: None)
 
-    def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "accuracy") -> Ours:
+    def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
         fixed = self._target.fixed_bytes(self._model)
         limits = Limits(bytes=max_file_bytes - fixed)
-        budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST)
+        stock = stock_of_that_size(self._target, self._model, max_file_bytes - fixed)
+        budget = Budget(limits, fixed, self._storages, prefer, self._target, HOST, stock)
         choices = [
             [budget.timed(storage, choice) for choice in _allowed(storage, some, embedding)]
             for storage, some in zip(self._storages, self._choices, strict=True)
         ]
-        best = chosen(choices, limits, prefer)
+        made = self._lowered(chosen(budget, choices), folder)
+        assert made.artifact.file_bytes <= max_file_bytes
+        return made
+
+    def alike(self, name: str, embedding: str, folder: Path) -> Ours:
+        """Make an artifact whose embedding has one format and all other matrices another."""
+        every = [_allowed(*pair, embedding, name) for pair in zip(self._storages, self._choices, strict=True)]
+        return self._lowered([choice for (choice,) in every], folder)
+
+    def _lowered(self, best: list[Choice], folder: Path) -> Ours:
         decisions = {
             group.name: Decision(group, self._target.default_method, choice.format, "allocated")
             for storage, choice in zip(self._storages, best, strict=True)
@@ -71,13 +95,13 @@ class Exporter:
         }
         ordered = [decisions[group.name] for group in self._model.groups()]
         folder.mkdir()
-        compressed = CompressedModel(self._model, ordered, self._statistics, self._effort)
+        compressed = _Remembered(self._model, ordered, self._statistics, self._effort)
+        compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
-        assert artifact.file_bytes <= max_file_bytes
         return Ours(artifact, sum(choice.kl for choice in best))
 
 
-def _allowed(storage: Storage, choices: list[Choice], embedding: str | None) -> list[Choice]:
-    if embedding is None or all(group.name != EMBEDDING for group in storage.groups):
-        return choices
-    return [choice for choice in choices if choice.format.name == embedding]
+def _allowed(storage: Storage, choices: list[Choice], embedding: str | None, rest: str | None = None) -> list[Choice]:
+    """Return the choices left where the embedding, or every other matrix, must have the format of that name."""
+    name = embedding if any(group.name == EMBEDDING for group in storage.groups) else rest
+    return [choice for choice in choices if name in (None, choice.format.name)]

@@ -1,9 +1,10 @@
-"""How quickly llama.cpp multiplies with each type, against Q4_0, on one core of this machine.
+"""How quickly llama.cpp multiplies with each type, against Q4_0, on the cores of this machine.
 
     .venv/bin/python -m pytest tests/benchmarks/test_llama_kernels.py --timeout=0 -s
 
-Models that are nearly all matrices, every matrix in one type, by turns with the same model in Q4_0. A figure is the
-products a second over those of Q4_0 with many tokens at once, as `exporter.targets.gguf.kernels` holds them.
+Models that are nearly all matrices, too large for the caches, every matrix in one type, by turns with the same model in
+Q4_0. A figure is the products a second over those of Q4_0 with many tokens at once, as `exporter.targets.gguf.kernels`
+holds them.
 """
 
 from pathlib import Path
@@ -19,10 +20,11 @@ from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.gguf.kernels import ON_X86
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
+from tests.benchmarks.measured import THREADS
 from tests.models import VOCAB, tiny_model
 
-HIDDEN, INTERMEDIATE, LAYERS = 1024, 4096, 2
-PROMPT, DECODE, ROUNDS = 256, 24, 5
+HIDDEN, INTERMEDIATE, LAYERS = 2048, 8192, 2
+PROMPT, DECODE, ROUNDS = 256, 32, 7
 BASELINE = "Q4_0"
 # Products with a matrix, of all matrices but the embedding, for each token.
 PRODUCTS = LAYERS * (3 * HIDDEN * INTERMEDIATE + 3 * HIDDEN * HIDDEN)
@@ -43,10 +45,10 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
             return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), statistics), type, to)
 
         prompt = [token % VOCAB for token in range(PROMPT)]
-        with open_artifact(made(BASELINE), PROMPT + DECODE + 1, 1) as base:
+        with open_artifact(made(BASELINE), PROMPT + DECODE + 1, THREADS) as base:
             far = []
             for type in (*ALPHABET, "F16", "F32"):
-                with open_artifact(made(type), PROMPT + DECODE + 1, 1) as other:
+                with open_artifact(made(type), PROMPT + DECODE + 1, THREADS) as other:
                     rounds = [[one.call("measure", prompt, DECODE, 1) for one in (base, other)] for _ in range(ROUNDS)]
                 prefill = median(other.prefill_tokens_per_s / base.prefill_tokens_per_s for base, other in rounds)
                 decode = median(other.decode_tokens_per_s / base.prefill_tokens_per_s for base, other in rounds)

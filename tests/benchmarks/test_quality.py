@@ -11,6 +11,8 @@ picture is drawn anew.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -90,19 +92,23 @@ def gguf_duels(bench: Bench, mixes: list[str]) -> list[Duel]:
 
 def onnx_duels(bench: Bench) -> list[Duel]:
     stock = [bench.builder(name) for name in onnx_opponents.SETTINGS]
-    float16 = [bench.float16(name) for name in ("default", "k_quant, int8 head", MIXED)]
-    own = [
-        bench.own_quantiser(algorithm, name)
-        for algorithm in ("HQQ", "GPTQ")
-        for name in ("default", "k_quant, int8 head")
-    ]
-    exporter = Exporter(bench.model, "onnx", bench.calibration)
     small, mixed = best(stock, SMALL_BYTES), next(row for row in stock if row.name == MIXED)
+    makers = {
+        f"{name}; float16 scales": partial(bench.float16, name) for name in ("default", "k_quant, int8 head", MIXED)
+    } | {
+        f"{algorithm}; embedding and head: {name}": partial(bench.own_quantiser, algorithm, name)
+        for algorithm, name in product(("HQQ", "GPTQ"), ("default", "k_quant, int8 head"))
+    }
+    if bench.conditions is not TUNED:
+        known = best_hand_made("onnx", [small.file_bytes, mixed.file_bytes])
+        makers = {name: make for name, make in makers.items() if name in known}
+    hand_made = [make() for make in makers.values()]
+    exporter = Exporter(bench.model, "onnx", bench.calibration)
     duels = []
     for row, limit in ((small, SMALL_LIMIT), (mixed, MIXED_LIMIT)):
         ours = bench.ours(exporter, f"at {row.name}", row.file_bytes)
         duels.append(Duel(f"at {row.name}", ours, row, limit))
-        duels.append(Duel(f"at {row.name}, second", ours, best([*float16, *own], row.file_bytes), SECOND_LIMIT))
+        duels.append(Duel(f"at {row.name}, second", ours, best(hand_made, row.file_bytes), SECOND_LIMIT))
     return duels
 
 
@@ -127,14 +133,17 @@ def test_less_kl_than_any_opponent_at_no_more_bytes(
 
 def mixes(bench: Bench) -> list[str]:
     """Return the hand-made mixes: all of them where they are chosen, those that were chosen elsewhere."""
-    every = list(dict.fromkeys(asked for some in llama_opponents.HAND_MADE.values() for asked in some))
     if bench.conditions is TUNED:
-        return every
+        return list(dict.fromkeys(asked for some in llama_opponents.HAND_MADE.values() for asked in some))
     rows = PUBLISHED.latest(TUNED.name)
+    return best_hand_made("gguf", [row.file_bytes for row in rows if (row.kind, row.target) == ("stock", "gguf")])
+
+
+def best_hand_made(target: str, sizes: list[int]) -> list[str]:
+    """Return the names of the hand-made opponents of least KL at each size, where they were all measured."""
+    rows = [row for row in PUBLISHED.latest(TUNED.name) if (row.kind, row.target) == ("hand-made", target)]
     assert rows, f"measure under {TUNED.name} first"
-    sizes = [row.file_bytes for row in rows if row.kind == "stock" and row.target == "gguf"]
-    hand_made = [row for row in rows if row.kind == "hand-made" and row.target == "gguf"]
-    return list(dict.fromkeys(best(hand_made, size).name for size in sizes))
+    return list(dict.fromkeys(best(rows, size).name for size in sizes))
 
 
 @pytest.mark.parametrize(("target", "least", "most"), [("gguf", 82, 112), ("onnx", 82, 114)])

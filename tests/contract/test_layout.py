@@ -26,12 +26,12 @@ MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
 ORDER = [
-    {"errors", "cache", "effort", "measures", "registry", "weights"},
+    {"errors", "cache", "effort", "measures", "registry", "toml", "weights"},
     {"model", "device", "devices", "coding"},
     {"job", "stages"},
     {"calibrate", "compress"},
     {"targets"},
-    {"plan", "sampling", "budget"},
+    {"steps", "recipe", "recipes", "plan", "sampling", "budget", "needs"},
     {"validate"},
     {"report", "forecast"},
     {"bundle"},

@@ -6,6 +6,7 @@ import pytest
 
 from exporter.errors import InputError, RequestError
 from exporter.weights.ggml import ggml_format, ggml_formats
+from exporter.weights.nested import NESTINGS, NestedGrid
 
 PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 
@@ -36,6 +37,46 @@ def test_packed_grid_decodes_to_its_own_values_and_a_flipped_nibble_is_seen(name
         damaged = data.copy()
         damaged[:, position] ^= 0x10
         assert not np.array_equal(format.decode_rows(damaged, 32), planned), position
+
+
+@pytest.mark.parametrize("name", list(NESTINGS))
+def test_nested_scales_decode_to_their_own_values_and_a_flipped_nibble_is_seen(name: str) -> None:
+    block, format = weights(64, 256), ggml_format(name)
+    gram = np.cov(weights(256, 1024, 1)).astype(np.float32)
+    grid = format.grid(block, None)
+    assert isinstance(grid, NestedGrid)
+    # Other values than those that ggml chose the scales for, so that all of them move.
+    aim = 0.7 * block.T + 0.2 * weights(256, 64, 2)
+    codes = np.empty((256, 64), np.uint8)
+    for first in range(0, 256, grid.part_columns):
+        part = slice(first, first + grid.part_columns)
+        grid = grid.reached(first, aim[part], np.linspace(1, 2, grid.part_columns, dtype=np.float32))
+        codes[part] = grid.round(first, aim[part])[0]
+    refitted = grid.refit(codes, gram, gram @ aim)
+    for one in (grid, refitted):
+        data = one.pack(np.ascontiguousarray(codes.T))
+        np.testing.assert_array_equal(format.decode_rows(data, 256), one.decode(codes).T)
+        for position in range(data.shape[1]):
+            damaged = data.copy()
+            damaged[:, position] ^= 0x10
+            assert not np.array_equal(format.decode_rows(damaged, 256), one.decode(codes).T), position
+    assert not np.array_equal(grid.decode(codes), refitted.decode(codes))
+
+
+@pytest.mark.parametrize("name", list(NESTINGS))
+def test_a_part_that_is_reached_gets_scales_for_its_values(name: str) -> None:
+    block, format = weights(16, 256), ggml_format(name)
+    grid = format.grid(block, None)
+    assert isinstance(grid, NestedGrid)
+    size = grid.part_columns
+    values, importance = 0.6 * block.T[size : 2 * size], np.linspace(1, 3, size, dtype=np.float32)
+    reached = grid.reached(size, values, importance)
+    before, after = (importance @ (one.round(size, values)[1] - values) ** 2 for one in (grid, reached))
+    assert (after <= before).all()
+    assert after.sum() < 0.99 * before.sum()
+    codes = np.zeros((256, 16), np.uint8)
+    others = np.r_[:size, 2 * size : 256]
+    np.testing.assert_array_equal(grid.decode(codes)[others], reached.decode(codes)[others])
 
 
 def test_refuses_what_would_abort_or_encode_nan() -> None:

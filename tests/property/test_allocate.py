@@ -1,14 +1,17 @@
 """Allocation against an exhaustive search and against Lagrange's bound."""
 
 import itertools
+from dataclasses import replace
 from math import inf
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.budget import PREFERENCES, chosen
+from exporter.budget import PREFERENCES, SPEED_KL, Budget, chosen
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
+from exporter.device.speed import Cpu
+from exporter.targets.target import load_target
 from exporter.weights.ggml import ggml_format
 
 FORMAT = ggml_format("Q8_0")
@@ -92,15 +95,21 @@ def test_the_smallest_budget_is_met_and_nothing_fits_a_smaller_one() -> None:
     assert found is not None and total(found, "bytes") == smallest
 
 
-@given(seed=st.integers(0, 1000))
-def test_speed_costs_no_more_kl_than_it_may_and_is_worth_it(seed: int) -> None:
+def budget(limits: Limits, prefer: str, swift: Limits) -> Budget:
+    made = Budget(limits, 0, [], prefer, load_target("gguf"), Cpu(1e9, 1e9), [])
+    vars(made)["swift"] = swift
+    return made
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.0, 1.0))
+def test_speed_costs_no_more_kl_than_it_may_and_none_is_slower_than_stock(seed: int, share: float) -> None:
     choices = problem(seed, 12, 5)
     limits = Limits(bytes=between(choices, "bytes", 0.5))
-    accurate, quick = (chosen(choices, limits, prefer) for prefer in ("accuracy", "speed"))
-    best = allocate(choices, limits)
-    assert best is not None
-    for prefer, some in (("accuracy", accurate), ("speed", quick)):
-        assert total(some, "kl") <= PREFERENCES[prefer] * total(best, "kl")
-    seconds = [512 * total(some, "prefill_s") + 128 * total(some, "decode_s") for some in (accurate, quick)]
+    swift = replace(limits, decode_s=between(choices, "decode_s", share))
+    balanced, accurate, quick = (chosen(budget(limits, prefer, swift), choices) for prefer in PREFERENCES)
+    assert all(within(some, limits) for some in (balanced, accurate, quick))
+    assert accurate == allocate(choices, limits)
+    assert total(quick, "kl") <= SPEED_KL * total(balanced, "kl")
+    assert within(balanced, swift) or allocate(choices, swift) is None
+    seconds = [512 * total(some, "prefill_s") + 128 * total(some, "decode_s") for some in (balanced, quick)]
     assert seconds[1] <= seconds[0] * (1 + GAP)
-    assert all(within(some, limits) for some in (accurate, quick))

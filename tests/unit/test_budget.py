@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -92,13 +93,13 @@ def test_limits_of_time_are_kept_with_those_of_bytes_and_refused_where_they_cann
         most = load_target(target).fixed_bytes(model) + int(0.9 * model.architecture.parameters)
         planned, budget = pipeline.planned_within(job(target=target, max_file_bytes=most), model)
         assert budget is not None
-        free = [budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in planned.decisions]
+        free = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in planned.decisions]
         rate = 1.3 / sum(choice.decode_s for choice in free)
         quick, limited = pipeline.planned_within(
             job(target=target, max_file_bytes=most, min_decode_tokens_per_s=rate), model
         )
         assert limited is not None and quick.file_bytes < planned.file_bytes
-        timed = [budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in quick.decisions]
+        timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in quick.decisions]
         assert sum(choice.decode_s for choice in timed) <= 1 / rate
         assert re.fullmatch(r"at most [\d,]+ bytes, at least [\d,.]+ tokens/s decoded \(estimated\)", limited.scheme)
         with pytest.raises(RequestError, match=r"got at most .*, expected at least \S+ tokens/s decoded") as refused:
@@ -111,17 +112,18 @@ def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> No
     with open_model(job().source) as model:
         most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.architecture.parameters)
         seconds = {}
-        for prefer in ("accuracy", "speed"):
+        for prefer in ("balanced", "accuracy", "speed"):
             planned, budget = pipeline.planned_within(job(target="gguf", max_file_bytes=most, prefer=prefer), model)
             assert budget is not None
-            timed = [
-                budget.timed(Storage((d.group,), (d.format,)), Choice(d.format, 0, 0.0)) for d in planned.decisions
-            ]
+            timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in planned.decisions]
             seconds[prefer] = sum(512 * choice.prefill_s + 128 * choice.decode_s for choice in timed)
-        assert seconds["speed"] < seconds["accuracy"]
+            if prefer == "balanced":
+                assert sum(choice.decode_s for choice in timed) <= budget.swift.decode_s < inf
+                assert sum(choice.prefill_s for choice in timed) <= budget.swift.prefill_s < inf
+        assert seconds["speed"] < min(seconds["accuracy"], seconds["balanced"])
         # Without a budget, the file may be as large as that of the default type.
         assert pipeline.planned_within(job(target="gguf", prefer="speed"), model)[1] is not None
-    with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*speed"):
+    with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*'speed'"):
         pipeline.plan(job(prefer="sped"))
 
 

@@ -43,7 +43,7 @@ def test_bundle_is_whole_and_says_what_it_is(world: Path, target: str) -> None:
     assert facts["target"] == target
     assert facts["accuracy"]["kl_mean"]["value"] < 0.01
     # This model's weights are random, so its first choices hardly lead: a small change moves some of them.
-    assert facts["accuracy"]["top1_agreement"]["value"] > 0.85
+    assert facts["accuracy"]["top1_agreement"]["value"] > 0.9
     for section, name in (("size", "file_bytes"), ("speed", "decode_tokens_per_s"), ("memory", "peak_bytes")):
         assert facts[section][name]["basis"] == "measured"
     assert {check["name"] for check in facts["checks"]} >= {"lowering.weights", "lowering.formats", "device.ram"}
@@ -128,3 +128,10 @@ def test_names_from_outside_are_shown_as_they_are(world: Path) -> None:
     shown = cli(world, "plan", odd, "-d", "raspberry-pi-5")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("odd \ufffd[31m[red]model for ")
+
+
+def test_a_plan_within_limits_is_one_json_document(world: Path) -> None:
+    limits = ("--bits", "30", "--min-decode", "10", "--prefer", "speed")
+    planned = cli(world, "plan", "model", "--device", "raspberry-pi-5", "--target", "gguf", *limits, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert "10.0 tokens/s decoded (estimated), speed preferred" in json.loads(planned.stdout)["type"]

@@ -1,5 +1,6 @@
 """Errors, whole-or-nothing writes, plug-ins and texts: what everything else stands on."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,19 @@ from exporter.errors import ExporterError, InputError, MissingDependencyError, R
 from exporter.model.tokenizer import load_tokenizer
 from exporter.registry import load, names
 from tests.models import tiny_model
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_the_cache_is_private_and_what_is_written_elsewhere_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    cache_folder("samples")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "written") as partial:
+        partial.write_text("x", "utf-8")
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_an_error_is_one_sentence() -> None:

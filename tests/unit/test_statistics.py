@@ -1,6 +1,7 @@
 """Statistics against automatic differentiation of the whole model, and against the KL that they predict."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.layers import silent
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows
-from exporter.errors import InputError
+from exporter.errors import InputError, RequestError
 from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.models import tiny_model
@@ -195,6 +196,15 @@ def test_activations_that_overflow_name_the_layer(folder: Path, name: str, where
     tensors[name] *= 1e38
     save_file(tensors, path, metadata={"format": "pt"})
     with open_model(str(folder)) as model, pytest.raises(InputError, match=f"{where}: the activations are not finite"):
+        collect(model, WINDOWS, 0, silent)
+
+
+def test_a_disk_too_small_for_the_statistics_is_refused_before_they_begin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exporter.cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    refused = pytest.raises(RequestError, match=r"not enough free disk space; got 1,000 bytes")
+    with open_model(str(folder)) as model, refused:
         collect(model, WINDOWS, 0, silent)
 
 

@@ -1,0 +1,180 @@
+"""CALDERA as runtimes hold it: W = Q + L R in their own formats (Saha et al. 2024, NeurIPS, algorithm 1).
+
+Q and L R take turns as in `exporter.compress.reference.caldera`, with a method of this package in place of the lattice:
+it encodes Q and R in the metric of the inputs, and L in that of what R puts out. Rows count by their sensitivities, as
+they do in the model's divergence (`exporter.calibrate.statistics`); for Q, whose rows are independent of each other,
+that changes nothing.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from exporter.calibrate.moments import Site
+from exporter.compress.ldlq import DAMPING, damped
+from exporter.compress.lowrank import (
+    downdated,
+    fitted_left,
+    fitted_right,
+    largest_channels,
+    regression,
+    regression_on,
+    weighted_error,
+)
+from exporter.compress.method import Method
+from exporter.weights.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
+
+Part = Literal["Q", "LR"]
+# Rows count no less than this share of the mean row.
+LEAST_SENSITIVITY = 1e-3
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How Q and L R take turns.
+
+    Attributes:
+        order: Which comes first.
+        count: How often each has its turn.
+        factor_turns: How often R is fitted to the rounded L again, within a turn of theirs.
+        outliers: Columns of the largest inputs that L R begins with (Cho et al. 2025, ODLRI); at most the rank.
+        downdate: While Q is chosen, leave to L R what it can mend.
+    """
+
+    order: tuple[Part, Part] = ("LR", "Q")
+    count: int = 2
+    factor_turns: int = 1
+    outliers: int = 0
+    downdate: bool = False
+
+
+TURNS = Turns()
+
+
+def encode_with_factors(
+    weight: Float32,
+    format: WeightFormat,
+    low_rank: LowRank,
+    site: Site,
+    outputs: Float32,
+    method: Method,
+    turns: Turns = TURNS,
+) -> EncodedMatrix:
+    """Encode one matrix and its factors; of all iterates the best is kept.
+
+    Args:
+        weight: W, float32 [rows, columns]; not changed.
+        format: Of Q.
+        low_rank: Of L and R.
+        site: What was seen of the inputs.
+        outputs: Sensitivity of each row, float32 [rows].
+        method: Chooses the codes of Q, L and R.
+        turns: How they take turns.
+    """
+    problem = _Problem(weight, site, outputs, low_rank, method)
+    factors = problem.on_outliers(turns.outliers) if turns.outliers else None
+    base, best, least = None, None, np.inf
+    for part in turns.order * turns.count:
+        if part == "Q":
+            base = problem.base(format, factors, turns.downdate)
+        else:
+            factors = problem.factors(weight if base is None else weight - base.planned, turns.factor_turns)
+        if base is None or factors is None:
+            continue
+        planned = factors.added_to(base.planned)
+        error = problem.error(planned - weight)
+        if best is None or error < least:
+            best, least = EncodedMatrix(base.data, planned, factors), error
+    assert best is not None
+    return best
+
+
+class _Problem:
+    """One matrix to be encoded with factors; the arguments are those of `encode_with_factors`."""
+
+    def __init__(self, weight: Float32, site: Site, outputs: Float32, low_rank: LowRank, method: Method) -> None:
+        self._weight, self._site, self._low_rank, self._method = weight, site, low_rank, method
+        # A method may keep what it made of the last site: L has others than Q and R.
+        self._method_of_left = copy(method)
+        self._moment = damped(site.second_moment, DAMPING, site.shrinkage)
+        self._rows = _scales(outputs)
+
+    def error(self, change: Float32) -> float:
+        """Return the weighted squared error of the outputs that a change of W makes."""
+        return weighted_error(change * self._rows, self._moment)
+
+    def base(self, format: WeightFormat, factors: EncodedFactors | None, downdate: bool) -> EncodedMatrix:
+        """Return Q for what the factors leave."""
+        if factors is None:
+            return self._method.encode(self._weight, format, self._site)
+        residual = self._weight - factors.added_to(np.zeros_like(self._weight))
+        return self._method.encode(residual, format, self._without(factors) if downdate else self._site)
+
+    def _without(self, factors: EncodedFactors) -> Site:
+        """Return the site without the inputs that R spans."""
+        right = factors.low_rank.format.decode_rows(factors.right, self._weight.shape[1])
+        return _site(damped(downdated(self._moment, right), DAMPING))
+
+    def factors(self, target: Float32, turns: int) -> EncodedFactors:
+        """Return factors for W - Q."""
+        scaled = target * self._rows
+        best = self._encoded(target, regression(scaled, self._moment, self._low_rank.rank)[1])
+        least = self.error(best.added_to(-target))
+        for _ in range(turns):
+            left = best.low_rank.format.decode_rows(best.left, self._low_rank.rank)
+            again = self._encoded(target, fitted_right(scaled, left * self._rows))
+            error = self.error(again.added_to(-target))
+            if error < least:
+                best, least = again, error
+        return best
+
+    def on_outliers(self, count: int) -> EncodedFactors:
+        """Return factors that hold W on the columns of the largest inputs."""
+        columns = largest_channels(self._moment, min(count, self._low_rank.rank))
+        right = regression_on(columns, self._weight * self._rows, self._moment, self._low_rank.rank)[1]
+        only = np.zeros_like(self._weight)
+        only[:, columns] = self._weight[:, columns]
+        return self._encoded(only, right)
+
+    def _encoded(self, target: Float32, right: Float32) -> EncodedFactors:
+        """Encode R, then the L that fits it best as encoded."""
+        format = self._low_rank.format
+        encoded = self._method.encode(right, format, self._site)
+        left = fitted_left(target, self._moment, encoded.planned)
+        image: Float32 = encoded.planned @ self._moment
+        moment: Float32 = image @ encoded.planned.T
+        seen = _site(moment)
+        return EncodedFactors(self._low_rank, self._method_of_left.encode(left, format, seen).data, encoded.data)
+
+
+def _site(moment: Float32) -> Site:
+    """Return a site of inputs of which no more than the second moment is known."""
+    return Site(moment, moment, 0.0, np.ascontiguousarray(moment.diagonal()), {})
+
+
+def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float32:
+    """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
+
+    The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes.
+
+    Args:
+        weight: W, float32 [rows, columns]; not changed.
+        rank: Of L R.
+        site: What was seen of the inputs.
+        outputs: Sensitivity of each row, float32 [rows].
+    """
+    rows = _scales(outputs)
+    left, right = regression(weight * rows, damped(site.second_moment, DAMPING, site.shrinkage), rank)
+    scaled: Float32 = left / rows
+    best: Float32 = scaled @ right
+    rest: Float32 = weight - best
+    return rest
+
+
+def _scales(outputs: Float32) -> Float32:
+    """Return what rows are multiplied by so that their squares count by sensitivity, float32 [rows, 1]."""
+    mean = float(outputs.mean(dtype=np.float64)) or 1.0
+    scales: Float32 = np.sqrt(np.maximum(outputs / np.float32(mean), np.float32(LEAST_SENSITIVITY)))[:, None]
+    return scales

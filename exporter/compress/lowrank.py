@@ -1,0 +1,86 @@
+"""Rank-constrained regression in the metric of the inputs: L R close to A where the inputs x of E[x x^T] = H are.
+
+What is minimised is tr((A - L R) H (A - L R)^T). With any root H = M M^T the best L holds the first left singular
+vectors of A M, and then R = L^T A, whatever the root (Eckart and Young 1936; Saha et al. 2024, CALDERA, lemma 4.1).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.weights.format import Float32
+
+Factors = tuple[Float32, Float32]
+# Of a Gram matrix's mean diagonal, so that factors with an empty component can be fitted too.
+RIDGE = 1e-7
+
+
+def weighted_error(change: Float32, moment: Float32) -> float:
+    """Return tr(D H D^T) of a change D, float32 [rows, columns], where inputs have the second moment H."""
+    return float(np.einsum("ij,ij->", change @ moment, change, dtype=np.float64))
+
+
+def largest_channels(moment: Float32, count: int) -> NDArray[np.int64]:
+    """Return the columns of the largest mean squares, ascending."""
+    return np.sort(np.argsort(-moment.diagonal(), kind="stable")[:count])
+
+
+def regression(target: Float32, moment: Float32, rank: int) -> Factors:
+    """Return the best L, float32 [rows, rank], with orthonormal columns, and R, float32 [rank, columns].
+
+    Args:
+        target: A, float32 [rows, columns].
+        moment: H, float32 [columns, columns], positive definite.
+        rank: Of L R; at most the number of rows and of columns.
+    """
+    rows, columns = target.shape
+    if rows <= columns:
+        left = _first_vectors(target @ moment @ target.T, rank)
+    else:
+        image = target @ np.linalg.cholesky(moment.astype(np.float64))
+        # Orthonormal even where singular values vanish.
+        left = np.linalg.qr(image @ _first_vectors(image.T @ image, rank))[0]
+    small = np.ascontiguousarray(left, np.float32)
+    return small, small.T @ target
+
+
+def regression_on(columns: NDArray[np.int64], target: Float32, moment: Float32, rank: int) -> Factors:
+    """Return L, float32 [rows, rank], and R, [rank, columns], for some columns alone; zeros where ranks are left."""
+    left, right = np.zeros((len(target), rank), np.float32), np.zeros((rank, target.shape[1]), np.float32)
+    count, within = len(columns), np.ascontiguousarray(moment[np.ix_(columns, columns)])
+    left[:, :count], right[:count, columns] = regression(target[:, columns], within, count)
+    return left, right
+
+
+def _first_vectors(gram: NDArray[np.floating[Any]], count: int) -> NDArray[np.float64]:
+    """Return the eigenvectors of the largest eigenvalues, the largest first, [size, count]."""
+    vectors: NDArray[np.float64] = np.linalg.eigh(gram.astype(np.float64))[1]
+    return vectors[:, ::-1][:, :count]
+
+
+def fitted_left(target: Float32, moment: Float32, right: Float32) -> Float32:
+    """Return the best L for a given R: A H R^T (R H R^T)^-1."""
+    image = moment @ right.T
+    return np.ascontiguousarray(_solved(right @ image, (target @ image).T).T)
+
+
+def fitted_right(target: Float32, left: Float32) -> Float32:
+    """Return the best R for a given L, which does not depend on H: (L^T L)^-1 L^T A."""
+    return _solved(left.T @ left, left.T @ target)
+
+
+def _solved(gram: Float32, wanted: Float32) -> Float32:
+    regular = gram.astype(np.float64)
+    regular[np.diag_indices_from(regular)] += RIDGE * float(gram.trace(dtype=np.float64)) / len(gram) + 1e-30
+    solved: Float32 = np.linalg.solve(regular, wanted.astype(np.float64)).astype(np.float32)
+    return solved
+
+
+def downdated(moment: Float32, right: Float32) -> Float32:
+    """Return H less what rows of R span: H - H R^T (R H R^T)^-1 R H. An error there is for L to mend."""
+    image: Float32 = moment @ right.T
+    weights = _solved(right @ image, np.ascontiguousarray(image.T))
+    spanned: Float32 = image @ weights
+    spanned += spanned.T.copy()
+    return moment - spanned / np.float32(2)

@@ -1,0 +1,35 @@
+"""Random rotations that spread outliers over all coordinates (Tseng et al. 2024, QuIP#, section 3)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.weights.format import Float32
+
+
+def random_rotation(size: int, chance: np.random.Generator) -> Float32:
+    """Return an orthogonal matrix of even entries with random signs, float32 [size, size].
+
+    It is a Hadamard matrix of the largest power of two that divides the size, times (Kronecker) the discrete Hartley
+    transform of what remains, which exists for every size.
+    """
+    power = size & -size
+    transform = np.kron(_hadamard(power), _hartley(size // power))
+    signs = chance.choice(np.array([-1.0, 1.0]), size)
+    rotation: Float32 = (transform * signs).astype(np.float32)
+    return rotation
+
+
+def _hadamard(size: int) -> NDArray[np.float64]:
+    """Return Sylvester's orthonormal matrix of a power of two."""
+    matrix: NDArray[np.float64] = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix /= np.sqrt(size)
+    return matrix
+
+
+def _hartley(size: int) -> NDArray[np.float64]:
+    """Return the orthonormal matrix of cos + sin of 2 pi i j / size."""
+    angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
+    matrix: NDArray[np.float64] = (np.cos(angle) + np.sin(angle)) / np.sqrt(size)
+    return matrix

@@ -1,0 +1,66 @@
+"""What memory a build needs, and what disk space for its cache: counted arrays of the stages, said before they start.
+
+Arrays are counted at their sizes in float32 unless it says otherwise; the numbers of them follow from the code of each
+stage.
+"""
+
+from exporter.calibrate.layers import TOKENS_AT_ONCE
+from exporter.calibrate.statistics import disk_bytes, site_columns
+from exporter.job import Job
+from exporter.model.model import Model
+
+# Interpreter, torch, transformers and a runtime's libraries, with what is kept of finished stages.
+BASE_BYTES = 500 << 20
+# Squares of a site's width: both second moments, the damped one, double-precision factor and products, the result.
+FACTOR_SQUARES = 8
+# The largest matrix while it is encoded: its source, itself, what is planned, and rows on their way.
+MATRIX_COPIES = 3.5
+# What deriving a layer keeps of each token: arrays as wide as the residual stream, and as the feed-forward layer.
+HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 9
+
+
+def build_peak_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
+    """Return the memory of the stage that needs most.
+
+    Args:
+        model: The source.
+        job: What is asked for.
+        file_bytes: Size of the artifact.
+        runtime_peak_bytes: What the runtime takes with it.
+    """
+    matrix = 4 * max(group.size for group in model.groups())
+    widest = max(site_columns(model).values())
+    encoding = int(MATRIX_COPIES * matrix)
+    factoring = FACTOR_SQUARES * 4 * widest**2
+    comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
+    return BASE_BYTES + max(_statistics_bytes(model, job), factoring, encoding, comparing)
+
+
+def cache_bytes(model: Model, job: Job) -> int:
+    """Return the disk space that statistics, hidden states and sampled text take in the cache."""
+    shape = model.architecture
+    statistics = disk_bytes(model, job.effort_level.calibration_windows * job.window)
+    evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
+    sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
+    return statistics + evaluated + sampling
+
+
+def _statistics_bytes(model: Model, job: Job) -> int:
+    """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
+    shape = model.architecture
+    layer = [group for group in model.groups() if group.layer == 0]
+    weights = 4 * sum(group.size for group in layer)
+    moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
+    tokens = max(TOKENS_AT_ONCE, job.window)
+    derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * shape.intermediate)
+    hidden = 3 * 4 * job.effort_level.calibration_windows * job.window * shape.hidden
+    return weights + moments + derivative + hidden
+
+
+def _comparing_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
+    """Return two heads, hidden states, the mapped artifact, logits on both sides, and the runtime."""
+    shape = model.architecture
+    heads = 2 * 4 * shape.vocab * shape.hidden
+    hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden
+    logits = 4 * shape.vocab * job.window // 2
+    return heads + hidden + file_bytes + 6 * logits + runtime_peak_bytes

@@ -1,0 +1,1 @@
+"""Named recipes, a TOML file each; see `exporter.recipe`."""

@@ -1,0 +1,75 @@
+"""The step `caldera`: few bits for every matrix of the layers, and quantised low-rank factors beside them.
+
+The published system (Saha et al. 2024) as runtimes hold it; see `exporter.compress.caldera`.
+"""
+
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from exporter.compress.caldera import Part, Turns
+from exporter.compress.compressed import with_factors
+from exporter.model.model import Model
+from exporter.steps.step import EncodingStep
+from exporter.targets.target import Target, base_format, low_rank
+from exporter.toml import impossible
+from exporter.weights.group import Decision
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+CODES = "ldlq"
+
+
+class Caldera(EncodingStep):
+    """Options of the step.
+
+    Attributes:
+        bits: Of a weight of Q; None for the fewest that the target has at the model's widths.
+        rank: Of L R.
+        factor_bits: Of a weight of L and R.
+        roles: Matrices that get factors.
+        embedding_bits: Of embedding and head, which get none.
+        turns_of_each: How often Q and the factors have their turn.
+        first: Which of them comes first.
+        outliers: Columns of the largest inputs that the factors begin with (Cho et al. 2025, ODLRI).
+        downdate: While Q is chosen, leave to the factors what they can mend.
+    """
+
+    method: Literal["caldera"]
+    bits: Annotated[int, Field(ge=1, le=8)] | None = None
+    rank: Annotated[int, Field(ge=1, le=4096)] = 64
+    factor_bits: Literal[4, 8, 16] = 4
+    roles: tuple[Role, ...] = Field(default=get_args(Role), strict=False, min_length=1)
+    embedding_bits: Annotated[int, Field(ge=1, le=8)] = 8
+    turns_of_each: Annotated[int, Field(ge=1, le=20)] = 2
+    first: Literal["factors", "matrix"] = "factors"
+    outliers: Annotated[int, Field(ge=0, le=4096)] = 0
+    downdate: bool = False
+
+    @property
+    def turns(self) -> Turns:
+        """How matrices and their factors take turns."""
+        order: tuple[Part, Part] = ("LR", "Q") if self.first == "factors" else ("Q", "LR")
+        return Turns(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)
+
+    @model_validator(mode="after")
+    def _keeps_its_outliers(self) -> Self:
+        if self.outliers > self.rank:
+            raise impossible("there are more outliers than ranks", self.outliers, f"at most {self.rank}")
+        if self.outliers and self.first == "factors":
+            raise impossible("factors that come first forget the outliers", 'first = "factors"', 'first = "matrix"')
+        return self
+
+    def decide(self, model: Model, target: Target) -> list[Decision]:
+        """Return the formats of Q and of embedding and head, and the factors."""
+        factors = low_rank(target, self.rank, self.factor_bits)
+        inner = {group.columns for group in model.groups() if group.layer is not None}
+        outer = {group.columns for group in model.groups() if group.layer is None}
+        matrix, table = base_format(target, self.bits, inner), base_format(target, self.embedding_bits, outer)
+        decisions = [
+            Decision(group, CODES, table if group.layer is None else matrix, f"{self.method} by the recipe")
+            for group in model.groups()
+        ]
+        return with_factors(decisions, factors, self.roles)
+
+
+STEP = Caldera

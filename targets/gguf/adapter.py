@@ -1,0 +1,87 @@
+"""The file of low-rank factors beside a GGUF model: a LoRA adapter, which llama.cpp adds at load.
+
+Of a matrix NAME, `NAME.lora_a` is R and `NAME.lora_b` is L. llama.cpp multiplies their product by alpha / rank, or by 1
+where alpha is 0, which lets every matrix have a rank of its own.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from exporter.model.model import Model
+from exporter.model.tensors import gguf_names, open_gguf
+from exporter.weights.format import EncodedFactors, Float32, LowRank
+from exporter.weights.ggml import ggml_format
+from exporter.weights.group import Decision, WeightGroup
+
+RIGHT, LEFT = "lora_a", "lora_b"
+
+
+class AdapterWriter:
+    """Writes the adapter of a model, matrix by matrix in the order of the decisions.
+
+    Args:
+        path: Where to.
+        model: The model.
+        decisions: Those with factors, in the order in which `add` is called.
+    """
+
+    def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
+        self._writer = gguf.GGUFWriter(path, model.architecture.family.gguf_architecture)
+        self._writer.add_type(gguf.GGUFType.ADAPTER)
+        self._writer.add_name(model.name)
+        self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+        names = gguf_names(model.architecture.layers)
+        for decision in decisions:
+            assert decision.low_rank is not None
+            format, rank = decision.low_rank.format, decision.low_rank.rank
+            kind = gguf.GGMLQuantizationType[format.name]
+            group = decision.group
+            for part, rows, columns in ((RIGHT, rank, group.columns), (LEFT, group.rows, rank)):
+                shape = (rows, format.stored_bytes(1, columns))
+                size = format.stored_bytes(rows, columns)
+                self._writer.add_tensor_info(f"{names[group.name]}.{part}", shape, np.dtype(np.uint8), size, kind)
+        self._writer.write_header_to_file()
+        self._writer.write_kv_data_to_file()
+        self._writer.write_ti_data_to_file()
+
+    def add(self, factors: EncodedFactors, order: np.ndarray | None) -> None:
+        """Write the factors of the next matrix, whose stored rows are those of the source in an order."""
+        self._writer.write_tensor_data(factors.right)
+        self._writer.write_tensor_data(factors.left if order is None else factors.left[order])
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
+
+
+class Adapter:
+    """The factors in an adapter's file.
+
+    Args:
+        path: The file; None for no factors at all.
+        model: The model that it belongs to.
+    """
+
+    def __init__(self, path: Path | None, model: Model) -> None:
+        self._tensors = {} if path is None else {tensor.name: tensor for tensor in open_gguf(path).tensors}
+        self._names = gguf_names(model.architecture.layers)
+
+    def low_rank(self, group: WeightGroup) -> LowRank | None:
+        """Return rank and format of a matrix's factors as the file states them; None where there are none."""
+        left = self._tensors.get(f"{self._names[group.name]}.{LEFT}")
+        return None if left is None else LowRank(int(left.shape[0]), ggml_format(left.tensor_type.name))
+
+    def decode(self, group: WeightGroup) -> tuple[Float32, Float32] | None:
+        """Return L, rows in the file's order, and R as llama.cpp decodes them; None where there are none."""
+        low_rank = self.low_rank(group)
+        if low_rank is None:
+            return None
+        name, decode = self._names[group.name], low_rank.format.decode_rows
+        left, right = (
+            np.ascontiguousarray(self._tensors[f"{name}.{part}"].data).view(np.uint8) for part in (LEFT, RIGHT)
+        )
+        return decode(left, low_rank.rank), decode(right, group.columns)

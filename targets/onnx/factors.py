@@ -1,0 +1,71 @@
+"""Low-rank factors beside a matrix: two small products, and an addition to the matrix's own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.targets.onnx.graph import DOMAIN, DataFile, Product, put_table, register, widened
+from exporter.weights.format import Bytes, EncodedFactors, WeightFormat
+from exporter.weights.matmulnbits import MatMulNBitsFormat
+
+
+def add_factors(
+    graph: ir.Graph, product: Product, factors: Sequence[EncodedFactors], file: DataFile, accuracy_level: int
+) -> None:
+    """Add L (R x) to what a matrix puts out; where that holds several groups, those of each side by side.
+
+    Args:
+        graph: The graph; `put_matrix` has replaced the product in it.
+        product: The product as it was.
+        factors: Of each group of the product.
+        file: Where data go.
+        accuracy_level: Of `MatMulNBits`.
+    """
+    base = next(node for node in graph if node.name == f"{product.node.name}NBits")
+    given, own = base.inputs[0], base.outputs[0]
+    assert given is not None
+    columns = int(base.attributes["K"].as_int())
+    layer = f"{product.node.name}".rsplit("/", 2)[0]
+    nodes: list[ir.Node] = []
+    parts = []
+    for group, some in zip(product.groups, factors, strict=True):
+        stem, low_rank = f"{layer}/{group.split('.')[-2]}", some.low_rank
+        right = _product(graph, f"{stem}/right", given, low_rank.format, some.right, columns, file, accuracy_level)
+        inner = right.outputs[0]
+        left = _product(graph, f"{stem}/left", inner, low_rank.format, some.left, low_rank.rank, file, accuracy_level)
+        nodes += right, left
+        parts.append(left.outputs[0])
+    if len(parts) > 1:
+        nodes.append(ir.node("Concat", parts, {"axis": -1}, name=f"{base.name}/Concat"))
+    total = ir.Value(name=f"{own.name}/sum", shape=own.shape, type=own.type)
+    own.replace_all_uses_with(total)
+    nodes.append(ir.node("Add", [own, nodes[-1].outputs[0]], outputs=[total], name=f"{base.name}/Add"))
+    graph.insert_after(base, nodes)
+
+
+def _product(
+    graph: ir.Graph,
+    stem: str,
+    given: ir.Value,
+    format: WeightFormat,
+    data: Bytes,
+    columns: int,
+    file: DataFile,
+    accuracy_level: int,
+) -> ir.Node:
+    """Return the product with one factor: `MatMulNBits`, or `MatMul` by float16 numbers that are widened at load."""
+    name = stem.strip("/").replace("/", ".")
+    if not isinstance(format, MatMulNBitsFormat):
+        halves = np.ascontiguousarray(np.ascontiguousarray(data).view(np.float16).T)
+        weight = widened(graph, register(graph, file.append(f"{name}.weight", halves)))
+        return ir.node("MatMul", [given, weight], name=f"{stem}/MatMul")
+    table = put_table(graph, file, name, format, data, columns)
+    attributes = {
+        "K": columns,
+        "N": len(data),
+        "bits": format.bits,
+        "block_size": format.block_columns,
+        "accuracy_level": accuracy_level,
+    }
+    return ir.node("MatMulNBits", [given, *table], attributes, domain=DOMAIN, name=f"{stem}/MatMulNBits")

@@ -1,0 +1,68 @@
+"""What is said of memory and disk before a build, and that freed memory goes back."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.calibrate.layers import silent
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows
+from exporter.job import Job
+from exporter.model.sources import open_model
+from exporter.needs import build_peak_bytes, cache_bytes
+from tests.models import tiny_model
+
+FREED = """
+import sys
+import numpy as np
+from exporter.stages import give_back_freed_memory, resident_bytes
+if sys.argv[1] == "True":
+    give_back_freed_memory()
+np.ones(30 << 20, np.uint8)  # freed at once: blocks as large as this one stay in the heap from now on
+before = resident_bytes()
+kept = [(np.ones(16 << 20, np.uint8), np.ones(64 << 10, np.uint8)) for _ in range(16)]
+kept = [small for _, small in kept]
+print(resident_bytes() - before)
+"""
+
+
+def left_after_freeing(giving_back: bool) -> int:
+    command = [sys.executable, "-c", FREED, str(giving_back)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is set")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    assert left_after_freeing(False) > 128 << 20
+    assert left_after_freeing(True) < 32 << 20
+
+
+def test_the_cache_of_statistics_is_as_large_as_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    text = Path("text")
+    job = Job("model", "device", calibration=text, evaluation=text, window=16, calibration_windows=4)
+    windows = Windows.of(np.random.default_rng(0).integers(0, 300, (4, 16)), "file", 0)
+    with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
+        collect(model, windows, 0, silent)
+        foretold, hidden = cache_bytes(model, job), 4 * 16 * 256 * (4 * 5 + 6)
+        parameters = model.architecture.parameters
+        assert cache_bytes(model, replace(job, evaluation=None)) == foretold + 34 * parameters // 32
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    # Small files stand beside the second moments; hidden states are gone by now.
+    assert foretold - hidden <= kept <= 1.1 * (foretold - hidden)
+
+
+def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:
+    job = Job("model", "device")
+    peaks = []
+    for name, hidden, intermediate in (("small", 64, 96), ("wide", 64, 4096), ("large", 128, 8192)):
+        with open_model(str(tiny_model(tmp_path / name, hidden=hidden, intermediate=intermediate))) as model:
+            peaks.append(build_peak_bytes(model, job, 0, 0))
+            assert build_peak_bytes(model, job, 4 << 30, 1 << 30) > 5 << 30
+    assert sorted(peaks) == peaks
+    # Two second moments of the widest site in float32, and their sums beside it.
+    assert peaks[2] - peaks[0] > 2 * 4 * 8192**2

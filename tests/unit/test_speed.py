@@ -1,0 +1,59 @@
+"""What a device's processor is expected to make of a matrix: the roofline, and which kernels it has."""
+
+from pathlib import Path
+
+import pytest
+
+from exporter.device.profile import device_names, load_device
+from exporter.device.speed import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
+from exporter.model.sources import open_model
+from exporter.targets.gguf.kernels import ON_X86, PLAIN_ON_ARM, REPACKED_ON_ARM, throughput_on
+from exporter.targets.gguf.target import ALPHABET
+from exporter.targets.target import load_target
+from tests.models import tiny_model
+
+
+def test_a_matrix_takes_the_longer_of_reading_and_multiplying() -> None:
+    cpu = Cpu(bytes_per_s=10e9, products_per_s=40e9)
+    assert cpu.decode_s(1_000_000, 500_000, Throughput(decode=1.0)) == pytest.approx(50e-6)
+    assert cpu.decode_s(1_000_000, 500_000, Throughput(decode=0.1)) == pytest.approx(250e-6)
+    assert cpu.prefill_s(1_000_000, Throughput(prefill=0.5)) == pytest.approx(50e-6)
+    assert cpu.prefill_s(1_000_000, Throughput(prefill=float("inf"))) == 0
+
+
+def test_threads_run_on_the_fastest_cores() -> None:
+    device = load_device("galaxy-s24-ultra")
+    clocks = [cluster.clock_ghz.value for cluster in device.clusters for _ in range(cluster.cores)]
+    expected = PRODUCTS_A_CYCLE["i8mm"] * sum(clocks[: device.threads.count]) * 1e9
+    assert cpu_of(device).products_per_s == pytest.approx(expected)
+    assert cpu_of(device).bytes_per_s == device.effective_bandwidth_bytes_per_s.value
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_type_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
+    known = throughput_on(load_device(name))
+    assert set(ALPHABET) <= set(known)
+    assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in known.values())
+
+
+def test_arm_is_quick_where_llama_cpp_repacks() -> None:
+    known = throughput_on(load_device("raspberry-pi-5"))
+    assert {name for name, one in known.items() if one.prefill == 1.0} == set(REPACKED_ON_ARM)
+    assert known["Q5_1"].prefill == PLAIN_ON_ARM
+    # Without dotprod nothing is repacked, and a prompt goes at the pace of single tokens.
+    assert throughput_on(load_device("raspberry-pi-4"))["Q4_0"].prefill == ON_X86["Q4_0"].decode
+    assert throughput_on(load_device("core-ultra-200v")) is ON_X86
+
+
+@pytest.mark.parametrize(("target", "largest"), [("gguf", "Q8_0"), ("onnx", "int8-b32")])
+def test_the_stock_tool_is_known_at_every_size(tmp_path: Path, target: str, largest: str) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        made = load_target(target)
+        sizes = []
+        for most in (1 << 30, sum(one.stored_bytes for one in made.stock(model, 1 << 30)) - 1):
+            decisions = made.stock(model, most)
+            sizes.append(sum(one.stored_bytes for one in decisions))
+            assert sizes[-1] <= most and len(decisions) == len(model.groups())
+        assert sizes[1] < sizes[0]
+        assert {one.format.name.removesuffix("-f32") for one in made.stock(model, 1 << 30)} == {largest}
+        assert made.stock(model, 1) == []
