@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exporter.coding.chunk import Profile
 from exporter.effort import Effort, effort
 from exporter.errors import RequestError
 
@@ -40,6 +41,7 @@ class Job:
         min_prefill_tokens_per_s: What the device is expected to read of a prompt at the least.
         prefer: What matters more within those limits: `accuracy` or `speed`, or `balanced`.
         recipe: A recipe's name, or the path of a user's own TOML; it decides in place of type, method and limits.
+        transport: Ship the model files coded, by the profile `small` or `fast`; None for plain, or as the recipe says.
     """
 
     source: str
@@ -63,6 +65,7 @@ class Job:
     min_prefill_tokens_per_s: float | None = None
     prefer: str = "balanced"
     recipe: str | None = None
+    transport: Profile | None = None
 
     @property
     def effort_level(self) -> Effort:

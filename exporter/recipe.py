@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from exporter.coding.chunk import Profile
 from exporter.compress.caldera import Turns
 from exporter.device.profile import Text
 from exporter.errors import InputError, RequestError, did_you_mean
@@ -24,6 +25,7 @@ from exporter.measures import Document
 from exporter.model.model import Model
 from exporter.registry import load, names
 from exporter.steps.step import EncodingStep
+from exporter.steps.transport import Transport
 from exporter.targets.target import Target
 from exporter.toml import checked, named_file, read_document, shown
 from exporter.weights.group import Decision
@@ -32,6 +34,8 @@ PACKAGE = "exporter.recipes"
 STEPS = "exporter.steps"
 NOT_STEPS = {"step"}
 MOST_STEPS = 16
+
+Step = EncodingStep | Transport
 
 
 class _File(Document):
@@ -49,12 +53,14 @@ class Recipe:
     Attributes:
         name: The file's name without `.toml`.
         title: One line for people.
-        encoding: The last step, which gives every matrix its format.
+        encoding: The step which gives every matrix its format.
+        transport: The profile that model files are coded with, where they are shipped coded: the last step.
     """
 
     name: str
     title: str
     encoding: EncodingStep
+    transport: Profile | None = None
 
     @property
     def turns(self) -> Turns:
@@ -92,7 +98,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     """
     file = named_file(name_or_path, PACKAGE, "recipe")
     found = read_document(file, _File, "recipe")
-    step, *after = (_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1))
+    steps = [_step(table, f"{file}: step {number}") for number, table in enumerate(found.step, 1)]
+    (step, *after), profile = _coded_last(steps, file)
     if after:
         raise RequestError(
             f"{step.method} gives every matrix its codes, so nothing can follow it",
@@ -100,10 +107,31 @@ def load_recipe(name_or_path: str) -> Recipe:
             got=f"{after[0].method} after it",
             next_step=f"make {step.method} the last step",
         )
-    return Recipe(file.name.removesuffix(".toml"), found.title, step)
+    return Recipe(file.name.removesuffix(".toml"), found.title, step, profile)
 
 
-def _step(table: dict[str, Any], where: str) -> EncodingStep:
+def _coded_last(steps: list[Step], file: object) -> tuple[list[EncodingStep], Profile | None]:
+    """Return the steps before the one that codes the finished files, and its profile; None where there is none."""
+    before = [step for step in steps if isinstance(step, EncodingStep)]
+    for number, step in enumerate(steps, 1):
+        if isinstance(step, Transport) and number < len(steps):
+            raise RequestError(
+                "transport codes the finished model files, so nothing can follow it",
+                where=f"{file}: step {number}",
+                got=f"{steps[number].method}, which would change what was coded",
+                next_step="make transport the last step",
+            )
+    if not before:
+        raise RequestError(
+            "transport codes model files, and no step before it makes any",
+            where=f"{file}: step 1",
+            next_step="put a step before it that gives matrices their formats, such as double",
+        )
+    last = steps[-1]
+    return before, last.profile if isinstance(last, Transport) else None
+
+
+def _step(table: dict[str, Any], where: str) -> Step:
     method = table.get("method")
     known = step_names()
     if not isinstance(method, str):
@@ -111,5 +139,5 @@ def _step(table: dict[str, Any], where: str) -> EncodingStep:
         raise InputError("a step must name its method", where=where, got=shown(method), expected=expected)
     if method not in known:
         raise InputError(f"unknown method {shown(method)}", where=where, next_step=did_you_mean(method, known))
-    kind: type[EncodingStep] = load(f"{STEPS}.{{}}", method, known, "method").STEP
+    kind: type[Step] = load(f"{STEPS}.{{}}", method, known, "method").STEP
     return checked(table, kind, where)

@@ -143,28 +143,39 @@ def restore_file(coded: Path, to: Path, progress: Callable[[int, int], None] = l
             raise RequestError(
                 "not enough free disk space", where=to, got=f"{free:,} bytes", expected=f"{original.size:,} bytes"
             )
-        whole, done = hashlib.sha256(), 0
+        done = 0
         with replacing(to) as partial, partial.open("wb") as target:
-            for data in restored_chunks(file, original, coded):
-                whole.update(data)
+            for data in _restored_chunks(file, original, coded):
                 target.write(data)
                 done += len(data)
                 progress(done, original.size)
             target.flush()
             os.fsync(target.fileno())
-            if whole.digest() != original.sha256:
-                raise _damaged(coded, "another SHA-256 than the original's")
     return original
 
 
-def restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator[memoryview]:
-    """Give the restored bytes in order, chunk by chunk, restored on all cores.
+def check_file(coded: Path) -> Original:
+    """Restore the file that a coded file stands for without keeping it.
+
+    Raises:
+        InputError: as for `restore_file`.
+    """
+    with coded.open("rb") as file:
+        original = _read_header(file, coded)
+        for _ in _restored_chunks(file, original, coded):
+            pass
+    return original
+
+
+def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator[memoryview]:
+    """Give the restored bytes in order, chunk by chunk, restored on all cores; the whole is checked at the end.
 
     Args:
         file: The coded file, read up to the end of its header.
         original: What it stands for.
         coded: Its path, for errors.
     """
+    whole = hashlib.sha256()
 
     def restore(given: tuple[int, bytes]) -> memoryview:
         size, payload = given
@@ -173,7 +184,11 @@ def restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator
         except InputError as error:
             raise _damaged(coded, error) from error
 
-    yield from _on_all_cores(restore, _read_chunks(file, original.size, coded))
+    for data in _on_all_cores(restore, _read_chunks(file, original.size, coded)):
+        whole.update(data)
+        yield data
+    if whole.digest() != original.sha256:
+        raise _damaged(coded, "another SHA-256 than the original's")
 
 
 def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, bytes]]:

@@ -40,10 +40,11 @@ def _pairs(symbols: Bytes) -> bytes:
     place[common] = np.arange(COMMON, dtype=np.uint8)
     places = np.pad(place[symbols], (0, len(symbols) % 2))
     others = symbols[places[: len(symbols)] == _ESCAPE]
-    return (
+    made: bytes = (
         common.tobytes() + _frame(places[::2] | places[1::2] << np.uint8(4), _CODER)
         + np.uint32(len(others)).tobytes() + others.tobytes()
     )  # fmt: skip
+    return made
 
 
 def read_huffman(reading: Reading, size: int) -> Bytes:

@@ -189,5 +189,5 @@ def _bits(codes: Bytes, shape: Shape, times: float) -> float:
         for column in np.unique(shape.columns):
             counts[number + column] += counts_of(codes[np.ix_(shape.rows == number, shape.columns == column)])
     used = counts[counts.any(axis=1)]
-    least = float(sum(entropy_bits(one) for one in used))
-    return times * (least + 4 * len(codes)) + len(used) * TABLE_BITS + 4 * codes.shape[1]
+    least = sum(entropy_bits(one) for one in used)
+    return float(times * (least + 4 * len(codes)) + len(used) * TABLE_BITS + 4 * codes.shape[1])

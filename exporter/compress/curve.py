@@ -1,8 +1,8 @@
 """One step common to many matrices, found for the bits that their codes take together when coded.
 
 What a step of a row costs in behaviour grows with the row's sensitivity and with what its inputs deviate; a row's own
-step is the common one over the root of both. All rows then lose as much for their last bit, which is the least loss at a
-total of bits, and how many bits a matrix gets follows from how much it matters.
+step is the common one over the root of both. All rows then lose as much for their last bit, which is the least loss at
+a total of bits, and how many bits a matrix gets follows from how much it matters.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
 # Rows that hardly matter count at least so much of the mean.
 LEAST_SENSITIVITY = 1e-3
-SAMPLED_ROWS = 96
+# Of a matrix so many rows are tried, or this share of them where that is more.
+SAMPLED_ROWS, SAMPLED_SHARE = 96, 1 / 64
 # Codes that leave room for what feedback adds to the largest weight of a row.
 ROOM = np.float32(LARGEST_CODE - 7)
 # What the formula for many bits foretells at the steps that rates are found out at.
@@ -34,15 +35,24 @@ HALVINGS = 40
 SCALE_BITS = 16
 
 
-def roots_of(sensitivity: Float32, deviation: float) -> Float32:
-    """Return what the common step is divided by in each row, float32 [rows].
+def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Float32:
+    """Return what the common step is divided by in each row of a matrix, float32 [rows].
+
+    A row counts as an output by its sensitivity, and as what is looked up by how often that is.
 
     Args:
-        sensitivity: Of each row, float32 [rows].
-        deviation: Of the inputs, as far as a row's error depends on it.
+        statistics: Of the model.
+        group: The matrix.
+        variance: Of the inputs, as far as a row's error depends on it; not used where none are observed.
     """
-    floored = sensitivity + LEAST_SENSITIVITY * sensitivity.mean() + np.float32(1e-30)
-    roots: Float32 = np.sqrt(floored) * np.float32(deviation)
+    squares = np.zeros(group.rows, np.float32)
+    if group.site != "tokens":
+        role = "head" if group.layer is None else group.role
+        squares += np.float32(variance) * statistics.sensitivity(group.layer, role)
+    if "embedding" in group.uses:
+        frequencies, columns = statistics.lookups()
+        squares += frequencies * columns.mean()
+    roots: Float32 = np.sqrt(squares + LEAST_SENSITIVITY * squares.mean() + np.float32(1e-30))
     return roots
 
 
@@ -103,11 +113,7 @@ def common_step(curves: Sequence[Curve], sizes: Sequence[int], bits: float) -> f
     return high
 
 
-def sensitivity_of(statistics: Statistics, group: WeightGroup) -> Float32:
-    """Return the sensitivity of each row of a matrix as outputs, float32 [rows]."""
-    return statistics.sensitivity(group.layer, "head" if group.layer is None else group.role)
-
-
 def some_rows(rows: int) -> NDArray[np.int64]:
     """Return some rows, evenly spread: neighbouring ones belong to one head."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).astype(np.int64))
+    count = min(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))
+    return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))

@@ -14,10 +14,10 @@ import numpy as np
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
 from exporter.compress.equalise import Rewritten, equalised
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import error_of
-from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
@@ -63,8 +63,7 @@ class Double:
             reach = np.ones(weight.shape[1], np.float32) if site is None else np.sqrt(site.squares)
         step = self.step
         if step is None:
-            curve = Curve.of(weight, roots, self.rounding(weight, roots, reach))
-            step = 2.0 ** common_step([curve], [1], self.bits)
+            step = 2.0 ** common_step([self.sampled_curve(weight, roots, reach)], [1], self.bits)
         steps = stored_steps(format, row_steps(weight, roots, step))
         data = encode_steps(format, self._codes(weight, steps, reach), steps)
         return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
@@ -76,9 +75,15 @@ class Double:
         alike = Double(self.bits, self.largest, self.zeroed)
         return error_of(alike.encode(weight, format, site).planned - weight, site, columns)
 
-    def rounding(self, weight: Float32, roots: Float32, reach: Float32) -> Callable[[float], Int8]:
-        """Return a function that gives the codes, int8 [rows, columns], of some rows at a common step."""
-        return lambda step: self._codes(weight, row_steps(weight, roots, step), reach)
+    def sampled_curve(self, weight: Float32, roots: Float32, reach: Float32) -> Curve:
+        """Return what rates common steps give, from some rows of a matrix, float32 [rows, columns]."""
+        rows = some_rows(len(weight))
+        some, counted = weight[rows], roots[rows]
+
+        def rounded(step: float) -> Int8:
+            return self._codes(some, row_steps(some, counted, step), reach)
+
+        return Curve.of(some, counted, rounded, len(weight) / len(rows))
 
     def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> Int8:
         """Return the nearest codes, int8 [rows, columns], those that move the outputs least zero."""
@@ -121,12 +126,11 @@ def doubled(
     for number, group in enumerate(groups):
         progress(number, len(groups))
         site, ranges = statistics.site(group.site), statistics.ranges(group.site)
-        deviation = 1.0 if site is None else float(np.sqrt(site.second_moment.trace() / group.columns))
-        roots, rows = roots_of(sensitivity_of(statistics, group), deviation), some_rows(group.rows)
+        variance = 1.0 if site is None else float(site.second_moment.trace() / group.columns)
+        roots = roots_of(statistics, group, variance)
         reach = np.ones(group.columns, np.float32) if ranges is None else ranges.largest
         method = Double(bits, reach, zeroed, roots)
-        weight, times = model.read(group.name)[rows], group.rows / len(rows)
-        curves.append(Curve.of(weight, roots[rows], method.rounding(weight, roots[rows], reach), times))
+        curves.append(method.sampled_curve(model.read(group.name), roots, reach))
         methods.append(method)
     progress(len(groups), len(groups))
     step = common_step(curves, [group.size for group in groups], bits)

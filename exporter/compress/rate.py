@@ -21,10 +21,10 @@ import numpy as np
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
 from exporter.compress.equalise import Rewritten, rescaled
 from exporter.compress.ldlq import feedback_factor
 from exporter.compress.method import ExpectedError
-from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, sensitivity_of, some_rows
 from exporter.effort import Effort
 from exporter.errors import RequestError
 from exporter.model.model import Model
@@ -46,12 +46,13 @@ class Rate:
 
     Attributes:
         bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
-        sensitivity: Of each row, float32 [rows]; None where all count alike.
+        roots: Square root of each row's s_i times d, the mean of the columns', float32 [rows]; None where the rows
+            count alike.
         step: c in the formula; where the rows count alike, the step itself.
     """
 
     bits: float = DEFAULT_BITS
-    sensitivity: Float32 | None = None
+    roots: Float32 | None = None
     step: float | None = None
     name = "rate"
 
@@ -61,7 +62,7 @@ class Rate:
         Raises:
             RequestError: the format is not a symmetric one of 8 bits.
         """
-        problem = _Problem.of(weight, site, self.sensitivity)
+        problem = _Problem.of(weight, site, self.roots)
         step = self.step if self.step is not None else 2.0 ** common_step([problem.sampled_curve()], [1], self.bits)
         steps = stored_steps(format, row_steps(weight, problem.roots, step))
         codes = problem.rounded(steps)
@@ -91,8 +92,7 @@ class _Problem:
         weight: float32 [rows, columns].
         moment: H, damped, float32 [columns, columns]; None where inputs were not observed.
         factor: Its feedback factor U; likewise.
-        roots: Square root of each row's sensitivity times d, the mean of the columns', float32 [rows]; ones where the
-            rows count alike.
+        roots: See `Rate`; ones where the rows count alike.
     """
 
     weight: Float32
@@ -101,13 +101,15 @@ class _Problem:
     roots: Float32
 
     @classmethod
-    def of(cls, weight: Float32, site: Site | None, sensitivity: Float32 | None) -> "_Problem":
+    def of(cls, weight: Float32, site: Site | None, roots: Float32 | None = None) -> "_Problem":
         moment = None if site is None else damped_moment(site.second_moment)
         factor = None if moment is None else feedback_factor(moment)
-        if sensitivity is None:
-            return cls(weight, moment, factor, np.ones(len(weight), np.float32))
-        even = 1.0 if factor is None else math.exp(-np.log(factor.diagonal()).mean(dtype=np.float64))
-        return cls(weight, moment, factor, roots_of(sensitivity, even))
+        return cls(weight, moment, factor, np.ones(len(weight), np.float32) if roots is None else roots)
+
+    @property
+    def variance(self) -> float:
+        """The geometric mean of what of each input is not foretold by later ones."""
+        return 1.0 if self.factor is None else math.exp(-2 * np.log(self.factor.diagonal()).mean(dtype=np.float64))
 
     def sampled_curve(self) -> Curve:
         """Return what rates common steps give, from some rows."""
@@ -212,18 +214,18 @@ def rated(
     Raises:
         RequestError: no common step gives this rate.
     """
-    curves, sensitivities = [], []
+    curves, all_roots = [], []
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        sensitivity = sensitivity_of(statistics, group)
-        problem = _Problem.of(model.read(group.name), statistics.site(group.site), sensitivity)
-        curves.append(problem.sampled_curve())
-        sensitivities.append(sensitivity)
+        problem = _Problem.of(model.read(group.name), statistics.site(group.site))
+        roots = roots_of(statistics, group, problem.variance)
+        curves.append(replace(problem, roots=roots).sampled_curve())
+        all_roots.append(roots)
     progress(len(groups), len(groups))
     step = common_step(curves, [group.size for group in groups], bits)
     return {
-        group.name: Rate(curve.at(step), sensitivity, 2.0**step)
-        for group, curve, sensitivity in zip(groups, curves, sensitivities, strict=True)
+        group.name: Rate(curve.at(step), roots, 2.0**step)
+        for group, curve, roots in zip(groups, curves, all_roots, strict=True)
     }
 
 
