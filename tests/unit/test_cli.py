@@ -113,6 +113,43 @@ def test_a_coded_file_is_unpacked_and_a_damaged_one_is_not(world: Path) -> None:
     assert (nothing.returncode, "there is no such file" in nothing.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("recipe", ["double", "rate"])
+def test_a_recipe_that_ships_coded(world: Path, recipe: str, target: str) -> None:
+    shipped, plain = f"shipped-{recipe}-{target}", f"plain-{recipe}-{target}"
+    made = cli(
+        world, "build", "model", "--device", "raspberry-pi-5", "--target", target, "--recipe", recipe, "-o", shipped,
+        "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--context", "128", "--json",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["recipe"]["transport"] == "small"
+    coded = sum(path.stat().st_size for path in (world / shipped).rglob("*.coded"))
+    size = facts["size"]
+    assert size["coded_bytes"]["value"] == coded < size["file_bytes"]["value"]
+    assert size["coded_bits_per_weight"]["value"] == pytest.approx(8 * coded / facts["model"]["parameters"])
+    assert "not run" in cli(world, "verify", shipped).stdout
+    refused = cli(world, "run", shipped, "-p", "hello")
+    assert (refused.returncode, "edge-exporter unpack" in refused.stderr) == (2, True)
+    assert cli(world, "unpack", shipped, "-o", plain).returncode == 0
+    verified = json.loads(cli(world, "verify", plain, "--json").stdout)
+    assert {check["status"] for check in verified["checks"]} == {"passed"}
+    assert cli(world, "run", plain, "-p", "hello").returncode == 0
+    assert "shipped coded" in cli(world, "inspect", plain).stdout
+
+
+def test_any_bundle_can_ship_coded(world: Path) -> None:
+    made = cli(
+        world, "build", "model", "--device", "raspberry-pi-5", "--target", "gguf", "--type", "Q8_0", "-o", "fast",
+        "--transport", "fast", "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--context", "128",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert cli(world, "unpack", "fast", "-o", "fast-plain").returncode == 0
+    restored = (world / "fast-plain/model/model.gguf").read_bytes()
+    assert restored == (world / "bundle-gguf/model/model.gguf").read_bytes()
+    assert "'small', 'fast'" in cli(world, "build", "model", "-d", "x", "-o", "y", "--transport", "quick").stderr
+
+
 def test_listing_devices_and_planning(world: Path) -> None:
     assert "raspberry-pi-5" in cli(world, "devices").stdout
     planned = json.loads(cli(world, "plan", "model", "-d", "raspberry-pi-5", "--json").stdout)
