@@ -1,12 +1,13 @@
 """Decisions within limits of bytes and of a device's time: what every format would cost, and the best use of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
-from exporter.compress.method import load_method
+from exporter.compress.method import Method, load_method
 from exporter.device.speed import Cpu, cpu_of
 from exporter.errors import RequestError, did_you_mean
 from exporter.job import Job, Progress
@@ -226,16 +227,30 @@ def _answer_s(choice: Choice) -> float:
 
 
 def foretell(
-    decisions: list[Decision], job: Job, model: Model, statistics: Statistics, progress: Progress
+    decisions: list[Decision],
+    job: Job,
+    model: Model,
+    statistics: Statistics,
+    progress: Progress,
+    methods: Mapping[str, Method] = MappingProxyType({}),
 ) -> list[Decision]:
-    """Return decisions that were made by name with the KL divergence that each is predicted to add."""
+    """Return decisions that were made by name with the KL divergence that each is predicted to add.
+
+    Methods of single matrices, by name, stand in for the one that a decision names.
+    """
     storages = [Storage.of(one) for one in decisions]
-    choices = _choices(storages, job, model, decisions[0].method, statistics, progress)
+    choices = _choices(storages, job, model, decisions[0].method, statistics, progress, methods)
     return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
 
 
 def _choices(
-    storages: list[Storage], job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
+    storages: list[Storage],
+    job: Job,
+    model: Model,
+    method: str,
+    statistics: Statistics,
+    progress: Progress,
+    methods: Mapping[str, Method] = MappingProxyType({}),
 ) -> list[list[Choice]]:
     return predict(
         model,
@@ -243,4 +258,5 @@ def _choices(
         load_method(method, job.effort_level),
         statistics,
         lambda done, total: progress("predict: matrices", done, total),
+        methods,
     )

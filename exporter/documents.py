@@ -11,6 +11,7 @@ import psutil
 from exporter import __version__
 from exporter.bundle.manifest import Header, Provenance
 from exporter.calibrate.text import Windows
+from exporter.coding.container import CodedSize
 from exporter.compress.compressed import CompressedModel
 from exporter.device.fit import check_fit
 from exporter.job import Job
@@ -38,7 +39,10 @@ from exporter.targets.artifact import Artifact
 from exporter.validate.proof import Proof
 from exporter.validate.selftest import SelfTest
 
-LIBRARIES = ("torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai")
+LIBRARIES = (
+    "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai",
+    "zstandard",
+)  # fmt: skip
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
 RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ONNX_RUNTIMES}
 
@@ -49,6 +53,7 @@ def describe(
     compressed: CompressedModel,
     artifact: Artifact,
     proof: Proof,
+    coded: CodedSize | None,
     calibration: Windows,
     evaluation: Windows,
     stages: Stages,
@@ -63,6 +68,7 @@ def describe(
         evaluation=_text_facts(evaluation),
         seed=job.seed,
         context=job.window,
+        transport=plan.transport,
     )
     report = Report(
         model=_model_facts(model),
@@ -71,7 +77,7 @@ def describe(
         target=plan.target.name,
         recipe=recipe,
         pruning=plan.pruning,
-        size=_size(artifact, model),
+        size=_size(artifact, coded, model),
         accuracy=_accuracy(proof, evaluation, compressed),
         checks=proof.checks,
         tensors=_rows(compressed),
@@ -99,9 +105,13 @@ def _model_facts(model: Model) -> ModelFacts:
     )
 
 
-def _size(artifact: Artifact, model: Model) -> Size:
-    bits = 8 * artifact.file_bytes / model.architecture.parameters
-    return Size(file_bytes=_measured(artifact.file_bytes, "bytes"), bits_per_weight=_measured(bits, "bits"))
+def _size(artifact: Artifact, coded: CodedSize | None, model: Model) -> Size:
+    def both(count: int) -> tuple[Quantity, Quantity]:
+        return _measured(count, "bytes"), _measured(8 * count / model.architecture.parameters, "bits")
+
+    file_bytes, bits = both(artifact.file_bytes)
+    shipped, shipped_bits = (None, None) if coded is None else both(coded.coded_bytes)
+    return Size(file_bytes=file_bytes, bits_per_weight=bits, coded_bytes=shipped, coded_bits_per_weight=shipped_bits)
 
 
 def _accuracy(proof: Proof, evaluation: Windows, compressed: CompressedModel) -> Accuracy:

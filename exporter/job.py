@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exporter.coding.chunk import Profile
 from exporter.effort import Effort, effort
 from exporter.errors import RequestError
 
@@ -42,6 +43,7 @@ class Job:
         recipe: A recipe's name, or the path of a user's own TOML; where it gives matrices their formats, it decides in
             place of type, method and limits.
         save_pruned: A folder that the model is written to once a recipe has pruned it, for transformers.
+        transport: Ship the model files coded, by the profile `small` or `fast`; None for plain, or as the recipe says.
     """
 
     source: str
@@ -66,6 +68,7 @@ class Job:
     prefer: str = "balanced"
     recipe: str | None = None
     save_pruned: Path | None = None
+    transport: Profile | None = None
 
     @property
     def effort_level(self) -> Effort:

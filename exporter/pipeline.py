@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exporter.budget import Budget, decide_within, feasible_budget, foretell, likely
 from exporter.bundle.manifest import Manifest
+from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
@@ -121,10 +122,11 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
         with stages.stage("rewrite"):
             planned, budget = rewritten_within(planned, job, observe, progress)
     with stages.stage("statistics"):
-        rewritten = target.rewritten(planned.model, observe(planned.model), planned.decisions)
+        rewritten = planned.coordinates(observe(planned.model))
     with stages.stage("allocate"):
+        methods = planned.methods(rewritten, progress)
         if budget is None:
-            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress)
+            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress, methods)
         else:
             decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
         planned = replace(planned, decisions=decisions)
@@ -138,6 +140,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             partial(progress, "compress: matrices"),
             rewritten.model,
             planned.recipe.turns,
+            methods,
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:
@@ -146,7 +149,11 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             )
     with stages.stage("prove"):
         proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
-    report, measurements = describe(job, planned, compressed, artifact, proof, calibration, evaluation, stages)
+    coded = None
+    if planned.transport is not None:
+        with stages.stage("code for transport"):
+            coded = code_beside(artifact.weights, planned.transport, progress)
+    report, measurements = describe(job, planned, compressed, artifact, proof, coded, calibration, evaluation, stages)
     write_documents(staging, report, measurements, proof.self_test)
     assert job.output is not None
     manifest = write_bundle(staging, job.output, header(job, original, report))

@@ -1,10 +1,17 @@
 """What a job would do and need, said before a weight is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from exporter.calibrate.statistics import Statistics
+from exporter.coding.chunk import Profile
+from exporter.compress.equalise import Rewritten
+from exporter.compress.method import Method
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
-from exporter.job import Job, require_no_contradiction
+from exporter.errors import RequestError
+from exporter.job import Job, Progress, require_no_contradiction
 from exporter.measures import Basis, Check, Pruning, Quantity
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
@@ -35,6 +42,8 @@ class Plan:
         disk_bytes: Disk space that the build needs where the bundle is written.
         cache_bytes: Disk space that it needs in the cache.
         checks: The estimates against the device's limits.
+        encoding: The step of a recipe that gives matrices their codes; None without a recipe.
+        transport: The profile that the model files are coded with to be shipped; None where they are shipped plain.
     """
 
     original: Model
@@ -52,12 +61,27 @@ class Plan:
     disk_bytes: int = 0
     cache_bytes: int = 0
     checks: tuple[Check, ...] = ()
+    transport: Profile | None = None
 
     @property
     def scheme(self) -> str:
         """The recipe where there is one, and the type where the recipe leaves that open."""
         named = [] if self.recipe is NO_RECIPE else [f"recipe {self.recipe.name}"]
         return ", ".join([*named, *([self.type] if self.recipe.encoding is None else [])])
+
+    def coordinates(self, statistics: Statistics) -> Rewritten:
+        """Return the model in the coordinates that it is encoded in."""
+        encoding = self.recipe.encoding
+        if encoding is None:
+            return self.target.rewritten(self.model, statistics, self.decisions)
+        return encoding.coordinates(self.target, self.model, statistics, self.decisions)
+
+    def methods(self, given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+        """Return methods of single matrices, by name, from the model in those coordinates."""
+        if self.recipe.encoding is None:
+            return {}
+        groups = [decision.group for decision in self.decisions]
+        return self.recipe.encoding.methods(groups, given.model, given.statistics, partial(progress, "steps: matrices"))
 
 
 def make_plan(model: Model, job: Job) -> Plan:
@@ -70,7 +94,13 @@ def make_plan(model: Model, job: Job) -> Plan:
     require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
-    return with_model(Plan(model, model, device, target, recipe), job, recipe.outlined(model), "estimated")
+    if recipe.transport and job.transport:
+        raise RequestError(
+            "--transport and the recipe's step transport contradict each other", where=job.recipe,
+            next_step="leave out --transport",
+        )  # fmt: skip
+    planned = Plan(model, model, device, target, recipe, transport=recipe.transport or job.transport)
+    return with_model(planned, job, recipe.outlined(model), "estimated")
 
 
 def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
@@ -100,7 +130,8 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
         build_peak_bytes=build_peak_bytes(original, job, planned.recipe, file_bytes, peak),
-        disk_bytes=file_bytes + (64 << 20),
+        # Coded files stand beside the plain ones until the bundle is complete.
+        disk_bytes=(2 if planned.transport else 1) * file_bytes + (64 << 20),
         cache_bytes=cache_bytes(original, job, planned.recipe),
         checks=tuple(check_fit(planned.device, file_bytes, quantity, "estimated")),
     )

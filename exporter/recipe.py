@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from exporter.calibrate.layers import Progress
+from exporter.coding.chunk import Profile
 from exporter.compress.caldera import TURNS, Turns
 from exporter.device.profile import Text
 from exporter.errors import InputError, RequestError, did_you_mean
@@ -28,13 +29,14 @@ from exporter.measures import Document
 from exporter.model.model import Model
 from exporter.registry import load, names
 from exporter.steps.step import EncodingStep, Observe, PruningStep, RewritingStep
+from exporter.steps.transport import Transport
 from exporter.toml import checked, named_file, read_document, shown
 
 PACKAGE = "exporter.recipes"
 STEPS = "exporter.steps"
 NOT_STEPS = {"step"}
 MOST_STEPS = 16
-Step = RewritingStep | EncodingStep
+Step = RewritingStep | EncodingStep | Transport
 
 
 class _File(Document):
@@ -54,12 +56,14 @@ class Recipe:
         title: One line for people.
         rewriting: Steps that give a smaller model.
         encoding: The step that gives every matrix its format; None leaves that to the job's type or limits.
+        transport: The profile that model files are coded with, where they are shipped coded: the last step.
     """
 
     name: str
     title: str
     rewriting: tuple[RewritingStep, ...] = ()
     encoding: EncodingStep | None = None
+    transport: Profile | None = None
 
     @property
     def turns(self) -> Turns:
@@ -112,11 +116,19 @@ def load_recipe(name_or_path: str) -> Recipe:
         found.title,
         tuple(step for step in steps if isinstance(step, RewritingStep)),
         next((step for step in steps if isinstance(step, EncodingStep)), None),
+        next((step.profile for step in steps if isinstance(step, Transport)), None),
     )
 
 
 def _require_order(before: Step, step: Step, where: str) -> None:
-    if isinstance(before, EncodingStep):
+    if isinstance(before, Transport):
+        raise RequestError(
+            "transport codes the finished model files, so nothing can follow it",
+            where=where,
+            got=f"{step.method} after it",
+            next_step="make transport the last step",
+        )
+    if isinstance(before, EncodingStep) and not isinstance(step, Transport):
         first = f"put {step.method} before {before.method}" if isinstance(step, RewritingStep) else "leave one out"
         raise RequestError(
             f"{before.method} gives every matrix its codes, so {step.method} cannot follow it",
@@ -141,5 +153,7 @@ def _step(table: dict[str, Any], where: str) -> Step:
         raise InputError("a step must name its method", where=where, got=shown(method), expected=expected)
     if method not in known:
         raise InputError(f"unknown method {shown(method)}", where=where, next_step=did_you_mean(method, known))
-    kind: type[RewritingStep] | type[EncodingStep] = load(f"{STEPS}.{{}}", method, known, "method").STEP
+    kind: type[RewritingStep] | type[EncodingStep] | type[Transport] = load(
+        f"{STEPS}.{{}}", method, known, "method"
+    ).STEP
     return checked(table, kind, where)

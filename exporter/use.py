@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from exporter.bundle.manifest import Manifest
 from exporter.bundle.verify import read_manifest
+from exporter.coding.container import SUFFIX
 from exporter.errors import InputError, RequestError
 from exporter.measures import Check, Quantity
 from exporter.report.data import from_json
@@ -14,6 +16,7 @@ from exporter.targets.artifact import Artifact, open_artifact
 from exporter.validate.selftest import SelfTest, run_self_test
 
 PROMPT_SHARE = 0.75
+UNPACK = "restore it with edge-exporter unpack"
 
 
 def open_bundle(bundle: Path) -> Artifact:
@@ -21,8 +24,12 @@ def open_bundle(bundle: Path) -> Artifact:
 
     Raises:
         InputError: a file is missing or truncated.
+        RequestError: one is coded.
     """
     manifest = read_manifest(bundle)
+    coded = _coded_file(bundle, manifest)
+    if coded is not None:
+        raise RequestError("the bundle's model is coded", where=coded, next_step=UNPACK)
     for entry in manifest.files:
         path = bundle / entry.path
         size = path.stat().st_size if path.is_file() else None
@@ -30,6 +37,12 @@ def open_bundle(bundle: Path) -> Artifact:
             raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=entry.size)
     weights = tuple(bundle / entry.path for entry in manifest.files if entry.role == "model")
     return Artifact(manifest.target, bundle / "model", weights)
+
+
+def _coded_file(bundle: Path, manifest: Manifest) -> Path | None:
+    """Return a coded file that stands in the place of one that the runtime loads; None where there is none."""
+    coded = [bundle / (entry.path + SUFFIX) for entry in manifest.files if entry.coded is not None]
+    return next((path for path in coded if path.is_file() and not path.with_suffix("").is_file()), None)
 
 
 def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> str:
@@ -56,7 +69,9 @@ def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> 
 
 
 def self_test(bundle: Path, threads: int) -> Check:
-    """Run the bundle's self-test in its own runtime."""
+    """Run the bundle's self-test in its own runtime; a coded bundle has to be unpacked for that."""
+    if _coded_file(bundle, read_manifest(bundle)) is not None:
+        return Check(name="selftest", status="not run", detail=f"the bundle's model is coded: {UNPACK}")
     artifact = open_bundle(bundle)
     path = bundle / "selftest.json"
     test = from_json(SelfTest, path.read_bytes(), path)

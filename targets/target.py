@@ -34,6 +34,7 @@ class Target(Protocol):
         name: The target's name.
         default_type: What `--type` is by default.
         default_method: What `--method` is by default.
+        type_of_8_bits: The type of symmetric 8-bit codes for every matrix.
         most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
             from its own weights by more than rounding, and is refused.
         decode_margin: By how much more than its kernels' speeds say a choice of formats may take for a token, over what
@@ -45,6 +46,7 @@ class Target(Protocol):
     name: str
     default_type: str
     default_method: str
+    type_of_8_bits: str
     most_rounding_kl: float
     decode_margin: float
     base_formats: Mapping[int, WeightFormat]

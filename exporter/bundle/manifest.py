@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from exporter.coding.container import SUFFIX
 from exporter.measures import Document
 from exporter.report.data import Recipe, canonical_json
 
@@ -63,13 +64,29 @@ def _portable(path: str) -> str:
     return path
 
 
+class CodedForm(Document):
+    """Size and SHA-256 in hex of the coded file that a bundle is shipped with in place of a file; see `places_of`."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class FileEntry(Document):
-    """One file: its path below the bundle with `/` between parts, what it serves, its size and SHA-256 in hex."""
+    """One file of a bundle.
+
+    Attributes:
+        path: Below the bundle, with `/` between parts.
+        role: What it serves.
+        size: Its bytes.
+        sha256: In hex.
+        coded: What may stand in its place until the bundle is unpacked; None where it is shipped as it is.
+    """
 
     path: Annotated[str, AfterValidator(_portable)]
     role: Role
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    coded: CodedForm | None = None
 
 
 class Provenance(Document):
@@ -121,13 +138,11 @@ class Manifest(Header):
     @classmethod
     def _distinct(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
         seen = {_folded(name): name for name in UNLISTED}
-        for entry in files:
-            folded = _folded(entry.path)
+        for path in [place for entry in files for place in places_of(entry)]:
+            folded = _folded(path)
             if folded in seen:
-                raise ValueError(
-                    f"{entry.path!r} is listed beside {seen[folded]!r}: some systems hold one file for both"
-                )
-            seen[folded] = entry.path
+                raise ValueError(f"{path!r} is listed beside {seen[folded]!r}: some systems hold one file for both")
+            seen[folded] = path
         return files
 
     @classmethod
@@ -136,6 +151,11 @@ class Manifest(Header):
         ordered = tuple(sorted(files, key=lambda entry: entry.path))
         facts = {name: getattr(header, name) for name in Header.model_fields}
         return cls(**facts, files=ordered, content_digest=content_digest(header, ordered))
+
+
+def places_of(entry: FileEntry) -> list[str]:
+    """Return where a file may stand: its path, and that of its coded form if it has one."""
+    return [entry.path] if entry.coded is None else [entry.path, entry.path + SUFFIX]
 
 
 def _folded(path: str) -> str:

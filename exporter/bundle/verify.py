@@ -3,8 +3,8 @@
 A bundle is hostile until checked: nothing outside its folder is opened, no link is followed, sizes are bounded.
 """
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path, PurePosixPath
 
 from exporter.bundle.manifest import (
     MANIFEST,
@@ -17,6 +17,7 @@ from exporter.bundle.manifest import (
     files_below,
     sha256_of,
 )
+from exporter.coding.container import SUFFIX, check_file, original_of
 from exporter.errors import InputError
 from exporter.measures import Check
 from exporter.report.data import Measurements, Report, from_json, to_json
@@ -64,14 +65,15 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 
 def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]:
-    """Check a bundle: every listed file, nothing unlisted, no links, the content digest, and the documents.
+    """Check a bundle: every listed file, plain or coded, nothing unlisted, no links, content digest and documents.
 
     Args:
         bundle: Folder of the bundle; nothing in it is changed.
         progress: Called with the bytes read so far and the bytes to read.
 
     Returns:
-        A check for each listed file, then those of the whole bundle; all passed only if every byte is as listed.
+        A check for each listed file, and for what a coded one restores to, then those of the whole bundle; all passed
+        only if every byte is as listed.
 
     Raises:
         InputError: the manifest, or a folder, cannot be read.
@@ -94,8 +96,8 @@ def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]
 def _check_files(
     bundle: Path, files: Iterable[FileEntry], present: frozenset[str], progress: Progress | None
 ) -> Iterable[Check]:
-    entries = list(files)
-    total = sum(entry.size for entry in entries)
+    entries = [(entry, _standing(entry, present)) for entry in files]
+    total = sum(standing.size for _, standing in entries)
     done = 0
 
     def advance(read_bytes: int) -> None:
@@ -104,8 +106,35 @@ def _check_files(
         if progress is not None:
             progress(done, total)
 
-    for entry in entries:
-        yield _check_file(bundle, entry, entry.path in present, advance)
+    for entry, standing in entries:
+        check = _check_file(bundle, standing, standing.path in present, advance)
+        yield check
+        if standing is not entry and check.status == "passed":
+            yield _check_restored(bundle, standing, entry)
+
+
+def _standing(entry: FileEntry, present: Collection[str]) -> FileEntry:
+    """Return the entry of the file that stands for one here: itself, or its coded form until it is unpacked."""
+    path = entry.path + SUFFIX
+    if entry.coded is None or entry.path in present or path not in present:
+        return entry
+    return FileEntry(path=path, role=entry.role, size=entry.coded.size, sha256=entry.coded.sha256)
+
+
+def _check_restored(bundle: Path, coded: FileEntry, entry: FileEntry) -> Check:
+    """Restore a coded file, without keeping it, and compare it with what is listed."""
+    name = f"file {entry.path}"
+    try:
+        stated = original_of(bundle / coded.path)
+        if (stated.name, stated.size) != (PurePosixPath(entry.path).name, entry.size):
+            return _check(name, f"its coded form is that of {stated.name!r}, {stated.size:,} bytes")
+        digest = check_file(bundle / coded.path).sha256.hex()
+    except InputError as error:
+        return _check(name, str(error))
+    except OSError as error:
+        return _check(name, f"its coded form cannot be read: {error.strerror}")
+    wrong = "" if digest == entry.sha256 else f"it restores to SHA-256 {digest}, expected {entry.sha256}"
+    return _check(name, wrong, passed=f"{entry.size:,} bytes when restored, SHA-256 {digest}")
 
 
 def _check_file(bundle: Path, entry: FileEntry, present: bool, advance: Callable[[int], None]) -> Check:
@@ -138,7 +167,7 @@ def _check(name: str, wrong: str, more: str = "", passed: str = "") -> Check:
 
 
 def _check_unlisted(manifest: Manifest, present: list[str]) -> Check:
-    extra = set(present) - {entry.path for entry in manifest.files} - UNLISTED
+    extra = set(present) - {_standing(entry, present).path for entry in manifest.files} - UNLISTED
     wrong = "files that the manifest does not list" if extra else ""
     return _check("no unlisted file", wrong, _some(extra), passed="every file is listed")
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, FileEntry, Header, Manifest, files_below, role_of, sha256_of
+from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Header, Manifest, files_below, role_of, sha256_of
 from exporter.cache import require_space
+from exporter.coding.container import SUFFIX
 from exporter.errors import ExporterError, RequestError
 from exporter.report.data import to_json
 
@@ -86,7 +87,8 @@ def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
     """Add the manifest to a staged folder and give the folder its final name in one step.
 
     Args:
-        staging: Folder on the file system of `output` that holds all files but the manifest; it is moved.
+        staging: Folder on the file system of `output` that holds all files but the manifest; it is moved. A file with
+            its coded form beside it is listed with both, and goes.
         output: Where the bundle will stand; must not exist.
         header: What the manifest says besides the files.
 
@@ -101,17 +103,37 @@ def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
     with _refusing(output):
         manifest = Manifest.of(header, _entries(staging))
         (staging / MANIFEST).write_text(to_json(manifest), encoding="utf-8", newline="\n")
-        _sync(staging)
-        staging.rename(output)
-        _sync_one(output.parent)
+        for entry in manifest.files:
+            if entry.coded is not None:
+                (staging / entry.path).unlink()
+    move_into_place(staging, output)
     return manifest
 
 
+def move_into_place(staging: Path, output: Path) -> None:
+    """Give a staged folder that is complete its final name in one step.
+
+    Raises:
+        RequestError: `output` exists, or the file system refuses to write.
+    """
+    _refuse_existing(output)
+    with _refusing(output):
+        _sync(staging)
+        staging.rename(output)
+        _sync_one(output.parent)
+
+
 def _entries(folder: Path) -> list[FileEntry]:
-    entries = []
-    for path in _only_files(folder):
+    entries, paths = [], _only_files(folder)
+    for path in paths:
+        if path.endswith(SUFFIX) and path.removesuffix(SUFFIX) in paths:
+            continue
+        coded = None
+        if path + SUFFIX in paths:
+            size, digest = sha256_of(folder / (path + SUFFIX))
+            coded = CodedForm(size=size, sha256=digest)
         size, digest = sha256_of(folder / path)
-        entries.append(FileEntry(path=path, role=role_of(path), size=size, sha256=digest))
+        entries.append(FileEntry(path=path, role=role_of(path), size=size, sha256=digest, coded=coded))
     return entries
 
 

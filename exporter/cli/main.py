@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Never
+from typing import Annotated, Any, Literal, Never
 
 import typer
 
@@ -38,6 +38,10 @@ RecipeOption = Annotated[
 SavePrunedOption = Annotated[
     Path | None,
     typer.Option("--save-pruned", help="A new folder for the model that the recipe pruned, as transformers loads it."),
+]
+TransportOption = Annotated[
+    Literal["small", "fast"] | None,
+    typer.Option("--transport", help="Ship the model files coded: small, or fast to restore by unpack."),
 ]
 MaxFileBytesOption = Annotated[
     int | None,
@@ -84,6 +88,7 @@ def build(
     type: TypeOption = None,
     method: MethodOption = None,
     recipe: RecipeOption = None,
+    transport: TransportOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
@@ -107,6 +112,7 @@ def build(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, save_pruned=save_pruned,
+        transport=transport,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
@@ -123,6 +129,7 @@ def plan(
     type: TypeOption = None,
     method: MethodOption = None,
     recipe: RecipeOption = None,
+    transport: TransportOption = None,
     max_file_bytes: MaxFileBytesOption = None,
     bits: BitsOption = None,
     min_decode: MinDecodeOption = None,
@@ -143,6 +150,7 @@ def plan(
         model, device, target, type, method, None, calibration, evaluation, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
+        transport=transport,
     )  # fmt: skip
     made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
@@ -221,6 +229,38 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_
     else:
         _require_bundle(path)
         show.document(show.bundle_facts(path), as_json, lambda: show.bundle(path))
+
+
+@app.command(epilog="Example: edge-exporter unpack shipped -o phone")
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_FILE", help="A bundle with coded files, or one of them.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The unpacked bundle (must not exist), or a folder for the file."),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Restore what coded files stand for, bit by bit, and check it."""
+    from exporter.bundle.transport import unpack_bundle
+    from exporter.cli import show
+    from exporter.coding.container import original_of, restore_file
+
+    if (file / "manifest.json").is_file():
+        with show.progress(enabled=not as_json) as progress:
+            unpack_bundle(file, output, progress)
+        show.document({"bundle": str(output)}, as_json, lambda: print(f"{output}: every byte as its manifest lists it"))
+        return
+    if not file.is_file():
+        raise RequestError("there is no such file", where=file)
+    restored = output / original_of(file).name
+    if os.path.lexists(restored):
+        raise RequestError("already exists", where=restored, next_step="choose another -o or delete it")
+    output.mkdir(parents=True, exist_ok=True)
+    with show.progress(enabled=not as_json) as progress:
+        mib = 1 << 20
+        original = restore_file(file, restored, lambda done, total: progress("unpack: MiB", done // mib, total // mib))
+    facts = {"file": str(restored), "bytes": original.size, "sha256": original.sha256.hex()}
+    show.document(facts, as_json, lambda: print(f"{restored}: {original.size:,} bytes"))
 
 
 @app.command(epilog="Example: edge-exporter devices raspberry-pi-5")

@@ -28,6 +28,8 @@ STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "
 FIGURES = (
     ("size.file_bytes", "model files"),
     ("size.bits_per_weight", "bits a weight of the original, all counted"),
+    ("size.coded_bytes", "shipped coded"),
+    ("size.coded_bits_per_weight", "bits a weight as shipped"),
     ("accuracy.kl_mean", "KL(original || artifact), mean"),
     ("accuracy.kl_p99", "KL, 99th percentile"),
     ("accuracy.top1_agreement", "same next token"),
@@ -98,7 +100,8 @@ def bundle(path: Path) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, title in FIGURES:
         quantity = _at(facts, key)
-        table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
+        if quantity is not None:
+            table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
     console.print(table)
     _pruning(facts["pruning"])
     for warning in facts["model"]["warnings"]:
@@ -114,9 +117,9 @@ def _pruning(facts: dict[str, Any] | None) -> None:
         console.print(f"{plain(pruning.method)}: {plain(pruned(pruning))} [dim]{pruning.removed.basis}[/]")
 
 
-def _at(facts: dict[str, Any], key: str) -> dict[str, Any]:
+def _at(facts: dict[str, Any], key: str) -> dict[str, Any] | None:
     section, name = key.split(".")
-    found: dict[str, Any] = facts[section][name]
+    found: dict[str, Any] | None = facts[section][name]
     return found
 
 
@@ -204,7 +207,8 @@ def comparison(facts: list[dict[str, Any]]) -> None:
     table = Table("", *titles, box=None)
     for key, title in FIGURES:
         found = [_at(one, key) for one in facts]
-        table.add_row(title, *(figure(quantity["value"], quantity["unit"]) for quantity in found))
+        if any(found):
+            table.add_row(title, *(figure(one["value"], one["unit"]) if one else "" for one in found))
     console.print(table)
     if len({one["accuracy"]["text_digest"] for one in facts}) > 1:
         console.print("[yellow]note:[/] accuracy was measured on different texts and does not compare")

@@ -7,8 +7,9 @@ matrix under limits of bytes and seconds is a multiple-choice knapsack problem, 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import highspy
@@ -84,6 +85,7 @@ def predict(
     method: Method,
     statistics: Statistics,
     progress: Callable[[int, int], None],
+    methods: Mapping[str, Method] = MappingProxyType({}),
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
 
@@ -93,14 +95,18 @@ def predict(
         method: Method that will encode.
         statistics: Of the model's inputs and outputs.
         progress: Called with storages done and their total.
+        methods: Methods of single matrices, by name, in place of that one.
     """
     found = []
     for done, storage in enumerate(storages):
         progress(done, len(storages))
-        parts = [_sampled(model, group, statistics, storage.low_rank) for group in storage.groups]
+        parts = [
+            (methods.get(group.name, method), _sampled(model, group, statistics, storage.low_rank))
+            for group in storage.groups
+        ]
         found.append(
             [
-                Choice(format, stored_bytes(storage, format), sum(part.kl(method, format) for part in parts))
+                Choice(format, stored_bytes(storage, format), sum(part.kl(by, format) for by, part in parts))
                 for format in storage.formats
             ]
         )

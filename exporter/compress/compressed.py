@@ -1,8 +1,9 @@
 """A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import TURNS, Turns, encode_with_factors
-from exporter.compress.method import load_method, relative_error
+from exporter.compress.method import Method, load_method, relative_error
 from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
 from exporter.model.families import LINEARS
@@ -47,6 +48,7 @@ class CompressedModel:
         rewritten: The source in the shape and coordinates that it is compressed in, which decisions and statistics
             are of; None for its own.
         turns: How matrices and their factors take turns where a decision has factors.
+        methods: Methods of single matrices, by name, instead of the one that the decision names.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class CompressedModel:
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
         turns: Turns = TURNS,
+        methods: Mapping[str, Method] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.rewritten = rewritten or model
@@ -65,6 +68,7 @@ class CompressedModel:
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
         self._methods = {name: load_method(name, effort) for name in {one.method for one in decisions}}
+        self._own_methods = methods
         self._encoded = encoded
         self._turns = turns
 
@@ -94,7 +98,7 @@ class CompressedModel:
         return matrix
 
     def _matrix(self, decision: Decision, weight: Float32, site: Site | None) -> EncodedMatrix:
-        method = self._methods[decision.method]
+        method = self._own_methods.get(decision.group.name, self._methods[decision.method])
         if decision.low_rank is None:
             return method.encode(weight, decision.format, site)
         if self._statistics is None or site is None:

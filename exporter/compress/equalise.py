@@ -84,7 +84,7 @@ def evened(model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA) -> Re
 
 def are_fitted(decisions: Collection[Decision]) -> bool:
     """Return whether codes are fitted to the inputs, which is when `evened` channels pay."""
-    return any(one.method != "rtn" and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+    return any(one.method == "ldlq" and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
 
 
 def rescaled(

@@ -22,11 +22,15 @@ class RoundToNearest:
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
         """Return the error itself: nothing of it depends on more than the columns' importance."""
-        change = self.encode(weight, format, site).planned - weight
-        outputs = np.zeros(len(weight))
-        if site is not None:
-            outputs += np.einsum("ij,ij->i", change @ site.second_moment, change)
-        return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
+        return error_of(self.encode(weight, format, site).planned - weight, site, columns)
+
+
+def error_of(change: Float32, site: Site | None, columns: Float32) -> ExpectedError:
+    """Return the error of a change of some rows, float32 [rows, columns], that was not fitted to the text."""
+    outputs = np.zeros(len(change))
+    if site is not None:
+        outputs += np.einsum("ij,ij->i", change @ site.second_moment, change)
+    return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
 
 
 def at(effort: Effort) -> RoundToNearest:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from exporter.coding.chunk import Profile
 from exporter.errors import InputError
 from exporter.measures import Check, Document, Pruning, Quantity
 
@@ -95,10 +96,19 @@ class Accuracy(Document):
 
 
 class Size(Document):
-    """Bytes that the runtime's model files take on disk, and stored bits for each weight of the original."""
+    """What the model takes; bits are for each weight of the original.
+
+    Attributes:
+        file_bytes: Of the runtime's model files on disk, in `bytes`.
+        bits_per_weight: The same for each weight, in `bits`.
+        coded_bytes: Of the coded files that are shipped in their stead, everything included, in `bytes`; None for none.
+        coded_bits_per_weight: The same for each weight, in `bits`.
+    """
 
     file_bytes: Quantity
     bits_per_weight: Quantity
+    coded_bytes: Quantity | None = None
+    coded_bits_per_weight: Quantity | None = None
 
 
 class TextFacts(Document):
@@ -121,6 +131,7 @@ class Recipe(Document):
         evaluation: The text that accuracy was measured on.
         seed: Seed of everything random.
         context: Tokens of a window in calibration and evaluation.
+        transport: The profile that model files are coded with; None where they are shipped as they are.
     """
 
     scheme: str
@@ -130,6 +141,7 @@ class Recipe(Document):
     evaluation: TextFacts
     seed: int
     context: Count
+    transport: Profile | None = None
 
 
 class Report(Document):

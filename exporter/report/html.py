@@ -109,7 +109,12 @@ def _times_smaller(report: Report) -> str:
 def _cards(report: Report, measurements: Measurements) -> list[Figure]:
     size, accuracy, speed, memory = report.size, report.accuracy, measurements.speed, measurements.memory
     before = figures.text(memory.interpreter_bytes.value, memory.interpreter_bytes.unit)
+    coded = []
+    if size.coded_bytes is not None and size.coded_bits_per_weight is not None:
+        bits = figures.text(size.coded_bits_per_weight.value, size.coded_bits_per_weight.unit)
+        coded = [Figure.of("Shipped coded", size.coded_bytes, f"{bits} a weight; unpacked on the device")]
     return [
+        *coded,
         Figure.of("Model files", size.file_bytes, f"{_times_smaller(report)} times smaller than at 16 bits"),
         Figure.of("Bits per weight", size.bits_per_weight, "of the original; scales and padding included"),
         Figure.of("Same next token", accuracy.top1_agreement, "as the original model's first choice"),

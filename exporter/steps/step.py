@@ -1,11 +1,11 @@
 """What a step of a recipe is, of each kind that there is.
 
-`RewritingStep`s come first and give a smaller model; an `EncodingStep` then gives every matrix its format. A step that
-works on the files that the target makes would be a third kind, and come last.
+`RewritingStep`s come first and give a smaller model; an `EncodingStep` then gives every matrix its format. The step
+`transport`, which codes the files that the target makes, is a third kind, and comes last.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,13 +14,15 @@ from pydantic import Field
 from exporter.calibrate.layers import Progress
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import TURNS, Turns
+from exporter.compress.equalise import Rewritten
+from exporter.compress.method import Method
 from exporter.compress.prune import planned_widths
 from exporter.measures import Document
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
 from exporter.model.widths import outlined
 from exporter.targets.target import Target
-from exporter.weights.group import Decision
+from exporter.weights.group import Decision, WeightGroup
 
 # The second moment of a layer's channels, its inverse, and products of them, in double precision.
 SQUARES = 5
@@ -122,3 +124,27 @@ class EncodingStep(Document):
         Raises:
             RequestError: the target or the model cannot carry what the step asks for; what would work is named.
         """
+
+    def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model in the coordinates that it is encoded in: by default those that suit the target."""
+        return target.rewritten(model, statistics, decisions)
+
+    def methods(
+        self,
+        groups: Sequence[WeightGroup],
+        model: Model,
+        statistics: Statistics,
+        progress: Callable[[int, int], None],
+    ) -> Mapping[str, Method]:
+        """Return methods for matrices, by name, in place of the one that decisions name: by default none.
+
+        Args:
+            groups: All matrices.
+            model: The model in the coordinates of `coordinates`.
+            statistics: In the same coordinates.
+            progress: Called with matrices done and their total.
+
+        Raises:
+            RequestError: what the step asks for cannot be had of these weights.
+        """
+        return {}

@@ -57,6 +57,7 @@ class Gguf:
     name = "gguf"
     default_type = "Q4_K_M"
     default_method = "ldlq"
+    type_of_8_bits = "Q8_0"
     most_rounding_kl = 0.1
     decode_margin = 0.03
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(

@@ -65,6 +65,7 @@ class Onnx:
     name = "onnx"
     default_type = "int4"
     default_method = "ldlq"
+    type_of_8_bits = "int8"
     most_rounding_kl = 0.1
     decode_margin = 0.08
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(

@@ -65,6 +65,7 @@ class OnnxQdq(Onnx):
     name = "onnx-qdq"
     default_type = "a16w8"
     default_method = "ldlq"
+    type_of_8_bits = "a16w8"
     # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
     most_rounding_kl = 0.3
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})

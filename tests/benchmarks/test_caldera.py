@@ -55,12 +55,12 @@ class Row:
 class Bench:
     """The model, its statistics, and its own answers on prose that was not calibrated on."""
 
-    def __init__(self, model: Model, scratch: Path) -> None:
+    def __init__(self, model: Model, scratch: Path, windows: int = EVALUATION_WINDOWS) -> None:
         prose, evaluation = plain_texts(scratch)
         tokenizer = load_tokenizer(model.folder)
         self.model, self._scratch = model, scratch
         calibration = file_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
-        self._tokens = file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW).tokens
+        self._tokens = file_windows(evaluation, tokenizer, windows, WINDOW).tokens
         self._statistics = collect(model, calibration, SEED, lambda done, total: None)
         self._original = Reference.of_original(model, self._tokens)
         self._choices: dict[str, list[list[Choice]]] = {}

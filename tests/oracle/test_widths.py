@@ -47,8 +47,12 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
     needed = method == "ldlq" or target == "onnx-qdq"
     windows = Windows.of(TOKENS, "file", 0)
     statistics = collect(model, windows, 0, lambda done, total: None) if needed else None
-    rewritten = model if statistics is None else made.rewritten(model, statistics).model
-    compressed = CompressedModel(model, made.decide(model, type, method), statistics, rewritten=rewritten)
+    decisions = made.decide(model, type, method)
+    if statistics is None:
+        compressed = CompressedModel(model, decisions, None)
+    else:
+        given = made.rewritten(model, statistics, decisions)
+        compressed = CompressedModel(model, decisions, given.statistics, rewritten=given.model)
     return made.lower(compressed, type, folder), compressed
 
 

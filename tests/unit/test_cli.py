@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from exporter.coding.container import code_file
 from tests.commands import cli
 from tests.models import tiny_model
 
@@ -92,6 +93,61 @@ def test_wrong_requests_are_one_sentence(world: Path, arguments: tuple[str, ...]
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in world.iterdir()) == before
+
+
+def test_a_coded_file_is_unpacked_and_a_damaged_one_is_not(world: Path) -> None:
+    model = world / "bundle-gguf/model/model.gguf"
+    code_file(model, world / "small.coded")
+    printed = json.loads(cli(world, "unpack", "small.coded", "-o", "unpacked", "--json").stdout)
+    assert (world / "unpacked/model.gguf").read_bytes() == model.read_bytes()
+    assert printed["bytes"] == model.stat().st_size
+    again = cli(world, "unpack", "small.coded", "-o", "unpacked")
+    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    damage = bytearray((world / "small.coded").read_bytes())
+    damage[-9] ^= 1
+    (world / "small.coded").write_bytes(damage)
+    damaged = cli(world, "unpack", "small.coded", "-o", "other")
+    assert (damaged.returncode, "the coded file is damaged" in damaged.stderr) == (3, True)
+    assert not list((world / "other").iterdir())
+    nothing = cli(world, "unpack", "none.coded", "-o", "other")
+    assert (nothing.returncode, "there is no such file" in nothing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("recipe", ["double", "rate"])
+def test_a_recipe_that_ships_coded(world: Path, recipe: str, target: str) -> None:
+    shipped, plain = f"shipped-{recipe}-{target}", f"plain-{recipe}-{target}"
+    made = cli(
+        world, "build", "model", "--device", "raspberry-pi-5", "--target", target, "--recipe", recipe, "-o", shipped,
+        "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--context", "128", "--json",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["recipe"]["transport"] == "small"
+    coded = sum(path.stat().st_size for path in (world / shipped).rglob("*.coded"))
+    size = facts["size"]
+    assert size["coded_bytes"]["value"] == coded < size["file_bytes"]["value"]
+    assert size["coded_bits_per_weight"]["value"] == pytest.approx(8 * coded / facts["model"]["parameters"])
+    assert "not run" in cli(world, "verify", shipped).stdout
+    refused = cli(world, "run", shipped, "-p", "hello")
+    assert (refused.returncode, "edge-exporter unpack" in refused.stderr) == (2, True)
+    assert cli(world, "unpack", shipped, "-o", plain).returncode == 0
+    verified = json.loads(cli(world, "verify", plain, "--json").stdout)
+    assert {check["status"] for check in verified["checks"]} == {"passed"}
+    assert cli(world, "run", plain, "-p", "hello").returncode == 0
+    assert "shipped coded" in cli(world, "inspect", plain).stdout
+
+
+def test_any_bundle_can_ship_coded(world: Path) -> None:
+    made = cli(
+        world, "build", "model", "--device", "raspberry-pi-5", "--target", "gguf", "--type", "Q8_0", "-o", "fast",
+        "--transport", "fast", "--calibration", "calibration.txt", "--evaluation", "evaluation.txt", "--context", "128",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert cli(world, "unpack", "fast", "-o", "fast-plain").returncode == 0
+    restored = (world / "fast-plain/model/model.gguf").read_bytes()
+    assert restored == (world / "bundle-gguf/model/model.gguf").read_bytes()
+    assert "'small', 'fast'" in cli(world, "build", "model", "-d", "x", "-o", "y", "--transport", "quick").stderr
 
 
 def test_listing_devices_and_planning(world: Path) -> None:

@@ -51,7 +51,11 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('"caldera"', '"caldra"', r"step 1: unknown method 'caldra'; did you mean 'caldera'\?"),
-        ('method = "caldera"', "", r"step 1: a step must name its method; got None, expected one of caldera, prune"),
+        (
+            'method = "caldera"',
+            "",
+            r"step 1: a step must name its method; got None, expected one of caldera, double, prune",
+        ),
         ("rank = 32", "ranks = 32", r"step 1: unknown key 'ranks'; did you mean 'rank'\?"),
         ("rank = 32", "rank = 0", r"step 1: rank: the value is wrong; got 0"),
         ("rank = 32", 'rank = "32"', r"step 1: rank: the value is wrong; got '32', expected a whole number"),
@@ -239,6 +243,78 @@ def test_nothing_pruned_is_saved_without_pruning(tmp_path: Path, recipe_name: st
         pytest.raises(RequestError, match=r"--save-pruned: there is no pruned model to save; .* --recipe prunenet"),
     ):
         planned_within(job, model)
+
+
+SHIPPED = """
+schema_version = 1
+title = "Coarse and coded"
+
+[[step]]
+method = "double"
+bits = 4
+
+[[step]]
+method = "transport"
+profile = "fast"
+"""
+TRANSPORT = SHIPPED[SHIPPED.index('[[step]]\nmethod = "transport') :]
+
+
+def test_files_may_be_coded_last(tmp_path: Path) -> None:
+    made = load_recipe(str(recipe(tmp_path, SHIPPED)))
+    assert (made.encoding.method, made.transport) == ("double", "fast")
+    assert load_recipe(str(recipe(tmp_path, GOOD))).transport is None
+    assert load_recipe(str(recipe(tmp_path, GOOD + TRANSPORT))).transport == "fast"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bits = 4", "bits = 7", r"step 1: bits: the value is wrong; got 7, expected less than or equal to 6"),
+        ("bits = 4", "zeroed = 1.0", r"step 1: zeroed: the value is wrong; got 1.0, expected less than 1"),
+        ("bits = 4", "equalize = true", r"step 1: unknown key 'equalize'; did you mean 'equalise'\?"),
+        ('"fast"', '"quick"', r"step 2: profile: the value is wrong; got 'quick', expected 'small' or 'fast'"),
+        (
+            SHIPPED,
+            SHIPPED + "[[step]]\nmethod = 'caldera'\n",
+            r"transport codes the finished model files, so nothing can follow it; got caldera after it; make transport the last",
+        ),
+        (
+            SHIPPED,
+            SHIPPED + TRANSPORT,
+            r"step 3: transport codes the finished model files, so nothing can follow it; got transport",
+        ),
+        (
+            SHIPPED,
+            SHIPPED.replace("double", "rate") + "[[step]]\nmethod = 'double'\n",
+            r"nothing can follow it; got double",
+        ),
+        ('[[step]]\nmethod = "transport', "[[step]]\nmethod = 'rate'\n[[step]]\nmethod = \"transport", r"double gives"),
+    ],
+)
+def test_what_cannot_be_coded_is_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert SHIPPED.count(old) == 1
+    with pytest.raises((InputError, RequestError), match=message):
+        load_recipe(str(recipe(tmp_path, SHIPPED.replace(old, new))))
+
+
+@pytest.mark.parametrize(("target", "format"), [("gguf", "Q8_0"), ("onnx", "int8-b32"), ("onnx-qdq", "int8-channel")])
+@pytest.mark.parametrize("name", ["double", "rate"])
+def test_steps_for_coding_take_the_targets_eight_bits(tmp_path: Path, name: str, target: str, format: str) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", target, recipe=name), model)
+    assert {one.stored_as for one in planned.decisions} == {format}
+    assert {one.method for one in planned.decisions} == {name}
+    assert planned.transport == "small"
+
+
+def test_coding_is_asked_for_once(tmp_path: Path) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        job = Job("model", "galaxy-s24-ultra", "gguf", recipe="double", transport="fast")
+        with pytest.raises(RequestError, match=r"--transport and the recipe's step transport contradict each other"):
+            planned_within(job, model)
+        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", "gguf", type="Q8_0", transport="fast"), model)
+    assert planned.transport == "fast"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Bundles that are shipped with coded model files, and what becomes of them on the device.
+
+The manifest lists both forms of such a file, and is the same before and after unpacking: what is said of the plain file
+holds of what is restored.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from exporter.bundle.manifest import MANIFEST, files_below
+from exporter.bundle.verify import read_manifest, verify_bundle
+from exporter.bundle.write import move_into_place, staging_folder
+from exporter.coding.chunk import Profile
+from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
+from exporter.errors import InputError, RequestError
+from exporter.job import Progress
+
+
+def code_beside(files: Sequence[Path], profile: Profile, progress: Progress) -> CodedSize:
+    """Write the coded form of files beside them, and return what all of them took.
+
+    Args:
+        files: The model files; they stay.
+        profile: `small` or `fast`.
+        progress: Called with a name, MiB done and their total.
+    """
+    sizes = [
+        code_file(path, path.with_name(path.name + SUFFIX), profile, progress=_of_file(path.name, progress))
+        for path in files
+    ]
+    return CodedSize(*(sum(getattr(size, name) for size in sizes) for name in CodedSize.__dataclass_fields__))
+
+
+def _of_file(name: str, progress: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: progress(f"{name}: MiB", done >> 20, total >> 20)
+
+
+def unpack_bundle(bundle: Path, output: Path, progress: Progress) -> None:
+    """Write the bundle that runtimes load: coded files restored, all others copied, every byte checked.
+
+    Args:
+        bundle: A bundle with coded files; not changed.
+        output: Where the other will stand; must not exist.
+        progress: Called with a name, MiB done and their total.
+
+    Raises:
+        RequestError: nothing of the bundle is coded, or `output` cannot be written.
+        InputError: the bundle is damaged, or what its coded files restore to is not what its manifest lists.
+    """
+    manifest = read_manifest(bundle)
+    present, strange = files_below(bundle)
+    coded = {entry.path for entry in manifest.files if entry.coded and entry.path + SUFFIX in present}
+    if not coded:
+        raise RequestError("nothing of the bundle is coded", where=bundle, next_step="use it as it is")
+    if strange:
+        raise InputError("neither a file nor a folder", where=bundle / strange[0], next_step="get the bundle again")
+    with staging_folder(output, sum(entry.size for entry in manifest.files)) as staging:
+        for entry in manifest.files:
+            place = staging / entry.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if entry.path in coded:
+                restore_file(bundle / (entry.path + SUFFIX), place, _of_file(place.name, progress))
+            elif entry.path in present:
+                shutil.copyfile(bundle / entry.path, place)
+        shutil.copyfile(bundle / MANIFEST, staging / MANIFEST)
+        for check in verify_bundle(staging):
+            if check.status == "failed":
+                raise InputError(
+                    f"the unpacked bundle is not what its manifest lists: {check.name}",
+                    where=bundle, got=check.detail, next_step="get the bundle again",
+                )  # fmt: skip
+        move_into_place(staging, output)

@@ -1,0 +1,293 @@
+"""The coded file: a header that says what the original is, then its chunks, each with its size and checksum.
+
+    header   magic, version, name, size and SHA-256 of the original; CRC-32 of the header
+    chunk    bytes of the original, bytes of the payload, CRC-32 of both and of the payload; the payload
+
+Integers are little-endian. A file that was changed, cut short or added to is refused: chunks by their checksum, the
+whole by size and SHA-256.
+"""
+
+import hashlib
+import os
+import shutil
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO, TypeVar
+
+from exporter.cache import replacing
+from exporter.coding.chunk import CodedChunk, Profile, decode, encode
+from exporter.coding.layout import PART_BYTES, Part, Section, layout_of, parts_of
+from exporter.coding.reading import Reading
+from exporter.errors import ExporterError, InputError, RequestError
+
+MAGIC = b"\x89EDGECOD"
+VERSION = 1
+SUFFIX = ".coded"
+PROFILES: tuple[Profile, ...] = ("small", "fast")
+CHUNK_BYTES = PART_BYTES
+# The least header: all but the name.
+_FIXED = struct.Struct("<8sHQ32sH")
+_CHECKSUM = struct.Struct("<I")
+_CHUNK = struct.Struct("<III")
+# Layout and tables of a chunk that does not shrink at all.
+_MOST_PAYLOAD = 2 * CHUNK_BYTES
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True)
+class CodedSize:
+    """What coding made of a file.
+
+    Attributes:
+        original_bytes: Bytes of the file.
+        coded_bytes: Bytes of the coded file, everything included.
+        entropy_bytes: Least bytes of its streams when each is coded byte by byte with one histogram, which costs
+            nothing itself; several histograms for the rows of a matrix can take less.
+    """
+
+    original_bytes: int
+    coded_bytes: int
+    entropy_bytes: int
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a coded file says of the file that it stands for."""
+
+    name: str
+    size: int
+    sha256: bytes
+
+
+def code_file(
+    path: Path,
+    to: Path,
+    profile: Profile = "small",
+    layout: Sequence[Section] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CodedSize:
+    """Write the coded form of a file; every chunk is restored and compared before it is written.
+
+    Args:
+        path: The file, such as a GGUF model or the external data of an ONNX model.
+        to: The coded file; it gets its name when it is complete.
+        profile: `small` for the least bytes, `fast` for quick restoring.
+        layout: What the bytes mean; by default what `layout_of` finds.
+        progress: Called with bytes done and their total.
+
+    Raises:
+        RequestError: there is no such profile.
+        InputError: the file cannot be read as what it claims to be.
+    """
+    if profile not in PROFILES:
+        raise RequestError("unknown profile of coding", got=profile, expected=" or ".join(PROFILES))
+    size = path.stat().st_size
+    sections = layout_of(path) if layout is None else layout
+    groups = _groups(parts_of(sections, size))
+    whole, done, entropy = hashlib.sha256(), 0, 0.0
+
+    def code(given: tuple[bytes, list[Part]]) -> tuple[bytes, CodedChunk]:
+        data, parts = given
+        chunk = encode(data, parts, profile)
+        if decode(chunk.payload, len(data)).tobytes() != data:
+            raise ExporterError("a chunk was not restored as it was", where=path)
+        return data, chunk
+
+    with path.open("rb") as source, replacing(to) as partial, partial.open("wb") as file:
+        file.write(_header(Original(path.name, size, bytes(32))))
+        for data, chunk in _on_all_cores(code, ((_read(source, group, path), group) for group in groups)):
+            whole.update(data)
+            file.write(_chunk_head(len(data), chunk.payload) + chunk.payload)
+            done, entropy = done + len(data), entropy + chunk.entropy_bytes
+            progress(done, size)
+        coded = file.tell()
+        file.seek(0)
+        file.write(_header(Original(path.name, size, whole.digest())))
+        file.flush()
+        os.fsync(file.fileno())
+    return CodedSize(size, coded, round(entropy))
+
+
+def original_of(coded: Path) -> Original:
+    """Return what a coded file stands for; reads the header alone.
+
+    Raises:
+        InputError: it is no coded file, or its header is damaged.
+    """
+    with coded.open("rb") as file:
+        return _read_header(file, coded)
+
+
+def restore_file(coded: Path, to: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Original:
+    """Write the file that a coded file stands for, bit by bit; it gets its name when it is complete and checked.
+
+    Args:
+        coded: The coded file.
+        to: The restored file.
+        progress: Called with bytes done and their total.
+
+    Raises:
+        InputError: the coded file is no such file, or was changed, cut short or added to.
+        RequestError: the disk has not enough free space.
+    """
+    with coded.open("rb") as file:
+        original = _read_header(file, coded)
+        free = shutil.disk_usage(to.parent).free
+        if free < original.size:
+            raise RequestError(
+                "not enough free disk space", where=to, got=f"{free:,} bytes", expected=f"{original.size:,} bytes"
+            )
+        done = 0
+        with replacing(to) as partial, partial.open("wb") as target:
+            for data in _restored_chunks(file, original, coded):
+                target.write(data)
+                done += len(data)
+                progress(done, original.size)
+            target.flush()
+            os.fsync(target.fileno())
+    return original
+
+
+def check_file(coded: Path) -> Original:
+    """Restore the file that a coded file stands for without keeping it.
+
+    Raises:
+        InputError: as for `restore_file`.
+    """
+    with coded.open("rb") as file:
+        original = _read_header(file, coded)
+        for _ in _restored_chunks(file, original, coded):
+            pass
+    return original
+
+
+def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator[memoryview]:
+    """Give the restored bytes in order, chunk by chunk, restored on all cores; the whole is checked at the end.
+
+    Args:
+        file: The coded file, read up to the end of its header.
+        original: What it stands for.
+        coded: Its path, for errors.
+    """
+    whole = hashlib.sha256()
+
+    def restore(given: tuple[int, bytes]) -> memoryview:
+        size, payload = given
+        try:
+            return decode(payload, size).data
+        except InputError as error:
+            raise _damaged(coded, error) from error
+
+    for data in _on_all_cores(restore, _read_chunks(file, original.size, coded)):
+        whole.update(data)
+        yield data
+    if whole.digest() != original.sha256:
+        raise _damaged(coded, "another SHA-256 than the original's")
+
+
+def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, bytes]]:
+    """Give the bytes of the original that each chunk stands for, and its payload, its checksum checked."""
+    left = size
+    while left:
+        head = file.read(_CHUNK.size)
+        if len(head) < _CHUNK.size:
+            raise _damaged(coded, f"{left:,} bytes of the original are missing")
+        count, length, checksum = _CHUNK.unpack(head)
+        if not 0 < count <= min(left, CHUNK_BYTES) or length > _MOST_PAYLOAD:
+            raise _damaged(coded, f"a chunk of {length:,} bytes for {count:,}")
+        payload = file.read(length)
+        if len(payload) < length or zlib.crc32(payload, zlib.crc32(head[:-4])) != checksum:
+            raise _damaged(coded, "the checksum of a chunk is wrong")
+        left -= count
+        yield count, payload
+    if file.read(1):
+        raise _damaged(coded, "bytes after the last chunk")
+
+
+def _on_all_cores(work: Callable[[_Given], _Made], given: Iterable[_Given]) -> Iterator[_Made]:
+    """Give the results of `work` in order; only a few more than there are cores are under way at a time."""
+    workers = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Future[_Made]] = deque()
+    try:
+        for one in given:
+            waiting.append(pool.submit(work, one))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Give the parts of each chunk."""
+    group: list[Part] = []
+    for part in parts:
+        if group and sum(one.bytes for one in group) + part.bytes > CHUNK_BYTES:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _read(source: BinaryIO, group: list[Part], path: Path) -> bytes:
+    wanted = sum(part.bytes for part in group)
+    data = source.read(wanted)
+    if len(data) < wanted:
+        raise InputError("the file became shorter while it was read", where=path)
+    return data
+
+
+def _chunk_head(size: int, payload: bytes) -> bytes:
+    sizes = struct.pack("<II", size, len(payload))
+    return sizes + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(sizes)))
+
+
+def _header(original: Original) -> bytes:
+    name = original.name.encode()
+    header = _FIXED.pack(MAGIC, VERSION, original.size, original.sha256, len(name)) + name
+    return header + _CHECKSUM.pack(zlib.crc32(header))
+
+
+def _read_header(file: BinaryIO, coded: Path) -> Original:
+    fixed = file.read(_FIXED.size)
+    if fixed[: len(MAGIC)] != MAGIC:
+        raise InputError("this is no coded file", where=coded, got=f"{fixed[:8]!r} at its beginning")
+    if len(fixed) < _FIXED.size:
+        raise _damaged(coded, "the header ends early")
+    _, version, size, sha256, length = _FIXED.unpack(fixed)
+    if version != VERSION:
+        raise InputError(
+            "the coded file is of another version", where=coded, got=version, expected=VERSION,
+            next_step="unpack it with the edge-exporter that made it",
+        )  # fmt: skip
+    reading = Reading(file.read(length + _CHECKSUM.size))
+    try:
+        name = reading.take(length)
+        (checksum,) = reading.unpack("I")
+    except InputError as error:
+        raise _damaged(coded, error) from error
+    if zlib.crc32(fixed + name) != checksum:
+        raise _damaged(coded, "the checksum of the header is wrong")
+    return Original(_plain_name(name, coded), size, sha256)
+
+
+def _plain_name(stored: bytes, coded: Path) -> str:
+    """Return the original's name, which must be that of a file in the folder that it is restored to."""
+    name = stored.decode("utf-8", errors="replace")
+    plain = PurePosixPath(name).name == name and PureWindowsPath(name).name == name
+    if not plain or name in ("", ".", "..") or not name.isprintable():
+        raise InputError("the coded file names a file outside the folder", where=coded, got=repr(name))
+    return name
+
+
+def _damaged(coded: Path, what: object) -> InputError:
+    return InputError("the coded file is damaged", where=coded, got=what, next_step="fetch it again")

@@ -1,0 +1,179 @@
+"""What the bytes of a runtime's file mean, as far as coding needs to know: which are codes, which are numbers.
+
+A part of a file is an array [rows, records] of records of equal size; a record is a few fields one after the other,
+such as the float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind resemble each other, so a field is coded
+apart from the others. A wrong layout costs bytes, never correctness.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from exporter.errors import InputError
+from exporter.model.tensors import open_gguf
+
+# Kinds of fields: bytes that are codes of weights; little-endian floating-point numbers; anything else.
+CODES, NUMBERS, ANYTHING = range(3)
+KINDS = (CODES, NUMBERS, ANYTHING)
+# The most that a part may hold: restoring needs a few times as much memory.
+PART_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Field:
+    """So many bytes of a record, and their kind."""
+
+    kind: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """An array of records.
+
+    Attributes:
+        rows: Rows of a matrix; neighbouring records of a row resemble each other.
+        records: Records of a row.
+        fields: What a record consists of.
+    """
+
+    rows: int
+    records: int
+    fields: tuple[Field, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+        return sum(field.width for field in self.fields)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.records * self.record_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part, and where in the file it begins."""
+
+    start: int
+    part: Part
+
+
+_HALF, _FLOAT = Field(NUMBERS, 2), Field(NUMBERS, 4)
+
+
+def _codes(*widths: int) -> tuple[Field, ...]:
+    return tuple(Field(CODES, width) for width in widths)
+
+
+# Blocks of ggml's types (ggml-common.h): scales of float16, nested scales, then codes of one or several widths.
+_BLOCKS: dict[str, tuple[Field, ...]] = {
+    "F32": (_FLOAT,),
+    "F16": (_HALF,),
+    "BF16": (_HALF,),
+    "Q4_0": (_HALF, *_codes(16)),
+    "Q4_1": (_HALF, _HALF, *_codes(16)),
+    "Q5_0": (_HALF, *_codes(4, 16)),
+    "Q5_1": (_HALF, _HALF, *_codes(4, 16)),
+    "Q8_0": (_HALF, *_codes(32)),
+    "Q2_K": (*_codes(16, 64), _HALF, _HALF),
+    "Q3_K": (*_codes(32, 64, 12), _HALF),
+    "Q4_K": (_HALF, _HALF, *_codes(12, 128)),
+    "Q5_K": (_HALF, _HALF, *_codes(12, 32, 128)),
+    "Q6_K": (*_codes(128, 64, 16), _HALF),
+    "IQ4_NL": (_HALF, *_codes(16)),
+    "IQ4_XS": (_HALF, *_codes(2, 4, 128)),
+}
+
+
+def layout_of(path: Path) -> list[Section]:
+    """Return what is known of a file: a GGUF file's tensors, or those of the ONNX graph that it is the data of.
+
+    Args:
+        path: A `.gguf` file, `NAME.onnx.data` beside `NAME.onnx`, or any other file, of which nothing is known.
+
+    Raises:
+        InputError: the GGUF file or the ONNX graph cannot be read.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return _gguf_layout(path)
+    graph = path.with_suffix("")
+    if graph.suffix == ".onnx" and graph.is_file():
+        return _onnx_layout(graph, path)
+    return []
+
+
+def _gguf_layout(path: Path) -> list[Section]:
+    return [
+        Section(int(tensor.data_offset), _ggml_part(tensor.tensor_type, [int(n) for n in tensor.shape]))
+        for tensor in open_gguf(path).tensors
+    ]
+
+
+def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
+    """Return the part that a tensor is; ggml's shapes begin with the columns."""
+    block, size = gguf.GGML_QUANT_SIZES[type]
+    fields = _BLOCKS.get(type.name, (Field(CODES, size),))
+    assert sum(field.width for field in fields) == size
+    return Part(int(np.prod(shape[1:], dtype=np.int64)), shape[0] // block, fields)
+
+
+def _onnx_layout(graph: Path, data: Path) -> list[Section]:
+    try:
+        model = onnx.load(str(graph), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise InputError("the ONNX graph of this data cannot be read", where=graph, got=error) from error
+    sections = []
+    for tensor in model.graph.initializer:
+        external = {entry.key: entry.value for entry in tensor.external_data}
+        if external.get("location") == data.name and tensor.dims:
+            kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            rows, rest = int(tensor.dims[0]), int(np.prod(tensor.dims[1:], dtype=np.int64))
+            field = Field(NUMBERS if kind.kind == "f" else CODES if kind.itemsize == 1 else ANYTHING, kind.itemsize)
+            sections.append(Section(int(external.get("offset", "0")), Part(rows, rest, (field,))))
+    return sections
+
+
+def parts_of(sections: Sequence[Section], size: int) -> Iterator[Part]:
+    """Give parts of at most `PART_BYTES` that make up a file without a gap.
+
+    Args:
+        sections: What is known of the file; what overlaps another or lies outside is taken for anything.
+        size: Bytes of the file.
+    """
+    at = 0
+    for section in sorted((one for one in sections if one.part.bytes), key=lambda one: one.start):
+        if section.start < at or section.start + section.part.bytes > size:
+            continue
+        yield from _anything(section.start - at)
+        yield from _split(section.part)
+        at = section.start + section.part.bytes
+    yield from _anything(size - at)
+
+
+def _anything(count: int) -> Iterator[Part]:
+    for first in range(0, count, PART_BYTES):
+        yield Part(1, min(PART_BYTES, count - first), (Field(ANYTHING, 1),))
+
+
+def _split(part: Part) -> Iterator[Part]:
+    """Give a part in pieces of whole rows; a row that is too long by itself in pieces of anything."""
+    most = PART_BYTES // part.row_bytes
+    if not most:
+        yield from _anything(part.bytes)
+        return
+    for first in range(0, part.rows, most):
+        yield replace(part, rows=min(most, part.rows - first))

@@ -1,0 +1,193 @@
+"""From records to streams of bytes that resemble each other, and back.
+
+The bytes of a number go to a stream each, since the upper ones repeat and the lower ones do not; where it takes fewer
+bytes, all but a row's first number are stored as differences (exclusive or) from the one before.
+
+Codes reach further in some rows and columns of a matrix than in others. Rows and columns get classes, whole steps of
+the logarithm of how far their codes reach; the codes of a row of class i and a column of class j share a table with all
+whose classes have the same sum, and stand together in the stream.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.coding.layout import CODES, NUMBERS, Field, Part
+from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits
+
+MOST_CLASSES = 16
+# Steps of the logarithm to base 2 that classes are tried with.
+STEPS = (1.0, 0.5)
+LEAST_REACH = 1 / 64
+# What a table is taken to cost when classes are weighed against each other.
+TABLE_BITS = 8 * 30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a field was turned into streams.
+
+    Attributes:
+        differs: Numbers after a row's first are stored as differences from the one before.
+        rows: Class of each row of codes, uint8 [rows]; all 0 where there is but one.
+        columns: The same of each column, uint8 [records x width].
+    """
+
+    differs: bool
+    rows: Bytes
+    columns: Bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Symbols of a stream that stand together and share a table: its number within the stream."""
+
+    symbols: int
+    table: int
+
+
+def shape_of(values: Bytes, field: Field, by_column: bool) -> Shape:
+    """Choose how a field, uint8 [rows, records, width], is best turned into streams.
+
+    Args:
+        values: The field.
+        field: What it is.
+        by_column: Whether the columns of codes may have classes: restoring is slower then.
+    """
+    one = Shape(False, np.zeros(len(values), np.uint8), np.zeros(values[0].size, np.uint8))
+    if field.kind == CODES:
+        return _classified(values.reshape(len(values), -1), one, by_column)[0]
+    if field.kind == NUMBERS and values.shape[1] > 1:
+        bits = [sum(entropy_bits(counts_of(plane)) for plane in _planes(values, differs)) for differs in (False, True)]
+        return Shape(bits[1] < bits[0], one.rows, one.columns)
+    return one
+
+
+def streams_of(values: Bytes, field: Field, shape: Shape) -> list[Bytes]:
+    """Return the streams of a field, uint8 [rows, records, width]."""
+    if field.kind == NUMBERS:
+        return _planes(values, shape.differs)
+    codes = values.reshape(len(values), -1)
+    if shape.rows.any() or shape.columns.any():
+        codes = codes[np.argsort(shape.rows, kind="stable")][:, np.argsort(shape.columns, kind="stable")]
+    return [np.concatenate([codes[rows, columns].reshape(-1) for rows, columns, _ in _blocks(shape)])]
+
+
+def blocks_of(part: Part, field: Field, shape: Shape) -> list[list[Block]]:
+    """Return the blocks of each stream of a field."""
+    if field.kind == CODES:
+        spans = [
+            (rows.stop - rows.start, columns.stop - columns.start, table) for rows, columns, table in _blocks(shape)
+        ]
+        return [[Block(rows * columns, table) for rows, columns, table in spans]]
+    count = part.rows * part.records
+    if field.kind != NUMBERS:
+        return [[Block(count * field.width, 0)]]
+    counts = [part.rows, count - part.rows] if shape.differs else [count]
+    return [[Block(symbols, 0)] for symbols in counts for _ in range(field.width)]
+
+
+def restore(streams: list[Bytes], field: Field, shape: Shape, values: Bytes) -> None:
+    """Write a field, uint8 [rows, records, width], from its streams."""
+    if field.kind == NUMBERS and shape.differs:
+        first, rest = streams[: field.width], streams[field.width :]
+        values[:, 0] = np.stack(first, axis=1)
+        values[:, 1:] = np.stack(rest, axis=1).reshape(len(values), -1, field.width)
+        np.bitwise_xor.accumulate(values, axis=1, out=values)
+    elif field.kind == NUMBERS:
+        for plane, stream in enumerate(streams):
+            values[:, :, plane] = stream.reshape(values.shape[:2])
+    else:
+        values[...] = _ordered_codes(streams[0], shape).reshape(values.shape)
+
+
+def _ordered_codes(stream: Bytes, shape: Shape) -> Bytes:
+    """Return codes, uint8 [rows, columns], from their stream."""
+    codes = stream.reshape(len(shape.rows), -1)
+    if shape.columns.any():
+        codes, at = np.empty_like(codes), 0
+        for rows, columns, _ in _blocks(shape):
+            block = codes[rows, columns]
+            block[...] = stream[at : at + block.size].reshape(block.shape)
+            at += block.size
+        codes = codes[:, np.argsort(np.argsort(shape.columns, kind="stable"))]
+    if shape.rows.any():
+        ordered = np.empty_like(codes)
+        ordered[np.argsort(shape.rows, kind="stable")] = codes
+        codes = ordered
+    return codes
+
+
+def _blocks(shape: Shape) -> Iterator[tuple[slice, slice, int]]:
+    """Give rows and columns, in order of their classes, of each pair of classes, and the table of the pair."""
+    columns = list(_spans(shape.columns))
+    for row, row_class in _spans(shape.rows):
+        for column, column_class in columns:
+            yield row, column, row_class + column_class
+
+
+def _spans(classes: Bytes) -> Iterator[tuple[slice, int]]:
+    at = 0
+    for number, count in enumerate(np.bincount(classes).tolist()):
+        if count:
+            yield slice(at, at + count), number
+        at += count
+
+
+def _planes(values: Bytes, differs: bool) -> list[Bytes]:
+    planes = range(values.shape[2])
+    if not differs:
+        return [np.ascontiguousarray(values[:, :, plane]).reshape(-1) for plane in planes]
+    first, rest = values[:, 0], values[:, 1:] ^ values[:, :-1]
+    return [np.ascontiguousarray(first[:, plane]) for plane in planes] + [
+        np.ascontiguousarray(rest[:, :, plane]).reshape(-1) for plane in planes
+    ]
+
+
+def coded_bits(codes: Bytes, times: float = 1.0) -> float:
+    """Return the bits that codes, uint8 [rows, columns], take when coded, classes and tables included.
+
+    Args:
+        codes: The codes, or those of some rows.
+        times: How many times as many rows there are.
+    """
+    one = Shape(False, np.zeros(len(codes), np.uint8), np.zeros(codes.shape[1], np.uint8))
+    return _classified(codes, one, True, times)[1]
+
+
+def _classified(codes: Bytes, one: Shape, by_column: bool, times: float = 1.0) -> tuple[Shape, float]:
+    """Return the classes of codes, uint8 [rows, columns], that take the fewest bits, and these."""
+    counts = counts_of(codes)
+    # From the commonest code on, in both directions: signed bytes and codes with a zero in the middle are alike then.
+    reach = np.abs((codes - np.uint8(counts.argmax())).view(np.int8).astype(np.int16))
+    of_rows, of_columns = (np.log2(reach.mean(axis=axis, dtype=np.float32) + LEAST_REACH) for axis in (1, 0))
+    best, fewest = one, times * entropy_bits(counts) + TABLE_BITS
+    for step in STEPS:
+        tried = [Shape(False, _numbered(of_rows, step), one.columns)]
+        if by_column:
+            tried.append(Shape(False, tried[0].rows, _numbered(of_columns, step)))
+        for shape in tried:
+            bits = _bits(codes, shape, times)
+            if bits < fewest:
+                best, fewest = shape, bits
+    return best, fewest
+
+
+def _numbered(reach: NDArray[np.float32], step: float) -> Bytes:
+    """Return classes, uint8, of how far codes reach: the furthest get their own, those that are too near share one."""
+    steps = np.rint(reach / step)
+    classes: Bytes = np.clip(steps - steps.max() + MOST_CLASSES - 1, 0, MOST_CLASSES - 1).astype(np.uint8)
+    return classes
+
+
+def _bits(codes: Bytes, shape: Shape, times: float) -> float:
+    """Return the bits that codes, uint8 [rows, columns], take in classes."""
+    counts = np.zeros((2 * MOST_CLASSES, SYMBOLS), np.int64)
+    for number in np.unique(shape.rows):
+        for column in np.unique(shape.columns):
+            counts[number + column] += counts_of(codes[np.ix_(shape.rows == number, shape.columns == column)])
+    used = counts[counts.any(axis=1)]
+    least = sum(entropy_bits(one) for one in used)
+    return float(times * (least + 4 * len(codes)) + len(used) * TABLE_BITS + 4 * codes.shape[1])

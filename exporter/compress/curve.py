@@ -1,0 +1,119 @@
+"""One step common to many matrices, found for the bits that their codes take together when coded.
+
+What a step of a row costs in behaviour grows with the row's sensitivity and with what its inputs deviate; a row's own
+step is the common one over the root of both. All rows then lose as much for their last bit, which is the least loss at
+a total of bits, and how many bits a matrix gets follows from how much it matters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.calibrate.statistics import Statistics
+from exporter.coding.streams import coded_bits
+from exporter.errors import RequestError
+from exporter.weights.format import Float32
+from exporter.weights.group import WeightGroup
+from exporter.weights.stepped import LARGEST_CODE
+
+Float64 = NDArray[np.float64]
+Int8 = NDArray[np.int8]
+# Rows that hardly matter count at least so much of the mean.
+LEAST_SENSITIVITY = 1e-3
+# Of a matrix so many rows are tried, or this share of them where that is more.
+SAMPLED_ROWS, SAMPLED_SHARE = 96, 1 / 64
+# Codes that leave room for what feedback adds to the largest weight of a row.
+ROOM = np.float32(LARGEST_CODE - 7)
+# What the formula for many bits foretells at the steps that rates are found out at.
+FORETOLD = np.array([9.0, 7.5, 6.0, 5.0, 4.25, 3.5, 2.75, 2.0, 1.25, 0.5, -0.5, -2.0])
+# A normal distribution of deviation s takes log2(s / step) + this many bits where steps are fine.
+NORMAL_BITS = np.log2(2 * np.pi * np.e) / 2
+HALVINGS = 40
+# The scale of a row takes so many bits.
+SCALE_BITS = 16
+
+
+def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Float32:
+    """Return what the common step is divided by in each row of a matrix, float32 [rows].
+
+    A row counts as an output by its sensitivity, and as what is looked up by how often that is.
+
+    Args:
+        statistics: Of the model.
+        group: The matrix.
+        variance: Of the inputs, as far as a row's error depends on it; not used where none are observed.
+    """
+    squares = np.zeros(group.rows, np.float32)
+    if group.site != "tokens":
+        role = "head" if group.layer is None else group.role
+        squares += np.float32(variance) * statistics.sensitivity(group.layer, role)
+    if "embedding" in group.uses:
+        frequencies, columns = statistics.lookups()
+        squares += frequencies * columns.mean()
+    roots: Float32 = np.sqrt(squares + LEAST_SENSITIVITY * squares.mean() + np.float32(1e-30))
+    return roots
+
+
+def row_steps(weight: Float32, roots: Float32, step: float) -> Float32:
+    """Return the step of each row, float32 [rows]: none so fine that a weight is beyond the largest code."""
+    least = np.abs(weight).max(axis=1) / ROOM
+    steps: Float32 = np.maximum(np.float32(step) / roots, least)
+    return steps
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Bits a weight of a matrix, falling, at common steps, rising, as logarithms to base 2; each float64 [points]."""
+
+    steps: Float64
+    rates: Float64
+
+    @classmethod
+    def of(cls, weight: Float32, roots: Float32, rounded: Callable[[float], Int8], times: float = 1.0) -> "Curve":
+        """Find out what codes take at some steps, tables and scales included.
+
+        Args:
+            weight: The matrix or some of its rows, float32 [rows, columns].
+            roots: What the common step is divided by in each row, float32 [rows].
+            rounded: Gives the codes, int8 [rows, columns], at a common step.
+            times: How many times as many rows the matrix has.
+        """
+        spread = np.sqrt(np.mean(weight**2, axis=1, dtype=np.float64)) * roots
+        steps = np.mean(np.log2(np.maximum(spread, 1e-30))) + NORMAL_BITS - FORETOLD
+        rates = [coded_bits(rounded(2.0**step).view(np.uint8), times) / (weight.size * times) for step in steps]
+        return cls(steps, np.minimum.accumulate(rates) + SCALE_BITS / weight.shape[1])
+
+    def at(self, step: float) -> float:
+        """Return the bits a weight at the logarithm of a common step."""
+        return float(np.interp(step, self.steps, self.rates))
+
+
+def common_step(curves: Sequence[Curve], sizes: Sequence[int], bits: float) -> float:
+    """Return the logarithm of the step at which matrices of these sizes take so many bits a weight together.
+
+    Raises:
+        RequestError: there is none.
+    """
+
+    def rate(step: float) -> float:
+        return float(np.average([curve.at(step) for curve in curves], weights=sizes))
+
+    low, high = min(float(curve.steps[0]) for curve in curves), max(float(curve.steps[-1]) for curve in curves)
+    if not rate(high) <= bits <= rate(low):
+        raise RequestError(
+            "no step gives this rate",
+            got=f"{bits:g} bits a weight",
+            expected=f"from {rate(high):.2f} to {rate(low):.2f}",
+        )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rate(middle) > bits else (low, middle)
+    return high
+
+
+def some_rows(rows: int) -> NDArray[np.int64]:
+    """Return some rows, evenly spread: neighbouring ones belong to one head."""
+    count = min(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))
+    return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))

@@ -1,0 +1,145 @@
+"""Double compression: 8-bit integers with steps so coarse that entropy coding makes a second compression of them.
+
+After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), of which no code is published;
+the choices here are ours. Inputs' channels are divided by how far they reach, which goes into the weights
+(`exporter.compress.equalise`); steps are chosen for the bits that the codes are to take when coded (`exporter.coding`),
+one common to all matrices by how much their rows matter (`exporter.compress.curve`); weights are rounded to the
+nearest, and those become zero that can move an output least, by |w| max|x|. The file is the runtime's own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.calibrate.moments import Site
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
+from exporter.compress.equalise import Rewritten, equalised
+from exporter.compress.method import ExpectedError
+from exporter.compress.rtn import error_of
+from exporter.effort import Effort
+from exporter.model.model import Model
+from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
+from exporter.weights.group import WeightGroup
+from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
+
+DEFAULT_BITS = 3.6
+# Channels are scaled by the inputs' reach alone: where steps are common to a row, that of the weights does not matter.
+ALPHA = 1.0
+SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
+# Of the weights that the steps leave, this share becomes zero.
+ZEROED = 0.02
+
+
+@dataclass(frozen=True)
+class Double:
+    """Round to the nearest of steps as coarse as the bits ask for.
+
+    Attributes:
+        bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
+        largest: The largest magnitude seen of each input, float32 [columns]; None for the deviations at hand.
+        zeroed: Share of the weights that become zero because they move the outputs least.
+        roots: What the step is divided by in each row, float32 [rows]; None where all rows count alike.
+        step: The common step.
+    """
+
+    bits: float = DEFAULT_BITS
+    largest: Float32 | None = None
+    zeroed: float = ZEROED
+    roots: Float32 | None = None
+    step: float | None = None
+    name = "double"
+
+    def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
+        """Encode one matrix.
+
+        Raises:
+            RequestError: the format is not a symmetric one of 8 bits, or no step gives the rate.
+        """
+        roots = np.ones(len(weight), np.float32) if self.roots is None else self.roots
+        reach = self.largest
+        if reach is None:
+            reach = np.ones(weight.shape[1], np.float32) if site is None else np.sqrt(site.squares)
+        step = self.step
+        if step is None:
+            step = 2.0 ** common_step([self.sampled_curve(weight, roots, reach)], [1], self.bits)
+        steps = stored_steps(format, row_steps(weight, roots, step))
+        data = encode_steps(format, self._codes(weight, steps, reach), steps)
+        return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
+
+    def expected_error(
+        self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
+    ) -> ExpectedError:
+        """Return the error itself, with all rows alike: nothing of it is fitted to the text."""
+        alike = Double(self.bits, self.largest, self.zeroed)
+        return error_of(alike.encode(weight, format, site).planned - weight, site, columns)
+
+    def sampled_curve(self, weight: Float32, roots: Float32, reach: Float32) -> Curve:
+        """Return what rates common steps give, from some rows of a matrix, float32 [rows, columns]."""
+        rows = some_rows(len(weight))
+        some, counted = weight[rows], roots[rows]
+
+        def rounded(step: float) -> Int8:
+            return self._codes(some, row_steps(some, counted, step), reach)
+
+        return Curve.of(some, counted, rounded, len(weight) / len(rows))
+
+    def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> Int8:
+        """Return the nearest codes, int8 [rows, columns], those that move the outputs least zero."""
+        nearest = np.rint(weight / steps[:, None])
+        codes: Int8 = np.clip(nearest, -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
+        moved = np.abs(codes) * steps[:, None] * reach
+        left = moved[codes != 0]
+        if self.zeroed and left.size:
+            codes[moved <= np.quantile(left, self.zeroed)] = 0
+        return codes
+
+
+def in_scaled_channels(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
+    """Return the model with channels scaled by how far they reach, the compressible form of it."""
+    return equalised(model, statistics, ALPHA, sites)
+
+
+def doubled(
+    model: Model,
+    statistics: Statistics,
+    groups: Sequence[WeightGroup],
+    bits: float,
+    zeroed: float = ZEROED,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Double]:
+    """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
+
+    Args:
+        model: The model, in the coordinates that it is encoded in.
+        statistics: In the same coordinates.
+        groups: The matrices.
+        bits: Bits a weight on average, tables and scales included.
+        zeroed: Share of the weights that become zero.
+        progress: Called with matrices done and their total.
+
+    Raises:
+        RequestError: no common step gives this rate.
+    """
+    curves, methods = [], []
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        site, ranges = statistics.site(group.site), statistics.ranges(group.site)
+        variance = 1.0 if site is None else float(site.second_moment.trace() / group.columns)
+        roots = roots_of(statistics, group, variance)
+        reach = np.ones(group.columns, np.float32) if ranges is None else ranges.largest
+        method = Double(bits, reach, zeroed, roots)
+        curves.append(method.sampled_curve(model.read(group.name), roots, reach))
+        methods.append(method)
+    progress(len(groups), len(groups))
+    step = common_step(curves, [group.size for group in groups], bits)
+    return {
+        group.name: Double(curve.at(step), method.largest, zeroed, method.roots, 2.0**step)
+        for group, curve, method in zip(groups, curves, methods, strict=True)
+    }
+
+
+def at(effort: Effort) -> Double:
+    """Return the method for one matrix by itself; `doubled` spreads bits over several."""
+    return Double()

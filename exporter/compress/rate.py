@@ -1,0 +1,234 @@
+"""A rate of our choice in an 8-bit format: error feedback with steps chosen for the entropy of the codes.
+
+The file is the runtime's own, 8 bits a weight; coded (`exporter.coding`) it takes what its codes' entropy is. With
+D = E V the error of feedback (see `exporter.compress.ldlq`), a matrix costs sum_ij s_i d_j step_ij^2 / 24 in KL, where
+s_i is a row's sensitivity and d_j = 1 / U_jj^2 what of an input is not foretold by later ones, and its codes take
+sum_ij log2(sigma_ij / step_ij) + const bits. Least KL at a total of bits is thus
+
+    step_ij = c / sqrt(s_i d_j)
+
+with one c for all matrices: reverse water-filling (Lifar et al. 2026, WaterSIC, for the columns). The columns' part is
+absorbed by what comes before the matrix (`in_even_columns`), the rows' part is the scale of a row. Values are drawn
+towards zero before they are rounded, by the Wiener factor v / (v + 1/12) for codes of variance v: near a step's bound
+the cheaper code is the better one.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from exporter.calibrate.moments import Site
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
+from exporter.compress.equalise import Rewritten, rescaled
+from exporter.compress.ldlq import feedback_factor
+from exporter.compress.method import ExpectedError
+from exporter.effort import Effort
+from exporter.errors import RequestError
+from exporter.model.model import Model
+from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
+from exporter.weights.group import WeightGroup
+from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
+
+DEFAULT_BITS = 3.0
+# Added to the diagonal of H, as a share of itself: no input is believed to be foretold any better than that.
+DAMPING = 0.03
+ROWS_AT_ONCE = 2048
+COLUMNS_AT_ONCE = 32
+SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Error feedback in an 8-bit format, for a rate.
+
+    Attributes:
+        bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
+        roots: Square root of each row's s_i times d, the mean of the columns', float32 [rows]; None where the rows
+            count alike.
+        step: c in the formula; where the rows count alike, the step itself.
+    """
+
+    bits: float = DEFAULT_BITS
+    roots: Float32 | None = None
+    step: float | None = None
+    name = "rate"
+
+    def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
+        """Encode one matrix; without statistics of its inputs every weight is rounded by itself.
+
+        Raises:
+            RequestError: the format is not a symmetric one of 8 bits.
+        """
+        problem = _Problem.of(weight, site, self.roots)
+        step = self.step if self.step is not None else 2.0 ** common_step([problem.sampled_curve()], [1], self.bits)
+        steps = stored_steps(format, row_steps(weight, problem.roots, step))
+        codes = problem.rounded(steps)
+        steps = stored_steps(format, problem.refitted(codes, steps))
+        data = encode_steps(format, codes, steps)
+        return EncodedMatrix(data, format.decode_rows(data, weight.shape[1]))
+
+    def expected_error(
+        self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
+    ) -> ExpectedError:
+        """Foretell the error of some rows from what they lose on the text that codes are not fitted to."""
+        alike = Rate(self.bits)
+        if site is None:
+            change = alike.encode(weight, format, None).planned - weight
+            return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
+        fitted = replace(site, held=site.fitted, share=0.0)
+        change = alike.encode(weight, format, fitted).planned - weight
+        outputs = np.einsum("ij,ij->i", change @ site.held, change).astype(np.float64)
+        return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A matrix, or some of its rows.
+
+    Attributes:
+        weight: float32 [rows, columns].
+        moment: H, damped, float32 [columns, columns]; None where inputs were not observed.
+        factor: Its feedback factor U; likewise.
+        roots: See `Rate`; ones where the rows count alike.
+    """
+
+    weight: Float32
+    moment: Float32 | None
+    factor: Float32 | None
+    roots: Float32
+
+    @classmethod
+    def of(cls, weight: Float32, site: Site | None, roots: Float32 | None = None) -> "_Problem":
+        moment = None if site is None else damped_moment(site.second_moment)
+        factor = None if moment is None else feedback_factor(moment)
+        return cls(weight, moment, factor, np.ones(len(weight), np.float32) if roots is None else roots)
+
+    @property
+    def variance(self) -> float:
+        """The geometric mean of what of each input is not foretold by later ones."""
+        return 1.0 if self.factor is None else math.exp(-2 * np.log(self.factor.diagonal()).mean(dtype=np.float64))
+
+    def sampled_curve(self) -> Curve:
+        """Return what rates common steps give, from some rows."""
+        rows = some_rows(len(self.weight))
+        some = replace(self, weight=self.weight[rows], roots=self.roots[rows])
+
+        def rounded(step: float) -> Int8:
+            return some.rounded(row_steps(some.weight, some.roots, step))
+
+        return Curve.of(some.weight, some.roots, rounded, len(self.weight) / len(rows))
+
+    def rounded(self, steps: Float32) -> Int8:
+        """Return codes, int8 [rows, columns], for a step of each row."""
+        gain = self._gain(steps)
+        if self.factor is None:
+            return _codes(self.weight / steps[:, None] * gain)
+        chunks = [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(self.weight), ROWS_AT_ONCE)]
+        return np.concatenate([_fed_back(self.weight[one], steps[one], gain[one], self.factor) for one in chunks])
+
+    def _gain(self, steps: Float32) -> Float32:
+        """Return the Wiener factor of each code, float32 [rows, columns], from rows' and columns' variances."""
+        squares = (self.weight / steps[:, None]) ** 2
+        of_rows, of_columns = squares.mean(axis=1, keepdims=True), squares.mean(axis=0, keepdims=True)
+        variance = of_rows * of_columns / max(float(squares.mean()), 1e-30)
+        gain: Float32 = variance / (variance + np.float32(1 / 12))
+        return gain
+
+    def refitted(self, codes: Int8, steps: Float32) -> Float32:
+        """Return the steps, float32 [rows], that suit the codes best: (q H w) / (q H q) of each row."""
+        levels = codes.astype(np.float32)
+        seen = levels if self.moment is None else levels @ self.moment
+        square, product = np.einsum("ij,ij->i", seen, levels), np.einsum("ij,ij->i", seen, self.weight)
+        usable = (square > 0) & (product > 0)
+        fitted: Float32 = np.where(usable, product / np.where(usable, square, 1), steps)
+        return fitted
+
+
+def damped_moment(moment: Float32) -> Float32:
+    """Return H with a share of its diagonal added to it, float32 [columns, columns]: the same in all coordinates."""
+    damped = moment.copy()
+    diagonal = moment.diagonal()
+    floor = np.float32(1e-6) * diagonal.mean() if diagonal.any() else np.float32(1)
+    damped[np.diag_indices_from(damped)] += np.float32(DAMPING) * diagonal + floor
+    return damped
+
+
+def _codes(values: Float32) -> Int8:
+    return np.clip(np.rint(values), -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
+
+
+def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -> Int8:
+    """Round some rows column by column, each error fed back into later columns."""
+    columns, gains = np.ascontiguousarray(weight.T), np.ascontiguousarray(gain.T / steps)
+    errors, codes = np.empty_like(columns), np.empty(columns.shape, np.int8)
+    for start in range(0, len(columns), COLUMNS_AT_ONCE):
+        block = slice(start, start + COLUMNS_AT_ONCE)
+        left = columns[block] - factor[:start, block].T @ errors[:start]
+        within = np.ascontiguousarray(factor[block, block].T)
+        for column in range(len(left)):
+            values = left[column] - within[column, :column] @ errors[start : start + column]
+            codes[start + column] = _codes(values * gains[start + column])
+            errors[start + column] = (values - codes[start + column] * steps) / within[column, column]
+    return np.ascontiguousarray(codes.T)
+
+
+def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
+    """Return the model in coordinates in which every column of a matrix wants the same step.
+
+    Column j is multiplied by sqrt(d_j), what an input's deviation is from what later inputs foretell of it.
+    """
+
+    def factors(site: str, _: Collection[str]) -> Float32:
+        seen = statistics.site(site)
+        if seen is None:
+            raise RequestError("the activations were not observed", where=site)
+        logarithms = -np.log(feedback_factor(damped_moment(seen.second_moment)).diagonal())
+        # Only ratios matter; the rest would push scales to the ends of float16.
+        even: Float32 = np.exp(logarithms - logarithms.mean())
+        return even
+
+    return rescaled(model, statistics, sites, factors)
+
+
+def rated(
+    model: Model,
+    statistics: Statistics,
+    groups: Sequence[WeightGroup],
+    bits: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Rate]:
+    """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
+
+    All have one common step: the rate of each follows from how much it matters.
+
+    Args:
+        model: The model, in the coordinates that it is encoded in.
+        statistics: In the same coordinates.
+        groups: The matrices.
+        bits: Bits a weight on average, tables and scales included.
+        progress: Called with matrices done and their total.
+
+    Raises:
+        RequestError: no common step gives this rate.
+    """
+    curves, all_roots = [], []
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        problem = _Problem.of(model.read(group.name), statistics.site(group.site))
+        roots = roots_of(statistics, group, problem.variance)
+        curves.append(replace(problem, roots=roots).sampled_curve())
+        all_roots.append(roots)
+    progress(len(groups), len(groups))
+    step = common_step(curves, [group.size for group in groups], bits)
+    return {
+        group.name: Rate(curve.at(step), roots, 2.0**step)
+        for group, curve, roots in zip(groups, curves, all_roots, strict=True)
+    }
+
+
+def at(effort: Effort) -> Rate:
+    """Return the method for one matrix by itself; `rated` spreads bits over several."""
+    return Rate()

@@ -1,0 +1,130 @@
+"""Bundles that ship coded: one manifest for both forms, every damage found, and what is unpacked proved."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.bundle.manifest import content_digest, sha256_of
+from exporter.bundle.transport import code_beside, unpack_bundle
+from exporter.bundle.verify import read_manifest, verify_bundle
+from exporter.bundle.write import staging_folder, write_bundle
+from exporter.coding.container import code_file
+from exporter.errors import InputError, RequestError
+from exporter.job import silent
+from exporter.use import open_bundle, self_test
+from tests.unit.test_bundle import FILES, failed, header, rewrite, stage
+
+WEIGHTS = np.random.default_rng(0).normal(0, 3, 50_000).round().astype(np.int8).tobytes()
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> Path:
+    """A bundle with one coded file."""
+    output = tmp_path / "coded"
+    with staging_folder(output) as staging:
+        stage(staging)
+        weights = staging / "model/model.onnx.data"
+        weights.write_bytes(WEIGHTS)
+        size = code_beside([weights], "small", silent)
+        assert size.original_bytes == len(WEIGHTS) > 1.5 * size.coded_bytes
+        write_bundle(staging, output, header())
+    return output
+
+
+def test_a_coded_bundle_lists_both_forms_and_holds_one(coded: Path) -> None:
+    assert "model/model.onnx.data" in FILES
+    entries = {entry.path: entry for entry in read_manifest(coded).files}
+    entry = entries["model/model.onnx.data"]
+    assert entry.size == len(WEIGHTS)
+    assert entry.coded is not None and entry.coded.size == (coded / "model/model.onnx.data.coded").stat().st_size
+    assert [one.path for one in entries.values() if one.coded] == ["model/model.onnx.data"]
+    assert not (coded / "model/model.onnx.data").exists()
+
+
+def test_both_forms_verify_under_one_manifest(coded: Path, tmp_path: Path) -> None:
+    unpack_bundle(coded, tmp_path / "plain", silent)
+    assert (tmp_path / "plain/model/model.onnx.data").read_bytes() == WEIGHTS
+    assert (tmp_path / "plain/manifest.json").read_bytes() == (coded / "manifest.json").read_bytes()
+    assert not list((tmp_path / "plain").rglob("*.coded"))
+    for form in (coded, tmp_path / "plain"):
+        assert not failed(form)
+    details = {check.name: check.detail for check in verify_bundle(coded)}
+    assert f"{len(WEIGHTS):,} bytes when restored" in details["file model/model.onnx.data"]
+
+
+def test_any_flipped_or_missing_byte_is_found(coded: Path, tmp_path: Path) -> None:
+    path = coded / "model/model.onnx.data.coded"
+    whole = path.read_bytes()
+    for place in (0, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :])
+        assert "file model/model.onnx.data.coded" in failed(coded)
+        with pytest.raises(InputError, match=r"is damaged|no coded file"):
+            unpack_bundle(coded, tmp_path / "plain", silent)
+    path.write_bytes(whole[:-1])
+    assert "file model/model.onnx.data.coded" in failed(coded)
+    assert [one.name for one in tmp_path.iterdir()] == ["coded"]
+
+
+def forge(bundle: Path, restored: bytes, name: str = "model.onnx.data") -> None:
+    """Put in place a sound coded file of other content, and list it."""
+    (bundle / name).write_bytes(restored)
+    path = bundle / "model/model.onnx.data.coded"
+    code_file(bundle / name, path)
+    (bundle / name).unlink()
+    manifest = read_manifest(bundle)
+    document = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    for entry in document["files"]:
+        if entry["coded"]:
+            entry["coded"]["size"], entry["coded"]["sha256"] = sha256_of(path)
+    rewrite(bundle, {"files": document["files"]})
+    rewrite(bundle, {"content_digest": content_digest(manifest, read_manifest(bundle).files)})
+
+
+def test_what_restores_to_something_else_is_found(coded: Path, tmp_path: Path) -> None:
+    forge(coded, WEIGHTS[::-1])
+    assert "it restores to SHA-256" in failed(coded)["file model/model.onnx.data"].detail
+    with pytest.raises(InputError, match=r"not what its manifest lists: file model/model.onnx.data"):
+        unpack_bundle(coded, tmp_path / "plain", silent)
+    forge(coded, WEIGHTS[:-1])
+    assert "its coded form is that of" in failed(coded)["file model/model.onnx.data"].detail
+    forge(coded, WEIGHTS, name="other")
+    assert "its coded form is that of 'other'" in failed(coded)["file model/model.onnx.data"].detail
+    assert not (tmp_path / "plain").exists()
+
+
+def test_both_forms_at_once_are_found(coded: Path) -> None:
+    (coded / "model/model.onnx.data").write_bytes(WEIGHTS)
+    assert "model.onnx.data.coded" in failed(coded)["no unlisted file"].detail
+
+
+def test_a_file_cannot_be_listed_where_a_coded_one_stands(coded: Path) -> None:
+    document = json.loads((coded / "manifest.json").read_text("utf-8"))
+    listed = document["files"]
+    rewrite(coded, {"files": [*listed, listed[0] | {"path": "model/model.onnx.data.coded"}]})
+    with pytest.raises(InputError, match="is listed beside"):
+        read_manifest(coded)
+
+
+def test_a_coded_bundle_is_not_used_but_says_how(coded: Path) -> None:
+    with pytest.raises(RequestError, match="the bundle's model is coded; restore it with edge-exporter unpack"):
+        open_bundle(coded)
+    check = self_test(coded, 1)
+    assert (check.status, "edge-exporter unpack" in check.detail) == ("not run", True)
+
+
+def test_what_cannot_be_unpacked(coded: Path, tmp_path: Path) -> None:
+    unpack_bundle(coded, tmp_path / "plain", silent)
+    with pytest.raises(RequestError, match="nothing of the bundle is coded; use it as it is"):
+        unpack_bundle(tmp_path / "plain", tmp_path / "again", silent)
+    with pytest.raises(RequestError, match="already exists"):
+        unpack_bundle(coded, tmp_path / "plain", silent)
+    (coded / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="link: neither a file nor a folder"):
+        unpack_bundle(coded, tmp_path / "again", silent)
+    (coded / "link").unlink()
+    (coded / "selftest.json").unlink()
+    with pytest.raises(InputError, match=r"not what its manifest lists: file selftest.json"):
+        unpack_bundle(coded, tmp_path / "again", silent)
+    assert not (tmp_path / "again").exists()
