@@ -62,7 +62,10 @@ class Rate:
         Raises:
             RequestError: the format is not a symmetric one of 8 bits.
         """
-        problem = _Problem.of(weight, site, self.roots)
+        return self._encoded(weight, format, None if site is None else damped(site.second_moment, site.shrinkage))
+
+    def _encoded(self, weight: Float32, format: WeightFormat, moment: Float32 | None) -> EncodedMatrix:
+        problem = _Problem.of(weight, moment, self.roots)
         step = self.step if self.step is not None else 2.0 ** common_step([problem.sampled_curve()], [1], self.bits)
         steps = stored_steps(format, row_steps(weight, problem.roots, step))
         codes = problem.rounded(steps)
@@ -78,8 +81,7 @@ class Rate:
         if site is None:
             change = alike.encode(weight, format, None).planned - weight
             return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
-        fitted = replace(site, held=site.fitted, share=0.0)
-        change = alike.encode(weight, format, fitted).planned - weight
+        change = alike._encoded(weight, format, damped(site.fitted, site.fitted_shrinkage)).planned - weight
         outputs = np.einsum("ij,ij->i", change @ site.held, change).astype(np.float64)
         return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
 
@@ -101,8 +103,7 @@ class _Problem:
     roots: Float32
 
     @classmethod
-    def of(cls, weight: Float32, site: Site | None, roots: Float32 | None = None) -> "_Problem":
-        moment = None if site is None else damped_moment(site.second_moment)
+    def of(cls, weight: Float32, moment: Float32 | None, roots: Float32 | None = None) -> "_Problem":
         factor = None if moment is None else feedback_factor(moment)
         return cls(weight, moment, factor, np.ones(len(weight), np.float32) if roots is None else roots)
 
@@ -147,13 +148,18 @@ class _Problem:
         return fitted
 
 
-def damped_moment(moment: Float32) -> Float32:
-    """Return H with a share of its diagonal added to it, float32 [columns, columns]: the same in all coordinates."""
-    damped = moment.copy()
-    diagonal = moment.diagonal()
+def damped(second_moment: Float32, shrinkage: float = 0.0) -> Float32:
+    """Return H with a share of its diagonal added to it, float32 [columns, columns]: the same in all coordinates.
+
+    Args:
+        second_moment: H.
+        shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.moments.Site`.
+    """
+    moment = second_moment * np.float32(1 - shrinkage)
+    diagonal = second_moment.diagonal()
     floor = np.float32(1e-6) * diagonal.mean() if diagonal.any() else np.float32(1)
-    damped[np.diag_indices_from(damped)] += np.float32(DAMPING) * diagonal + floor
-    return damped
+    moment[np.diag_indices_from(moment)] = np.float32(1 + DAMPING) * diagonal + floor
+    return moment
 
 
 def _codes(values: Float32) -> Int8:
@@ -185,7 +191,7 @@ def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] =
         seen = statistics.site(site)
         if seen is None:
             raise RequestError("the activations were not observed", where=site)
-        logarithms = -np.log(feedback_factor(damped_moment(seen.second_moment)).diagonal())
+        logarithms = -np.log(feedback_factor(damped(seen.second_moment, seen.shrinkage)).diagonal())
         # Only ratios matter; the rest would push scales to the ends of float16.
         even: Float32 = np.exp(logarithms - logarithms.mean())
         return even
@@ -217,7 +223,9 @@ def rated(
     curves, all_roots = [], []
     for number, group in enumerate(groups):
         progress(number, len(groups))
-        problem = _Problem.of(model.read(group.name), statistics.site(group.site))
+        site = statistics.site(group.site)
+        moment = None if site is None else damped(site.second_moment, site.shrinkage)
+        problem = _Problem.of(model.read(group.name), moment)
         roots = roots_of(statistics, group, problem.variance)
         curves.append(replace(problem, roots=roots).sampled_curve())
         all_roots.append(roots)

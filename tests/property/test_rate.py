@@ -6,7 +6,7 @@ import pytest
 from exporter.calibrate.moments import Site
 from exporter.coding.streams import coded_bits
 from exporter.compress.double import Double
-from exporter.compress.rate import Rate, damped_moment
+from exporter.compress.rate import Rate, damped
 from exporter.compress.rtn import RoundToNearest
 from exporter.errors import RequestError
 from exporter.weights.channel import ChannelFormat
@@ -87,7 +87,7 @@ def test_sensitive_rows_get_finer_steps() -> None:
 
 def test_feedback_is_that_of_a_naive_loop() -> None:
     given, step = weight(24), 0.01
-    moment = damped_moment(site().second_moment).astype(np.float64)
+    moment = damped(site().second_moment, site().shrinkage).astype(np.float64)
     upper = np.linalg.cholesky(np.linalg.inv(moment)).T
     encoded = Rate(step=step).encode(given, ggml_format("Q8_0"), site())
     squares = (given / step) ** 2

@@ -14,7 +14,7 @@ from exporter.coding.container import code_file
 from exporter.errors import InputError, RequestError
 from exporter.job import silent
 from exporter.use import open_bundle, self_test
-from tests.unit.test_bundle import FILES, failed, header, rewrite, stage
+from tests.unit.test_bundle import failed, header, rewrite, stage
 
 WEIGHTS = np.random.default_rng(0).normal(0, 3, 50_000).round().astype(np.int8).tobytes()
 
@@ -25,7 +25,7 @@ def coded(tmp_path: Path) -> Path:
     output = tmp_path / "coded"
     with staging_folder(output) as staging:
         stage(staging)
-        weights = staging / "model/model.onnx.data"
+        weights = staging / "model/model.gguf"
         weights.write_bytes(WEIGHTS)
         size = code_beside([weights], "small", silent)
         assert size.original_bytes == len(WEIGHTS) > 1.5 * size.coded_bytes
@@ -34,43 +34,42 @@ def coded(tmp_path: Path) -> Path:
 
 
 def test_a_coded_bundle_lists_both_forms_and_holds_one(coded: Path) -> None:
-    assert "model/model.onnx.data" in FILES
     entries = {entry.path: entry for entry in read_manifest(coded).files}
-    entry = entries["model/model.onnx.data"]
+    entry = entries["model/model.gguf"]
     assert entry.size == len(WEIGHTS)
-    assert entry.coded is not None and entry.coded.size == (coded / "model/model.onnx.data.coded").stat().st_size
-    assert [one.path for one in entries.values() if one.coded] == ["model/model.onnx.data"]
-    assert not (coded / "model/model.onnx.data").exists()
+    assert entry.coded is not None and entry.coded.size == (coded / "model/model.gguf.coded").stat().st_size
+    assert [one.path for one in entries.values() if one.coded] == ["model/model.gguf"]
+    assert not (coded / "model/model.gguf").exists()
 
 
 def test_both_forms_verify_under_one_manifest(coded: Path, tmp_path: Path) -> None:
     unpack_bundle(coded, tmp_path / "plain", silent)
-    assert (tmp_path / "plain/model/model.onnx.data").read_bytes() == WEIGHTS
+    assert (tmp_path / "plain/model/model.gguf").read_bytes() == WEIGHTS
     assert (tmp_path / "plain/manifest.json").read_bytes() == (coded / "manifest.json").read_bytes()
     assert not list((tmp_path / "plain").rglob("*.coded"))
     for form in (coded, tmp_path / "plain"):
         assert not failed(form)
     details = {check.name: check.detail for check in verify_bundle(coded)}
-    assert f"{len(WEIGHTS):,} bytes when restored" in details["file model/model.onnx.data"]
+    assert f"{len(WEIGHTS):,} bytes when restored" in details["file model/model.gguf"]
 
 
 def test_any_flipped_or_missing_byte_is_found(coded: Path, tmp_path: Path) -> None:
-    path = coded / "model/model.onnx.data.coded"
+    path = coded / "model/model.gguf.coded"
     whole = path.read_bytes()
     for place in (0, 30, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :])
-        assert "file model/model.onnx.data.coded" in failed(coded)
+        assert "file model/model.gguf.coded" in failed(coded)
         with pytest.raises(InputError, match=r"is damaged|no coded file"):
             unpack_bundle(coded, tmp_path / "plain", silent)
     path.write_bytes(whole[:-1])
-    assert "file model/model.onnx.data.coded" in failed(coded)
+    assert "file model/model.gguf.coded" in failed(coded)
     assert [one.name for one in tmp_path.iterdir()] == ["coded"]
 
 
-def forge(bundle: Path, restored: bytes, name: str = "model.onnx.data") -> None:
+def forge(bundle: Path, restored: bytes, name: str = "model.gguf") -> None:
     """Put in place a sound coded file of other content, and list it."""
     (bundle / name).write_bytes(restored)
-    path = bundle / "model/model.onnx.data.coded"
+    path = bundle / "model/model.gguf.coded"
     code_file(bundle / name, path)
     (bundle / name).unlink()
     manifest = read_manifest(bundle)
@@ -84,25 +83,25 @@ def forge(bundle: Path, restored: bytes, name: str = "model.onnx.data") -> None:
 
 def test_what_restores_to_something_else_is_found(coded: Path, tmp_path: Path) -> None:
     forge(coded, WEIGHTS[::-1])
-    assert "it restores to SHA-256" in failed(coded)["file model/model.onnx.data"].detail
-    with pytest.raises(InputError, match=r"not what its manifest lists: file model/model.onnx.data"):
+    assert "it restores to SHA-256" in failed(coded)["file model/model.gguf"].detail
+    with pytest.raises(InputError, match=r"not what its manifest lists: file model/model.gguf"):
         unpack_bundle(coded, tmp_path / "plain", silent)
     forge(coded, WEIGHTS[:-1])
-    assert "its coded form is that of" in failed(coded)["file model/model.onnx.data"].detail
+    assert "its coded form is that of" in failed(coded)["file model/model.gguf"].detail
     forge(coded, WEIGHTS, name="other")
-    assert "its coded form is that of 'other'" in failed(coded)["file model/model.onnx.data"].detail
+    assert "its coded form is that of 'other'" in failed(coded)["file model/model.gguf"].detail
     assert not (tmp_path / "plain").exists()
 
 
 def test_both_forms_at_once_are_found(coded: Path) -> None:
-    (coded / "model/model.onnx.data").write_bytes(WEIGHTS)
-    assert "model.onnx.data.coded" in failed(coded)["no unlisted file"].detail
+    (coded / "model/model.gguf").write_bytes(WEIGHTS)
+    assert "model.gguf.coded" in failed(coded)["no unlisted file"].detail
 
 
 def test_a_file_cannot_be_listed_where_a_coded_one_stands(coded: Path) -> None:
     document = json.loads((coded / "manifest.json").read_text("utf-8"))
     listed = document["files"]
-    rewrite(coded, {"files": [*listed, listed[0] | {"path": "model/model.onnx.data.coded"}]})
+    rewrite(coded, {"files": [*listed, listed[0] | {"path": "model/model.gguf.coded"}]})
     with pytest.raises(InputError, match="is listed beside"):
         read_manifest(coded)
 
