@@ -196,8 +196,12 @@ def test_a_folder_is_not_overwritten(tmp_path: Path, source: Model) -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, source: Model) -> None:
-    with pytest.raises(RequestError, match="the folder cannot be written"):
+    with pytest.raises(RequestError, match=r"missing: there is no such folder; make it"):
         save_folder(source, tmp_path / "missing" / "saved")
+    # Longer names than the file system's, while it is not complete.
+    with pytest.raises(RequestError, match="the folder cannot be written"):
+        save_folder(source, tmp_path / ("x" * 250))
+    assert not list(tmp_path.glob("*xx*"))
 
 
 def test_a_killed_save_leaves_nothing(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
