@@ -144,7 +144,7 @@ class GgmlFormat:
         """Return what llama.cpp decodes, float32 [rows, columns], through ggml's `to_float`."""
         data = np.ascontiguousarray(data)
         if self.type == gguf.GGMLQuantizationType.F32:
-            return data.view(np.float32)
+            return data.view(np.float32).copy()
         decoded = np.empty((len(data), columns), np.float32)
         to_float = _ggml().ggml_get_type_traits(int(self.type)).contents.to_float
         to_float(data.ctypes.data, decoded.ctypes.data, decoded.size)
