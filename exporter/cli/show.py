@@ -114,7 +114,7 @@ def bundle(path: Path) -> None:
 def _pruning(facts: dict[str, Any] | None) -> None:
     if facts is not None:
         pruning = Pruning.model_validate(facts, strict=False)
-        console.print(f"{plain(pruning.method)}: {plain(pruned(pruning))} [dim]{pruning.removed.basis}[/]")
+        console.print(f"{plain(pruning.method)} removed {plain(pruned(pruning))}")
 
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any] | None:

@@ -51,4 +51,5 @@ def pruned(pruning: Pruning) -> str:
     zeros = pruning.zero_bytes
     filled = f"; {text(zeros.value, zeros.unit)} of zeros" if zeros.value else ""
     share = text(pruning.removed.value, pruning.removed.unit)
-    return f"{share} of the feed-forward channels removed, {widths} left in a layer; {pruning.carried}{filled}"
+    gone = f"{share} of the feed-forward channels ({pruning.removed.basis})"
+    return f"{gone}, {widths} are left in a layer; {pruning.carried}{filled}"

@@ -78,13 +78,14 @@ def test_a_float32_bundle_is_as_far_from_the_source_as_what_is_saved(
     assert report.recipe.scheme == "recipe mine, F32"
     with open_model(str(tmp_path / "model")) as source, open_model(str(tmp_path / "saved")) as saved:
         assert (report.model.digest, report.model.parameters) == (source.digest, source.architecture.parameters)
-        assert saved.architecture.parameters < source.architecture.parameters or not saved.architecture.even
+        assert report.pruning is not None
+        assert saved.architecture.intermediate == (max(report.pruning.widths),) * 3
         tokens = file_windows(tmp_path / "evaluation", load_tokenizer(source.folder), 6, WINDOW).tokens
     before, after = (distributions(tmp_path / name, tokens) for name in ("model", "saved"))
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     assert report.accuracy.kl_mean.value == pytest.approx(kl, rel=1e-3)
     assert kl > 0.01
-    assert report.accuracy.runtime_rounding_kl.value < 1e-6
+    assert report.accuracy.runtime_rounding_kl.value < 1e-5
     pruning = report.pruning
     assert pruning is not None and pruning.method == method
     assert pruning.removed.value == pytest.approx(1 / 3)
@@ -112,11 +113,11 @@ def test_factors_beside_pruned_weights(built: Callable[..., Bundle], target: str
     assert {row.rows for row in bundle.report.tensors if "+r32" in row.format} > {64}
 
 
-@pytest.mark.parametrize("target", ["gguf", "onnx"])
-def test_a_budget_is_of_the_source_s_weights(built: Callable[..., Bundle], target: str) -> None:
-    report = built("prunenet", target, bits=14.0).report
+@pytest.mark.parametrize(("target", "bits"), [("gguf", 6.0), ("onnx", 13.0)])
+def test_a_budget_is_of_the_source_s_weights(built: Callable[..., Bundle], target: str, bits: float) -> None:
+    report = built("prunenet", target, bits=bits).report
     assert report.passed
-    assert 10 < report.size.bits_per_weight.value <= 14
+    assert 0.8 * bits < report.size.bits_per_weight.value <= bits
 
 
 def test_a_folder_in_the_way_is_seen_before_any_work(tmp_path: Path, built: Callable[..., Bundle]) -> None:
