@@ -277,7 +277,7 @@ def test_files_may_be_coded_last(tmp_path: Path) -> None:
         (
             SHIPPED,
             SHIPPED + "[[step]]\nmethod = 'caldera'\n",
-            r"transport codes the finished model files, so nothing can follow it; got caldera after it; make transport the last",
+            r"step 3: transport codes the finished model files, so nothing can follow it; got caldera after it; make",
         ),
         (
             SHIPPED,
