@@ -42,7 +42,6 @@ class Plan:
         disk_bytes: Disk space that the build needs where the bundle is written.
         cache_bytes: Disk space that it needs in the cache.
         checks: The estimates against the device's limits.
-        encoding: The step of a recipe that gives matrices their codes; None without a recipe.
         transport: The profile that the model files are coded with to be shipped; None where they are shipped plain.
     """
 
@@ -81,7 +80,7 @@ class Plan:
         if self.recipe.encoding is None:
             return {}
         groups = [decision.group for decision in self.decisions]
-        return self.recipe.encoding.methods(groups, given.model, given.statistics, partial(progress, "steps: matrices"))
+        return self.recipe.encoding.methods(groups, given, partial(progress, "steps: matrices"))
 
 
 def make_plan(model: Model, job: Job) -> Plan:

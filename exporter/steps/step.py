@@ -6,7 +6,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -26,6 +26,8 @@ from exporter.weights.group import Decision, WeightGroup
 
 # The second moment of a layer's channels, its inverse, and products of them, in double precision.
 SQUARES = 5
+# Of a weight in a coded file; finer codes of 8 bits have less to gain.
+CodedBits = Annotated[float, Field(ge=1, le=6)]
 # Gives the statistics of a model on the calibration text, collected when they are asked for.
 Observe = Callable[[Model], Statistics]
 
@@ -129,22 +131,42 @@ class EncodingStep(Document):
         """Return the model in the coordinates that it is encoded in: by default those that suit the target."""
         return target.rewritten(model, statistics, decisions)
 
-    def methods(
-        self,
-        groups: Sequence[WeightGroup],
-        model: Model,
-        statistics: Statistics,
-        progress: Callable[[int, int], None],
-    ) -> Mapping[str, Method]:
+    def methods(self, groups: Sequence[WeightGroup], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
         """Return methods for matrices, by name, in place of the one that decisions name: by default none.
 
         Args:
             groups: All matrices.
-            model: The model in the coordinates of `coordinates`.
-            statistics: In the same coordinates.
+            given: The model in the coordinates of `coordinates`.
             progress: Called with matrices done and their total.
 
         Raises:
             RequestError: what the step asks for cannot be had of these weights.
         """
         return {}
+
+
+class CodedStep(EncodingStep):
+    """A step that gives every matrix the target's 8 bits, so coarse that a coded file takes fewer.
+
+    Attributes:
+        bits: Of a weight, on average over all matrices, when the file is coded; tables and scales included.
+        equalise: Encode in coordinates that suit coding, absorbed by what comes before each matrix.
+    """
+
+    bits: CodedBits
+    equalise: bool = True
+
+    def decide(self, model: Model, target: Target) -> list[Decision]:
+        """Return the target's 8 bits for every matrix."""
+        reason = f"{self.method} by the recipe: {self.bits:g} bits a weight on average when coded"
+        return [replace(one, reason=reason) for one in target.decide(model, target.type_of_8_bits, self.method)]
+
+    def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model in coordinates that suit coding, or as the target has it."""
+        if self.equalise:
+            return self.suited(model, statistics)
+        return super().coordinates(target, model, statistics, decisions)
+
+    @abstractmethod
+    def suited(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model in coordinates that suit coding."""
