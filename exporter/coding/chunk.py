@@ -145,11 +145,10 @@ def _read_shape(reading: Reading, part: Part, field: Field) -> Shape:
     known = {CODES: (0, 2, 4, 6), NUMBERS: (0, 1), ANYTHING: (0,)}
     if flags not in known[field.kind]:
         raise InputError("a field of the coded file has strange flags", got=flags)
-    rows, columns = part.rows, part.records * field.width
-    of_rows = _read_classes(reading, rows) if flags & 2 else np.zeros(rows, np.uint8)
-    return Shape(
-        bool(flags & 1), of_rows, _read_classes(reading, columns) if flags & 4 else np.zeros(columns, np.uint8)
-    )
+    plain = Shape.plain(part.rows, part.records * field.width)
+    of_rows = _read_classes(reading, len(plain.rows)) if flags & 2 else plain.rows
+    of_columns = _read_classes(reading, len(plain.columns)) if flags & 4 else plain.columns
+    return Shape(bool(flags & 1), of_rows, of_columns)
 
 
 def _read_classes(reading: Reading, count: int) -> Bytes:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, get_args
 
 from exporter.cache import replacing
 from exporter.coding.chunk import CodedChunk, Profile, decode, encode
@@ -28,7 +28,7 @@ from exporter.errors import ExporterError, InputError, RequestError
 MAGIC = b"\x89EDGECOD"
 VERSION = 1
 SUFFIX = ".coded"
-PROFILES: tuple[Profile, ...] = ("small", "fast")
+PROFILES: tuple[Profile, ...] = get_args(Profile)
 CHUNK_BYTES = PART_BYTES
 # The least header: all but the name.
 _FIXED = struct.Struct("<8sHQ32sH")

@@ -9,7 +9,7 @@ whose classes have the same sum, and stand together in the stream.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,11 @@ class Shape:
     rows: Bytes
     columns: Bytes
 
+    @classmethod
+    def plain(cls, rows: int, columns: int) -> "Shape":
+        """Return the shape of a field as it is, with one class."""
+        return cls(False, np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -56,12 +61,12 @@ def shape_of(values: Bytes, field: Field, by_column: bool) -> Shape:
         field: What it is.
         by_column: Whether the columns of codes may have classes: restoring is slower then.
     """
-    one = Shape(False, np.zeros(len(values), np.uint8), np.zeros(values[0].size, np.uint8))
     if field.kind == CODES:
-        return _classified(values.reshape(len(values), -1), one, by_column)[0]
+        return _classified(values.reshape(len(values), -1), by_column)[0]
+    one = Shape.plain(len(values), values[0].size)
     if field.kind == NUMBERS and values.shape[1] > 1:
         bits = [sum(entropy_bits(counts_of(plane)) for plane in _planes(values, differs)) for differs in (False, True)]
-        return Shape(bits[1] < bits[0], one.rows, one.columns)
+        return replace(one, differs=bits[1] < bits[0])
     return one
 
 
@@ -153,21 +158,21 @@ def coded_bits(codes: Bytes, times: float = 1.0) -> float:
         codes: The codes, or those of some rows.
         times: How many times as many rows there are.
     """
-    one = Shape(False, np.zeros(len(codes), np.uint8), np.zeros(codes.shape[1], np.uint8))
-    return _classified(codes, one, True, times)[1]
+    return _classified(codes, True, times)[1]
 
 
-def _classified(codes: Bytes, one: Shape, by_column: bool, times: float = 1.0) -> tuple[Shape, float]:
+def _classified(codes: Bytes, by_column: bool, times: float = 1.0) -> tuple[Shape, float]:
     """Return the classes of codes, uint8 [rows, columns], that take the fewest bits, and these."""
     counts = counts_of(codes)
     # From the commonest code on, in both directions: signed bytes and codes with a zero in the middle are alike then.
     reach = np.abs((codes - np.uint8(counts.argmax())).view(np.int8).astype(np.int16))
     of_rows, of_columns = (np.log2(reach.mean(axis=axis, dtype=np.float32) + LEAST_REACH) for axis in (1, 0))
+    one = Shape.plain(*codes.shape)
     best, fewest = one, times * entropy_bits(counts) + TABLE_BITS
     for step in STEPS:
-        tried = [Shape(False, _numbered(of_rows, step), one.columns)]
+        tried = [replace(one, rows=_numbered(of_rows, step))]
         if by_column:
-            tried.append(Shape(False, tried[0].rows, _numbered(of_columns, step)))
+            tried.append(replace(tried[0], columns=_numbered(of_columns, step)))
         for shape in tried:
             bits = _bits(codes, shape, times)
             if bits < fewest:
@@ -185,9 +190,11 @@ def _numbered(reach: NDArray[np.float32], step: float) -> Bytes:
 def _bits(codes: Bytes, shape: Shape, times: float) -> float:
     """Return the bits that codes, uint8 [rows, columns], take in classes."""
     counts = np.zeros((2 * MOST_CLASSES, SYMBOLS), np.int64)
+    tables = shape.columns.astype(np.int32) * SYMBOLS
     for number in np.unique(shape.rows):
-        for column in np.unique(shape.columns):
-            counts[number + column] += counts_of(codes[np.ix_(shape.rows == number, shape.columns == column)])
+        places = (tables + codes[shape.rows == number]).reshape(-1)
+        found = np.bincount(places, minlength=MOST_CLASSES * SYMBOLS)
+        counts[number : number + MOST_CLASSES] += found.reshape(MOST_CLASSES, SYMBOLS)
     used = counts[counts.any(axis=1)]
     least = sum(entropy_bits(one) for one in used)
     return float(times * (least + 4 * len(codes)) + len(used) * TABLE_BITS + 4 * codes.shape[1])
