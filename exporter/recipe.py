@@ -8,9 +8,9 @@
     bits = 2
     rank = 64
 
-Steps that make the model smaller come first, then at most one that gives every matrix its format. A step's `method` is
-a file of `exporter.steps`; its other keys are that step's options. Files are hostile until checked, as those of
-devices are.
+Steps that make the model smaller come first, then at most one that gives every matrix its format, then at most one that
+codes the files to be shipped. A step's `method` is a file of `exporter.steps`; its other keys are that step's options.
+Files are hostile until checked, as those of devices are.
 """
 
 from dataclasses import dataclass
@@ -153,7 +153,5 @@ def _step(table: dict[str, Any], where: str) -> Step:
         raise InputError("a step must name its method", where=where, got=shown(method), expected=expected)
     if method not in known:
         raise InputError(f"unknown method {shown(method)}", where=where, next_step=did_you_mean(method, known))
-    kind: type[RewritingStep] | type[EncodingStep] | type[Transport] = load(
-        f"{STEPS}.{{}}", method, known, "method"
-    ).STEP
+    kind: type[Step] = load(f"{STEPS}.{{}}", method, known, "method").STEP
     return checked(table, kind, where)

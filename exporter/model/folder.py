@@ -87,7 +87,7 @@ def _write_companions(model: Model, folder: Path) -> None:
         for path in model.folder.glob(pattern):
             if path.name not in ("config.json", INDEX):
                 shutil.copyfile(path, folder / path.name)
-    config = type(model.config).from_dict(model.config.to_dict())
+    config = model.own_config()
     config.architectures = [model.architecture.family.architecture]
     config.dtype = "float32"
     config.save_pretrained(folder)

@@ -52,6 +52,10 @@ class Model:
         """
         return self.tensors.read(name)
 
+    def own_config(self) -> PretrainedConfig:
+        """Return a copy of the configuration, to be changed."""
+        return type(self.config).from_dict(self.config.to_dict())
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over config.json, the tokenizer's files, the weights' files and changes: what a result depends on."""

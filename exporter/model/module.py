@@ -13,7 +13,7 @@ def weightless_module(model: Model) -> nn.Module:
 
     transformers has one width for all feed-forward parts, a pruned model may have one for each layer.
     """
-    config = type(model.config).from_dict(model.config.to_dict())
+    config = model.own_config()
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         module: nn.Module = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]

@@ -65,7 +65,7 @@ _Read = Callable[[str, int, int], Float32]
 
 def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -> Model:
     architecture = replace(model.architecture, intermediate=tuple(widths))
-    config = type(model.config).from_dict(model.config.to_dict())
+    config = model.own_config()
     # transformers has one width for all layers: see `exporter.model.module`.
     config.intermediate_size = max(widths)
     places = {

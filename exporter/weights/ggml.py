@@ -144,6 +144,7 @@ class GgmlFormat:
         """Return what llama.cpp decodes, float32 [rows, columns], through ggml's `to_float`."""
         data = np.ascontiguousarray(data)
         if self.type == gguf.GGMLQuantizationType.F32:
+            # Not the bytes themselves, which may be those of a file that is mapped for reading.
             return data.view(np.float32).copy()
         decoded = np.empty((len(data), columns), np.float32)
         to_float = _ggml().ggml_get_type_traits(int(self.type)).contents.to_float
