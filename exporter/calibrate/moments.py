@@ -22,6 +22,7 @@ ACTIVATION_BLOCKS = (16, 32, 64, 128, 256)
 # Of so many windows the last is held back from the sums that codes are fitted to, to tell how well they generalise.
 HELD_EVERY = 4
 ROWS_AT_ONCE = 512
+TINY = np.float32(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Site:
     @cached_property
     def second_moment(self) -> Float32:
         """E[x x^T] over all windows, float32 [columns, columns]."""
-        mean: Float32 = self.fitted + np.float32(self.share) * (self.held - self.fitted)
-        return mean
+        return _mean(self.fitted, self.held, self.share)
 
     @cached_property
     def shrinkage(self) -> float:
@@ -57,8 +57,15 @@ class Site:
         """
         if self.share in (0.0, 1.0):
             return 0.0
-        noise = self.share * (1 - self.share) * _off_diagonal(self.held, self.second_moment, self.fitted)
-        return min(1.0, noise / max(_off_diagonal(self.second_moment, self.second_moment), 1e-30))
+        power = _mean(self.fitted.diagonal(), self.held.diagonal(), self.share)
+        scale: Float32 = np.reciprocal(np.sqrt(np.maximum(power, TINY)))
+        noise = size = 0.0
+        for first in range(0, len(scale), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            fitted, held = self.fitted[rows], self.held[rows]
+            noise += _correlated(held - fitted, scale, rows)
+            size += _correlated(_mean(fitted, held, self.share), scale, rows)
+        return min(1.0, self.share * (1 - self.share) * noise / max(size, 1e-30))
 
     @property
     def fitted_shrinkage(self) -> float:
@@ -66,17 +73,25 @@ class Site:
         return min(1.0, self.shrinkage / (1 - self.share)) if self.share < 1 else 0.0
 
 
-def _off_diagonal(moment: Float32, variances: Float32, other: Float32 | None = None) -> float:
-    """Return the sum of the squared correlations off the diagonal, or of how much they differ from another's."""
-    scale = 1 / np.sqrt(np.maximum(variances.diagonal(), np.finfo(np.float32).tiny))
-    total = 0.0
-    for first in range(0, len(moment), ROWS_AT_ONCE):
-        stripe = slice(first, first + ROWS_AT_ONCE)
-        part = moment[stripe] * scale if other is None else (moment[stripe] - other[stripe]) * scale
-        part *= scale[stripe, None]
-        part[:, stripe][np.diag_indices(len(part))] = 0
-        total += float(np.vdot(part, part))
-    return total
+def _mean(fitted: Float32, held: Float32, share: float) -> Float32:
+    """Return the mean over all windows from those over most of them and over the others."""
+    mean: Float32 = fitted + np.float32(share) * (held - fitted)
+    return mean
+
+
+def _correlated(stripe: Float32, scale: Float32, rows: slice) -> float:
+    """Return the sum of squares off the diagonal of some rows, float32 [rows, columns], scaled both ways."""
+    scaled = stripe * scale
+    scaled *= scale[rows, None]
+    scaled[:, rows][np.diag_indices(len(scaled))] = 0
+    return float(np.vdot(scaled, scaled))
+
+
+def shrunk(moment: Float32, shrinkage: float, diagonal: Float32) -> Float32:
+    """Return a moment with a share of all that lies off the diagonal given up, and another diagonal."""
+    made = moment * np.float32(1 - shrinkage)
+    made[np.diag_indices_from(made)] = diagonal
+    return made
 
 
 class _Moment:
@@ -175,6 +190,17 @@ def load_site(folder: Path, site: str) -> Site | None:
         held[np.diag_indices_from(held)] = vectors["held_diagonal"]
     _mirror(fitted, fitted)
     return Site(fitted, held, share, vectors["squares"], peaks)
+
+
+def load_power(folder: Path, site: str) -> Float32 | None:
+    """Return the diagonal of `Site.second_moment`, float32 [columns], without the rest; None where not observed."""
+    path = folder / f"{site}.npy"
+    if not path.is_file():
+        return None
+    fitted = np.array(np.load(path, mmap_mode="r", allow_pickle=False).diagonal())
+    vectors = load_vectors(folder / f"{site}.npz")
+    share = float(vectors["share"])
+    return _mean(fitted, vectors["held_diagonal"], share) if share > 0 else fitted
 
 
 def _mirror(source: Float32, target: Float32) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 
 from exporter.cache import cache_folder, load_vectors, require_space, save_array, save_vectors
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
-from exporter.calibrate.moments import Moments, Site, load_site
+from exporter.calibrate.moments import Moments, Site, load_power, load_site
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
 from exporter.calibrate.text import Windows
 from exporter.model.families import LINEARS
@@ -64,6 +64,10 @@ class Statistics:
     def read_site(self, name: str) -> Site | None:
         """Return the same without keeping it."""
         return load_site(self._folder, name)
+
+    def power(self, site: str) -> Float32 | None:
+        """Return E[x^2] of every column, tokens counting by their weights, float32 [columns]; None as for `site`."""
+        return load_power(self._folder, site)
 
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] of every column, every token counting the same, float32 [columns]; None as for `site`."""

@@ -7,6 +7,7 @@ a total of bits, and how many bits a matrix gets follows from how much it matter
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from exporter.weights.stepped import LARGEST_CODE
 
 Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
+Made = TypeVar("Made")
 # Rows that hardly matter count at least so much of the mean.
 LEAST_SENSITIVITY = 1e-3
 # Of a matrix so many rows are tried, or this share of them where that is more.
@@ -111,6 +113,32 @@ def common_step(curves: Sequence[Curve], sizes: Sequence[int], bits: float) -> f
         middle = (low + high) / 2
         low, high = (middle, high) if rate(middle) > bits else (low, middle)
     return high
+
+
+def at_common_step(
+    groups: Sequence[WeightGroup],
+    bits: float,
+    sampled: Callable[[WeightGroup], tuple[Curve, Callable[[float, float], Made]]],
+    progress: Callable[[int, int], None],
+) -> dict[str, Made]:
+    """Return what is made of each matrix, by name, at the step at which all take so many bits a weight together.
+
+    Args:
+        groups: The matrices.
+        bits: Bits a weight on average, tables and scales included.
+        sampled: Gives the curve of a matrix, and what is to be made of it from its own bits a weight and the step.
+        progress: Called with matrices done and their total.
+
+    Raises:
+        RequestError: no common step gives this rate.
+    """
+    found = []
+    for number, group in enumerate(groups):
+        progress(number, len(groups))
+        found.append(sampled(group))
+    progress(len(groups), len(groups))
+    step = common_step([curve for curve, _ in found], [group.size for group in groups], bits)
+    return {group.name: make(curve.at(step), 2.0**step) for group, (curve, make) in zip(groups, found, strict=True)}
 
 
 def some_rows(rows: int) -> NDArray[np.int64]:

@@ -8,14 +8,14 @@ nearest, and those become zero that can move an output least, by |w| max|x|. The
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
-from exporter.compress.equalise import Rewritten, equalised
+from exporter.compress.curve import Curve, Int8, at_common_step, common_step, roots_of, row_steps, some_rows
+from exporter.compress.equalise import EVERY_SITE, Rewritten, equalised
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import error_of
 from exporter.effort import Effort
@@ -27,7 +27,6 @@ from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
 DEFAULT_BITS = 3.6
 # Channels are scaled by the inputs' reach alone: where steps are common to a row, that of the weights does not matter.
 ALPHA = 1.0
-SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
 # Of the weights that the steps leave, this share becomes zero.
 ZEROED = 0.02
 
@@ -96,9 +95,9 @@ class Double:
         return codes
 
 
-def in_scaled_channels(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
+def in_scaled_channels(model: Model, statistics: Statistics) -> Rewritten:
     """Return the model with channels scaled by how far they reach, the compressible form of it."""
-    return equalised(model, statistics, ALPHA, sites)
+    return equalised(model, statistics, ALPHA, EVERY_SITE)
 
 
 def doubled(
@@ -122,22 +121,17 @@ def doubled(
     Raises:
         RequestError: no common step gives this rate.
     """
-    curves, methods = [], []
-    for number, group in enumerate(groups):
-        progress(number, len(groups))
+
+    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], Double]]:
         site, ranges = statistics.site(group.site), statistics.ranges(group.site)
         variance = 1.0 if site is None else float(site.second_moment.trace() / group.columns)
         roots = roots_of(statistics, group, variance)
         reach = np.ones(group.columns, np.float32) if ranges is None else ranges.largest
         method = Double(bits, reach, zeroed, roots)
-        curves.append(method.sampled_curve(model.read(group.name), roots, reach))
-        methods.append(method)
-    progress(len(groups), len(groups))
-    step = common_step(curves, [group.size for group in groups], bits)
-    return {
-        group.name: Double(curve.at(step), method.largest, zeroed, method.roots, 2.0**step)
-        for group, curve, method in zip(groups, curves, methods, strict=True)
-    }
+        curve = method.sampled_curve(model.read(group.name), roots, reach)
+        return curve, lambda rate, step: replace(method, bits=rate, step=step)
+
+    return at_common_step(groups, bits, sampled, progress)
 
 
 def at(effort: Effort) -> Double:

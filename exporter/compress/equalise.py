@@ -17,8 +17,10 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges, output_place
@@ -32,6 +34,7 @@ from exporter.weights.group import Decision
 # Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
 MOST_FACTOR = np.float32(1e4)
 AWQ_ALPHA = 0.25
+Seen = TypeVar("Seen")
 EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 
@@ -67,24 +70,35 @@ def evened(model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA) -> Re
         model: The source.
         statistics: Of the source.
         alpha: How much of the inputs' loudness goes into the weights, from 0 to 1.
+
+    Raises:
+        RequestError: the activations were not observed.
     """
 
-    def factors(site: str, users: Collection[str]) -> Float32:
-        seen = statistics.site(site)
-        power = np.zeros(0) if seen is None else seen.second_moment.diagonal().astype(np.float64)
+    def factors(site: str, _: Collection[str]) -> Float32:
+        power = observed(statistics.power(site), site).astype(np.float64)
         heard = power > 0
-        if not heard.any():
-            return np.ones(len(model.read(next(iter(users))).T), np.float32)
-        louder = np.where(heard, power, 1) ** (alpha / 2)
-        middle = np.exp(np.log(louder[heard]).mean())
-        return np.where(heard, np.clip(louder / middle, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+        return _around(np.where(heard, power, 1) ** (alpha / 2), heard, _geometric_mean)
 
     return rescaled(model, statistics, EVERY_SITE, factors)
 
 
-def are_fitted(decisions: Collection[Decision]) -> bool:
-    """Return whether codes are fitted to the inputs, which is when `evened` channels pay."""
-    return any(one.method == "ldlq" and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+def evened_if_fitted(model: Model, statistics: Statistics, decisions: Collection[Decision]) -> Rewritten:
+    """Return the model with evened channels where codes are fitted to the inputs, which is when that pays."""
+    if any(one.method == "ldlq" and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions):
+        return evened(model, statistics)
+    return Rewritten(model, statistics)
+
+
+def observed(seen: Seen | None, site: str) -> Seen:
+    """Return what was seen of a site.
+
+    Raises:
+        RequestError: nothing was.
+    """
+    if seen is None:
+        raise RequestError("the activations were not observed", where=site)
+    return seen
 
 
 def rescaled(
@@ -171,9 +185,20 @@ def _factors(model: Model, statistics: Statistics, site: str, users: Collection[
     weights = np.max([np.abs(model.read(name)).max(axis=0) for name in users], axis=0)
     both = (heard > 0) & (weights > 0)
     ratio = np.where(both, heard, 1) ** alpha / np.where(both, weights, 1) ** (1 - alpha)
-    # Only ratios matter within a tensor: the middle one stays as it is.
-    ratio = ratio / np.median(ratio[both]) if both.any() else ratio
-    return np.where(both, np.clip(ratio, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+    return _around(ratio, both, np.median)
+
+
+def _around(
+    factors: NDArray[np.floating[Any]], usable: NDArray[np.bool_], middle: Callable[[NDArray[Any]], Any]
+) -> Float32:
+    """Return factors, float32 [columns], over their middle, since only ratios matter; one where they are not usable."""
+    if usable.any():
+        factors = factors / middle(factors[usable])
+    return np.where(usable, np.clip(factors, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+
+
+def _geometric_mean(values: NDArray[Any]) -> float:
+    return float(np.exp(np.log(values).mean()))
 
 
 def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
@@ -246,9 +271,15 @@ class _ScaledStatistics(Statistics):
         given, factor = self._source.read_site(name), self._factors.get(name)
         return given if given is None or factor is None else _scaled_site(given, factor)
 
+    def power(self, site: str) -> Float32 | None:
+        """Return E[x^2] there, tokens counting by their weights, float32 [columns]."""
+        return self._scaled(self._source.power(site), site)
+
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] there, float32 [columns]."""
-        given = self._source.importance(site)
+        return self._scaled(self._source.importance(site), site)
+
+    def _scaled(self, given: Float32 | None, site: str) -> Float32 | None:
         return given if given is None or site not in self._factors else given / self._factors[site] ** 2
 
     def sensitivity(self, layer: int | None, role: str) -> Float32:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.moments import Site
+from exporter.calibrate.moments import Site, shrunk
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import RoundToNearest
 from exporter.effort import Effort
@@ -151,11 +151,9 @@ def damped(second_moment: Float32, damping: float, shrinkage: float = 0.0) -> Fl
         damping: Added to the diagonal, as a share of its mean.
         shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.moments.Site`.
     """
-    moment = second_moment * np.float32(1 - shrinkage)
     diagonal = second_moment.diagonal()
-    mean = float(diagonal.sum(dtype=np.float64)) / len(moment)
-    moment[np.diag_indices_from(moment)] = diagonal + np.float32(damping * (mean if mean > 0 else 1.0))
-    return moment
+    mean = float(diagonal.sum(dtype=np.float64)) / len(diagonal)
+    return shrunk(second_moment, shrinkage, diagonal + np.float32(damping * (mean if mean > 0 else 1.0)))
 
 
 def feedback_factor(moment: Float32) -> Float32:

@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporter.calibrate.moments import Site
+from exporter.calibrate.moments import Site, shrunk
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.curve import Curve, Int8, common_step, roots_of, row_steps, some_rows
-from exporter.compress.equalise import Rewritten, rescaled
+from exporter.compress.curve import Curve, Int8, at_common_step, common_step, roots_of, row_steps, some_rows
+from exporter.compress.equalise import EVERY_SITE, Rewritten, observed, rescaled
 from exporter.compress.ldlq import feedback_factor
 from exporter.compress.method import ExpectedError
 from exporter.effort import Effort
-from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 from exporter.weights.group import WeightGroup
@@ -37,7 +36,6 @@ DEFAULT_BITS = 3.0
 DAMPING = 0.03
 ROWS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 32
-SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
 
 
 @dataclass(frozen=True)
@@ -155,11 +153,9 @@ def damped(second_moment: Float32, shrinkage: float = 0.0) -> Float32:
         second_moment: H.
         shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.moments.Site`.
     """
-    moment = second_moment * np.float32(1 - shrinkage)
     diagonal = second_moment.diagonal()
     floor = np.float32(1e-6) * diagonal.mean() if diagonal.any() else np.float32(1)
-    moment[np.diag_indices_from(moment)] = np.float32(1 + DAMPING) * diagonal + floor
-    return moment
+    return shrunk(second_moment, shrinkage, np.float32(1 + DAMPING) * diagonal + floor)
 
 
 def _codes(values: Float32) -> Int8:
@@ -181,22 +177,20 @@ def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -
     return np.ascontiguousarray(codes.T)
 
 
-def in_even_columns(model: Model, statistics: Statistics, sites: Sequence[str] = SITES) -> Rewritten:
+def in_even_columns(model: Model, statistics: Statistics) -> Rewritten:
     """Return the model in coordinates in which every column of a matrix wants the same step.
 
     Column j is multiplied by sqrt(d_j), what an input's deviation is from what later inputs foretell of it.
     """
 
     def factors(site: str, _: Collection[str]) -> Float32:
-        seen = statistics.site(site)
-        if seen is None:
-            raise RequestError("the activations were not observed", where=site)
+        seen = observed(statistics.site(site), site)
         logarithms = -np.log(feedback_factor(damped(seen.second_moment, seen.shrinkage)).diagonal())
         # Only ratios matter; the rest would push scales to the ends of float16.
         even: Float32 = np.exp(logarithms - logarithms.mean())
         return even
 
-    return rescaled(model, statistics, sites, factors)
+    return rescaled(model, statistics, EVERY_SITE, factors)
 
 
 def rated(
@@ -220,21 +214,16 @@ def rated(
     Raises:
         RequestError: no common step gives this rate.
     """
-    curves, all_roots = [], []
-    for number, group in enumerate(groups):
-        progress(number, len(groups))
+
+    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], Rate]]:
         site = statistics.site(group.site)
         moment = None if site is None else damped(site.second_moment, site.shrinkage)
         problem = _Problem.of(model.read(group.name), moment)
         roots = roots_of(statistics, group, problem.variance)
-        curves.append(replace(problem, roots=roots).sampled_curve())
-        all_roots.append(roots)
-    progress(len(groups), len(groups))
-    step = common_step(curves, [group.size for group in groups], bits)
-    return {
-        group.name: Rate(curve.at(step), roots, 2.0**step)
-        for group, curve, roots in zip(groups, curves, all_roots, strict=True)
-    }
+        curve = replace(problem, roots=roots).sampled_curve()
+        return curve, lambda rate, step: Rate(rate, roots, step)
+
+    return at_common_step(groups, bits, sampled, progress)
 
 
 def at(effort: Effort) -> Rate:

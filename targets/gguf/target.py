@@ -16,7 +16,7 @@ from exporter.cache import replacing
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
-from exporter.compress.equalise import Rewritten, are_fitted, evened
+from exporter.compress.equalise import Rewritten, evened_if_fitted
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
@@ -174,7 +174,7 @@ class Gguf:
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with evened channels, where codes are fitted to them."""
-        return evened(model, statistics) if are_fitted(decisions) else Rewritten(model, statistics)
+        return evened_if_fitted(model, statistics, decisions)
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, beside it the factors if there are any, then the Modelfile."""

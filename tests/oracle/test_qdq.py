@@ -225,6 +225,7 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
         assert old is not None and expected is not None and got is not None
         np.testing.assert_allclose(got.squares, expected.squares, rtol=1e-3)
         np.testing.assert_array_equal(changed.statistics.importance(place), got.squares)
+        np.testing.assert_allclose(changed.statistics.power(place), got.second_moment.diagonal(), rtol=1e-5)
         assert not np.allclose(got.squares, old.squares, rtol=0.05)
         # Weights of the tokens follow from random draws: the moments are held against those before.
         factor = np.sqrt(old.squares / expected.squares)
@@ -290,5 +291,7 @@ def test_static_activations_need_observed_ranges(tmp_path: Path, model_of) -> No
             target.lower(compressed, "a16w8", tmp_path)
         with pytest.raises(RequestError, match=r"layers\.0\.mlp_in: the ranges of the activations were not observed"):
             equalised(model, Statistics(tmp_path), 0.5, ("mlp_in",))
+        with pytest.raises(RequestError, match=r"layers\.0\.attention_in: the activations were not observed"):
+            evened(model, Statistics(tmp_path))
         with pytest.raises(RequestError, match="unknown QDQ type 'a8w4'"):
             target.decide(model, "a8w4", "rtn")

@@ -91,6 +91,7 @@ def test_they_are_those_of_the_whole_model(folder: Path) -> None:
             close(site.second_moment, weighted(inputs, weights))
             close(site.fitted, weighted(inputs[~held], weights[~held]))
             close(site.held, weighted(inputs[held], weights[held]))
+            np.testing.assert_array_equal(found.power(f"layers.{layer}.{name}"), site.second_moment.diagonal())
             assert site.share == pytest.approx(float(weights[held].sum() / weights.sum()), rel=1e-4)
             close(site.squares, inputs.square().mean((0, 1)).numpy())
             np.testing.assert_array_equal(found.importance(f"layers.{layer}.{name}"), site.squares)
@@ -105,7 +106,7 @@ def test_they_are_those_of_the_whole_model(folder: Path) -> None:
     looked_up, embedding = found.lookups()
     close(embedding, whole.gradients["embedding"].square().mean((0, 1)).numpy())
     close(looked_up, np.bincount(TOKENS.reshape(-1), minlength=320) / TOKENS.size)
-    assert found.site("tokens") is None and found.importance("tokens") is None
+    assert found.site("tokens") is None and found.importance("tokens") is None and found.power("tokens") is None
 
 
 def test_without_windows_to_hold_back_all_are_fitted(folder: Path) -> None:
