@@ -196,7 +196,7 @@ def decide_within(
     ]
     decisions = {}
     for storage, choice in zip(budget.storages, chosen(budget, choices), strict=True):
-        reason = f"predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
+        reason = f"on the calibration text predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
             share = choice.kl * group.size / sum(one.size for one in storage.groups)
             decisions[group.name] = Decision(group, method, choice.format, reason, share)

@@ -11,14 +11,16 @@ class Effort:
 
     Attributes:
         calibration_windows: Windows of the calibration text; more of them make what is fitted to it generalise better.
+        foretold_windows: Most windows of the evaluation text that what formats cost there is foretold from.
         sweeps: How often codes and scales are improved after error feedback.
     """
 
     calibration_windows: int
+    foretold_windows: int
     sweeps: int
 
 
-EFFORTS = {"fast": Effort(8, 0), "balanced": Effort(32, 2), "max": Effort(96, 6)}
+EFFORTS = {"fast": Effort(8, 2, 0), "balanced": Effort(32, 8, 2), "max": Effort(96, 8, 6)}
 
 
 def effort(name: str) -> Effort:

@@ -41,7 +41,7 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     Args:
         planned: The plan.
         job: What is asked for.
-        storages: The formats whose cost is predicted.
+        storages: The formats to choose from; empty where they are named.
     """
     original, model = planned.original, planned.model
     flops_per_s = _flops_per_s()
@@ -54,6 +54,8 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
         **_rewriting(planned, _statistics(original, job, flops_per_s), flops_per_s),
         "statistics": _statistics(model, job, flops_per_s),
         "allocate": _prediction(storages, job, flops_per_s),
+        "foretell": _statistics(model, job, flops_per_s, job.foretold_windows)
+        + _prediction([Storage.of(one) for one in planned.decisions], job, flops_per_s),
         "compress and lower": VOCABULARY_SECONDS + _encoding(planned.decisions, job, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
@@ -66,9 +68,9 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     }
 
 
-def _statistics(model: Model, job: Job, flops_per_s: float) -> float:
-    """Return the seconds of running forwards, forwards again and backwards."""
-    tokens = job.effort_level.calibration_windows * job.window
+def _statistics(model: Model, job: Job, flops_per_s: float, windows: int | None = None) -> float:
+    """Return the seconds of running some windows, or those to calibrate on, forwards, forwards again and backwards."""
+    tokens = (windows or job.effort_level.calibration_windows) * job.window
     return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s)
 
 

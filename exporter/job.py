@@ -82,6 +82,11 @@ class Job:
             level if self.calibration_windows is None else replace(level, calibration_windows=self.calibration_windows)
         )
 
+    @property
+    def foretold_windows(self) -> int:
+        """Windows of the evaluation text that what formats cost there is foretold from."""
+        return min(self.evaluation_windows, self.effort_level.foretold_windows)
+
 
 def require_no_contradiction(job: Job, prunes: bool, encodes: bool) -> None:
     """Refuse options that decide the same thing twice, or that nothing follows from.

@@ -44,6 +44,7 @@ def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     shape = model.architecture
     observed = 1 + sum(step.work(model).observes for step in recipe.rewriting)
     statistics = observed * disk_bytes(model, job.effort_level.calibration_windows * job.window)
+    statistics += disk_bytes(model, job.foretold_windows * job.window)
     evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
     sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
     return statistics + evaluated + sampling

@@ -9,9 +9,9 @@ from exporter.budget import Budget, decide_within, feasible_budget, foretell, li
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
+from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
-from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.documents import describe, header, write_documents
 from exporter.effort import effort
@@ -45,8 +45,7 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     with open_model(job.source) as model:
         job = fitted(job, model)
         planned, budget = planned_within(job, model)
-        storages = [Storage.of(one) for one in planned.decisions] if budget is None else budget.storages
-        return planned, stage_seconds(planned, job, storages)
+        return planned, stage_seconds(planned, job, [] if budget is None else budget.storages)
 
 
 def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
@@ -115,8 +114,8 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
     with stages.stage("calibration text"):
         calibration, evaluation = texts(job, original, progress)
 
-    def observe(model: Model) -> Statistics:
-        return collect(model, calibration, job.seed, partial(progress, "statistics: layers"))
+    def observe(model: Model, text: Windows = calibration) -> Statistics:
+        return collect(model, text, job.seed, partial(progress, "statistics: layers"))
 
     if planned.recipe.rewriting:
         with stages.stage("rewrite"):
@@ -126,9 +125,13 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
     with stages.stage("allocate"):
         methods = planned.methods(rewritten, progress)
         if budget is None:
-            decisions = foretell(planned.decisions, job, rewritten.model, rewritten.statistics, progress, methods)
+            decisions = planned.decisions
         else:
             decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
+    with stages.stage("foretell"):
+        met = observe(planned.model, evaluation.first(job.foretold_windows))
+        elsewhere = MetElsewhere(rewritten.statistics, rewritten.of(met))
+        decisions = foretell(decisions, job, rewritten.model, elsewhere, progress, methods)
         planned = replace(planned, decisions=decisions)
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()

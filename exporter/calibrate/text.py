@@ -37,6 +37,10 @@ class Windows:
         tokens = np.ascontiguousarray(tokens, np.int64)
         return cls(tokens, kind, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), source_bytes)
 
+    def first(self, count: int) -> "Windows":
+        """Return the first windows, or all where there are no more."""
+        return Windows.of(self.tokens[:count], self.kind, self.source_bytes)
+
 
 def read_text(path: Path) -> str:
     """Return the text of a file.

@@ -166,7 +166,7 @@ def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float3
         outputs: Sensitivity of each row, float32 [rows].
     """
     rows = _scales(outputs)
-    left, right = regression(weight * rows, damped(site.second_moment, DAMPING, site.shrinkage), rank)
+    left, right = regression(weight * rows, damped(site.fitted, DAMPING, site.fitted_shrinkage), rank)
     scaled: Float32 = left / rows
     best: Float32 = scaled @ right
     rest: Float32 = weight - best

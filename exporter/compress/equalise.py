@@ -14,8 +14,8 @@ loud channels rob their neighbours of less of the 8 bits that activations are ro
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +40,21 @@ EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model in other coordinates that computes the same, and what its activations look like there."""
+    """A model in other coordinates that computes the same, and what its activations look like there.
+
+    Attributes:
+        model: The model.
+        statistics: Of its activations, in those coordinates.
+        factors: Place -> what its channels are divided by, float32 [columns].
+    """
 
     model: Model
     statistics: Statistics
+    factors: Mapping[str, Float32] = field(default_factory=dict)
+
+    def of(self, statistics: Statistics) -> Statistics:
+        """Return other statistics of the source in these coordinates."""
+        return _ScaledStatistics(statistics, self.factors) if self.factors else statistics
 
 
 def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collection[str]) -> Rewritten:
@@ -131,7 +142,7 @@ def rescaled(
         columns |= dict.fromkeys(place.users, found)
         rows |= dict.fromkeys(place.makers, made)
     tensors = _Scaled(model, rows, columns)
-    return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors))
+    return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors), factors)
 
 
 @dataclass(frozen=True)
@@ -253,7 +264,7 @@ def _scaled_site(given: Site, factor: Float32) -> Site:
 class _ScaledStatistics(Statistics):
     """Statistics of the inputs and outputs that the new coordinates have."""
 
-    def __init__(self, source: Statistics, factors: dict[str, Float32]) -> None:
+    def __init__(self, source: Statistics, factors: Mapping[str, Float32]) -> None:
         self._source = source
         self._factors = factors
         self._last = None

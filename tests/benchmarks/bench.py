@@ -89,6 +89,10 @@ class Bench:
         with self.folder() as folder:
             return self._kept(measured(self.original, make(folder), name, kind))
 
+    def exporter(self, target: str) -> Exporter:
+        """Return the exporter for the model and texts."""
+        return Exporter(self.model, target, self.calibration, self._evaluation)
+
     def ours(self, exporter: Exporter, name: str, max_file_bytes: int, embedding: str | None = None) -> Row:
         """Make and measure ours within a budget."""
         with self.folder() as folder:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.budget import Budget, chosen, stock_of_that_size
+from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
@@ -29,7 +30,7 @@ class Ours:
 
     Attributes:
         artifact: The files.
-        predicted: Mean KL that was predicted, nats a token.
+        predicted: Mean KL that was predicted for the evaluation text, nats a token.
     """
 
     artifact: Artifact
@@ -55,22 +56,25 @@ class Exporter:
         model: The model.
         target: A target's name.
         calibration: The calibration text.
+        evaluation: The text to foretell for.
         effort_name: How much work goes into it.
     """
 
-    def __init__(self, model: Model, target: str, calibration: Windows, effort_name: str = "balanced") -> None:
+    def __init__(
+        self, model: Model, target: str, calibration: Windows, evaluation: Windows, effort_name: str = "balanced"
+    ) -> None:
         self._model = model
         self._target = load_target(target)
         self._effort = effort(effort_name)
-        statistics = collect(model, calibration, SEED, lambda done, total: None)
+        statistics = collect(model, calibration, SEED, silent)
         usual = self._target.decide(model, self._target.default_type, self._target.default_method)
         self._rewritten = self._target.rewritten(model, statistics, usual)
         self._encoded: dict[tuple[str, str], EncodedMatrix] = {}
         self._storages = self._target.storages(model)
-        method = load_method(self._target.default_method, self._effort)
-        self._choices = predict(
-            self._rewritten.model, self._storages, method, self._rewritten.statistics, lambda done, total: None
-        )
+        self._method = load_method(self._target.default_method, self._effort)
+        self._choices = predict(self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent)
+        met = collect(model, evaluation.first(self._effort.foretold_windows), SEED, silent)
+        self._elsewhere = MetElsewhere(self._rewritten.statistics, self._rewritten.of(met))
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
@@ -104,7 +108,13 @@ class Exporter:
         )
         compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
-        return Ours(artifact, sum(choice.kl for choice in best))
+        taken = [Storage.of(one) for one in ordered]
+        foretold = predict(self._rewritten.model, taken, self._method, self._elsewhere, silent)
+        return Ours(artifact, sum(choice.kl for (choice,) in foretold))
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _allowed(storage: Storage, choices: list[Choice], embedding: str | None, rest: str | None = None) -> list[Choice]:

@@ -23,7 +23,6 @@ from exporter.model.sources import open_model
 from tests.benchmarks import llama_opponents, onnx_opponents
 from tests.benchmarks.bench import PUBLISHED, Bench, Conditions
 from tests.benchmarks.measured import Row
-from tests.benchmarks.ours import Exporter
 from tests.benchmarks.picture import picture
 from tests.reference import reference_model
 
@@ -77,7 +76,7 @@ def best(rows: list[Row], most_bytes: int) -> Row:
 def gguf_duels(bench: Bench, mixes: list[str]) -> list[Duel]:
     stock = {name: bench.llama(name, "stock", name) for name in llama_opponents.MIXES}
     hand_made = [bench.llama(asked, "hand-made", asked) for asked in mixes]
-    exporter = Exporter(bench.model, "gguf", bench.calibration)
+    exporter = bench.exporter("gguf")
     duels = []
     for name, row in stock.items():
         ours = bench.ours(exporter, f"at {name}", row.file_bytes)
@@ -103,7 +102,7 @@ def onnx_duels(bench: Bench) -> list[Duel]:
         known = best_hand_made("onnx", [small.file_bytes, mixed.file_bytes])
         makers = {name: make for name, make in makers.items() if name in known}
     hand_made = [make() for make in makers.values()]
-    exporter = Exporter(bench.model, "onnx", bench.calibration)
+    exporter = bench.exporter("onnx")
     duels = []
     for row, limit in ((small, SMALL_LIMIT), (mixed, MIXED_LIMIT)):
         ours = bench.ours(exporter, f"at {row.name}", row.file_bytes)
@@ -151,7 +150,7 @@ def test_kl_is_as_predicted_on_text_of_another_kind(
     benches: Callable[[Conditions], Bench], target: str, least: int, most: int
 ) -> None:
     bench = benches(PREDICTION)
-    exporter = Exporter(bench.model, target, bench.calibration)
+    exporter = bench.exporter(target)
     rows = [
         bench.ours(exporter, f"budget {megabytes:.1f} MB", int(megabytes * 1e6))
         for megabytes in np.linspace(least, most, BUDGETS)

@@ -176,7 +176,7 @@ def speed(ours: Artifact, opponent: Artifact, prompt: list[int]) -> Speed:
 def test_ours_is_no_slower_than_stock_of_the_same_size(
     model: Model, calibration: Windows, tmp_path: Path, target: str
 ) -> None:
-    exporter = Exporter(model, target, calibration)
+    exporter = Exporter(model, target, calibration, calibration)
     prompt = calibration.tokens[0, :PROMPT].tolist()
     slower = []
     print(f"\n{target}: tokens a second, {PROMPT} prefilled and {DECODE} decoded, {ROUNDS} rounds by turns")
@@ -200,7 +200,11 @@ def test_preferring_speed_reads_a_prompt_faster_than_stock_and_loses_no_more(
     importance = llama_opponents.importance(model, calibration.tokens)
     floats = llama_opponents.floats(model, tmp_path / "floats")
     stock = llama_opponents.quantised(floats, tmp_path / MIX, MIX, importance)
-    ours = Exporter(model, "gguf", calibration).made(stock.file_bytes, tmp_path / "ours", prefer="speed").artifact
+    ours = (
+        Exporter(model, "gguf", calibration, calibration)
+        .made(stock.file_bytes, tmp_path / "ours", prefer="speed")
+        .artifact
+    )
     rows = [measured(original, artifact, name, name) for artifact, name in ((ours, "quick"), (stock, MIX))]
     found = speed(ours, stock, calibration.tokens[0, :PROMPT].tolist())
     print(f"  {found}")

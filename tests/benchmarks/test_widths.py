@@ -24,7 +24,6 @@ from exporter.weights.ggml import ggml_format
 from tests.benchmarks import llama_opponents
 from tests.benchmarks.bench import Bench, Conditions
 from tests.benchmarks.measured import Row
-from tests.benchmarks.ours import Exporter
 from tests.commands import printed
 from tests.reference import plain_texts, reference_model
 from tests.widths import BLOCK, bytes_below_small_blocks, embedded, perplexity, trained_qwen3
@@ -63,7 +62,7 @@ def test_less_kl_than_stock_in_width_768(folders: tuple[Path, Path], tmp_path: P
         assert all(group.columns % BLOCK == 0 for group in model.groups())
         bench = Bench(EMBEDDED, model, tmp_path)
         stock = [bench.llama(name, "stock", name) for name in llama_opponents.MIXES]
-        exporter = Exporter(model, "gguf", bench.calibration)
+        exporter = bench.exporter("gguf")
         ours = [bench.ours(exporter, f"at {row.name}", row.file_bytes) for row in stock]
         bench.finish()
     assert table(stock, ours) <= LIMIT
@@ -99,7 +98,7 @@ def bench(qwen3: Path, tmp_path: Path) -> Iterator[Bench]:
 
 def test_every_type_loses_less_than_stock_makes_it_lose(bench: Bench) -> None:
     stock = [bench.llama(name, "stock", f"token_embd=Q8_0 {STOCK_TYPES.get(name, name)}") for name in TYPES]
-    exporter = Exporter(bench.model, "gguf", bench.calibration)
+    exporter = bench.exporter("gguf")
     ours = [bench.alike(exporter, name, "Q8_0") for name in TYPES]
     bench.finish()
     assert all(row.file_bytes <= theirs.file_bytes for theirs, row in zip(stock, ours, strict=True))
