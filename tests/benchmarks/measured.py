@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         name: The type, setting or mix; for ours, the opponent whose size it had to keep to.
-        kind: `ours`, `stock` or `hand-made`.
+        kind: `ours`, `stock`, `hand-made` or `recipe`, whose bytes are those that are shipped.
         target: `gguf` or `onnx`.
         file_bytes: Size of the model files.
         kl_mean: Mean KL(original || artifact), nats a token.

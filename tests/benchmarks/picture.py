@@ -1,6 +1,6 @@
 """KL against bytes as one SVG: a panel for each target, ours joined by a line, the opponents as labelled points."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
@@ -10,8 +10,9 @@ from tests.benchmarks.measured import Row
 WIDTH, HEIGHT = 920, 440
 TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36
 TITLES = {"gguf": "GGUF, in llama.cpp", "onnx": "ONNX, in ONNX Runtime"}
-KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix"}
+KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix", "recipe": "recipe"}
 LABEL_HEIGHT = 11
+MOST_MEGABYTES_BY_5 = 50
 # Its own background, so that it can be read on any page; it follows the reader's scheme as a whole.
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #24292f; }
@@ -20,10 +21,11 @@ text { font: 11px system-ui, sans-serif; fill: #24292f; }
 .paper { fill: #ffffff; } .grid { stroke: #d8dee4; }
 .line { stroke: #0969da; fill: none; stroke-width: 2; }
 .ours { fill: #0969da; } .stock { fill: #bc4c00; }
-.hand-made { fill: none; stroke: #6e7781; stroke-width: 1.5; }
+.hand-made { fill: none; stroke: #6e7781; stroke-width: 1.5; } .recipe { fill: #8250df; }
 @media (prefers-color-scheme: dark) {
  text { fill: #e6edf3; } .paper { fill: #0d1117; } .grid { stroke: #30363d; } .line { stroke: #58a6ff; }
  .ours { fill: #58a6ff; } .stock { fill: #f0883e; } .hand-made { stroke: #9198a1; }
+ .recipe { fill: #bc8cff; }
 }
 """
 
@@ -51,18 +53,19 @@ def picture(rows: Sequence[Row]) -> str:
     for place, target in enumerate(targets):
         own = [row for row in rows if row.target == target]
         first, last = _round_megabytes(own)
+        step = 5 if last - first <= MOST_MEGABYTES_BY_5 else 10
         left = LEFT + place * (width + GAP)
 
         def x(megabytes: float, left: float = left, first: float = first, last: float = last) -> float:
             return left + (megabytes - first) / (last - first) * width
 
-        parts += _frame(target, range(first, last + 1, 5), marks, Scale(x, y), left, width)
+        parts += _frame(target, range(first, last + 1, step), marks, Scale(x, y), left, width)
         parts += _points(own, Scale(x, y))
     label = "Mean KL divergence from the original against the size of the model files"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n'
         f'<style>{STYLE}</style>\n<rect class="paper" width="{WIDTH}" height="{HEIGHT}" rx="8"/>\n'
-        + "\n".join([*_legend(), *parts])
+        + "\n".join([*_legend({row.kind for row in rows}), *parts])
         + "\n</svg>\n"
     )
 
@@ -78,10 +81,12 @@ def _round_megabytes(rows: Sequence[Row]) -> tuple[int, int]:
     return 5 * floor((min(sizes) - 0.5) / 5), 5 * ceil((max(sizes) + 0.5) / 5)
 
 
-def _legend() -> list[str]:
+def _legend(kinds: Collection[str]) -> list[str]:
     parts = [f'<text class="title" x="{LEFT}" y="22">Mean KL from the original, nats a token (less is better)</text>']
     left = WIDTH - GAP - 300
     for kind, title in KINDS.items():
+        if kind not in kinds:
+            continue
         parts += [_marker(kind, left, 18), f'<text x="{left + 9}" y="22">{title}</text>']
         left += 105
     return parts
@@ -111,7 +116,7 @@ def _points(rows: Sequence[Row], scale: Scale) -> list[str]:
     for row, x, y in places:
         parts.append(_marker(row.kind, x, y, f"{row.name}: {row.file_bytes:,} bytes, KL {row.kl_mean:.4f}"))
     for row, x, y in places:
-        if row.kind == "stock":
+        if row.kind in ("stock", "recipe"):
             parts.append(_label(row.name, x, y, scale, taken))
     return parts
 
@@ -140,4 +145,6 @@ def _marker(kind: str, x: float, y: float, title: str = "") -> str:
         return f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="4">{told}</circle>'
     if kind == "stock":
         return f'<rect class="stock" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8">{told}</rect>'
+    if kind == "recipe":
+        return f'<path class="recipe" d="M{x:.1f} {y - 5:.1f}l5 9h-10z">{told}</path>'
     return f'<path class="hand-made" d="M{x:.1f} {y - 4:.1f}l4 4 -4 4 -4 -4z">{told}</path>'
