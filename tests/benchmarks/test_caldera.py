@@ -98,7 +98,9 @@ class Bench:
             for group in storage.groups
         }
         embedding = made.decide(self.model, EMBEDDING[target], "ldlq")
-        return self._measured(target, [chosen.get(one.group.name, one) for one in embedding], f"mix of {bits:g} bits, ldlq")
+        return self._measured(
+            target, [chosen.get(one.group.name, one) for one in embedding], f"mix of {bits:g} bits, ldlq"
+        )
 
     def merged(self, row: Row, type: str) -> Row:
         """Measure the sums Q + L R of an artifact, each as one matrix of another type, rounded to nearest."""
