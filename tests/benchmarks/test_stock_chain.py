@@ -125,9 +125,7 @@ def test_wall_time_against_the_stock_chain(tools: Tools, folder: Path, tmp_path:
         stages = json.loads((own / "bundle/measurements.json").read_text("utf-8"))["stages"]
         taken = sum(stage["seconds"] for stage in stages if stage["name"] not in NOT_IN_THE_CHAIN)
         shares[name] = taken / chain
-        print(
-            f"{name}: {taken:.0f} s, {shares[name]:.2f} of the chain; with what is foretold, proof and packing {whole:.0f} s"
-        )
+        print(f"{name}: {taken:.0f} s, {shares[name]:.2f} of the chain; with all that it lacks {whole:.0f} s")
         for stage in stages:
             print(f"  {stage['name']:20} {stage['seconds']:7.1f}")
     assert {name: share for name, share in shares.items() if share > CHAIN_LIMITS[name]} == {}
