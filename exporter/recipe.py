@@ -23,7 +23,7 @@ from pydantic import Field
 from exporter.calibrate.layers import Progress
 from exporter.coding.chunk import Profile
 from exporter.compress.caldera import TURNS, Turns
-from exporter.device.profile import Text
+from exporter.device.facts import Text
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.measures import Document
 from exporter.model.model import Model

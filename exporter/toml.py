@@ -31,9 +31,10 @@ EXPECTED = {
 Kind = TypeVar("Kind", bound=Document)
 
 
-def impossible(what: str, got: object, expected: str) -> PydanticCustomError:
+def impossible(what: str, got: object, expected: object, next_step: str | None = None) -> PydanticCustomError:
     """Return what a validator raises where a value is of the right type and still cannot be."""
-    return PydanticCustomError(IMPOSSIBLE, "{what}", {"what": what, "got": str(got), "expected": expected})
+    facts = {"what": what, "got": str(got), "expected": str(expected), "next_step": next_step}
+    return PydanticCustomError(IMPOSSIBLE, "{what}", facts)
 
 
 def named_file(name_or_path: str, package: str, what: str) -> Path | Traversable:
@@ -124,8 +125,7 @@ def _refusal(error: ValidationError, kind: type[Document], file: object) -> Inpu
     if name == "missing":
         return InputError("the key is missing", where=where, next_step="add it")
     if name == IMPOSSIBLE:
-        facts = fault["ctx"]
-        return InputError(facts["what"], where=where, got=facts["got"], expected=facts["expected"])
+        return InputError(where=where, **fault["ctx"])
     return InputError("the value is wrong", where=where, got=shown(fault["input"]), expected=_expected(fault))
 
 

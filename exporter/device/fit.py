@@ -2,7 +2,8 @@
 
 import math
 
-from exporter.device.profile import DeviceClass, DeviceProfile, Fact
+from exporter.device.facts import Fact
+from exporter.device.profile import DeviceClass, DeviceProfile
 from exporter.errors import ExporterError
 from exporter.measures import Basis, Check, Quantity
 

@@ -2,66 +2,38 @@
 
 A profile is one TOML file, in the package `exporter.devices` or the user's own, and its file name is its
 name. Files are hostile until checked: their size is bounded, and impossible numbers are refused.
+
+The schema has version 2. What is not known is absent. Profiles of version 1 are refused with what to change: they held
+one number about backends, the CPU's `effective_bandwidth_bytes_per_s`.
 """
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from exporter.errors import InputError
-from exporter.measures import Basis, Document
+from exporter.device.backend import Backend, BackendName, InstructionSet, Measured
+from exporter.device.facts import (
+    AppMemory,
+    Bandwidth,
+    Clock,
+    Fact,
+    Ram,
+    RamOptions,
+    Share,
+    StorageRead,
+    Text,
+    Watts,
+)
+from exporter.errors import InputError, RequestError
+from exporter.measures import Document
 from exporter.registry import names
 from exporter.toml import impossible, named_file, read_document, shown
 
 PACKAGE = "exporter.devices"
-MAX_TEXT = 1000
-MIB, TIB = 1 << 20, 1 << 40
+SCHEMA_VERSION = 2
+LEAST_OF_PEAK, MOST_OF_PEAK = 0.02, 2.0
 
-ArmFeature = Literal["neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
-X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512-bf16", "avx512-vnni", "amx-int8"]
-Feature = Literal[ArmFeature, X86Feature]
 DeviceClass = Literal["phone", "tablet", "laptop", "board"]
-
-
-def _readable(text: str) -> str:
-    # Control characters would reach terminals and reports.
-    if not text.strip() or len(text) > MAX_TEXT or not text.isprintable():
-        raise impossible("the text cannot be shown", shown(text), f"1 to {MAX_TEXT} printable characters on one line")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_readable)]
-
-
-class Fact(Document):
-    """A number about a device, in the unit that its key names.
-
-    Attributes:
-        value: The number.
-        basis: `published` where it was read or follows by arithmetic from what was read about this device,
-            `estimated` where any part of it is recalled, planned or carried over from a related device.
-        source: Where it is from, and how it follows from there.
-    """
-
-    value: float
-    basis: Basis
-    source: Text
-
-
-def _within(low: float, high: float, words: str) -> AfterValidator:
-    def check(fact: Fact) -> Fact:
-        if not low <= fact.value <= high:
-            raise impossible("the number is impossible", f"{fact.value:,.13g}", words)
-        return fact
-
-    return AfterValidator(check)
-
-
-Clock = Annotated[Fact, _within(0.1, 7, "0.1 to 7 GHz")]
-Ram = Annotated[Fact, _within(64 * MIB, TIB, "64 MiB to 1 TiB, in bytes")]
-AppMemory = Annotated[Fact, _within(MIB, TIB, "1 MiB to 1 TiB, in bytes")]
-Bandwidth = Annotated[Fact, _within(0.1e9, 5e12, "0.1e9 to 5e12 bytes/s")]
-StorageRead = Annotated[Fact, _within(1e6, 1e11, "1e6 to 1e11 bytes/s")]
 
 
 class Cluster(Document):
@@ -70,23 +42,6 @@ class Cluster(Document):
     name: Text
     cores: int = Field(ge=1, le=256)
     clock_ghz: Clock
-
-
-class InstructionSet(Document):
-    """The instructions that matter to the kernels of language models, of one architecture."""
-
-    features: tuple[Feature, ...] = Field(strict=False, min_length=1)
-    basis: Basis
-    source: Text
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        features = set(self.features)
-        if len(features) < len(self.features):
-            raise impossible("a feature is listed twice", ", ".join(self.features), "each feature once")
-        if features & set(get_args(ArmFeature)) and features & set(get_args(X86Feature)):
-            raise impossible("no core has both Arm and x86 features", ", ".join(self.features), "one architecture")
-        return self
 
 
 class PreferredTarget(Document):
@@ -110,14 +65,21 @@ class DeviceProfile(Document):
         name: File name without `.toml`: the name on the command line.
         clusters: Cores by kind, the fastest first.
         ram_bytes: Installed memory.
+        ram_options_bytes: The sizes that it is sold with; `ram_bytes` is one of them.
         app_memory_limit_bytes: What one app may use; on laptops and boards the usable share of the memory.
         app_memory_limit_with_entitlement_bytes: The same for an app with the system's entitlement for more.
         peak_bandwidth_bytes_per_s: Of the memory, by its data sheet.
-        effective_bandwidth_bytes_per_s: What decoding on the CPU draws of it.
         storage_read_bytes_per_s: Sequential reads.
+        sustained_factor: Speed after minutes of load over that of the first run.
+        idle_watts: What the device draws at rest.
+        power_limit_watts: Most that it draws, by its data sheet or power mode.
+        preferred: The target that `auto` means.
+        threads: Threads to decode with on the CPU, on the fastest cores.
+        backends: Ways to compute; the CPU's is always there, with its usable bandwidth.
+        measured: Runs timed on this very device.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Text
     title: Text
     device_class: DeviceClass
@@ -126,18 +88,60 @@ class DeviceProfile(Document):
     clusters: tuple[Cluster, ...] = Field(strict=False, min_length=1, max_length=16)
     isa: InstructionSet
     ram_bytes: Ram
+    ram_options_bytes: RamOptions | None = None
     app_memory_limit_bytes: AppMemory
     app_memory_limit_with_entitlement_bytes: AppMemory | None = None
     peak_bandwidth_bytes_per_s: Bandwidth
-    effective_bandwidth_bytes_per_s: Bandwidth
     storage_read_bytes_per_s: StorageRead | None = None
+    sustained_factor: Share | None = None
+    idle_watts: Watts | None = None
+    power_limit_watts: Watts | None = None
     preferred: PreferredTarget
     threads: Threads
+    backends: tuple[Backend, ...] = Field(strict=False, min_length=1, max_length=16)
+    measured: tuple[Measured, ...] = Field(default=(), strict=False, max_length=1000)
 
     @property
     def cores(self) -> int:
         """Cores of all clusters."""
         return sum(cluster.cores for cluster in self.clusters)
+
+    @property
+    def cpu_bandwidth(self) -> Fact:
+        """What decoding on the CPU draws of the memory, in bytes/s."""
+        usable = self.backend("cpu").usable_bandwidth_bytes_per_s
+        assert usable is not None, "checked as the profile was made"
+        return usable
+
+    def backend(self, name: BackendName) -> Backend:
+        """Return a backend of the device.
+
+        Raises:
+            RequestError: it has none of that name.
+        """
+        for one in self.backends:
+            if one.name == name:
+                return one
+        known = ", ".join(one.name for one in self.backends)
+        raise RequestError(f"the device has no backend {shown(name)}", where=self.name, next_step=f"known: {known}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_this_version(cls, table: Any) -> Any:
+        version = table.get("schema_version") if isinstance(table, dict) else SCHEMA_VERSION
+        if type(version) is int and version < SCHEMA_VERSION:
+            raise impossible(
+                "the profile is of an earlier schema",
+                f"schema_version {version}",
+                SCHEMA_VERSION,
+                "set schema_version = 2 and move effective_bandwidth_bytes_per_s to a [[backends]] table with "
+                'name = "cpu", as usable_bandwidth_bytes_per_s',
+            )
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise impossible(
+                "the profile is of a later schema", f"schema_version {version}", SCHEMA_VERSION, "update edge-exporter"
+            )
+        return table
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -145,17 +149,70 @@ class DeviceProfile(Document):
             raise impossible("the clusters have too many cores", self.cores, "at most 256")
         if self.threads.count > self.cores:
             raise impossible("threads.count exceeds the cores", self.threads.count, f"at most {self.cores}")
-        self._require_order("effective_bandwidth_bytes_per_s", "peak_bandwidth_bytes_per_s")
         self._require_order("app_memory_limit_bytes", "ram_bytes")
-        if self.app_memory_limit_with_entitlement_bytes is not None:
-            self._require_order("app_memory_limit_with_entitlement_bytes", "ram_bytes")
-            self._require_order("app_memory_limit_bytes", "app_memory_limit_with_entitlement_bytes")
+        self._require_order("app_memory_limit_with_entitlement_bytes", "ram_bytes")
+        self._require_order("app_memory_limit_bytes", "app_memory_limit_with_entitlement_bytes")
+        self._require_order("storage_read_bytes_per_s", "peak_bandwidth_bytes_per_s")
+        self._require_order("idle_watts", "power_limit_watts")
+        self._require_sold_size()
+        self._require_possible_backends()
+        self._require_possible_runs()
         return self
 
     def _require_order(self, lower: str, upper: str) -> None:
-        low, high = getattr(self, lower).value, getattr(self, upper).value
-        if low > high:
-            raise impossible(f"{lower} exceeds {upper}", f"{low:,.13g}", f"at most {high:,.13g}")
+        low, high = getattr(self, lower), getattr(self, upper)
+        if low is not None and high is not None and low.value > high.value:
+            raise impossible(f"{lower} exceeds {upper}", f"{low.value:,.13g}", f"at most {high.value:,.13g}")
+
+    def _require_sold_size(self) -> None:
+        options = self.ram_options_bytes
+        if options is not None and self.ram_bytes.value not in options.values:
+            sold = ", ".join(f"{value:,.13g}" for value in options.values)
+            raise impossible(
+                "ram_bytes is none of ram_options_bytes", f"{self.ram_bytes.value:,.13g}", f"one of {sold}"
+            )
+
+    def _require_possible_backends(self) -> None:
+        given = [backend.name for backend in self.backends]
+        if len(set(given)) < len(given):
+            raise impossible("a backend is listed twice", ", ".join(given), "each backend once")
+        cpu = next((backend for backend in self.backends if backend.name == "cpu"), None)
+        if cpu is None or cpu.usable_bandwidth_bytes_per_s is None:
+            raise impossible(
+                "no backend named cpu has a usable_bandwidth_bytes_per_s",
+                ", ".join(given),
+                'a [[backends]] table with name = "cpu" and what decoding draws on it',
+            )
+        for kernel in cpu.kernels:
+            if kernel.feature is not None and kernel.feature not in self.isa.features:
+                raise impossible(
+                    "a kernel of the CPU uses what isa lacks", kernel.feature, f"one of {', '.join(self.isa.features)}"
+                )
+        for backend in self.backends:
+            self._require_possible_bandwidth(backend)
+
+    def _require_possible_bandwidth(self, backend: Backend) -> None:
+        peak = (backend.peak_bandwidth_bytes_per_s or self.peak_bandwidth_bytes_per_s).value
+        usable = backend.usable_bandwidth_bytes_per_s
+        if usable is not None and not LEAST_OF_PEAK * peak <= usable.value <= peak:
+            raise impossible(
+                f"usable_bandwidth_bytes_per_s of {backend.name} does not go with the peak bandwidth",
+                f"{usable.value:,.13g}",
+                f"{LEAST_OF_PEAK * peak:,.13g} to {peak:,.13g}",
+                "check that both are in bytes/s",
+            )
+
+    def _require_possible_runs(self) -> None:
+        for run in self.measured:
+            own = next((one.peak_bandwidth_bytes_per_s for one in self.backends if one.name == run.backend), None)
+            most = MOST_OF_PEAK * (own or self.peak_bandwidth_bytes_per_s).value
+            if run.drawn_bytes_per_s > most:
+                raise impossible(
+                    f"a measured run of {run.format} on {run.backend} reads more than the memory gives",
+                    f"{run.drawn_bytes_per_s:,.4g} bytes/s",
+                    f"at most {most:,.4g}",
+                    "check file_bytes and decode_tokens_per_s, or give read_bytes where a token reads less",
+                )
 
 
 def device_names() -> list[str]:

@@ -61,4 +61,4 @@ def cpu_of(device: DeviceProfile) -> Cpu:
         cycles += used * cluster.clock_ghz.value * 1e9
         left -= used
     rate = next((rate for feature, rate in PRODUCTS_A_CYCLE.items() if feature in device.isa.features), SLOWEST)
-    return Cpu(device.effective_bandwidth_bytes_per_s.value, rate * cycles)
+    return Cpu(device.cpu_bandwidth.value, rate * cycles)

@@ -7,8 +7,10 @@ from importlib.resources import files
 import pytest
 from pydantic import BaseModel
 
+from exporter.device.backend import InstructionSet
+from exporter.device.facts import Fact
 from exporter.device.fit import check_fit
-from exporter.device.profile import PACKAGE, Fact, InstructionSet, device_names, load_device
+from exporter.device.profile import PACKAGE, device_names, load_device
 from exporter.measures import Quantity
 
 every_device = pytest.mark.parametrize("name", device_names())
@@ -60,7 +62,7 @@ def test_every_number_says_where_it_is_from(name: str) -> None:
 def test_numbers_are_in_proportion(name: str) -> None:
     profile = load_device(name)
     assert profile.app_memory_limit_bytes.value < profile.ram_bytes.value
-    share = profile.effective_bandwidth_bytes_per_s.value / profile.peak_bandwidth_bytes_per_s.value
+    share = profile.cpu_bandwidth.value / profile.peak_bandwidth_bytes_per_s.value
     assert 0.2 <= share <= 0.85
     clocks = [cluster.clock_ghz.value for cluster in profile.clusters]
     assert clocks == sorted(clocks, reverse=True)

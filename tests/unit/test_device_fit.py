@@ -20,7 +20,7 @@ def fact(value: float, basis: str = "published") -> dict[str, Any]:
 def profile(**changes: Any) -> DeviceProfile:
     """Return an 8 GiB phone on which one app may use 3 GB."""
     facts: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "my-phone",
         "title": "My phone",
         "device_class": "phone",
@@ -31,7 +31,7 @@ def profile(**changes: Any) -> DeviceProfile:
         "ram_bytes": fact(8 * GIB),
         "app_memory_limit_bytes": fact(3 * GB, "measured"),
         "peak_bandwidth_bytes_per_s": fact(50 * GB),
-        "effective_bandwidth_bytes_per_s": fact(25 * GB, "estimated"),
+        "backends": [{"name": "cpu", "usable_bandwidth_bytes_per_s": fact(25 * GB, "estimated")}],
         "preferred": {"target": "gguf", "reason": "kernels"},
         "threads": {"count": 4, "reason": "big cores"},
     }

@@ -12,7 +12,7 @@ from exporter.errors import InputError, RequestError
 from exporter.toml import MAX_FILE_BYTES
 
 GOOD = """
-schema_version = 1
+schema_version = 2
 name = "my-board"
 title = "My board"
 device_class = "board"
@@ -26,7 +26,9 @@ isa = { features = ["neon", "dotprod"], basis = "published", source = "cpuinfo" 
 ram_bytes = { value = 4_294_967_296, basis = "published", source = "data sheet" }
 app_memory_limit_bytes = { value = 3e9, basis = "measured", source = "free" }
 peak_bandwidth_bytes_per_s = { value = 17.1e9, basis = "published", source = "data sheet" }
-effective_bandwidth_bytes_per_s = { value = 10e9, basis = "measured", source = "a run of llama-bench" }
+backends = [
+    { name = "cpu", usable_bandwidth_bytes_per_s = { value = 10e9, basis = "measured", source = "llama-bench" } },
+]
 preferred = { target = "gguf", reason = "kernels for these cores" }
 threads = { count = 4, reason = "big cores" }
 """
@@ -48,7 +50,7 @@ def test_own_profile_is_read(tmp_path: Path) -> None:
     assert (profile.name, profile.cores, profile.threads.count) == ("my-board", 6, 4)
     assert profile.isa.features == ("neon", "dotprod")
     assert profile.ram_bytes.value == 4 << 30
-    assert profile.effective_bandwidth_bytes_per_s.basis == "measured"
+    assert profile.cpu_bandwidth.basis == "measured"
     assert profile.app_memory_limit_with_entitlement_bytes is None
     assert profile.storage_read_bytes_per_s is None
 
@@ -166,7 +168,16 @@ def test_name_is_the_file_name(tmp_path: Path) -> None:
             'basis = "guessed"',
             r"clusters\[1\].clock_ghz.basis: .*expected 'measured', 'emulated'",
         ),
-        ("schema_version = 1", "schema_version = 2", r"schema_version: the value is wrong; got 2, expected 1"),
+        (
+            "schema_version = 2",
+            "schema_version = 1",
+            r"my-board.toml: the profile is of an earlier schema; got schema_version 1, expected 2; set.*move",
+        ),
+        (
+            "schema_version = 2",
+            "schema_version = 3",
+            r"the profile is of a later schema; got schema_version 3, expected 2; update edge-exporter\.",
+        ),
         ('target = "gguf"', 'target = "tflite"', r"preferred.target: .*got 'tflite', expected 'gguf' or 'onnx'"),
     ],
 )
@@ -185,7 +196,7 @@ def test_wrong_keys_and_types(tmp_path: Path, old: str, new: str, message: str) 
             r"ram_bytes: the number is impossible; got 67,108,863, expected 64 MiB",
         ),
         ("value = 4_294_967_296", "value = 2e12", r"ram_bytes: .* expected 64 MiB to 1 TiB, in bytes"),
-        ("value = 3e9", "value = 0", r"app_memory_limit_bytes: .*got 0, expected 1 MiB to 1 TiB"),
+        ("value = 3e9", "value = 0", r"app_memory_limit_bytes: .*got 0, expected 32 MiB to 1 TiB, in bytes\."),
         (
             "value = 3e9",
             "value = 5e9",
@@ -194,10 +205,14 @@ def test_wrong_keys_and_types(tmp_path: Path, old: str, new: str, message: str) 
         (
             "value = 10e9",
             "value = 20e9",
-            r"effective_bandwidth_bytes_per_s exceeds peak_bandwidth_bytes_per_s; got 20,000",
+            r"usable_bandwidth_bytes_per_s of cpu does not go with the peak bandwidth; got 20,000,000,000, expected",
         ),
-        ("value = 17.1e9", "value = 17.1", r"peak_bandwidth_bytes_per_s: .*got 17.1, expected 0.1e9 to 5e12 bytes/s"),
-        ("value = 10e9", "value = 10e12", r"effective_bandwidth_bytes_per_s: the number is impossible"),
+        (
+            "value = 17.1e9",
+            "value = 17.1",
+            r"peak_bandwidth_bytes_per_s: .*got 17.1, expected 0.5e9 to 5e12 bytes/s; if",
+        ),
+        ("value = 10e9", "value = 10e12", r"backends\[0\].usable_bandwidth_bytes_per_s: the number is impossible"),
         ("value = 2.4", "value = 2400", r"clusters\[0\].clock_ghz: .*got 2,400, expected 0.1 to 7 GHz"),
         ("value = 2.4", "value = -2.4", r"clusters\[0\].clock_ghz: .*got -2.4, expected 0.1 to 7 GHz"),
         ("count = 4", "count = 7", r"threads.count exceeds the cores; got 7, expected at most 6"),
@@ -243,7 +258,10 @@ def test_entitlement_lies_between_limit_and_ram(tmp_path: Path, entitled: str, m
 def test_storage_speed_is_bounded(tmp_path: Path) -> None:
     entry = 'storage_read_bytes_per_s = {{ value = {}, basis = "published", source = "data sheet" }}'
     assert load(tmp_path, GOOD + entry.format("90e6")).storage_read_bytes_per_s is not None
-    with pytest.raises(InputError, match=r"storage_read_bytes_per_s: .*got 90, expected 1e6 to 1e11 bytes/s"):
+    with pytest.raises(
+        InputError,
+        match=r"storage_read_bytes_per_s: .*got 90, expected 1e7 to 1e11 bytes/s; if it is in MB/s, write 90_000_000\.",
+    ):
         load(tmp_path, GOOD + entry.format("90"))
 
 

@@ -26,7 +26,7 @@ def test_threads_run_on_the_fastest_cores() -> None:
     clocks = [cluster.clock_ghz.value for cluster in device.clusters for _ in range(cluster.cores)]
     expected = PRODUCTS_A_CYCLE["i8mm"] * sum(clocks[: device.threads.count]) * 1e9
     assert cpu_of(device).products_per_s == pytest.approx(expected)
-    assert cpu_of(device).bytes_per_s == device.effective_bandwidth_bytes_per_s.value
+    assert cpu_of(device).bytes_per_s == device.cpu_bandwidth.value
 
 
 @pytest.mark.parametrize("name", device_names())
