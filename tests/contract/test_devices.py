@@ -7,18 +7,19 @@ from importlib.resources import files
 import pytest
 from pydantic import BaseModel
 
-from exporter.device.backend import InstructionSet
-from exporter.device.facts import Fact
+from exporter.device.backend import InstructionSet, Measured
+from exporter.device.facts import Fact, Sizes
 from exporter.device.fit import check_fit
 from exporter.device.profile import PACKAGE, device_names, load_device
 from exporter.measures import Quantity
 
+Sourced = Fact | Sizes | InstructionSet | Measured
 every_device = pytest.mark.parametrize("name", device_names())
 
 
-def sourced(node: object) -> Iterator[Fact | InstructionSet]:
+def sourced(node: object) -> Iterator[Sourced]:
     """Yield every sourced statement of a profile."""
-    if isinstance(node, Fact | InstructionSet):
+    if isinstance(node, Sourced):
         yield node
     elif isinstance(node, BaseModel):
         for key in type(node).model_fields:
@@ -30,7 +31,7 @@ def sourced(node: object) -> Iterator[Fact | InstructionSet]:
 
 def test_the_registry_covers_the_classes() -> None:
     profiles = [load_device(name) for name in device_names()]
-    assert len(profiles) >= 8
+    assert len(profiles) >= 34
     assert {profile.device_class for profile in profiles} == {"phone", "tablet", "laptop", "board"}
     assert {profile.preferred.target for profile in profiles} == {"gguf", "onnx"}
 
@@ -54,8 +55,27 @@ def test_every_number_says_where_it_is_from(name: str) -> None:
         assert statement.source.strip()
         # `measured` means on this host, and `emulated` under its limits: a shipped profile can be neither.
         assert statement.basis in {"published", "estimated"}
-        if any(word in statement.source for word in ("recalled", "carried over", "planning")):
+        if any(word in statement.source for word in ("recalled", "carried over", "planning", "inferred", "assumed")):
             assert statement.basis == "estimated"
+
+
+@every_device
+def test_backends_say_what_reaches_the_processors(name: str) -> None:
+    profile = load_device(name)
+    kinds = {backend.name.partition(":")[0] for backend in profile.backends}
+    assert "cpu" in kinds and kinds <= {"cpu", "gpu", "npu"}
+    assert profile.device_class == "board" or "gpu" in kinds
+    assert all(backend.processor for backend in profile.backends if backend.name != "cpu")
+    for run in profile.measured:
+        profile.backend(run.backend)
+
+
+@every_device
+def test_a_size_that_is_sold_is_installed(name: str) -> None:
+    profile = load_device(name)
+    sold = profile.ram_options_bytes
+    assert sold is None or profile.ram_bytes.value in sold.values
+    assert (profile.ram_bytes.value / (1 << 30)).is_integer()
 
 
 @every_device
