@@ -73,11 +73,10 @@ class RuntimeCrashError(ExporterError):
     """A runtime died in its child process."""
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """Return the next step for a name that is not known: the nearest name, or all of them."""
+def did_you_mean(wrong: str, known: Iterable[str], most: int = 100) -> str:
+    """Return the next step for a name that is not known: the nearest name, and at most so many of those there are."""
     names = sorted(known)
     by_case = {name.casefold(): name for name in names}
     near = get_close_matches(wrong.casefold(), by_case, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {by_case[near[0]]!r}? Known: {', '.join(names)}"
-    return f"known: {', '.join(names)}"
+    listed = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"did you mean {by_case[near[0]]!r}? Known: {listed}" if near else f"known: {listed}"

@@ -17,6 +17,7 @@ from exporter.measures import Document
 from exporter.registry import names
 
 MAX_FILE_BYTES = 1 << 20
+MOST_LISTED = 20
 IMPOSSIBLE = "impossible"
 EXPECTED = {
     "bool_type": "true or false",
@@ -52,7 +53,7 @@ def named_file(name_or_path: str, package: str, what: str) -> Path | Traversable
         return Path(name_or_path)
     known = names(package, suffix=".toml")
     if name_or_path not in known:
-        advice = did_you_mean(name_or_path, known)
+        advice = did_you_mean(name_or_path, known, MOST_LISTED)
         raise RequestError(f"unknown {what} {shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
     return files(package) / f"{name_or_path}.toml"
 

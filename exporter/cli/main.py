@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Never
 
 import typer
 
+from exporter.cli import devices as profiles
 from exporter.errors import CheckError, ExporterError, RequestError
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(profiles.app, name="devices")
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
@@ -261,20 +264,6 @@ def unpack(
         original = restore_file(file, restored, lambda done, total: progress("unpack: MiB", done // mib, total // mib))
     facts = {"file": str(restored), "bytes": original.size, "sha256": original.sha256.hex()}
     show.document(facts, as_json, lambda: print(f"{restored}: {original.size:,} bytes"))
-
-
-@app.command(epilog="Example: edge-exporter devices raspberry-pi-5")
-def devices(
-    name: Annotated[str | None, typer.Argument(help="A device's name or TOML; none lists all.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the device profiles, or show one with the source of each number."""
-    from exporter.cli import show
-    from exporter.device.profile import device_names, load_device
-
-    profiles = [load_device(one) for one in ([name] if name else device_names())]
-    facts = {"devices": [profile.model_dump(mode="json") for profile in profiles]}
-    show.document(facts, as_json, lambda: show.device(profiles[0]) if name else show.devices(profiles))
 
 
 def _require_bundle(path: Path) -> None:

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from exporter.bundle.verify import read_manifest
-from exporter.device.profile import DeviceProfile
 from exporter.errors import InputError
 from exporter.measures import Check, Pruning
 from exporter.report.data import Measurements, Report, from_json, merged
@@ -238,27 +237,4 @@ def tensors(facts: dict[str, Any]) -> None:
     for tensor in facts["tensors"]:
         shape = "x".join(map(str, tensor["shape"]))
         table.add_row(plain(tensor["name"]), tensor["format"], shape, str(tensor["bytes"]))
-    console.print(table)
-
-
-def devices(profiles: list[DeviceProfile]) -> None:
-    """Print profiles, one a line."""
-    table = Table("device", "class", "SoC", "RAM", "an app may use", "target", box=None)
-    for one in profiles:
-        memory = (figure(one.ram_bytes.value, "bytes"), figure(one.app_memory_limit_bytes.value, "bytes"))
-        table.add_row(*map(plain, (one.name, one.device_class, one.soc, *memory, one.preferred.target)))
-    console.print(table)
-
-
-def device(profile: DeviceProfile) -> None:
-    """Print one profile with the basis and source of each number."""
-    console.print(f"[bold]{plain(profile.title)}[/] ({plain(profile.name)}), {plain(profile.soc)}, {plain(profile.os)}")
-    table = Table("fact", "value", "basis", "source", box=None)
-    for name, fact in profile:
-        if hasattr(fact, "source") and hasattr(fact, "value"):
-            table.add_row(name, f"{fact.value:g}", fact.basis, plain(fact.source))
-    for cluster in profile.clusters:
-        clock = cluster.clock_ghz
-        name = plain(f"{cluster.cores} x {cluster.name}")
-        table.add_row(name, f"{clock.value:g} GHz", clock.basis, plain(clock.source))
     console.print(table)

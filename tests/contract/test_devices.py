@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -11,6 +12,7 @@ from exporter.device.backend import InstructionSet, Measured
 from exporter.device.facts import Fact, Sizes
 from exporter.device.fit import check_fit
 from exporter.device.profile import PACKAGE, device_names, load_device
+from exporter.device.writing import profile_toml
 from exporter.measures import Quantity
 
 Sourced = Fact | Sizes | InstructionSet | Measured
@@ -45,6 +47,14 @@ def test_the_folder_holds_profiles_only() -> None:
 def test_name_is_file_name_and_fit_for_a_command_line(name: str) -> None:
     assert load_device(name).name == name
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+
+
+@every_device
+def test_it_is_written_as_it_is_read(name: str, tmp_path: Path) -> None:
+    profile = load_device(name)
+    file = tmp_path / f"{name}.toml"
+    file.write_text(profile_toml(profile), encoding="utf-8")
+    assert load_device(str(file)) == profile
 
 
 @every_device

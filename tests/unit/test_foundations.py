@@ -38,6 +38,7 @@ def test_a_near_name_is_offered_beside_all_that_are_known() -> None:
     known = ["raspberry-pi-5", "pixel-9"]
     assert did_you_mean("raspbery-pi-5", known) == "did you mean 'raspberry-pi-5'? Known: pixel-9, raspberry-pi-5"
     assert "did you mean" not in did_you_mean("zzz", known)
+    assert did_you_mean("zzz", "abcde", most=2) == "known: a, b and 3 more"
 
 
 def test_a_write_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""`edge-exporter devices`: the profiles, each number with its basis and source."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from typer.core import TyperGroup
+
+from exporter.errors import RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from exporter.device.facts import Fact
+    from exporter.device.profile import DeviceProfile
+
+
+GIB = 1 << 30
+
+
+class _Devices(TyperGroup):
+    """`devices` alone is `devices list`, and `devices NAME` is `devices show NAME`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["list", *args]
+        elif args[0] not in {"--help", *self.commands}:
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_Devices, help="List the device profiles, or show one with the source of each number.")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@app.command("list", epilog="Example: edge-exporter devices list --class phone")
+def list_devices(
+    device_class: Annotated[
+        str | None, typer.Option("--class", help="Devices of this class alone: phone, tablet, laptop or board.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the device profiles."""
+    from exporter.cli import show
+    from exporter.device.profile import DeviceClass, device_names, load_device
+
+    if device_class not in (None, *get_args(DeviceClass)):
+        advice = did_you_mean(str(device_class), get_args(DeviceClass))
+        raise RequestError(f"unknown class of devices {device_class!r}", next_step=advice)
+    profiles = [load_device(name) for name in device_names()]
+    found = [profile for profile in profiles if device_class in (None, profile.device_class)]
+    facts = {"devices": [profile.model_dump(mode="json", exclude_none=True) for profile in found]}
+    show.document(facts, as_json, lambda: _list(found))
+
+
+@app.command("show", epilog="Example: edge-exporter devices show my-board.toml --json")
+def show_device(
+    device: Annotated[str, typer.Argument(metavar="NAME_OR_TOML", help="A device's name, or the path of a profile.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show a profile, each number with its basis and source; a file of your own is checked by that."""
+    from exporter.cli import show
+    from exporter.device.profile import load_device
+
+    profile = load_device(device)
+    facts = profile.model_dump(mode="json", exclude_none=True)
+    show.document(facts, as_json, lambda: _show(profile))
+
+
+def _list(profiles: "list[DeviceProfile]") -> None:
+    from rich.table import Table
+
+    from exporter.cli import show
+
+    table = Table("device", "class", "SoC", "RAM", "an app may use", "CPU reads", "backends", "target", box=None)
+    for one in profiles:
+        sizes = (figure_of(key, getattr(one, key)) for key in ("ram_bytes", "app_memory_limit_bytes"))
+        bandwidth = figure_of("bytes_per_s", one.cpu_bandwidth)
+        backends = ", ".join(backend.name for backend in one.backends)
+        cells = (one.name, one.device_class, one.soc, *sizes, bandwidth, backends, one.preferred.target)
+        table.add_row(*map(show.plain, cells))
+    show.console.print(table)
+
+
+def _show(profile: "DeviceProfile") -> None:
+    from rich.table import Table
+
+    from exporter.cli import show
+
+    title, *rest = map(show.plain, (profile.title, profile.name, profile.soc, profile.os))
+    show.console.print(f"[bold]{title}[/] ({rest[0]}), {', '.join(rest[1:])}")
+    table = Table("fact", "value", "basis", "source", box=None)
+    for name, value, basis, source in _facts(profile):
+        table.add_row(*map(show.plain, (name, value, basis, source)))
+    show.console.print(table)
+
+
+def _facts(profile: "DeviceProfile") -> Iterator[tuple[str, str, str, str]]:
+    """Yield what is known: what it is about, the value with its unit, the basis and the source."""
+    for cluster in profile.clusters:
+        yield _row(f"{cluster.cores} x {cluster.name}", "clock_ghz", cluster.clock_ghz)
+    yield "instructions", ", ".join(profile.isa.features), profile.isa.basis, profile.isa.source
+    yield from _rows("", profile)
+    if (sold := profile.ram_options_bytes) is not None:
+        yield "ram_options_bytes", ", ".join(f"{value / GIB:g} GiB" for value in sold.values), sold.basis, sold.source
+    yield "preferred target", profile.preferred.target, "", profile.preferred.reason
+    yield "threads", str(profile.threads.count), "", profile.threads.reason
+    for backend in profile.backends:
+        yield backend.name, backend.processor or "", "", ""
+        yield from _rows("  ", backend)
+        for kernel in backend.kernels:
+            how = {True: " repacked", False: " not repacked", None: ""}[kernel.repacked]
+            yield from _rows(f"  {kernel.family}{how} {kernel.feature or ''}".rstrip() + " ", kernel)
+    for run in profile.measured:
+        speeds = ((run.decode_tokens_per_s, "decoded"), (run.prefill_tokens_per_s, "read"))
+        figures = ", ".join(f"{speed:g} tokens/s {what}" for speed, what in speeds if speed is not None)
+        yield f"{run.format} on {run.backend}, {_size(run.file_bytes)}", figures, run.basis, run.source
+
+
+def _rows(prefix: str, table: Any) -> Iterator[tuple[str, str, str, str]]:
+    from exporter.device.facts import Fact
+
+    for key, fact in table:
+        if isinstance(fact, Fact):
+            yield _row(prefix + key, key, fact)
+
+
+def _row(name: str, key: str, fact: "Fact") -> tuple[str, str, str, str]:
+    return name, figure_of(key, fact), fact.basis, fact.source
+
+
+def figure_of(key: str, fact: "Fact") -> str:
+    """Return a fact's value with the unit that its key names."""
+    for suffix, size, unit in (
+        ("ram_bytes", GIB, "GiB"),
+        ("bytes_per_s", 1e9, "GB/s"),
+        ("operations_per_s", 1e12, "TOPS"),
+        ("clock_ghz", 1, "GHz"),
+        ("watts", 1, "W"),
+        ("seconds_per_token", 1e-3, "ms"),
+    ):
+        if key.endswith(suffix):
+            return f"{fact.value / size:.4g} {unit}"
+    return _size(fact.value) if key.endswith("bytes") else f"{fact.value:g}"
+
+
+def _size(size_bytes: float) -> str:
+    from exporter.report.figures import text
+
+    return text(size_bytes, "bytes")

@@ -1,0 +1,39 @@
+"""A device profile as a TOML file, for those that are made from measurements."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from exporter.device.profile import DeviceProfile
+
+
+def profile_toml(profile: DeviceProfile) -> str:
+    """Return the text of the file that `load_device` reads back as an equal profile."""
+    return "\n".join(_lines(profile.model_dump(mode="json", exclude_none=True))) + "\n"
+
+
+def _lines(table: Mapping[str, Any], parents: str = "") -> Iterator[str]:
+    """Yield a table's own values, and then the tables in it, as TOML wants them."""
+    inner = [key for key, value in table.items() if _is_table_list(value)]
+    for key, value in table.items():
+        if key not in inner:
+            yield f"{key} = {_value(value)}"
+    for key in inner:
+        for entry in table[key]:
+            yield f"\n[[{parents}{key}]]"
+            yield from _lines(entry, f"{parents}{key}.")
+
+
+def _is_table_list(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_value(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, float) and value.is_integer():
+        return f"{int(value):_}"
+    # Strings and booleans of JSON are TOML's too, for all that a profile's text may hold.
+    return json.dumps(value, ensure_ascii=False)
