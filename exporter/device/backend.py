@@ -70,10 +70,10 @@ class Backend(Document):
         processor: What it is called, such as `Adreno 750`.
         cores: How many cores it has (GPU cores, compute units, neural cores).
         peak_bandwidth_bytes_per_s: Where it is not that of the device's memory.
-        usable_bandwidth_bytes_per_s: What decoding draws on it; the CPU's must be there.
+        usable_bandwidth_bytes_per_s: What decoding draws on it, beside the fixed cost; the CPU's must be there.
         peak_operations_per_s: By its data sheet, in the precision that the source names.
         memory_limit_bytes: What it can address at once, where that is less than an app may use.
-        fixed_seconds_per_token: What a token takes beside reading weights.
+        fixed_seconds_per_token: A token takes its bytes over the usable bandwidth and this; absent means none.
         decode_watts: What the whole device draws while it decodes on it.
     """
 
