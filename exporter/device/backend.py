@@ -110,7 +110,8 @@ class Measured(Document):
         parameters: Weights of the model.
         decode_tokens_per_s: Generation.
         prefill_tokens_per_s: Reading a prompt.
-        context: Tokens in the context, or of the prompt that was read.
+        prompt_tokens: Length of the prompt that was read.
+        context: Tokens in the context while it decoded, on average.
         threads: Of the CPU.
         peak_bytes: Memory of the process.
         basis: `measured` by this exporter, `published` elsewhere.
@@ -125,6 +126,7 @@ class Measured(Document):
     parameters: int | None = Field(default=None, ge=1_000_000, le=10_000_000_000_000)
     decode_tokens_per_s: float | None = Field(default=None, ge=1e-4, le=1e5)
     prefill_tokens_per_s: float | None = Field(default=None, ge=1e-4, le=1e7)
+    prompt_tokens: int | None = Field(default=None, ge=1, le=1 << 24)
     context: int | None = Field(default=None, ge=1, le=1 << 24)
     threads: int | None = Field(default=None, ge=1, le=256)
     peak_bytes: int | None = Field(default=None, ge=1 << 20, le=1 << 42)

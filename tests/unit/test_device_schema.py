@@ -164,7 +164,7 @@ def test_impossible_backends(backends: list[dict[str, Any]], message: str) -> No
         ({"file_bytes": 1.5}, r"measured\[0\].file_bytes: the value is wrong; got 1.5, expected a whole number"),
         ({"decode_tokens_per_s": 130.5}, r"a measured run of Q4_0 on cpu reads more than the memory gives; got 9.1"),
         ({"backend": "tpu"}, r"measured\[0\].backend: the value is wrong; got 'tpu', expected 'cpu', 'gpu:cuda'"),
-        ({"tokens": 1}, r"measured\[0\]: unknown key 'tokens'; known: backend, basis, context"),
+        ({"tokens": 1}, r"measured\[0\]: unknown key 'tokens'; did you mean 'prompt_tokens'"),
     ],
 )  # fmt: skip
 def test_impossible_runs(changes: dict[str, Any], message: str) -> None:
