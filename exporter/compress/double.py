@@ -1,7 +1,7 @@
 """Double compression: 8-bit integers with steps so coarse that entropy coding makes a second compression of them.
 
 After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), of which no code is published;
-the choices here are ours. Inputs' channels are divided by how far they reach, which goes into the weights
+the choices here are ours. Inputs' channels are divided by a root of their loudness, which goes into the weights
 (`exporter.compress.equalise`); steps are chosen for the bits that the codes are to take when coded (`exporter.coding`),
 one common to all matrices by how much their rows matter (`exporter.compress.curve`); weights are rounded to the
 nearest, and those become zero that can move an output least, by |w| max|x|. The file is the runtime's own.
@@ -15,7 +15,7 @@ import numpy as np
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.curve import Curve, Int8, at_common_step, common_step, roots_of, row_steps, some_rows
-from exporter.compress.equalise import EVERY_SITE, Rewritten, equalised
+from exporter.compress.equalise import Rewritten, evened
 from exporter.compress.method import ExpectedError
 from exporter.compress.rtn import error_of
 from exporter.effort import Effort
@@ -24,9 +24,10 @@ from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 from exporter.weights.group import WeightGroup
 from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
 
-DEFAULT_BITS = 3.6
-# Channels are scaled by the inputs' reach alone: where steps are common to a row, that of the weights does not matter.
-ALPHA = 1.0
+DEFAULT_BITS = 3.8
+# Half of the inputs' loudness goes into the weights: a row has one step and codes of 8 bits, so that the weights of a
+# channel much louder than the others would make the step coarse for all of them.
+ALPHA = 0.5
 # Of the weights that the steps leave, this share becomes zero.
 ZEROED = 0.02
 
@@ -96,8 +97,8 @@ class Double:
 
 
 def in_scaled_channels(model: Model, statistics: Statistics) -> Rewritten:
-    """Return the model with channels scaled by how far they reach, the compressible form of it."""
-    return equalised(model, statistics, ALPHA, EVERY_SITE)
+    """Return the model with channels scaled by their loudness, the compressible form of it."""
+    return evened(model, statistics, ALPHA)
 
 
 def doubled(

@@ -31,7 +31,7 @@ class DoubleCompression(CodedStep):
     zeroed: Annotated[float, Field(ge=0, lt=1)] = ZEROED
 
     def suited(self, model: Model, statistics: Statistics) -> Rewritten:
-        """Return the model with channels scaled by how far the inputs reach."""
+        """Return the model with channels scaled by the inputs' loudness."""
         return in_scaled_channels(model, statistics)
 
     def methods(self, groups: Sequence[WeightGroup], given: Rewritten, progress: Progress) -> Mapping[str, Method]:

@@ -1,6 +1,6 @@
 """One model and one text to measure on: rows of the opponents, kept from run to run, and of ours."""
 
-import platform
+import re
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from exporter.calibrate.text import Windows, file_windows
@@ -64,7 +65,7 @@ class Bench:
             "model": self.model.digest,
             "calibration": self._stock_calibration.digest,
             "evaluation": self._evaluation.digest,
-            "machine": platform.machine(),
+            "machine": instructions(),
             "versions": {name: version(name) for name in TOOLS},
         }
 
@@ -169,6 +170,12 @@ class Bench:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def instructions() -> str:
+    """Return the instructions that llama.cpp was compiled for here: its kernels round otherwise with others."""
+    described: bytes = llama_cpp.llama_print_system_info()
+    return " ".join(found for found, held in re.findall(r"(\w+) = (\d)", described.decode()) if held == "1")
 
 
 def source_code(folder: Path) -> Path:

@@ -38,7 +38,7 @@ WINDOW = 512
 EVALUATION_WINDOWS = 16
 RATES = (2.0, 2.5, 3.0, 3.5)
 # In all, embedding included: 8.5 bits of Q8_0 over 2.2.
-DOUBLE_BITS = 3.7
+DOUBLE_BITS = 3.8
 
 
 @dataclass(frozen=True)
