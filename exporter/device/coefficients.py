@@ -24,7 +24,8 @@ class Coefficients(Document):
 
     Attributes:
         values: Name to logarithm; a name that is missing counts nothing.
-        spread: Kind of processor to the standard deviation of a device's logarithm of time from what is predicted.
+        spread: Kind of processor, and machine that it is part of, to the standard deviation of a device's logarithm of
+            time from what is predicted; `other` for those that no row is about.
         family_spread: How much further apart two formats' errors on one device are.
         size_spread: How much further apart two sizes' errors are, for each factor of e.
         noise: Of one published run.

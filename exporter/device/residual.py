@@ -65,11 +65,9 @@ def _covariance(one: Workload, other: Workload, fitted: Coefficients) -> float:
 
 
 def spread(work: Workload, fitted: Coefficients) -> float:
-    """Return the standard deviation of a device's error, of the kind of processor that it is."""
-    for name in (f"{work.kind} {work.machine}", work.kind, UNKNOWN):
-        if name in fitted.spread:
-            return fitted.spread[name]
-    raise AssertionError("the file of coefficients has a spread for all others")
+    """Return the standard deviation of a device's error; at least others' for a processor in a machine not seen."""
+    exact = fitted.spread.get(f"{work.kind} {work.machine}")
+    return exact if exact is not None else max(fitted.spread.get(work.kind, 0.0), fitted.spread[UNKNOWN])
 
 
 def _size(work: Workload) -> float:
