@@ -16,7 +16,8 @@ from exporter.toml import checked, shown
 KEYS: dict[str, tuple[str, type]] = {
     "decode": ("decode_tokens_per_s", float), "prefill": ("prefill_tokens_per_s", float),
     "file-bytes": ("file_bytes", int), "parameters": ("parameters", int), "params": ("parameters", int),
-    "format": ("format", str), "backend": ("backend", str), "context": ("context", int), "threads": ("threads", int),
+    "format": ("format", str), "backend": ("backend", str), "context": ("context", int),
+    "prompt": ("prompt_tokens", int), "threads": ("threads", int),
     "runtime": ("runtime", str), "model": ("model", str),
 }  # fmt: skip
 EXPECTED = "decode=TOKENS/S,file-bytes=N and, where it differs, format=Q4_0"

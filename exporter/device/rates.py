@@ -71,7 +71,7 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
     """
     work, model = workload(profile, request), fitted()
     decode = _points(profile, model.decode, decode_terms, lambda run: run.decode_tokens_per_s)
-    prefill = _points(profile, model.prefill, prefill_terms, lambda run: run.prefill_tokens_per_s)
+    prefill = _points(profile, model.prefill, prefill_terms, _usual_prefill)
     bandwidth = list(_bandwidth_points(profile, work, model.decode))
     kernels = list(_kernel_points(profile, work, model.prefill))
     return Rates(
@@ -81,9 +81,8 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
 
 
 def at_length(usual: Estimate, request: Request) -> Estimate:
-    """Return the pace of a prompt of another length than the usual 512: attention slows down the longer ones."""
-    extra = max(request.prompt - USUAL_PROMPT, 0) / SAG_TOKENS
-    slower = 1 + SAG * (request.parameters / 1e9) ** SAG_POWER * extra
+    """Return the pace of a prompt of another length than the usual 512."""
+    slower = _slower(request.parameters, request.prompt)
     if slower == 1:
         return usual
     wider = slower**SAG_DEVIATION
@@ -94,6 +93,19 @@ def at_length(usual: Estimate, request: Request) -> Estimate:
         unit=usual.unit,
         how=f"{usual.how}; {request.prompt:,} tokens",
     )
+
+
+def _slower(parameters: float, prompt: int) -> float:
+    """Return how many times longer a token of such a prompt takes than one of the usual 512."""
+    extra = max(prompt - USUAL_PROMPT, 0) / SAG_TOKENS
+    return float(1 + SAG * (parameters / 1e9) ** SAG_POWER * extra)
+
+
+def _usual_prefill(run: Measured) -> float | None:
+    """Return what a run says of the pace of a prompt of 512 tokens."""
+    if run.prefill_tokens_per_s is None or run.parameters is None:
+        return run.prefill_tokens_per_s
+    return run.prefill_tokens_per_s * _slower(run.parameters, run.prompt_tokens or USUAL_PROMPT)
 
 
 def _rate(

@@ -148,6 +148,14 @@ def test_a_measured_prompt_sharpens_prefill(pixel: DeviceProfile) -> None:
     assert made.value == pytest.approx(60, rel=0.05) and made.high / made.low < 2
 
 
+def test_a_measured_prompt_counts_at_its_length(pixel: DeviceProfile) -> None:
+    text = "prefill=60,prompt=4096,file-bytes=600000000,format=Q4_0,parameters=1000000000"
+    known = calibrated(pixel, [measured_run(text)], "my-pixel")
+    asked = Request(600_000_000, 1_000_000_000, "Q4_0", "cpu", context=4096, prompt=4096)
+    assert predict(known, asked).prefill_tokens_per_s.value == pytest.approx(60, rel=0.05)
+    assert predict(known, replace(asked, prompt=512)).prefill_tokens_per_s.value == pytest.approx(60 * 1.56, rel=0.05)
+
+
 def test_a_calibrated_profile_is_a_file_that_reads_back(tmp_path: Path, pixel: DeviceProfile) -> None:
     path = tmp_path / "my-pixel.toml"
     write_profile(calibrated(pixel, [measured_run(RUN)], "my-pixel"), path)
