@@ -46,5 +46,7 @@ def _print(title: str, scored: list[Scored]) -> None:
     rows = len({one.row.number for one in scored})
     figures = f"median {quantile(scored, 0.5):.1%}, 90th percentile {quantile(scored, 0.9):.1%}"
     print(f"{title}: {figures}, {coverage(scored):.0%} within the interval of 80 % ({rows} rows)")
-    for name, own in by_class(scored).items():
+    classes = by_class(scored)
+    print(f"  worst class: {next(iter(classes))}; medians by class:")
+    for name, own in classes.items():
         print(f"  {name:<20} {quantile(own, 0.5):>6.1%}  ({len({one.row.number for one in own})} rows)")

@@ -115,6 +115,9 @@ def decode(profile: DeviceProfile, **change: object) -> float:
 def test_more_to_read_is_slower(pixel: DeviceProfile) -> None:
     assert decode(pixel) > decode(pixel, file_bytes=2_000_000_000, format="Q8_0")
     assert decode(pixel) > decode(pixel, context=8192)
+    # Unpacking binds: no quicker for being smaller than 4 bits, and slower where codes are looked up in a table.
+    small = {"file_bytes": 780_000_000}
+    assert decode(pixel) > decode(pixel, format="Q2_K", **small) > decode(pixel, format="IQ3_XXS", **small)
     assert decode(bare("raspberry-pi-4")) < decode(bare("raspberry-pi-5-8gb")) < decode(bare("macbook-air-m2"))
 
 
@@ -219,7 +222,8 @@ def test_a_backend_that_the_profile_lacks_is_said() -> None:
     [
         ("Q4_0", "four"), ("q4_0_4_4", "four"), ("int4 sym b64", "four"), ("8da4w g128", "four"), ("w4a16", "four"),
         ("MXFP4", "four"), ("Q4_K_M", "k"), ("UD-Q4_K_XL", "k"), ("Q6_K", "k"), ("Q2_K", "low"), ("IQ3_XXS", "low"),
-        ("TQ2_0", "low"), ("Q8_0", "eight"), ("int8", "eight"), ("F16", "float"), ("bf16", "float"), ("Q5_1", "four"),
+        ("TQ2_0", "low"), ("IQ4_XS", "k"), ("a16w8", "eight"), ("int4-b32-asymmetric", "four"),
+        ("Q8_0", "eight"), ("int8", "eight"), ("F16", "float"), ("bf16", "float"), ("Q5_1", "four"),
     ],
 )  # fmt: skip
 def test_formats_have_families(text: str, family: str) -> None:
