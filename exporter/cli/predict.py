@@ -57,11 +57,11 @@ def predict(
     from exporter.device.request import Request, checked_request
 
     profile = load_device(device)
-    length = prompt or min(context, 512)
+    length = min(context, 512) if prompt is None else prompt
     request = checked_request(Request(file_bytes, parameters, format, backend, context, length, runtime), profile)
     runs = [measured_run(text, request) for text in measured or []]
     prediction = run_predict(calibrated(profile, runs, profile.name), request)
-    show.document(prediction.model_dump(mode="json"), as_json, lambda: _show(prediction))
+    show.document(prediction.model_dump(mode="json", exclude_none=True), as_json, lambda: _show(prediction))
 
 
 @devices_app.command(

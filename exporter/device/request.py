@@ -40,7 +40,7 @@ def checked_request(request: Request, profile: DeviceProfile) -> Request:
     """Return the request with its backend as the profiles name it; of `gpu` or `npu` alone the device's first.
 
     Raises:
-        RequestError: a number is out of bounds, file and parameters do not go together, or a name is unknown.
+        RequestError: a number is out of bounds, two numbers do not go together, or a name is unknown.
     """
     for what, value, low, high in (
         ("the file's bytes", request.file_bytes, LEAST_BYTES, MOST_BYTES),
@@ -50,6 +50,12 @@ def checked_request(request: Request, profile: DeviceProfile) -> Request:
     ):
         if not low <= value <= high:
             raise RequestError(f"{what} cannot be so many", got=f"{value:,}", expected=f"{low:,} to {high:,}")
+    if request.prompt > request.context:
+        raise RequestError(
+            "the prompt exceeds the context",
+            got=f"{request.prompt:,} and {request.context:,} tokens",
+            next_step="give a larger --context or a shorter --prompt",
+        )
     bits = 8 * request.file_bytes / request.parameters
     if not LEAST_BITS <= bits <= MOST_BITS:
         raise RequestError(

@@ -75,9 +75,10 @@ def _sentence(status: Status, numbers: str, what: str, limit: float, profile: De
 
 
 def paged(decode: Estimate, profile: DeviceProfile, file_bytes: int, missing_bytes: float) -> Estimate:
-    """Return the speed of decoding from storage: every missing byte for each token, up to the whole file again."""
+    """Return the speed of decoding from storage: what is missing for each token at best, the whole file at worst."""
     read = storage_bytes_per_s(profile)
-    seconds = [1 / decode.value + lost / read for lost in (max(missing_bytes, 0.05 * file_bytes), file_bytes)]
+    least = min(max(missing_bytes, 0.05 * file_bytes), 0.5 * file_bytes)
+    seconds = [1 / decode.value + lost / read for lost in (least, file_bytes)]
     best, worst = 1 / seconds[0], 1 / seconds[1]
     return Estimate(
         value=exp((log(best) + 2 * log(worst)) / 3),

@@ -14,7 +14,7 @@ import numpy as np
 from exporter.device.coefficients import UNKNOWN, Coefficients
 from exporter.device.workload import Workload
 
-MIDDLE_BYTES = 3e9
+MIDDLE_BYTES, MOST_SIZE = 3e9, 3.0
 # What backends of one device have in common: an error of the bandwidth that they share.
 SHARED_SPREAD = 0.1
 
@@ -71,4 +71,5 @@ def spread(work: Workload, fitted: Coefficients) -> float:
 
 
 def _size(work: Workload) -> float:
-    return log(work.file_bytes / MIDDLE_BYTES)
+    # Beyond what was published, sizes are taken to be alike rather than extrapolated.
+    return max(-MOST_SIZE, min(log(work.file_bytes / MIDDLE_BYTES), MOST_SIZE))

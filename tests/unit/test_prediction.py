@@ -244,6 +244,7 @@ def test_backends_have_one_spelling(text: str, name: str) -> None:
         ({"parameters": 0}, "the parameters cannot be so many; got 0, expected 1,000,000 to"),
         ({"context": 0}, "the context cannot be so many; got 0, expected 1 to"),
         ({"prompt": 0}, "the prompt cannot be so many; got 0, expected 1 to"),
+        ({"prompt": 600}, "the prompt exceeds the context; got 600 and 512 tokens; give a larger --context"),
         ({"parameters": 7_000_000}, r"do not go together; got 1\.2e\+03 bits a parameter, expected 0.5 to 40; give"),
         ({"format": "Q9"}, "unknown format 'Q9'; known: F32, F16, BF16; Q8_0"),
         ({"backend": "gpu:metall"}, "unknown backend 'gpu:metall'; did you mean 'gpu:metal'"),
