@@ -1,7 +1,10 @@
-"""The most memory that a runtime is expected to hold: weights, cache, buffers."""
+"""The memory of a runtime's process, from the file's size alone: what it holds while it runs, and its peak."""
+
+import re
 
 from exporter.device.estimate import Estimate
 from exporter.device.fit import UNIT
+from exporter.device.profile import DeviceProfile
 from exporter.device.request import Request
 from exporter.device.terms import kv_bytes
 
@@ -10,10 +13,14 @@ from exporter.device.terms import kv_bytes
 BUFFERS_BYTES, BUFFERS_SHARE = 64e6, 0.03
 # llama.cpp held 1.07 to 1.14 times the file, LiteRT 1.0 to 1.3 times.
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
+# While it loads, llama.cpp has the mapped file and beside it, rearranged for the CPU's instructions, those of its
+# matrices that have kernels for that (ggml's ggml-cpu/repack.cpp): all but embeddings, in mixes fewer.
+REPACKED_ON_ARM, REPACKED_ON_X86 = r"(UD-)?(Q4_0|Q8_0|IQ4_NL|Q[456]_K)", r"(UD-)?(Q4_0|Q4_K|IQ4_NL)"
+LEAST_COPIED, COPIED, MOST_COPIED = 0.5, 0.8, 1.0
 
 
-def peak_bytes(request: Request) -> Estimate:
-    """Estimate the peak memory of a model's file in a runtime that maps or copies it once."""
+def held_bytes(request: Request) -> Estimate:
+    """Estimate what a runtime holds while it runs: the weights once, the cache and the buffers."""
     cache = kv_bytes(request.parameters, request.context)
     value = request.file_bytes * (1 + BUFFERS_SHARE) + cache + BUFFERS_BYTES
     return Estimate(
@@ -23,3 +30,25 @@ def peak_bytes(request: Request) -> Estimate:
         unit=UNIT,
         how=f"the file, a float16 cache of {request.context:,} tokens as models of that size have it, and buffers",
     )
+
+
+def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Estimate:
+    """Estimate the most that is resident at any time, pages of the mapped file included, which can be dropped."""
+    if not _is_rearranged(request, profile):
+        return held
+    loading = request.file_bytes * (1 + COPIED) + BUFFERS_BYTES
+    return Estimate(
+        value=max(held.value, loading),
+        low=max(held.low, request.file_bytes * (1 + LEAST_COPIED)),
+        high=max(held.high, request.file_bytes * (1 + MOST_COPIED) + 2 * BUFFERS_BYTES),
+        unit=UNIT,
+        how="the mapped file, and its matrices rearranged for the CPU beside it, while the model loads",
+    )
+
+
+def _is_rearranged(request: Request, profile: DeviceProfile) -> bool:
+    features, runtime = set(profile.isa.features), request.runtime.lower()
+    if request.backend != "cpu" or not (runtime == "" or "llama" in runtime or "termux" in runtime):
+        return False
+    pattern = REPACKED_ON_X86 if "avx2" in features else REPACKED_ON_ARM if "dotprod" in features else None
+    return pattern is not None and re.match(pattern, request.format.strip().upper()) is not None

@@ -3,7 +3,7 @@
 from math import hypot, log
 
 from exporter.device.estimate import EIGHTY_PERCENT, Estimate, lognormal
-from exporter.device.peak import peak_bytes
+from exporter.device.peak import held_bytes, peak_bytes
 from exporter.device.profile import DeviceProfile
 from exporter.device.rates import rates
 from exporter.device.request import Request, checked_request
@@ -26,11 +26,11 @@ class Prediction(Document):
         sustained_decode_tokens_per_s: The same after minutes of load, where the profile says how the device slows down.
         prefill_tokens_per_s: Reading the prompt.
         time_to_first_token_ms: From a prompt to the first token of the answer, the model loaded.
-        peak_bytes: The most memory of the process.
+        peak_bytes: The most memory of the process, mapped files included.
         load_ms: A first load.
         energy_per_token_joules: Of the whole device; absent where its power is not known.
         threads: For the CPU; absent on other backends.
-        residence: Whether the peak fits.
+        residence: Whether what it holds while it runs fits.
         notes: What else there is to know.
     """
 
@@ -60,11 +60,11 @@ def predict(profile: DeviceProfile, request: Request) -> Prediction:
         RequestError: a number is out of bounds, or the backend or the format is unknown.
     """
     request = checked_request(request, profile)
-    speeds, peak = rates(profile, request), peak_bytes(request)
-    place = residence(profile, peak)
+    speeds, held = rates(profile, request), held_bytes(request)
+    place = residence(profile, held)
     decode = speeds.decode
     if place.status != "fits":
-        slow = paged(decode, profile, request.file_bytes, peak.value - place.limit_bytes)
+        slow = paged(decode, profile, request.file_bytes, held.value - place.limit_bytes)
         place = place.model_copy(update={"decode_in_memory": decode, "decode_from_storage": slow})
         decode = slow if place.status == "pages" else decode
     return Prediction(
@@ -75,7 +75,7 @@ def predict(profile: DeviceProfile, request: Request) -> Prediction:
         sustained_decode_tokens_per_s=_sustained(profile, decode),
         prefill_tokens_per_s=speeds.prefill,
         time_to_first_token_ms=_first_token(speeds.prefill, decode, request.prompt),
-        peak_bytes=peak,
+        peak_bytes=peak_bytes(held, request, profile),
         load_ms=load_ms(profile, request.file_bytes),
         energy_per_token_joules=_energy(profile, request.backend, decode),
         threads=threads(profile) if request.backend == "cpu" else None,
