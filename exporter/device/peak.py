@@ -8,9 +8,11 @@ from exporter.device.profile import DeviceProfile
 from exporter.device.request import Request
 from exporter.device.terms import kv_bytes
 
-# Of the process and its working buffers, beside what grows with the model: llama.cpp held 55 MB more than the 0.8 GB
-# file of a 1B model (M1), and 180 MB more than the 1.3 GB of a 2B one (iPhone 17 Pro).
-BUFFERS_BYTES, BUFFERS_SHARE = 64e6, 0.03
+# The process with its libraries and a vocabulary of 100,000, and the buffers of 512 tokens of a prompt for 10^9
+# parameters: six numbers for each of the residual stream and 2.6 for each feed-forward channel, whose widths (2048 and
+# 8192 in Llama 3.2 1B, 4096 and 14336 in 8B) grow as so small a power. Published: llama.cpp held 55 MB more than the
+# 0.8 GB of a 1B model (M1), and 180 MB more than the 1.3 GB of a 2B one (iPhone 17 Pro).
+PROCESS_BYTES, BUFFERS_BYTES, BUFFERS_TOKENS, BUFFERS_POWER = 95e6, 69e6, 512, 0.3
 # llama.cpp held 1.07 to 1.14 times the file, LiteRT 1.0 to 1.3 times.
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
 # While it loads, llama.cpp has the mapped file and beside it, rearranged for the CPU's instructions, those of its
@@ -22,11 +24,12 @@ LEAST_COPIED, COPIED, MOST_COPIED = 0.5, 0.8, 1.0
 def held_bytes(request: Request) -> Estimate:
     """Estimate what a runtime holds while it runs: the weights once, the cache and the buffers."""
     cache = kv_bytes(request.parameters, request.context)
-    value = request.file_bytes * (1 + BUFFERS_SHARE) + cache + BUFFERS_BYTES
+    tokens = min(request.context, BUFFERS_TOKENS) / BUFFERS_TOKENS
+    buffers = PROCESS_BYTES + BUFFERS_BYTES * tokens * (request.parameters / 1e9) ** BUFFERS_POWER
     return Estimate(
-        value=value,
+        value=request.file_bytes + cache + buffers,
         low=request.file_bytes * LEAST_SHARE + cache / 2,
-        high=request.file_bytes * MOST_SHARE + 2 * cache + 2 * BUFFERS_BYTES,
+        high=request.file_bytes * MOST_SHARE + 2 * cache + 2 * buffers,
         unit=UNIT,
         how=f"the file, a float16 cache of {request.context:,} tokens as models of that size have it, and buffers",
     )
@@ -36,13 +39,14 @@ def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Esti
     """Estimate the most that is resident at any time, pages of the mapped file included, which can be dropped."""
     if not _is_rearranged(request, profile):
         return held
-    loading = request.file_bytes * (1 + COPIED) + BUFFERS_BYTES
+    copying = "the mapped file, and its matrices rearranged for the CPU beside it, while the model loads"
+    loading = request.file_bytes * (1 + COPIED) + PROCESS_BYTES
     return Estimate(
         value=max(held.value, loading),
         low=max(held.low, request.file_bytes * (1 + LEAST_COPIED)),
-        high=max(held.high, request.file_bytes * (1 + MOST_COPIED) + 2 * BUFFERS_BYTES),
+        high=max(held.high, request.file_bytes * (1 + MOST_COPIED) + 2 * PROCESS_BYTES),
         unit=UNIT,
-        how="the mapped file, and its matrices rearranged for the CPU beside it, while the model loads",
+        how=copying if loading > held.value else held.how,
     )
 
 

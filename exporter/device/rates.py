@@ -48,6 +48,7 @@ def workload(profile: DeviceProfile, request: Request) -> Workload:
     """Return a request on a device as the facts that its speed follows from."""
     own = _backend(profile, request.backend)
     peak = (own and own.peak_bandwidth_bytes_per_s) or profile.peak_bandwidth_bytes_per_s
+    operations = own and own.peak_operations_per_s
     return Workload(
         backend=request.backend,
         machine=_machine(profile),
@@ -59,6 +60,7 @@ def workload(profile: DeviceProfile, request: Request) -> Workload:
         parameters=request.parameters,
         context=request.context,
         runtime=request.runtime,
+        peak_operations_per_s=operations.value if operations else 0.0,
     )
 
 

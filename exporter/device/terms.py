@@ -26,8 +26,9 @@ LEAST_BITS, LEAST_BITS_OF_TABLES = 6.5, 9.0
 KV_BYTES_OF_A_BILLION = 56 * 1024
 # The bandwidth at which the coefficients of its logarithm count nothing.
 MIDDLE_BANDWIDTH = 60e9
-# Operations a second of a GPU for each byte a second of its memory, and of a neural processor, before coefficients.
-GPU_OPERATIONS_PER_BYTE, NPU_OPERATIONS = 24.0, 10e12
+# Operations a second of a GPU for each byte a second of its memory, and of a neural processor, before coefficients; of
+# a small one the share of its data sheet's that published ones had (Hexagon: 8 to 18 of 45 to 100 TOPS).
+GPU_OPERATIONS_PER_BYTE, NPU_OPERATIONS, NPU_SHARE = 24.0, 10e12, 0.2
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def prefill_terms(work: Workload) -> list[Term]:
         rate = 2 * work.products_per_s
         weights[f"prompt cpu {work.machine}"] = 1.0
     elif kind == "npu":
-        rate = NPU_OPERATIONS
+        rate = min(NPU_OPERATIONS, NPU_SHARE * work.peak_operations_per_s or NPU_OPERATIONS)
         weights["prompt npu size"] = log(work.parameters / 1e9)
     else:
         rate = GPU_OPERATIONS_PER_BYTE * work.bandwidth_bytes_per_s

@@ -50,6 +50,7 @@ class Workload:
         parameters: Weights of the model.
         context: Tokens in the cache while a token is generated.
         runtime: Its name; empty where it is not known.
+        peak_operations_per_s: Of a neural processor, by its data sheet; zero where that is not known.
     """
 
     backend: str
@@ -62,11 +63,14 @@ class Workload:
     parameters: float
     context: int = 64
     runtime: str = ""
+    peak_operations_per_s: float = 0.0
 
     @property
     def kind(self) -> Kind:
         """What the backend is among those that differ in speed."""
-        return KINDS.get(self.backend) or KINDS[self.backend.split(":")[0]]
+        kind = KINDS.get(self.backend) or KINDS[self.backend.split(":")[0]]
+        # GPUs of phones differ from those of PCs by more than their interface does.
+        return "opencl" if kind == "gpu" and self.machine in ("phone", "board") else kind
 
     @property
     def family(self) -> Family:

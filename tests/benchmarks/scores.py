@@ -59,6 +59,21 @@ def from_facts(tried: Trial) -> list[Scored]:
     return [_scored(row, one, []) for row, one in zip(tried.rows, tried.held, strict=True)]
 
 
+def class_medians(tried: Trial) -> list[float]:
+    """Return the errors of a plain roofline: the median share of the peak that other chips of the class draw."""
+    errors = []
+    for row in tried.rows:
+        others = [one for one in tried.rows if one.soc != row.soc]
+        own = [one for one in others if one.device_class == row.device_class] or others
+        share = float(np.median([_share(one) for one in own]))
+        errors.append(abs(share / _share(row) - 1))
+    return errors
+
+
+def _share(row: Row) -> float:
+    return row.decode * row.work.file_bytes / row.work.bandwidth_bytes_per_s
+
+
 def from_one_point(tried: Trial, of: Callable[[Row], Hashable], others: int) -> list[Scored]:
     """Return the rows as predicted with one row measured, in turn each one that `of` puts together."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
