@@ -39,14 +39,19 @@ def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Esti
     """Estimate the most that is resident at any time, pages of the mapped file included, which can be dropped."""
     if not _is_rearranged(request, profile):
         return held
+
+    def loading(copied: float, rest: float) -> float:
+        # What is mapped is dropped before more is resident than there is memory.
+        return min(request.file_bytes * (1 + copied) + rest, profile.ram_bytes.value)
+
+    value = loading(COPIED, PROCESS_BYTES)
     copying = "the mapped file, and its matrices rearranged for the CPU beside it, while the model loads"
-    loading = request.file_bytes * (1 + COPIED) + PROCESS_BYTES
     return Estimate(
-        value=max(held.value, loading),
-        low=max(held.low, request.file_bytes * (1 + LEAST_COPIED)),
-        high=max(held.high, request.file_bytes * (1 + MOST_COPIED) + 2 * PROCESS_BYTES),
+        value=max(held.value, value),
+        low=max(held.low, loading(LEAST_COPIED, 0)),
+        high=max(held.high, loading(MOST_COPIED, 2 * PROCESS_BYTES)),
         unit=UNIT,
-        how=copying if loading > held.value else held.how,
+        how=copying if value > held.value else held.how,
     )
 
 

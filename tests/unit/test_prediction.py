@@ -197,6 +197,11 @@ def test_the_peak_is_while_the_cpu_s_copy_is_made() -> None:
     assert predict(load_device("core-ultra-200v"), asked).peak_bytes.value > 1.7 * asked.file_bytes
 
 
+def test_no_more_is_resident_than_there_is_memory() -> None:
+    made = predict(load_device("raspberry-pi-5-8gb"), Request(6_000_000_000, 10_000_000_000, "Q4_K_M", "cpu"))
+    assert made.peak_bytes.value == load_device("raspberry-pi-5-8gb").ram_bytes.value
+
+
 def test_a_longer_context_takes_more_memory(pixel: DeviceProfile) -> None:
     sizes = [predict(pixel, replace(SMALL, runtime="MNN", context=tokens)).peak_bytes.value for tokens in (512, 8192)]
     assert sizes[1] - sizes[0] == pytest.approx(7680 * 56 * 1024 * 1.72**0.5)
