@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Never
 import typer
 
 from exporter.cli import devices as profiles
+from exporter.cli import predict as prediction
 from exporter.errors import CheckError, ExporterError, RequestError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(profiles.app, name="devices")
+app.add_typer(prediction.app)
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")

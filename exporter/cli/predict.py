@@ -1,0 +1,121 @@
+"""`edge-exporter predict` and `devices calibrate`: what a model's file will do on a device, and a device made known."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exporter.cli.devices import app as devices_app
+
+if TYPE_CHECKING:
+    from exporter.device.estimate import Estimate
+    from exporter.device.prediction import Prediction
+
+MEASURED_HELP = (
+    "A run of this very device: decode=TOKENS/S,file-bytes=N, and where it differs from what is asked format=, "
+    "parameters=, backend=, context=, threads=, runtime=; prefill=TOKENS/S too. Several are welcome."
+)
+TITLES = {
+    "decode_tokens_per_s": "decode",
+    "sustained_decode_tokens_per_s": "decode, sustained",
+    "prefill_tokens_per_s": "prefill",
+    "time_to_first_token_ms": "time to first token",
+    "peak_bytes": "peak memory",
+    "load_ms": "first load",
+    "energy_per_token_joules": "energy",
+}
+
+app = typer.Typer()
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
+MeasuredOption = Annotated[list[str] | None, typer.Option("--measured", help=MEASURED_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+EXAMPLE = "--file-bytes 4920000000 --params 8030000000 --format Q4_K_M --backend cpu"
+
+
+@app.command(epilog=f"Example: edge-exporter predict --device pixel-9 {EXAMPLE}")
+def predict(
+    device: DeviceOption,
+    file_bytes: Annotated[int, typer.Option("--file-bytes", help="Bytes of the model's file.")],
+    parameters: Annotated[int, typer.Option("--params", help="Weights of the model, as a whole number.")],
+    format: Annotated[str, typer.Option("--format", help="Of the weights, such as Q4_0, Q4_K_M, F16 or int4.")],
+    backend: Annotated[
+        str, typer.Option("--backend", help="cpu, gpu:metal, gpu:opencl, gpu:cuda, gpu:vulkan, npu:htp, ...")
+    ] = "cpu",
+    context: Annotated[int, typer.Option("--context", help="Tokens in the cache.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option("--prompt", help="Tokens of the prompt; by default 512, or the context if less.")
+    ] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="Such as llama.cpp, Ollama or ExecuTorch.")] = "",
+    measured: MeasuredOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict speed, memory and energy of a model's file on a device; no model is needed."""
+    from exporter.cli import show
+    from exporter.device.point import calibrated, measured_run
+    from exporter.device.prediction import predict as run_predict
+    from exporter.device.profile import load_device
+    from exporter.device.request import Request, checked_request
+
+    profile = load_device(device)
+    length = min(context, 512) if prompt is None else prompt
+    request = checked_request(Request(file_bytes, parameters, format, backend, context, length, runtime), profile)
+    runs = [measured_run(text, request) for text in measured or []]
+    prediction = run_predict(calibrated(profile, runs, profile.name), request)
+    show.document(prediction.model_dump(mode="json", exclude_none=True), as_json, lambda: _show(prediction))
+
+
+@devices_app.command(
+    epilog="Example: edge-exporter devices calibrate -d pixel-9 "
+    "--measured decode=11.2,file-bytes=1050000000,parameters=1720000000,format=Q4_0 -o my-pixel.toml"
+)
+def calibrate(
+    device: DeviceOption,
+    measured: Annotated[list[str], typer.Option("--measured", help=MEASURED_HELP)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new profile; must not exist.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a profile of your own device: a named one with what you measured on it, which sharpens all predictions."""
+    from exporter.cli import show
+    from exporter.device.point import calibrated, measured_run, write_profile
+    from exporter.device.profile import load_device
+
+    runs = [measured_run(text) for text in measured]
+    profile = calibrated(load_device(device), runs, output.name.removesuffix(".toml"))
+    write_profile(profile, output)
+    facts = {"profile": str(output), "device": profile.name, "measured": len(profile.measured)}
+    show.document(facts, as_json, lambda: print(f"{output}: {len(profile.measured)} timed runs; use it as --device"))
+
+
+def _show(prediction: "Prediction") -> None:
+    from rich.table import Table
+
+    from exporter.cli import show
+
+    title = f"{prediction.format} on {prediction.device}, {prediction.backend}"
+    show.console.print(f"[bold]{show.plain(title)}[/]: predicted, each with an interval of 80 %")
+    table = Table("", "value", "low", "high", "unit", "basis", "how", box=None)
+    for key, name in TITLES.items():
+        estimate: Estimate | None = getattr(prediction, key)
+        if estimate is not None:
+            table.add_row(name, *_numbers(estimate), estimate.basis, f"[dim]{show.plain(estimate.how)}[/]")
+    show.console.print(table)
+    for line in _sentences(prediction):
+        show.console.print(show.plain(line))
+
+
+def _numbers(estimate: "Estimate") -> list[str]:
+    values = (estimate.value, estimate.low, estimate.high)
+    if estimate.unit == "bytes":
+        return [*(f"{value / 1e9:.2f}" for value in values), "GB"]
+    return [*(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values), estimate.unit]
+
+
+def _sentences(prediction: "Prediction") -> list[str]:
+    lines = [f"{prediction.residence.status}: {prediction.residence.detail}"]
+    slow: Any = prediction.residence.decode_from_storage
+    if slow is not None:
+        lines.append(f"from storage it decodes {slow.value:.2g} tokens/s ({slow.low:.2g} to {slow.high:.2g})")
+    if prediction.threads is not None:
+        chosen = prediction.threads
+        lines.append(f"threads: {chosen.decode} to decode, {chosen.prefill} for prompts; {chosen.detail}")
+    return [*lines, *(f"note: {note}" for note in prediction.notes)]

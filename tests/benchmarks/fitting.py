@@ -1,0 +1,218 @@
+"""The coefficients of predicted speeds, fitted to published ones: `python -m tests.benchmarks.fitting` writes them.
+
+Robust (pseudo-Huber) regression on the logarithm of the time, each coefficient drawn to a value expected beforehand.
+A chip with many rows counts as the root of their number, so that no device decides what all others get.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import exporter.device
+from exporter.device.coefficients import FILE, UNKNOWN, Coefficients, Part
+from exporter.device.terms import Term, decode_terms, prefill_terms
+from exporter.device.workload import Workload
+from tests.benchmarks.published import Row, log_milliseconds, published
+
+Array = NDArray[np.float64]
+PARTS: tuple[Part, ...] = ("decode", "prefill")
+# Errors are counted in these, and a chip's rows as so many; ten steps suffice from any start.
+NOISE, ROWS_OF_A_SOC, STEPS = 0.3, 3.0, 20
+
+# How far devices are off: what is expected of a kind of processor of which nothing is known, counted as so many chips,
+# and what two formats, two sizes and two runs of one device differ by beside that.
+SPREADS_OF_UNKNOWN: dict[Part, float] = {"decode": 0.33, "prefill": 0.8}
+UNKNOWN_SOCS = 4.0
+FAMILY_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.3}
+SIZE_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.15}
+RUN_NOISE: dict[Part, float] = {"decode": 0.05, "prefill": 0.12}
+LEAST_SPREAD = 0.05
+
+# What is expected of a coefficient before a row is read, and how far it may be off. The first that fits counts.
+DECODE_PRIORS: tuple[tuple[str, float, float], ...] = (
+    (r"reading$", log(1 / 0.65), 0.5),  # two thirds of the peak
+    (r"reading cpu without dot", log(2), 0.3),  # the arithmetic of 4-bit weights without dot products binds
+    (r"reading opencl k", 0.35, 0.2),  # "not optimized" and
+    (r"reading opencl low", 0.7, 0.3),  # not supported, by llama.cpp's docs/backend/OPENCL.md
+    (r"reading cpu \w+$", 0.0, 0.15),
+    (r"reading metal k", 0.0, 0.2),
+    (r"reading (float|eight|four|k|low)$", 0.0, 0.05),
+    (r"reading \w+$", 0.0, 0.2),
+    (r"bandwidth cpu", 0.0, 0.3),
+    (r"bandwidth gpu", 0.0, 0.1),
+    (r"bandwidth metal k", 0.0, 0.6),
+    (r"fixed size", 0.25, 0.05),  # layers grow more slowly than weights
+    (r"fixed cpu bandwidth", -0.5, 0.1),  # quicker processors come with quicker memory
+    (r"fixed$", log(1.0), 0.7),
+    (r"fixed \w+$", 0.0, 0.5),
+    (r"working cpu phone", log(4), 0.4),  # few fast cores: 4 ms for 10^9 weights
+    (r"working cpu bandwidth", -0.25, 0.1),
+    (r"working", 0.0, 0.7),
+    (r"runtime executorch", -0.15, 0.15),  # its files hold an embedding that is looked up, not read
+    (r"runtime llama.rn", 0.15, 0.1),  # an app, and a terminal, share the phone with all else that it does
+    (r"runtime termux", 0.15, 0.15),
+    (r"runtime", 0.0, 0.15),
+)
+PREFILL_PRIORS: tuple[tuple[str, float, float], ...] = (
+    (r"prompt cpu (float|k|low)$", log(2.5), 0.5),  # no kernels that repack
+    (r"prompt opencl low", log(5), 0.5),
+    (r"prompt \w+ (float|eight|four|k|low)$", 0.0, 0.3),
+    (r"prompt gpu bandwidth", 0.0, 0.3),
+    (r"prompt npu size", -0.4, 0.3),
+    (r"prompt runtime", 0.0, 0.3),
+    (r"prompt \w+$", 0.0, 1.0),
+    (r"prompt", 0.0, 0.4),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A time to be met: its terms, its logarithm, and the chip that it is from."""
+
+    terms: list[Term]
+    log_time: float
+    soc: str
+    work: Workload
+
+
+def samples(rows: Iterable[Row], part: Part) -> list[Sample]:
+    """Return what the rows say about decoding or prefill."""
+    terms: Callable[[Workload], list[Term]] = decode_terms if part == "decode" else prefill_terms
+    speeds = ((row, row.decode if part == "decode" else row.prefill) for row in rows)
+    return [
+        Sample(terms(row.work), log_milliseconds(speed), row.soc, row.work)
+        for row, speed in speeds
+        if speed and (part == "decode" or row.work.kind != "cpu" or row.work.products_per_s)
+    ]
+
+
+def fit(found: Sequence[Sample], part: Part) -> dict[str, float]:
+    """Return the coefficients that meet the samples best, by Gauss and Newton with the errors' weights renewed."""
+    names = sorted({name for sample in found for term in sample.terms for name in term.weights} | _expected(part))
+    prior, spread = np.transpose([_prior(name, part) for name in names])
+    times, features = _matrices(found, names)
+    wanted = np.array([sample.log_time for sample in found])
+    counts = Counter(sample.soc for sample in found)
+    weight = np.array([counts[sample.soc] ** -0.5 for sample in found])
+    weight *= ROWS_OF_A_SOC * len(counts) / weight.sum() / NOISE**2
+    theta = prior.copy()
+    for _ in range(STEPS):
+        parts = times * np.exp(np.einsum("rkn,n->rk", features, theta))
+        total = parts.sum(1)
+        slope = np.einsum("rk,rkn->rn", parts / total[:, None], features)
+        error = wanted - np.log(total)
+        robust = weight / np.sqrt(1 + (error / NOISE) ** 2)
+        curve = (slope * robust[:, None]).T @ slope + np.diag(spread**-2)
+        theta += np.linalg.solve(curve, slope.T @ (robust * error) + (prior - theta) / spread**2)
+    return dict(zip(names, theta.tolist(), strict=True))
+
+
+def _matrices(found: Sequence[Sample], names: Sequence[str]) -> tuple[Array, Array]:
+    """Return milliseconds `[rows, terms]` and weights `[rows, terms, coefficients]`."""
+    most, place = max(len(sample.terms) for sample in found), {name: at for at, name in enumerate(names)}
+    times, features = np.zeros((len(found), most)), np.zeros((len(found), most, len(names)))
+    for row, sample in enumerate(found):
+        for at, term in enumerate(sample.terms):
+            times[row, at] = term.milliseconds
+            for name, weight in term.weights.items():
+                features[row, at, place[name]] = weight
+    return times, features
+
+
+def _expected(part: Part) -> set[str]:
+    """Return the coefficients that count something though no sample should call for them."""
+    priors = DECODE_PRIORS if part == "decode" else PREFILL_PRIORS
+    return {pattern for pattern, mean, _ in priors if mean and re.fullmatch(r"[a-z. ]+", pattern) and " " in pattern}
+
+
+def _prior(name: str, part: Part) -> tuple[float, float]:
+    priors = DECODE_PRIORS if part == "decode" else PREFILL_PRIORS
+    return next((mean, spread) for pattern, mean, spread in priors if re.match(pattern, name))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A sample, and what is predicted for it from the rows of other chips.
+
+    Attributes:
+        sample: The run.
+        error: Logarithm of its time less that of the prediction, so that e to its power is predicted over real speed.
+        fitted: What the prediction is from.
+    """
+
+    sample: Sample
+    error: float
+    fitted: Coefficients
+
+
+def held_out(found: Sequence[Sample], part: Part) -> list[HeldOut]:
+    """Return each sample as predicted from all chips but its own, spreads of errors included."""
+    values = {soc: fit([sample for sample in found if sample.soc != soc], part) for soc in {s.soc for s in found}}
+    bare = {soc: _coefficients(part, one, {UNKNOWN: 0.0}) for soc, one in values.items()}
+    errors = [sample.log_time - bare[sample.soc].log_milliseconds(sample.terms) for sample in found]
+    spreads = {soc: _spreads(found, errors, part, soc) for soc in values}
+    full = {soc: _coefficients(part, values[soc], spreads[soc]) for soc in values}
+    return [HeldOut(sample, error, full[sample.soc]) for sample, error in zip(found, errors, strict=True)]
+
+
+def fitted_to(found: Sequence[Sample], part: Part) -> Coefficients:
+    """Return what ships: coefficients from all chips, and spreads from the errors of each left out."""
+    errors = [one.error for one in held_out(found, part)]
+    return _coefficients(part, fit(found, part), _spreads(found, errors, part, left_out=""))
+
+
+def _spreads(found: Sequence[Sample], errors: Sequence[float], part: Part, left_out: str) -> dict[str, float]:
+    """Return the root of the mean square error by kind of processor, drawn to what is expected of an unknown one."""
+    squares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for sample, error in zip(found, errors, strict=True):
+        if sample.soc != left_out:
+            for name in (sample.work.kind, f"{sample.work.kind} {sample.work.machine}"):
+                squares[name][sample.soc].append(error**2)
+    means = {UNKNOWN: SPREADS_OF_UNKNOWN[part] ** 2}
+    for name, by_soc in sorted(squares.items()):
+        # A kind of processor is drawn to the unknown one, and one in a kind of machine to its kind.
+        expected = means.get(name.split()[0], means[UNKNOWN])
+        weights = [len(one) ** 0.5 for one in by_soc.values()]
+        total = sum(weight * float(np.mean(one)) for weight, one in zip(weights, by_soc.values(), strict=True))
+        means[name] = (total + UNKNOWN_SOCS * expected) / (sum(weights) + UNKNOWN_SOCS)
+    beside = FAMILY_SPREAD[part] ** 2 + RUN_NOISE[part] ** 2
+    return {name: max(mean - beside, LEAST_SPREAD**2) ** 0.5 for name, mean in means.items()}
+
+
+def _coefficients(part: Part, values: Mapping[str, float], spreads: Mapping[str, float]) -> Coefficients:
+    return Coefficients(
+        values=values,
+        spread=spreads,
+        family_spread=FAMILY_SPREAD[part],
+        size_spread=SIZE_SPREAD[part],
+        noise=RUN_NOISE[part],
+    )
+
+
+def document() -> str:
+    """Return the file of coefficients."""
+    rows = published()
+    lines = [
+        "# Fitted to tests/benchmarks/published_bench.csv by: python -m tests.benchmarks.fitting",
+        "# Logarithms; what each counts for is in exporter/device/terms.py.",
+    ]
+    for part in PARTS:
+        one = fitted_to(samples(rows, part), part)
+        lines += ["", f"[{part}]"]
+        lines += [f"{key} = {getattr(one, key):g}" for key in ("family_spread", "size_spread", "noise")]
+        for key in ("values", "spread"):
+            lines += ["", f"[{part}.{key}]"]
+            lines += [f'"{name}" = {number:.4f}' for name, number in getattr(one, key).items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    file = Path(exporter.device.__file__).parent / FILE
+    file.write_text(document(), encoding="utf-8")
+    print(file)

@@ -1,0 +1,111 @@
+"""Published speeds of language models on real devices, as workloads; each row of the file names its source."""
+
+import csv
+import re
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+from exporter.device.speed import PRODUCTS_A_CYCLE
+from exporter.device.workload import Machine, Workload, backend_name, format_family
+
+FILE = Path(__file__).parent / "published_bench.csv"
+GIB = 1 << 30
+# Bits of a weight, whole files, where the parameters are not stated.
+BITS = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
+# One chip goes by several names; a variant of its clock or its package is the same chip.
+SAME_SOC = {"CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake"}
+FORMATS = {"4-bit (n/s)": "4-bit", "cactus INT8/INT4": "int8", "cactus": "int8"}
+# The instructions of a processor's best kernels, and the cycles a second of its fast cores, in 10^9, together. Sources:
+# cpuinfo dumps in hrw/arm-socs-table, and the sources named for these chips in the device profiles.
+CPUS = {
+    "A16": ("i8mm", 2 * 3.46), "A17 Pro": ("i8mm", 2 * 3.78), "Apple M4 Max": ("i8mm", 8 * 4.4),
+    "BCM2711": ("neon", 4 * 1.8), "BCM2712": ("dotprod", 4 * 2.4), "CIX CP8180": ("i8mm", 12 * 2.5),
+    "Core i5-4278U": ("avx2", 2 * 2.9), "Intel N150": ("avx-vnni", 4 * 3.6), "Qualcomm": ("i8mm", 8 * 2.4),
+    "Raphael Zen4 AVX512": ("avx512-vnni", 6 * 5.2), "Raptor Lake": ("avx-vnni", 8 * 5.5),
+    "Ryzen AI 5 340": ("avx512-vnni", 6 * 4.8), "Snapdragon 7 Gen 3": ("i8mm", 4 * 2.5),
+    "Snapdragon 8 Elite": ("i8mm", 2 * 4.3 + 6 * 3.5), "Snapdragon 8 Elite Gen 5": ("i8mm", 2 * 4.6 + 6 * 3.6),
+    "Snapdragon 8 Gen 1": ("i8mm", 3.0 + 3 * 2.5), "Snapdragon 8 Gen 3 / Exynos 2400": ("i8mm", 3.3 + 5 * 3.1),
+    "Snapdragon 865": ("dotprod", 2.8 + 3 * 2.4), "Snapdragon X Elite": ("i8mm", 10 * 3.4),
+    "Strix Halo": ("avx512-vnni", 16 * 5.0), "Strix Point": ("avx512-vnni", 4 * 5.1 + 8 * 3.3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run.
+
+    Attributes:
+        number: Of the row in the file.
+        device: Its name there.
+        device_class: Its class there.
+        soc: The chip, in one spelling.
+        work: What ran.
+        decode: Tokens/s of generation, zero where that is not stated.
+        prefill: Tokens/s of a prompt, zero where that is not stated.
+    """
+
+    number: int
+    device: str
+    device_class: str
+    soc: str
+    work: Workload
+    decode: float
+    prefill: float
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Device and backend: what one measured point is about."""
+        return self.device, self.work.backend
+
+
+def published() -> list[Row]:
+    """Return the dense models that fit their device's memory, with the size of the file and the bandwidth known."""
+    with FILE.open(encoding="utf-8", newline="") as opened:
+        lines = list(csv.DictReader(opened))
+    return [
+        _row(line)
+        for line in lines
+        if line["use_in_roofline"] == "1" and line["file_size_gib"] and line["peak_bw_gb_s"]
+    ]
+
+
+def soc_name(text: str) -> str:
+    """Return the name of a chip without what is in brackets, and one name for each."""
+    name = re.sub(r"\(.*?\)|\?", "", text).strip()
+    return SAME_SOC.get(name, name)
+
+
+def _row(line: dict[str, str]) -> Row:
+    soc, name = soc_name(line["soc"]), FORMATS.get(line["quant"], line["quant"])
+    size = float(line["file_size_gib"]) * GIB
+    parameters = float(line["params_b"]) * 1e9 if line["params_b"] else 8 * size / BITS[format_family(name)]
+    isa, cycles = CPUS.get(soc, ("neon", 0.0))
+    work = Workload(
+        backend=backend_name(line["backend"].replace("cpu/igpu n/s", "cpu")),
+        machine=_machine(line["device_class"]),
+        bandwidth_bytes_per_s=1e9 * float(line["peak_bw_gb_s"]),
+        products_per_s=1e9 * cycles * PRODUCTS_A_CYCLE[isa],
+        has_integer_dot=isa != "neon",
+        format=name,
+        file_bytes=size,
+        parameters=parameters,
+        context=4096 if line["gen_test"] == "ctx4096" else 64,
+        runtime=line["runtime"],
+    )
+    speeds = (float(line[key] or 0) for key in ("gen_tok_s", "prompt_tok_s"))
+    return Row(int(line["row"]), line["device"], line["device_class"], soc, work, *speeds)
+
+
+def _machine(device_class: str) -> Machine:
+    if "phone" in device_class:
+        return "phone"
+    for machine in ("x86", "apple"):
+        if machine in device_class:
+            return machine
+    return "board" if "board" in device_class or "sbc" in device_class or "jetson" in device_class else "arm"
+
+
+def log_milliseconds(tokens_per_s: float) -> float:
+    """Return the logarithm of the time of a token."""
+    return log(1e3 / tokens_per_s)

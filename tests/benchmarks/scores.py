@@ -1,0 +1,128 @@
+"""How far predicted speeds are from published ones that the prediction has not seen."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from math import exp
+
+import numpy as np
+
+from exporter.device.coefficients import Part
+from exporter.device.estimate import EIGHTY_PERCENT
+from exporter.device.residual import Point, residual
+from tests.benchmarks.fitting import HeldOut, held_out, samples
+from tests.benchmarks.published import Row, published
+
+# A device counts with a measured point where it has so many other rows.
+OTHERS_FOR_DECODE, OTHERS_FOR_PREFILL = 2, 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A predicted speed beside the published one.
+
+    Attributes:
+        row: The published run.
+        error: Of the speed, as a share of the published one.
+        predicted: Over the published speed.
+        inside: Whether the published speed is within the interval of 80 %.
+        weight: Of the row; with a measured point each row is predicted from every other in turn, and counts once.
+    """
+
+    row: Row
+    predicted: float
+    inside: bool
+    weight: float = 1.0
+
+    @property
+    def error(self) -> float:
+        return abs(self.predicted - 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All rows of a part with what is predicted for each from the rows of other chips."""
+
+    part: Part
+    rows: list[Row]
+    held: list[HeldOut]
+
+
+def trial(part: Part) -> Trial:
+    """Predict every published speed of a part from the rows of all chips but its own."""
+    rows = [row for row in published() if samples([row], part)]
+    return Trial(part, rows, held_out(samples(rows, part), part))
+
+
+def from_facts(tried: Trial) -> list[Scored]:
+    """Return the rows as predicted from facts of the device alone."""
+    return [_scored(row, one, []) for row, one in zip(tried.rows, tried.held, strict=True)]
+
+
+def class_medians(tried: Trial) -> list[float]:
+    """Return the errors of a plain roofline: the median share of the peak that other chips of the class draw."""
+    errors = []
+    for row in tried.rows:
+        others = [one for one in tried.rows if one.soc != row.soc]
+        own = [one for one in others if one.device_class == row.device_class] or others
+        share = float(np.median([_share(one) for one in own]))
+        errors.append(abs(share / _share(row) - 1))
+    return errors
+
+
+def _share(row: Row) -> float:
+    return row.decode * row.work.file_bytes / row.work.bandwidth_bytes_per_s
+
+
+def from_one_point(tried: Trial, of: Callable[[Row], Hashable], others: int) -> list[Scored]:
+    """Return the rows as predicted with one row measured, in turn each one that `of` puts together."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for place, row in enumerate(tried.rows):
+        groups[of(row)].append(place)
+    scored = []
+    for group in groups.values():
+        if len(group) > others:
+            weight = 1 / (len(group) - 1)
+            for place in group:
+                for known in group:
+                    if known != place:
+                        point = tried.held[known]
+                        measured = Point(point.sample.work, point.error, point.fitted.noise)
+                        scored.append(_scored(tried.rows[place], tried.held[place], [measured], weight))
+    return scored
+
+
+def of_device(row: Row) -> Hashable:
+    """Return what one measured point of decoding is about."""
+    return row.place
+
+
+def of_kernels(row: Row) -> Hashable:
+    """Return what one measured point of prefill is about: a device and the kernels of one program."""
+    return (*row.place, row.work.family, row.work.runtime)
+
+
+def quantile(scored: Sequence[Scored], share: float) -> float:
+    """Return the error that a share of the rows stays below."""
+    ordered = sorted(scored, key=lambda one: one.error)
+    reached = np.cumsum([one.weight for one in ordered])
+    return ordered[int(np.searchsorted(reached, share * reached[-1]))].error
+
+
+def coverage(scored: Sequence[Scored]) -> float:
+    """Return the share of the rows that is within its interval."""
+    return float(np.average([one.inside for one in scored], weights=[one.weight for one in scored]))
+
+
+def by_class(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """Return the rows by class of device, the worst median first."""
+    classes: dict[str, list[Scored]] = defaultdict(list)
+    for one in scored:
+        classes[one.row.device_class].append(one)
+    return dict(sorted(classes.items(), key=lambda item: -quantile(item[1], 0.5)))
+
+
+def _scored(row: Row, one: HeldOut, points: Sequence[Point], weight: float = 1.0) -> Scored:
+    off = residual(one.sample.work, points, one.fitted)
+    left = one.error - off.mean
+    return Scored(row, exp(left), abs(left) <= EIGHTY_PERCENT * off.deviation, weight)
