@@ -36,6 +36,7 @@ from exporter.report.data import (
 from exporter.report.html import render_html
 from exporter.stages import Stages
 from exporter.targets.artifact import Artifact
+from exporter.validate.emulation import Emulation
 from exporter.validate.proof import Proof
 from exporter.validate.selftest import SelfTest
 
@@ -53,6 +54,7 @@ def describe(
     compressed: CompressedModel,
     artifact: Artifact,
     proof: Proof,
+    emulation: Emulation,
     coded: CodedSize | None,
     calibration: Windows,
     evaluation: Windows,
@@ -82,7 +84,7 @@ def describe(
         checks=proof.checks,
         tensors=_rows(compressed),
     )
-    return report, _measurements(plan, artifact, proof, stages)
+    return report, _measurements(plan, artifact, proof, emulation, stages)
 
 
 def _measured(value: float, unit: str, basis: Basis = "measured") -> Quantity:
@@ -149,7 +151,9 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
     )
 
 
-def _measurements(plan: Plan, artifact: Artifact, proof: Proof, stages: Stages) -> Measurements:
+def _measurements(
+    plan: Plan, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages
+) -> Measurements:
     timing = proof.timing
     peak = _measured(timing.peak_bytes, "bytes")
     return Measurements(
@@ -163,7 +167,8 @@ def _measurements(plan: Plan, artifact: Artifact, proof: Proof, stages: Stages) 
         host=host_facts(),
         versions=library_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        checks=device_checks(plan, artifact, peak),
+        checks=device_checks(plan, artifact, peak) + emulation.checks,
+        emulation=dict(emulation.quantities),
     )
 
 

@@ -44,6 +44,7 @@ class Job:
             place of type, method and limits.
         save_pruned: A folder that the model is written to once a recipe has pruned it, for transformers.
         transport: Ship the model files coded, by the profile `small` or `fast`; None for plain, or as the recipe says.
+        emulate: Run the artifact on this machine under the device's limits as well.
     """
 
     source: str
@@ -69,6 +70,7 @@ class Job:
     recipe: str | None = None
     save_pruned: Path | None = None
     transport: Profile | None = None
+    emulate: bool = False
 
     @property
     def effort_level(self) -> Effort:

@@ -27,6 +27,7 @@ from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
 from exporter.stages import Stages, give_back_freed_memory
 from exporter.steps.step import Observe
+from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.proof import prove
 
 
@@ -152,11 +153,17 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             )
     with stages.stage("prove"):
         proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
+    emulation = Emulation()
+    if job.emulate:
+        with stages.stage("emulate"):
+            emulation = emulate(artifact, planned.device, evaluation.tokens, job.context, progress)
     coded = None
     if planned.transport is not None:
         with stages.stage("code for transport"):
             coded = code_beside(artifact.weights, planned.transport, progress)
-    report, measurements = describe(job, planned, compressed, artifact, proof, coded, calibration, evaluation, stages)
+    report, measurements = describe(
+        job, planned, compressed, artifact, proof, emulation, coded, calibration, evaluation, stages
+    )
     write_documents(staging, report, measurements, proof.self_test)
     assert job.output is not None
     manifest = write_bundle(staging, job.output, header(job, original, report))

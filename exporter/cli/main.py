@@ -80,6 +80,9 @@ EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
 ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads that runtimes use on this machine.")]
+EmulateOption = Annotated[
+    bool, typer.Option("--emulate", help="Run the artifact on this machine under the device's limits, too.")
+]
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 THREADS = min(os.cpu_count() or 1, 8)
 
@@ -106,6 +109,7 @@ def build(
     context: ContextOption = 512,
     threads: ThreadsOption = THREADS,
     save_pruned: SavePrunedOption = None,
+    emulate: EmulateOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a proved bundle for a device."""
@@ -117,7 +121,7 @@ def build(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, save_pruned=save_pruned,
-        transport=transport,
+        transport=transport, emulate=emulate,
     )  # fmt: skip
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)

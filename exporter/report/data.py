@@ -209,6 +209,8 @@ class Measurements(Document):
         versions: Library name -> version.
         created: When the job ended, ISO 8601 in UTC.
         checks: Checks whose values differ from run to run, such as measured memory against a device's limit.
+        emulation: What was found on this machine under the device's limits or instruction set; empty where neither was
+            emulated. Times in it are this machine's.
     """
 
     schema_version: Literal[1] = 1
@@ -219,6 +221,7 @@ class Measurements(Document):
     versions: dict[str, str]
     created: str
     checks: tuple[Check, ...] = ()
+    emulation: dict[str, Quantity] = Field(default_factory=dict)
 
 
 def verdict(checks: tuple[Check, ...]) -> Verdict:

@@ -28,7 +28,7 @@ MADE = {"__pycache__", ".DS_Store"}
 ORDER = [
     {"errors", "cache", "effort", "measures", "registry", "toml", "weights"},
     {"model", "device", "devices", "coding"},
-    {"job", "stages"},
+    {"job", "stages", "confinement"},
     {"calibrate", "compress"},
     {"targets"},
     {"steps", "recipe", "recipes", "plan", "sampling", "budget", "needs"},
