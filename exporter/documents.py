@@ -151,9 +151,7 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
     )
 
 
-def _measurements(
-    plan: Plan, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages
-) -> Measurements:
+def _measurements(plan: Plan, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages) -> Measurements:
     timing = proof.timing
     peak = _measured(timing.peak_bytes, "bytes")
     return Measurements(

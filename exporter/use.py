@@ -8,11 +8,16 @@ import numpy as np
 
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.verify import read_manifest
+from exporter.calibrate.text import Tokens
 from exporter.coding.container import SUFFIX
+from exporter.confinement.limits import Limits, device_limits
+from exporter.device.profile import load_device
 from exporter.errors import InputError, RequestError
+from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity
 from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, open_artifact
+from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.selftest import SelfTest, run_self_test
 
 PROMPT_SHARE = 0.75
@@ -79,14 +84,53 @@ def self_test(bundle: Path, threads: int) -> Check:
         return run_self_test(test, partial(child.call, "logits"))
 
 
+def emulate_bundle(
+    bundle: Path,
+    device: str,
+    memory_bytes: int | None,
+    cores: int | None,
+    cpu_share: float,
+    timeout_s: float,
+    context: int,
+    progress: Progress = silent,
+) -> Emulation:
+    """Run a bundle as on a device, on this machine.
+
+    Args:
+        bundle: The bundle's folder.
+        device: A profile's name, or the path of a user's own TOML.
+        memory_bytes: Most memory, in place of what one app may use there.
+        cores: Cores, in place of the device's.
+        cpu_share: Share of the time of these cores.
+        timeout_s: Seconds after which the run is ended.
+        context: Tokens of context to run at.
+        progress: Called with what is done, steps done and their total.
+
+    Raises:
+        RequestError: a limit is impossible.
+    """
+    profile = load_device(device)
+    granted = device_limits(profile)
+    limits = Limits(
+        granted.memory_bytes if memory_bytes is None else memory_bytes,
+        granted.cores if cores is None else cores,
+        cpu_share,
+        timeout_s,
+    )
+    return emulate(open_bundle(bundle), profile, _some_ids(context)[None], context, progress, limits)
+
+
+def _some_ids(count: int) -> Tokens:
+    """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on which they are."""
+    return np.random.default_rng(0).integers(100, 300, count)
+
+
 def time_bundle(bundle: Path, context: int, threads: int) -> dict[str, object]:
     """Return speed and memory of a bundle on this machine."""
     artifact = open_bundle(bundle)
     prompt = int(context * PROMPT_SHARE)
     with open_artifact(artifact, context, threads) as child:
-        # Token ids from a small range exist in every vocabulary; speed does not depend on which they are.
-        ids = np.random.default_rng(0).integers(100, 300, prompt).tolist()
-        timing = child.call("measure", ids, min(64, context - prompt - 1), 5)
+        timing = child.call("measure", _some_ids(prompt).tolist(), min(64, context - prompt - 1), 5)
     values = {
         "speed.prefill_tokens_per_s": (timing.prefill_tokens_per_s, "tokens/s"),
         "speed.decode_tokens_per_s": (timing.decode_tokens_per_s, "tokens/s"),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from exporter.registry import folders, load
 from exporter.targets.child import Child
@@ -42,5 +43,15 @@ def open_artifact(artifact: Artifact, context: int, threads: int, exact: bool = 
         exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
         sequences: Sequences sampled at once.
     """
-    runtime = load("exporter.targets.{}.runtime", artifact.target, target_names(), "target").RUNTIME
+    runtime = runtime_of(artifact.target)
     return Child(runtime.title, runtime, artifact, context, threads, exact, sequences)
+
+
+def load_runtime(artifact: Artifact, context: int, threads: int) -> object:
+    """Load an artifact in this process, to be served by it; see `open_artifact`."""
+    return runtime_of(artifact.target)(artifact, context, threads, False, 1)
+
+
+def runtime_of(target: str) -> Any:
+    """Return the class of a target's runtime: what `exporter.targets.runtime.Runtime` says."""
+    return load("exporter.targets.{}.runtime", target, target_names(), "target").RUNTIME

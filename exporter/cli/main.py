@@ -13,6 +13,7 @@ import typer
 
 from exporter.cli import devices as profiles
 from exporter.cli import predict as prediction
+from exporter.cli import emulate as emulating
 from exporter.errors import CheckError, ExporterError, RequestError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 app.add_typer(profiles.app, name="devices")
 app.add_typer(prediction.app)
+app.add_typer(emulating.app, name="emulate")
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")

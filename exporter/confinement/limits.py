@@ -32,6 +32,7 @@ class Limits:
     timeout_s: float = TIMEOUT_S
 
     def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
         _require("memory limit", self.memory_bytes, MIB, TIB, "bytes")
         _require("number of cores", self.cores, 1, 256, "cores")
         _require("share of the CPU", self.cpu_share, LEAST_SHARE, 1, "of its time")

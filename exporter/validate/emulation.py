@@ -1,15 +1,28 @@
 """What an artifact does on the build machine under a device's limits: the stage that `--emulate` adds."""
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
 from exporter.calibrate.text import Tokens
-from exporter.confinement.limits import Limits, device_limits
+from exporter.confinement.cgroup import control_groups
+from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
+from exporter.confinement.limits import Limits, available_cores, device_limits
 from exporter.device.profile import DeviceProfile
+from exporter.errors import RuntimeCrashError
 from exporter.job import Progress, silent
-from exporter.measures import Check, Quantity
-from exporter.targets.artifact import Artifact
+from exporter.measures import Check, Quantity, Status
+from exporter.targets.artifact import Artifact, load_runtime, runtime_of
+from exporter.targets.child import Child
+from exporter.targets.runtime import Timing
+
+DECODE_TOKENS = 32
+NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
+# A quota is kept from period to period, and a run ends in the middle of one.
+SHARE_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,139 @@ def emulate(
     return run_within(artifact, limits or device_limits(device), tokens, context, progress)
 
 
+@contextmanager
+def confined_child(title: str, limits: Limits) -> Iterator[tuple[Child, Confinement]]:
+    """Start a child process under limits; what it is to run is loaded with its method `load`."""
+    with (
+        control_groups(controlled(limits)) as groups,
+        Child(title, Confined, os.getpid()) as child,
+        confined(child.process_id, limits, groups) as confinement,
+    ):
+        yield child, confinement
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that came to its end.
+
+    Attributes:
+        timing: Of the runtime, on this machine.
+        wall_s: Seconds of the timed part.
+        cpu_s: CPU seconds of it, all threads together.
+        network_methods: How the network was taken away; none where it was not.
+    """
+
+    timing: Timing
+    wall_s: float
+    cpu_s: float
+    network_methods: tuple[str, ...]
+
+
 def run_within(
     artifact: Artifact, limits: Limits, tokens: Tokens, context: int, progress: Progress = silent
 ) -> Emulation:
-    """Read a prompt and generate under limits; see `emulate`."""
-    raise NotImplementedError
+    """Read a prompt that fills the context and generate tokens, under limits and without a network."""
+    reason = hindrance()
+    if reason is not None:
+        return Emulation(tuple(Check(name=name, status="not run", detail=reason) for name in NAMES))
+    prompt = tokens.reshape(-1)[: context - DECODE_TOKENS - 1].tolist()
+    progress("emulate: limits", 0, 1)
+    with confined_child(runtime_of(artifact.target).title, limits) as (child, confinement):
+        try:
+            run = _run(child, artifact, limits, prompt, context)
+            failure = ""
+        except RuntimeCrashError as error:
+            run = None
+            failure = _failure(confinement, error)
+        paged = confinement.paged_bytes
+    progress("emulate: limits", 1, 1)
+    checks = (
+        _check_run(run, failure, limits, len(prompt)),
+        _check_memory(run, confinement, paged, artifact.file_bytes),
+        _check_cpu(run, confinement),
+        _check_network(run),
+    )
+    return Emulation(checks, _quantities(run, confinement))
+
+
+def _run(child: Child, artifact: Artifact, limits: Limits, prompt: list[int], context: int) -> Run:
+    methods = child.call("network_methods")
+    child.call("load", load_runtime, artifact, context, limits.usable_cores)
+    started, used = time.perf_counter(), child.call("cpu_seconds")
+    timing = child.call("measure", prompt, DECODE_TOKENS, 1)
+    return Run(timing, time.perf_counter() - started, child.call("cpu_seconds") - used, tuple(methods))
+
+
+def _failure(confinement: Confinement, error: RuntimeCrashError) -> str:
+    if confinement.out_of_memory:
+        return "it was ended for want of memory"
+    if confinement.watch.ended == "time":
+        return f"it had not ended after {confinement.limits.timeout_s:g} s and was stopped"
+    return str(error).removesuffix(".")
+
+
+def _check_run(run: Run | None, failure: str, limits: Limits, prompt: int) -> Check:
+    done = f"a prompt of {prompt} tokens read and {DECODE_TOKENS} generated within {limits.timeout_s:g} s"
+    return _check("emulation.run", "passed" if run else "failed", done if run else failure)
+
+
+def _check_memory(run: Run | None, confinement: Confinement, paged: int, file_bytes: int) -> Check:
+    limit, peak = confinement.limits.memory_bytes, confinement.watch.peak_bytes
+    name, by = "emulation.memory", f"by {confinement.memory_method}"
+    if limit is None:
+        return _check(name, "not run", "no limit was asked for")
+    if confinement.out_of_memory:
+        detail = f"more than the {_size(limit)} that one app may hold; ended {by}"
+        return _check(name, "failed", detail, max(peak, limit), limit)
+    if paged > file_bytes:
+        detail = f"{_size(paged)} of files were read again and again for want of memory, {by}"
+        return _check(name, "failed", detail, peak, limit)
+    if run is None:
+        return _check(name, "not run", f"the run did not come to its end; {_size(peak)} were held until then, {by}")
+    return _check(
+        name, "passed", f"peak memory {_size(peak)} (emulated) under a limit of {_size(limit)} {by}", peak, limit
+    )
+
+
+def _check_cpu(run: Run | None, confinement: Confinement) -> Check:
+    limits, name = confinement.limits, "emulation.cpu"
+    if run is None:
+        return _check(name, "not run", "the run did not come to its end")
+    most, used = limits.cpu_share * limits.usable_cores, run.cpu_s / run.wall_s
+    cores = f"{limits.usable_cores} cores" + (
+        f" of {limits.cores}, for this machine has no more" if (limits.cores or 0) > available_cores() else ""
+    )
+    detail = f"{used:.2f} CPU seconds a second on {cores}, share {limits.cpu_share:g}, by {confinement.cpu_method}"
+    if used > most * (1 + SHARE_TOLERANCE):
+        return _check(name, "not run", f"the limit was not kept: {detail}")
+    return _check(name, "passed", detail)
+
+
+def _check_network(run: Run | None) -> Check:
+    name = "emulation.network"
+    if run is None:
+        return _check(name, "not run", "the run did not come to its end")
+    if not run.network_methods:
+        return _check(name, "not run", "neither a network namespace nor seccomp is to be had here")
+    return _check(name, "passed", f"it ran without a network, by {' and '.join(run.network_methods)}")
+
+
+def _quantities(run: Run | None, confinement: Confinement) -> dict[str, Quantity]:
+    values = {"peak_bytes": (float(confinement.watch.peak_bytes), "bytes")}
+    if run is not None:
+        values |= {
+            "host_prefill_tokens_per_s": (run.timing.prefill_tokens_per_s, "tokens/s"),
+            "host_decode_tokens_per_s": (run.timing.decode_tokens_per_s, "tokens/s"),
+            "host_cpu_s": (run.cpu_s, "s"),
+            "host_wall_s": (run.wall_s, "s"),
+        }
+    return {name: Quantity(value=value, unit=unit, basis="emulated") for name, (value, unit) in values.items()}
+
+
+def _check(name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None) -> Check:
+    unit = "" if value is None else "bytes"
+    return Check(name=name, status=status, detail=detail, value=value, limit=limit, unit=unit)
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

@@ -1,0 +1,42 @@
+"""`edge-exporter emulate`: a bundle as on a device, on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exporter.errors import CheckError
+
+app = typer.Typer(help="Run a bundle as on a device, on this machine.", no_args_is_help=True)
+
+
+@app.command(epilog="Example: edge-exporter emulate run phone --device raspberry-pi-5 --memory-bytes 64000000")
+def run(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    device: Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")],
+    memory_bytes: Annotated[
+        int | None, typer.Option("--memory-bytes", help="Most memory; by default what one app may use.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option("--cores", help="Cores; by default the device's.")] = None,
+    cpu_share: Annotated[float, typer.Option("--cpu-share", help="Share of the cores' time, at most 1.")] = 1.0,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which the run is ended.")] = 300.0,
+    context: Annotated[int, typer.Option("--context", min=64, help="Tokens of context to run at.")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Run a bundle under a device's limits of memory and CPU, without a network."""
+    from exporter.cli import show
+    from exporter.use import emulate_bundle
+
+    with show.progress(enabled=not as_json) as progress:
+        found = emulate_bundle(bundle, device, memory_bytes, cores, cpu_share, timeout, context, progress)
+    quantities = {name: quantity.model_dump(mode="json") for name, quantity in found.quantities.items()}
+    facts = {"emulation": quantities, **show.checks_facts(found.checks)}
+
+    def people() -> None:
+        show.quantities(quantities)
+        show.checks(found.checks)
+
+    show.document(facts, as_json, people)
+    failed = [check.name for check in found.checks if check.status == "failed"]
+    if failed:
+        raise CheckError(f"{len(failed)} of {len(found.checks)} checks failed: {', '.join(failed)}")
