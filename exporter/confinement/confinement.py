@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,18 +121,21 @@ def hindrance() -> str | None:
 
 
 @contextmanager
-def confined(process_id: int, limits: Limits, groups: dict[Controller, ControlGroup]) -> Iterator[Confinement]:
+def confined(
+    process_id: int, limits: Limits, groups: dict[Controller, ControlGroup], files: Collection[Path] = ()
+) -> Iterator[Confinement]:
     """Hold a process to limits, and let it go in the end.
 
     Args:
         process_id: A child that was not waited for, of one thread still.
         limits: The limits.
         groups: Control groups to put it in; without one, the process is watched, or stopped by turns.
+        files: Files whose pages count in full, whoever else maps them.
     """
     joined = {name: group for name, group in groups.items() if group.add(process_id)}
     os.sched_setaffinity(process_id, sorted(os.sched_getaffinity(0))[: limits.usable_cores])
     with ExitStack() as held:
-        watch = held.enter_context(Watch(process_id, limits.memory_bytes, limits.timeout_s))
+        watch = held.enter_context(Watch(process_id, limits.memory_bytes, limits.timeout_s, files))
         if limits.cpu_share < 1 and "cpu" not in joined:
             held.enter_context(DutyCycle(process_id, limits.cpu_share))
         yield Confinement(limits, watch, joined)

@@ -1,40 +1,51 @@
 """Watching a process from outside: its memory, its time, and the share of the CPU that it gets."""
 
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
 LOOK_S = 0.02
 CYCLE_S = 0.1
+# How many looks pass between two at single mappings, which take longer.
+LOOKS = 10
+# Of /proc/PID/smaps: the line of a mapping of a file with one of these inodes, then its pages in KiB, and its share.
+MAPPING = rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (?:%b) .*\n(?:\w+: .*\n)*?Rss: +(\d+) kB\nPss: +(\d+) kB"
 Ending = Literal["memory", "time"]
 
 
 class Watch:
     """Looks at a process every 20 ms, and ends it once it holds more memory or takes longer than it may.
 
-    Memory is the proportional set: pages that several processes map count in parts. An address space is no measure:
-    runtimes reserve more than they use.
+    Memory is the proportional set: pages that several processes map count in parts, but for those of the artifact. An
+    address space is no measure: runtimes reserve more than they use.
 
     Args:
         process_id: The process; it must not have been waited for.
         memory_bytes: Most memory; None for no limit.
         timeout_s: Seconds from now.
+        files: Files whose pages count in full, whoever else maps them.
 
     Attributes:
         peak_bytes: The largest proportional set that was seen.
         ended: Why the process was ended, None where it was not.
     """
 
-    def __init__(self, process_id: int, memory_bytes: int | None, timeout_s: float) -> None:
+    def __init__(
+        self, process_id: int, memory_bytes: int | None, timeout_s: float, files: Collection[Path] = ()
+    ) -> None:
         self.peak_bytes = 0
         self.ended: Ending | None = None
         self._process_id = process_id
         self._memory_bytes = memory_bytes
+        self._files = files
         self._end = time.monotonic() + timeout_s
         self._closed = threading.Event()
         # A process id may be given anew once the process was waited for; this handle is never another's.
@@ -42,8 +53,13 @@ class Watch:
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def _look(self) -> None:
-        while self.ended is None and not self._closed.wait(LOOK_S):
-            held = proportional_bytes(self._process_id) or 0
+        shared = 0
+        for look in count():
+            if self.ended is not None or self._closed.wait(LOOK_S):
+                return
+            if look % LOOKS == 0:
+                shared = shared_bytes(self._process_id, self._files)
+            held = proportional_bytes(self._process_id) + shared
             self.peak_bytes = max(self.peak_bytes, held)
             if self._memory_bytes is not None and held > self._memory_bytes:
                 self._kill("memory")
@@ -118,11 +134,23 @@ def send(handle: int, number: signal.Signals) -> None:
         signal.pidfd_send_signal(handle, number)
 
 
-def proportional_bytes(process_id: int) -> int | None:
-    """Return the proportional set of a process, swap included; None where that cannot be read."""
+def proportional_bytes(process_id: int) -> int:
+    """Return the proportional set of a process, swap included, in bytes; 0 where it cannot be read."""
+    lines = _read(process_id, "smaps_rollup").decode("ascii").splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss:", "SwapPss:")))
+
+
+def shared_bytes(process_id: int, files: Collection[Path]) -> int:
+    """Return what other processes are counted for of a process's pages of some files, in bytes."""
+    if not files:
+        return 0
+    inodes = b"|".join(str(file.stat().st_ino).encode() for file in files)
+    sizes = re.findall(MAPPING % inodes, _read(process_id, "smaps"), re.MULTILINE)
+    return 1024 * sum(int(resident) - int(proportional) for resident, proportional in sizes)
+
+
+def _read(process_id: int, name: str) -> bytes:
     try:
-        lines = Path(f"/proc/{process_id}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        return Path("/proc", str(process_id), name).read_bytes()
     except OSError:
-        return None
-    sizes = [line.split() for line in lines if line.startswith(("Pss:", "SwapPss:"))]
-    return sum(1024 * int(size) for _, size, _ in sizes) if sizes else None
+        return b""

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from exporter.calibrate.text import Tokens
@@ -64,12 +65,18 @@ def emulate(
 
 
 @contextmanager
-def confined_child(title: str, limits: Limits) -> Iterator[tuple[Child, Confinement]]:
-    """Start a child process under limits; what it is to run is loaded with its method `load`."""
+def confined_child(title: str, limits: Limits, files: Collection[Path] = ()) -> Iterator[tuple[Child, Confinement]]:
+    """Start a child process under limits; what it is to run is loaded with its method `load`.
+
+    Args:
+        title: What runs, for messages.
+        limits: The limits.
+        files: Files whose pages count in full, whoever else maps them.
+    """
     with (
         control_groups(controlled(limits)) as groups,
         Child(title, Confined, os.getpid()) as child,
-        confined(child.process_id, limits, groups) as confinement,
+        confined(child.process_id, limits, groups, files) as confinement,
     ):
         yield child, confinement
 
@@ -100,7 +107,7 @@ def run_within(
         return Emulation(tuple(Check(name=name, status="not run", detail=reason) for name in NAMES))
     prompt = tokens.reshape(-1)[: context - DECODE_TOKENS - 1].tolist()
     progress("emulate: limits", 0, 1)
-    with confined_child(runtime_of(artifact.target).title, limits) as (child, confinement):
+    with confined_child(runtime_of(artifact.target).title, limits, artifact.weights) as (child, confinement):
         try:
             run = _run(child, artifact, limits, prompt, context)
             failure = ""
