@@ -90,7 +90,7 @@ def emulate_bundle(
     memory_bytes: int | None,
     cores: int | None,
     cpu_share: float,
-    timeout_s: float,
+    timeout_s: float | None,
     context: int,
     progress: Progress = silent,
 ) -> Emulation:
@@ -102,7 +102,7 @@ def emulate_bundle(
         memory_bytes: Most memory, in place of what one app may use there.
         cores: Cores, in place of the device's.
         cpu_share: Share of the time of these cores.
-        timeout_s: Seconds after which the run is ended.
+        timeout_s: Seconds after which the run is ended; None for what the model's size suggests.
         context: Tokens of context to run at.
         progress: Called with what is done, steps done and their total.
 
@@ -110,14 +110,15 @@ def emulate_bundle(
         RequestError: a limit is impossible.
     """
     profile = load_device(device)
-    granted = device_limits(profile)
+    artifact = open_bundle(bundle)
+    granted = device_limits(profile, artifact.file_bytes)
     limits = Limits(
         granted.memory_bytes if memory_bytes is None else memory_bytes,
         granted.cores if cores is None else cores,
         cpu_share,
-        timeout_s,
+        granted.timeout_s if timeout_s is None else timeout_s,
     )
-    return emulate(open_bundle(bundle), profile, _some_ids(context)[None], context, progress, limits)
+    return emulate(artifact, profile, _some_ids(context)[None], context, progress, limits)
 
 
 def _some_ids(count: int) -> Tokens:

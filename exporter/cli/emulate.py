@@ -19,7 +19,9 @@ def run(
     ] = None,
     cores: Annotated[int | None, typer.Option("--cores", help="Cores; by default the device's.")] = None,
     cpu_share: Annotated[float, typer.Option("--cpu-share", help="Share of the cores' time, at most 1.")] = 1.0,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds after which the run is ended.")] = 300.0,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds after which the run is ended; by default 300 and more.")
+    ] = None,
     context: Annotated[int, typer.Option("--context", min=64, help="Tokens of context to run at.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:

@@ -40,6 +40,7 @@ FIGURES = (
     ("speed.decode_tokens_per_s", "decode, on the host"),
     ("speed.time_to_first_token_ms", "time to first token, on the host"),
     ("memory.peak_bytes", "peak memory, on the host"),
+    ("emulation.peak_bytes", "peak memory, under the device's limits"),
 )
 
 
@@ -118,7 +119,7 @@ def _pruning(facts: dict[str, Any] | None) -> None:
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any] | None:
     section, name = key.split(".")
-    found: dict[str, Any] | None = facts[section][name]
+    found: dict[str, Any] | None = facts[section].get(name)
     return found
 
 

@@ -117,6 +117,7 @@ def control_groups(limits: Mapping[Controller, float]) -> Iterator[dict[Controll
     groups: dict[Controller, ControlGroup] = {}
     try:
         for place in places(OWN.read_text(), MOUNTS.read_text()) if OWN.exists() else ():
+            _remove_stale(place.folder)
             _make_below(place, limits, groups)
         yield groups
     finally:
@@ -131,7 +132,6 @@ def _make_below(place: Place, limits: Mapping[Controller, float], groups: dict[C
     missing = [name for name in place.controllers if name in limits and name not in groups]
     if taken or not missing:
         return
-    _remove_stale(place.folder)
     made = ControlGroup(place.folder / f"{PREFIX}-{os.getpid()}-{secrets.token_hex(4)}", place.version)
     with suppress(OSError):
         made.folder.mkdir()

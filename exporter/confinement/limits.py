@@ -8,6 +8,8 @@ from exporter.device.profile import MIB, TIB, DeviceProfile
 from exporter.errors import RequestError
 
 TIMEOUT_S = 300.0
+# A run reads the model some 40 times; a few tokens a second of a large one are slow, not stuck.
+TIMED_BYTES_PER_S = 5e6
 LEAST_SHARE = 0.01
 
 
@@ -45,9 +47,10 @@ class Limits:
         return present if self.cores is None else min(self.cores, present)
 
 
-def device_limits(device: DeviceProfile) -> Limits:
-    """Return what a device grants one app: its memory limit and all cores."""
-    return Limits(memory_bytes=int(device.app_memory_limit_bytes.value), cores=device.cores)
+def device_limits(device: DeviceProfile, file_bytes: int) -> Limits:
+    """Return what a device grants one app: its memory limit and all cores, and time for a model of some bytes."""
+    timeout_s = TIMEOUT_S + file_bytes / TIMED_BYTES_PER_S
+    return Limits(memory_bytes=int(device.app_memory_limit_bytes.value), cores=device.cores, timeout_s=timeout_s)
 
 
 def available_cores() -> int:

@@ -61,7 +61,7 @@ def emulate(
         progress: Called with what is done, steps done and their total.
         limits: The limits in place of the device's.
     """
-    return run_within(artifact, limits or device_limits(device), tokens, context, progress)
+    return run_within(artifact, limits or device_limits(device, artifact.file_bytes), tokens, context, progress)
 
 
 @contextmanager

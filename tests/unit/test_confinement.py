@@ -1,0 +1,364 @@
+"""Processes under limits: real ones, ended, slowed and cut off; and nothing of them is left."""
+
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from exporter.confinement import confinement as confining
+from exporter.confinement import network
+from exporter.confinement.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
+from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
+from exporter.confinement.limits import Limits, available_cores
+from exporter.confinement.watch import proportional_bytes, shared_bytes
+from exporter.errors import RequestError, RuntimeCrashError
+from exporter.targets.child import Child
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here")
+MB = 1_000_000
+METHODS = ["watched", "grouped"]
+OTHERS = {"unprivileged": 65534}
+
+
+class Worker:
+    """Does to the system what runtimes do, and what they should not."""
+
+    def __init__(self) -> None:
+        self._kept: list[object] = []
+
+    def hold(self, size: int) -> int:
+        self._kept.append(bytearray(b"x" * size))
+        return size
+
+    def map(self, path: Path) -> int:
+        with path.open("rb") as file:
+            self._kept.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        return sum(self._kept[-1][::4096])  # type: ignore[index]
+
+    def reserve(self, size: int) -> int:
+        self._kept.append(mmap.mmap(-1, size))
+        return size
+
+    def cores(self) -> set[int]:
+        return os.sched_getaffinity(0)
+
+    def work(self, seconds: float) -> tuple[int, float, float, float]:
+        """Return turns of a loop, CPU seconds, seconds in the queue for a core, and seconds in all."""
+        turns, used, waited, started = 0, *_scheduled(), time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            sum(range(2000))
+            turns += 1
+        ran, queued = _scheduled()
+        return turns, ran - used, queued - waited, time.perf_counter() - started
+
+    def reach(self, port: int) -> str:
+        """Return what a connection to this machine itself says."""
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=2).close()
+        except OSError as error:
+            return str(error)
+        return "connected"
+
+    def cut(self, method: str, user: int | None) -> list[str]:
+        if user is not None:
+            os.setuid(user)
+        return network.cut_network() if method == "all" else [str(getattr(network, method)())]
+
+
+def _scheduled() -> tuple[float, float]:
+    ran, queued, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    return int(ran) / 1e9, int(queued) / 1e9
+
+
+@contextmanager
+def limited(limits: Limits, method: str, load: bool = True) -> Iterator[tuple[Child, Confinement]]:
+    """Confine a worker by the watcher and by stopping alone, or in control groups as well."""
+    with (
+        control_groups(controlled(limits) if method == "grouped" else {}) as groups,
+        Child("worker", Confined, os.getpid()) as child,
+        confined(child.process_id, limits, groups) as held,
+    ):
+        if method == "grouped" and set(held.groups) != set(controlled(limits)):
+            pytest.skip("no control group may be made here")
+        if load:
+            child.call("load", Worker)
+        yield child, held
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_much_memory_ends_the_process(method: str) -> None:
+    with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
+        assert child.call("hold", 40 * MB) == 40 * MB
+        assert not held.out_of_memory
+        with pytest.raises(RuntimeCrashError, match="SIGKILL"):
+            child.call("hold", 400 * MB)
+        assert held.out_of_memory
+
+
+def test_a_control_group_alone_ends_it_too() -> None:
+    with control_groups({"memory": 100 * MB}) as groups, Child("worker", Confined, os.getpid()) as child:
+        if not groups:
+            pytest.skip("no control group may be made here")
+        child.call("load", Worker)
+        assert groups["memory"].add(child.process_id)
+        with pytest.raises(RuntimeCrashError, match="SIGKILL"):
+            child.call("hold", 400 * MB)
+        assert groups["memory"].killed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mapped_pages_count_and_reserved_ones_do_not(method: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(1 << 20) * 200)
+    with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
+        assert child.call("reserve", 10_000 * MB)
+        time.sleep(0.1)
+        assert child.call("hold", MB) == MB
+        assert 5 * MB < held.watch.peak_bytes < 60 * MB
+        with pytest.raises(RuntimeCrashError):
+            child.call("map", file)
+            time.sleep(1)
+            child.call("hold", MB)
+        assert held.out_of_memory
+
+
+def test_pages_of_the_artifact_count_in_full_whoever_else_maps_them(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(1 << 20) * 64)
+    worker = Worker()
+    worker.map(file)
+    with limited(Limits(), "watched") as (child, _):
+        child.call("map", file)
+        shared = shared_bytes(child.process_id, [file])
+        assert shared == pytest.approx(32 << 20, rel=0.02)
+        assert proportional_bytes(child.process_id) + shared > 64 << 20
+        assert shared_bytes(child.process_id, []) == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_never_ends_is_ended(method: str, share: float) -> None:
+    with limited(Limits(cpu_share=share, timeout_s=2), method, load=False) as (child, held):
+        started = time.monotonic()
+        with pytest.raises(RuntimeCrashError, match="SIGKILL"):
+            child.call("load", time.sleep, 10_000)
+        assert time.monotonic() - started < 20
+        assert (held.watch.ended, held.out_of_memory) == ("time", False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_the_cpu_is_half_the_speed(method: str) -> None:
+    """Turns of 0.6 s, free and limited in one run; sums, so that a neighbour's load does not count as ours.
+
+    On an idle machine the speed is that of a CPU second times the CPU seconds a second. Where others wait for the
+    core, too, a stopped process is measured by the time that it was free to run, which is its CPU time and its time in
+    the queue; a quota can be held from above only, and from below by what the free process got.
+    """
+    one = Limits(cores=1)
+    with limited(one, "watched") as (free, _), limited(Limits(cores=1, cpu_share=0.5), method) as (slow, held):
+        took = {child: [0.0] * 4 for child in (free, slow)}
+        for _ in range(6):
+            for child in (free, slow):
+                took[child] = [sum(both) for both in zip(took[child], child.call("work", 0.6), strict=True)]
+    (turns, cpu, _, wall), (slow_turns, slow_cpu, slow_queued, slow_wall) = took[free], took[slow]
+    as_quick = (slow_turns / slow_cpu) / (turns / cpu)
+    assert as_quick == pytest.approx(1, abs=0.15)
+    assert as_quick * slow_cpu / slow_wall <= 0.5 * 1.15
+    assert as_quick * slow_cpu / slow_wall >= 0.5 * 0.85 * cpu / wall
+    if method == "watched":
+        assert as_quick * (slow_cpu + slow_queued) / slow_wall == pytest.approx(0.5, rel=0.15)
+        assert held.cpu_method == "CPU affinity, SIGSTOP and SIGCONT by turns"
+    else:
+        assert "the quota of a control group" in held.cpu_method
+
+
+def test_cores_are_those_that_are_granted() -> None:
+    with limited(Limits(cores=1), "watched") as (child, _):
+        assert len(child.call("cores")) == 1
+    assert Limits(cores=200).usable_cores == available_cores()
+
+
+@pytest.mark.parametrize("user", [None, OTHERS["unprivileged"]])
+@pytest.mark.parametrize(("method", "says"), [("_leave", "unreachable"), ("_refuse_sockets", "not permitted")])
+def test_either_method_cuts_the_network(method: str, says: str, user: int | None) -> None:
+    if user is not None and os.geteuid():
+        pytest.skip("only root can become another user")
+    with socket.create_server(("127.0.0.1", 0)) as server, Child("worker", Open) as child:
+        port = server.getsockname()[1]
+        assert child.call("reach", port) == "connected"
+        if child.call("cut", method, user) == ["False"]:
+            pytest.skip(f"{method} is not to be had here")
+        assert says in child.call("reach", port)
+
+
+class Open(Worker):
+    """A worker that keeps the network."""
+
+    serves = True
+
+
+def test_a_socket_call_inside_fails() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, limited(Limits(), "watched") as (child, _):
+        assert child.call("network_methods") != []
+        assert child.call("reach", server.getsockname()[1]) != "connected"
+
+
+def test_without_a_method_the_network_is_not_said_to_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_leave", lambda: False)
+    monkeypatch.setattr(network, "_refuse_sockets", lambda: False)
+    monkeypatch.setattr(network, "reaches_network", lambda: False)
+    assert network.cut_network() == []
+    monkeypatch.setattr(network, "_leave", lambda: True)
+    assert network.cut_network() == ["network namespace"]
+    monkeypatch.setattr(network, "reaches_network", lambda: True)
+    assert network.cut_network() == []
+    monkeypatch.setattr(network.platform, "machine", lambda: "s390x")
+    monkeypatch.undo()
+    monkeypatch.setattr(network.platform, "machine", lambda: "s390x")
+    assert not network._refuse_sockets()
+
+
+def ours() -> list[Path]:
+    found = [place.folder.glob(f"{PREFIX}-*") for place in places(*texts())]
+    return [folder for one in found for folder in one]
+
+
+def texts() -> tuple[str, str]:
+    return Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()
+
+
+PROGRAM = """
+import os, sys, time
+from exporter.confinement.cgroup import control_groups
+from exporter.confinement.confinement import Confined, confined, controlled
+from exporter.confinement.limits import Limits
+from exporter.targets.child import Child
+if __name__ == "__main__":
+    limits = Limits(memory_bytes=500_000_000, cpu_share=0.5)
+    with control_groups(controlled(limits)) as groups, Child("worker", Confined, os.getpid()) as child:
+        with confined(child.process_id, limits, {"memory": groups["memory"]} if groups else {}):
+            child.result()
+            print(child.process_id, flush=True)
+            child.call("load", time.sleep, 10_000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_when_the_exporter_ends_early(number: signal.Signals, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as running:
+        assert running.stdout is not None
+        worker = psutil.Process(int(running.stdout.readline()))
+        time.sleep(0.3)
+        running.send_signal(number)
+        running.wait(timeout=30)
+    with pytest.raises(psutil.NoSuchProcess):
+        worker.wait(timeout=10)
+        worker.status()
+    if number == signal.SIGKILL:
+        # What it could not delete itself, the next one does.
+        with control_groups({"memory": 10 * MB}):
+            pass
+    assert ours() == []
+
+
+def test_a_child_whose_parent_is_gone_ends(tmp_path: Path) -> None:
+    with Child("worker", Confined, 1) as child, pytest.raises(RuntimeCrashError, match="exit code 1"):
+        child.result()
+
+
+V1 = """\
+4:memory:/box/one
+2:cpu,cpuacct:/
+1:name=systemd:/init
+0::/box
+"""
+MOUNTS = """\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 /box /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
+"""
+
+
+def test_places_of_both_versions() -> None:
+    unified, root = Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")
+    assert places(V1, MOUNTS) == [
+        Place(unified / "box", 2, ("memory", "cpu")),
+        Place(unified, 2, ("memory", "cpu")),
+        Place(root / "memory/one", 1, ("memory",)),
+        Place(root / "cpu,cpuacct", 1, ("cpu",)),
+    ]
+    assert places("0::/../elsewhere\n4:memory:/other\n", MOUNTS) == []
+    assert places("0::/\n", MOUNTS) == [Place(unified, 2, ("memory", "cpu"))]
+    assert places(V1, "") == []
+
+
+@pytest.mark.parametrize(
+    ("version", "controller", "most", "files"),
+    [
+        (2, "memory", 64 * MB, {"memory.max": "64000000", "memory.swap.max": "0"}),
+        (2, "cpu", 1.5, {"cpu.max": "150000 100000"}),
+        (1, "memory", 64 * MB, {"memory.limit_in_bytes": "64000000", "memory.memsw.limit_in_bytes": "64000000"}),
+        (1, "cpu", 0.25, {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "25000"}),
+    ],
+)
+def test_limits_as_the_kernel_reads_them(
+    tmp_path: Path, version: int, controller: Controller, most: float, files: dict[str, str]
+) -> None:
+    group = ControlGroup(tmp_path, version)
+    assert not group.limit(controller, most)
+    for name in (*files, "cgroup.procs"):
+        (tmp_path / name).touch()
+    assert group.limit(controller, most)
+    assert group.add(4711)
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+    assert (tmp_path / "cgroup.procs").read_text() == "4711"
+
+
+def test_what_groups_tell(tmp_path: Path) -> None:
+    group = ControlGroup(tmp_path, 2)
+    assert (group.killed, group.paged_bytes) == (False, 0)
+    (tmp_path / "memory.events").write_text("max 12\noom 1\noom_kill 1\n")
+    (tmp_path / "memory.stat").write_text("workingset_refault_anon 7\nworkingset_refault_file 3\n")
+    assert (group.killed, group.paged_bytes) == (True, 3 * os.sysconf("SC_PAGESIZE"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        ({"memory_bytes": 0}, "the memory limit is impossible; got 0, expected 1,048,576 to .* bytes"),
+        ({"cores": 0}, "the number of cores is impossible; got 0, expected 1 to 256 cores"),
+        ({"cpu_share": 1.5}, "the share of the CPU is impossible; got 1.5, expected 0.01 to 1"),
+        ({"cpu_share": float("nan")}, "the share of the CPU is impossible; got nan"),
+        ({"timeout_s": 0}, "the timeout is impossible; got 0, expected 1 to 86,400 seconds"),
+    ],
+)
+def test_impossible_limits_are_one_sentence(limits: dict[str, float], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        Limits(**limits)  # type: ignore[arg-type]
+
+
+def test_what_hinders_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hindrance() is None
+
+    def refused(_: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(confining.os, "pidfd_open", refused)
+    assert "pidfd_open: Function not implemented" in (hindrance() or "")
+    monkeypatch.setattr(confining.sys, "platform", "darwin")
+    assert hindrance() == "only Linux is supported"
