@@ -3,12 +3,12 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.verify import read_manifest
-from exporter.calibrate.text import Tokens
 from exporter.coding.container import SUFFIX
 from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
@@ -19,6 +19,9 @@ from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.selftest import SelfTest, run_self_test
+
+if TYPE_CHECKING:  # it brings transformers along
+    from exporter.calibrate.text import Tokens
 
 PROMPT_SHARE = 0.75
 UNPACK = "restore it with edge-exporter unpack"
@@ -121,7 +124,7 @@ def emulate_bundle(
     return emulate(artifact, profile, _some_ids(context)[None], context, progress, limits)
 
 
-def _some_ids(count: int) -> Tokens:
+def _some_ids(count: int) -> "Tokens":
     """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on which they are."""
     return np.random.default_rng(0).integers(100, 300, count)
 

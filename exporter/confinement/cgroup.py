@@ -45,15 +45,18 @@ class ControlGroup:
 
     def limit(self, controller: Controller, most: float) -> bool:
         """Limit memory to bytes, swap included, or CPU time to cores; return whether that worked."""
-        quota = round(most * PERIOD_US)
-        required, optional = {
-            (1, "memory"): ({"memory.limit_in_bytes": int(most)}, {"memory.memsw.limit_in_bytes": int(most)}),
-            (2, "memory"): ({"memory.max": int(most)}, {"memory.swap.max": 0}),
-            (1, "cpu"): ({"cpu.cfs_period_us": PERIOD_US, "cpu.cfs_quota_us": quota}, {}),
-            (2, "cpu"): ({"cpu.max": f"{quota} {PERIOD_US}"}, {}),
-        }[self.version, controller]
-        # Without accounting of swap there is no file for it.
-        return self._write(required) and (self._write(optional) or True)
+        size, quota = int(most), round(most * PERIOD_US)
+        required: dict[tuple[int, Controller], dict[str, object]] = {
+            (1, "memory"): {"memory.limit_in_bytes": size},
+            (2, "memory"): {"memory.max": size},
+            (1, "cpu"): {"cpu.cfs_period_us": PERIOD_US, "cpu.cfs_quota_us": quota},
+            (2, "cpu"): {"cpu.max": f"{quota} {PERIOD_US}"},
+        }
+        held = self._write(required[self.version, controller])
+        if controller == "memory":
+            # Without accounting of swap there is no file for it.
+            self._write({"memory.swap.max": 0} if self.version == 2 else {"memory.memsw.limit_in_bytes": size})
+        return held
 
     def add(self, process_id: int) -> bool:
         """Move a process here, and return whether that was allowed."""
@@ -67,7 +70,9 @@ class ControlGroup:
     @property
     def paged_bytes(self) -> int:
         """Bytes of files that were read again because the limit had pushed them out of memory."""
-        return self._count("memory.stat", "workingset_refault_file") * os.sysconf("SC_PAGESIZE")
+        # The machine's own want of memory counts in the same statistic.
+        hit = self._count("memory.events", "max") if self.version == 2 else self._count("memory.failcnt", "")
+        return self._count("memory.stat", "workingset_refault_file") * os.sysconf("SC_PAGESIZE") if hit else 0
 
     def remove(self) -> None:
         """End what is left in the group, and delete it."""
@@ -98,7 +103,7 @@ class ControlGroup:
     def _count(self, file: str, name: str) -> int:
         with suppress(OSError):
             for line in (self.folder / file).read_text(encoding="ascii").splitlines():
-                key, _, count = line.partition(" ")
+                key, _, count = line.rpartition(" ")
                 if key == name:
                     return int(count)
         return 0
@@ -178,7 +183,7 @@ def places(own: str, mounts: str) -> list[Place]:
 
 def _mounted(mounts: str) -> dict[str, tuple[str, Path]]:
     """Return a controller of version 1, or `cgroup2` -> the group that is mounted, and where."""
-    found = {}
+    found: dict[str, tuple[str, Path]] = {}
     for line in mounts.splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)

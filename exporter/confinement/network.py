@@ -83,7 +83,7 @@ def _refuse_sockets() -> bool:
         (RETURN, 0, 0, ALLOW),
         (RETURN, 0, 0, REFUSE),
     )
-    array = (_Instruction * len(instructions))(*instructions)
+    array = (_Instruction * len(instructions))(*(_Instruction(*fields) for fields in instructions))
     program = _Program(len(instructions), array)
     if not _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False

@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from exporter.calibrate.text import Tokens
 from exporter.confinement.cgroup import control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits, available_cores, device_limits
@@ -19,6 +18,9 @@ from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, load_runtime, runtime_of
 from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
+
+if TYPE_CHECKING:  # it brings transformers along, which a run does without
+    from exporter.calibrate.text import Tokens
 
 DECODE_TOKENS = 32
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
@@ -46,7 +48,7 @@ class Emulation:
 def emulate(
     artifact: Artifact,
     device: DeviceProfile,
-    tokens: Tokens,
+    tokens: "Tokens",
     context: int,
     progress: Progress = silent,
     limits: Limits | None = None,
@@ -99,7 +101,7 @@ class Run:
 
 
 def run_within(
-    artifact: Artifact, limits: Limits, tokens: Tokens, context: int, progress: Progress = silent
+    artifact: Artifact, limits: Limits, tokens: "Tokens", context: int, progress: Progress = silent
 ) -> Emulation:
     """Read a prompt that fills the context and generate tokens, under limits and without a network."""
     reason = hindrance()

@@ -333,8 +333,14 @@ def test_what_groups_tell(tmp_path: Path) -> None:
     group = ControlGroup(tmp_path, 2)
     assert (group.killed, group.paged_bytes) == (False, 0)
     (tmp_path / "memory.events").write_text("max 12\noom 1\noom_kill 1\n")
+    (tmp_path / "memory.failcnt").write_text("0\n")
+    (tmp_path / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
     (tmp_path / "memory.stat").write_text("workingset_refault_anon 7\nworkingset_refault_file 3\n")
     assert (group.killed, group.paged_bytes) == (True, 3 * os.sysconf("SC_PAGESIZE"))
+    first = ControlGroup(tmp_path, 1)
+    assert (first.killed, first.paged_bytes) == (True, 0)
+    (tmp_path / "memory.failcnt").write_text("18\n")
+    assert first.paged_bytes == group.paged_bytes
 
 
 @pytest.mark.parametrize(
