@@ -4,7 +4,8 @@ import os
 import sys
 from dataclasses import dataclass
 
-from exporter.device.profile import MIB, TIB, DeviceProfile
+from exporter.device.facts import MIB, TIB
+from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
 
 TIMEOUT_S = 300.0
