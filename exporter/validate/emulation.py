@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from exporter.confinement.cgroup import control_groups
+from exporter.confinement.cgroup import PERIOD_US, control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits, available_cores, device_limits
 from exporter.device.profile import DeviceProfile
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # it brings transformers along, which a run does without
 
 DECODE_TOKENS = 32
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
-# A quota is kept from period to period, and a run ends in the middle of one.
+# Beyond the one period that a run may begin and end in the middle of.
 SHARE_TOLERANCE = 0.15
 
 
@@ -175,7 +175,7 @@ def _check_cpu(run: Run | None, confinement: Confinement) -> Check:
         f" of {limits.cores}, for this machine has no more" if (limits.cores or 0) > available_cores() else ""
     )
     detail = f"{used:.2f} CPU seconds a second on {cores}, share {limits.cpu_share:g}, by {confinement.cpu_method}"
-    if used > most * (1 + SHARE_TOLERANCE):
+    if run.cpu_s > most * (1 + SHARE_TOLERANCE) * (run.wall_s + PERIOD_US / 1e6):
         return _check(name, "not run", f"the limit was not kept: {detail}")
     return _check(name, "passed", detail)
 
