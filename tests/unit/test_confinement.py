@@ -154,8 +154,8 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
     """Turns of 0.6 s, free and limited in one run, summed up.
 
     The speed is the work of a CPU second times the CPU seconds a second; the free process has one of these a second on
-    an idle machine, and less beside others. They may take time from the limited one, too: then half is still the most
-    that it gets, and half of what the free one got is the least.
+    an idle machine, and less beside others. They may take time from the limited one, too, so then half is still the
+    most that it gets, but the least is not known.
     """
     with (
         limited(Limits(cores=1), "watched") as (free, _),
@@ -170,7 +170,9 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
     speed, granted = as_quick * slow_cpu / slow_wall, cpu / wall
     print(f"{held.cpu_method}: {speed:.3f} of the speed of a whole core, {granted:.3f} without a limit")
     assert as_quick == pytest.approx(1, abs=0.15)
-    assert 0.5 * 0.85 * granted <= speed <= 0.5 * 1.15
+    assert speed <= 0.5 * 1.15
+    if granted > 0.9:
+        assert speed >= 0.5 * 0.85
     expected = "SIGSTOP and SIGCONT by turns" if method == "watched" else "the quota of a control group"
     assert expected in held.cpu_method
 
