@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 PREFIX = "edge-exporter"
-PERIOD_US = 100_000
+# Of a quota: short, so that short runs are slowed evenly; the kernel takes no quota of less than 1 ms.
+PERIOD_US, LONGEST_PERIOD_US, LEAST_QUOTA_US = 20_000, 100_000, 1000
 REMOVING_S = 2.0
 OWN, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
 V2 = "cgroup2"
@@ -45,12 +46,13 @@ class ControlGroup:
 
     def limit(self, controller: Controller, most: float) -> bool:
         """Limit memory to bytes, swap included, or CPU time to cores; return whether that worked."""
-        size, quota = int(most), round(most * PERIOD_US)
+        period = PERIOD_US if most * PERIOD_US >= LEAST_QUOTA_US else LONGEST_PERIOD_US
+        size, quota = int(most), round(most * period)
         required: dict[tuple[int, Controller], dict[str, object]] = {
             (1, "memory"): {"memory.limit_in_bytes": size},
             (2, "memory"): {"memory.max": size},
-            (1, "cpu"): {"cpu.cfs_period_us": PERIOD_US, "cpu.cfs_quota_us": quota},
-            (2, "cpu"): {"cpu.max": f"{quota} {PERIOD_US}"},
+            (1, "cpu"): {"cpu.cfs_period_us": period, "cpu.cfs_quota_us": quota},
+            (2, "cpu"): {"cpu.max": f"{quota} {period}"},
         }
         held = self._write(required[self.version, controller])
         if controller == "memory":

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 LOOK_S = 0.02
-CYCLE_S = 0.1
+CYCLE_S = 0.02
 # How many looks pass between two at single mappings, which take longer.
 LOOKS = 10
 # Of /proc/PID/smaps: the line of a mapping of a file with one of these inodes, then its pages in KiB, and its share.

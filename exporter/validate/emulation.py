@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from exporter.confinement.cgroup import PERIOD_US, control_groups
+from exporter.confinement.cgroup import LONGEST_PERIOD_US, control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits, available_cores, device_limits
 from exporter.device.profile import DeviceProfile
@@ -161,6 +161,8 @@ def _check_memory(run: Run | None, confinement: Confinement, paged: int, file_by
         return _check(name, "failed", detail, peak, limit)
     if run is None:
         return _check(name, "not run", f"the run did not come to its end; {_size(peak)} were held until then, {by}")
+    if not peak:
+        return _check(name, "not run", "the system does not let the process's proportional set be read")
     return _check(
         name, "passed", f"peak memory {_size(peak)} (emulated) under a limit of {_size(limit)} {by}", peak, limit
     )
@@ -171,11 +173,11 @@ def _check_cpu(run: Run | None, confinement: Confinement) -> Check:
     if run is None:
         return _check(name, "not run", "the run did not come to its end")
     most, used = limits.cpu_share * limits.usable_cores, run.cpu_s / run.wall_s
-    cores = f"{limits.usable_cores} cores" + (
-        f" of {limits.cores}, for this machine has no more" if (limits.cores or 0) > available_cores() else ""
-    )
+    cores = f"{limits.usable_cores} core{'s' if limits.usable_cores > 1 else ''}"
+    if limits.cores is not None and limits.cores > available_cores():
+        cores += f" of {limits.cores}, for this machine has no more"
     detail = f"{used:.2f} CPU seconds a second on {cores}, share {limits.cpu_share:g}, by {confinement.cpu_method}"
-    if run.cpu_s > most * (1 + SHARE_TOLERANCE) * (run.wall_s + PERIOD_US / 1e6):
+    if run.cpu_s > most * (1 + SHARE_TOLERANCE) * (run.wall_s + LONGEST_PERIOD_US / 1e6):
         return _check(name, "not run", f"the limit was not kept: {detail}")
     return _check(name, "passed", detail)
 

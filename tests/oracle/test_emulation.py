@@ -158,6 +158,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[emulation.Confinemen
 
 def test_what_was_not_limited_is_not_a_pass(held: tuple[emulation.Confinement, Run]) -> None:
     confinement, run = held
+    confinement.watch.peak_bytes = 50 * MB
     assert emulation._check_cpu(run, confinement).status == "passed"
     late = emulation._check_cpu(replace(run, cpu_s=1.5), confinement)
     assert (late.status, "the limit was not kept: 0.75 CPU seconds" in late.detail) == ("not run", True)
@@ -166,6 +167,8 @@ def test_what_was_not_limited_is_not_a_pass(held: tuple[emulation.Confinement, R
     assert emulation._check_memory(run, confinement, 0, MB).status == "passed"
     assert emulation._check_memory(run, confinement, 2 * MB, MB).status == "failed"
     assert emulation._check_memory(None, confinement, 0, MB).status == "not run"
+    confinement.watch.peak_bytes = 0
+    assert "be read" in emulation._check_memory(run, confinement, 0, MB).detail
     unlimited = replace(confinement, limits=Limits())
     assert emulation._check_memory(run, unlimited, 0, MB).status == "not run"
 

@@ -307,9 +307,10 @@ def test_places_of_both_versions() -> None:
     ("version", "controller", "most", "files"),
     [
         (2, "memory", 64 * MB, {"memory.max": "64000000", "memory.swap.max": "0"}),
-        (2, "cpu", 1.5, {"cpu.max": "150000 100000"}),
+        (2, "cpu", 1.5, {"cpu.max": "30000 20000"}),
         (1, "memory", 64 * MB, {"memory.limit_in_bytes": "64000000", "memory.memsw.limit_in_bytes": "64000000"}),
-        (1, "cpu", 0.25, {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "25000"}),
+        (1, "cpu", 0.25, {"cpu.cfs_period_us": "20000", "cpu.cfs_quota_us": "5000"}),
+        (2, "cpu", 0.01, {"cpu.max": "1000 100000"}),
     ],
 )
 def test_limits_as_the_kernel_reads_them(
