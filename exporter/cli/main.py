@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Never
 import typer
 
 from exporter.cli import devices as profiles
-from exporter.cli import predict as prediction
 from exporter.cli import emulate as emulating
+from exporter.cli import predict as prediction
 from exporter.errors import CheckError, ExporterError, RequestError
 
 app = typer.Typer(
