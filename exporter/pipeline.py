@@ -27,6 +27,7 @@ from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
 from exporter.stages import Stages, give_back_freed_memory
 from exporter.steps.step import Observe
+from exporter.validate.arm64 import settle
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.proof import prove
 
@@ -151,12 +152,15 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             raise ExporterError(
                 "the model files exceed their budget", got=artifact.file_bytes, expected=budget.file_bytes
             )
-    with stages.stage("prove"):
-        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
     emulation = Emulation()
     if job.emulate:
+        with stages.stage("emulate: Arm instructions"):
+            emulation += settle(artifact, planned.device, evaluation.tokens, progress)
+    with stages.stage("prove"):
+        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
+    if job.emulate:
         with stages.stage("emulate"):
-            emulation = emulate(artifact, planned.device, evaluation.tokens, job.context, progress)
+            emulation += emulate(artifact, planned.device, evaluation.tokens, job.context, progress)
     coded = None
     if planned.transport is not None:
         with stages.stage("code for transport"):

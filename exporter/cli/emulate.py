@@ -42,3 +42,25 @@ def run(
     failed = [check.name for check in found.checks if check.status == "failed"]
     if failed:
         raise CheckError(f"{len(failed)} of {len(found.checks)} checks failed: {', '.join(failed)}")
+
+
+@app.command(epilog="Example: edge-exporter emulate setup")
+def setup(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Install an ARM64 system into the cache, so that bundles run on emulated Arm cores."""
+    from exporter.arm64.cores import CORES
+    from exporter.arm64.setup import install
+    from exporter.cli import show
+
+    with show.progress(enabled=not as_json) as progress:
+        found = install(progress)
+    gguf = found.llama.is_dir()
+    facts = {"folder": str(found.folder), "cores": [core.name for core in CORES], "onnx": True, "gguf": gguf}
+
+    def people() -> None:
+        print(f"{found.folder}: ready for {', '.join(core.name for core in CORES)}")
+        if not gguf:
+            print("GGUF needs npm as well: apt-get install npm, then run this again")
+
+    show.document(facts, as_json, people)

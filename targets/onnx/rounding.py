@@ -8,7 +8,7 @@ ONNX Runtime's own int8 kernels 0.009, as on x86. So KleidiAI is switched off th
 which takes three times as long for a token at 4 bits and a hundred times at 8 (`exporter.targets.onnx.kernels`; x86).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from exporter.device.profile import DeviceProfile
 
@@ -17,7 +17,7 @@ DISABLE_KLEIDIAI = "mlas.disable_kleidiai"
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is decided for a device.
+    """What is decided for a device; two are equal where the runtime would do the same.
 
     Attributes:
         level: The attribute `accuracy_level` of every `MatMulNBits`.
@@ -27,20 +27,25 @@ class Rounding:
     """
 
     level: int = 4
-    quick_bits: tuple[int, ...] = (2, 4, 8)
+    quick_bits: tuple[int, ...] = field(default=(2, 4, 8), compare=False)
     options: tuple[tuple[str, str], ...] = ()
-    reason: str = "activations in int8 blocks (accuracy level 4)"
+    reason: str = field(default="activations in int8 blocks (accuracy level 4)", compare=False)
 
 
 INT8_BLOCKS = Rounding()
+KLEIDIAI = Rounding(reason="activations in int8 rows by KleidiAI (accuracy level 4)")
+WITHOUT_KLEIDIAI = Rounding(
+    options=((DISABLE_KLEIDIAI, "1"),),
+    reason=f"{INT8_BLOCKS.reason}, without KleidiAI, which rounds more coarsely on Arm with dotprod",
+)
+FLOAT32 = Rounding(level=1, quick_bits=(4,), reason="activations in float32 (accuracy level 1)")
 
 
 def rounding_on(device: DeviceProfile) -> Rounding:
     """Return the rounding for a device's instruction set."""
     features = device.isa.features
     if "dotprod" in features:
-        reason = f"{Rounding.reason}, without KleidiAI, which rounds more coarsely on Arm with dotprod"
-        return Rounding(options=((DISABLE_KLEIDIAI, "1"),), reason=reason)
+        return WITHOUT_KLEIDIAI
     if "neon" in features:
         return Rounding(quick_bits=(4,), reason="activations in float32: Arm without dotprod has no int8 kernels")
     return INT8_BLOCKS

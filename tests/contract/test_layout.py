@@ -29,6 +29,7 @@ ORDER = [
     {"errors", "cache", "effort", "measures", "registry", "toml", "weights"},
     {"model", "device", "devices", "coding"},
     {"job", "stages", "confinement"},
+    {"arm64"},
     {"calibrate", "compress"},
     {"targets"},
     {"steps", "recipe", "recipes", "plan", "sampling", "budget", "needs"},

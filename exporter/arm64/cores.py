@@ -1,0 +1,73 @@
+"""Which emulated core stands in for a device's: the richest one that has no instruction the device lacks."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from exporter.device.profile import ArmFeature, DeviceProfile
+
+# Of the features in the profiles, those that choose other kernels in ONNX Runtime or llama.cpp. A profile says the
+# less about the rest, bf16 for one: neither runtime uses it unless it is asked to.
+CHOOSING = frozenset[str]({"dotprod", "i8mm", "sve2", "sme"})
+
+# By the kernel's names in /proc/cpuinfo: what every ARMv8.0 core has, and what comes with the features above.
+BASIC = ("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "cpuid")
+V82 = ("atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "dcpop")
+
+
+@dataclass(frozen=True)
+class Core:
+    """A kind of core that QEMU 7.2 emulates in user mode.
+
+    Attributes:
+        name: What reports call it.
+        model: QEMU's `-cpu`.
+        part: Its number in the main identification register, by which libraries know the microarchitecture.
+        features: Of the profiles' features, those that choose kernels.
+        flags: The kernel's names of its features.
+    """
+
+    name: str
+    model: str
+    part: int
+    features: frozenset[str]
+    flags: tuple[str, ...]
+
+    def cpuinfo(self, count: int) -> str:
+        """Return the text of /proc/cpuinfo on a machine of so many of these cores (Arm Ltd. is implementer 0x41)."""
+        lines = (
+            "BogoMIPS\t: 100.00",
+            f"Features\t: {' '.join(self.flags)}",
+            "CPU implementer\t: 0x41",
+            "CPU architecture: 8",
+            "CPU variant\t: 0x0",
+            f"CPU part\t: {self.part:#05x}",
+            "CPU revision\t: 1",
+        )
+        return "".join("\n".join((f"processor\t: {number}", *lines, "", "")) for number in range(count))
+
+
+CORTEX_A72 = Core("Cortex-A72", "cortex-a72", 0xD08, frozenset(), BASIC)
+CORTEX_A76 = Core("Cortex-A76", "cortex-a76", 0xD0B, frozenset({"dotprod"}), (*BASIC, *V82, "asimddp"))
+# QEMU 7.2 has no core with i8mm but its own, which has everything: what is not wanted is taken away. The part is that
+# of a Cortex-A715.
+WITH_I8MM = Core(
+    "Armv8.6 core with i8mm",
+    "max,sve=off,sme=off",
+    0xD4D,
+    frozenset({"dotprod", "i8mm"}),
+    (*CORTEX_A76.flags, "i8mm", "bf16"),
+)
+CORES = (CORTEX_A72, CORTEX_A76, WITH_I8MM)
+
+
+def stand_in(device: DeviceProfile) -> Core | None:
+    """Return the core that stands in for a device's; None where the device is not an Arm."""
+    features = set(device.isa.features)
+    if not features & set(get_args(ArmFeature)):
+        return None
+    return max((core for core in CORES if core.features <= features), key=lambda core: len(core.features))
+
+
+def lacked(core: Core, device: DeviceProfile) -> tuple[str, ...]:
+    """Return the features that choose kernels on a device and that its stand-in lacks, sorted."""
+    return tuple(sorted((CHOOSING & set(device.isa.features)) - core.features))

@@ -1,0 +1,47 @@
+"""Where the ARM64 system lies that programs on emulated cores run in, and whether it is there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.arm64.cores import Core
+from exporter.arm64.machine import Machine, qemu
+from exporter.errors import MissingDependencyError
+
+SETUP = "edge-exporter emulate setup"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What is installed for programs on emulated cores, each part in a folder that is whole or not there.
+
+    Attributes:
+        folder: Where.
+    """
+
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """The root of the ARM64 system."""
+        return self.folder / "root"
+
+    @property
+    def packages(self) -> Path:
+        """The folder of the Python packages."""
+        return self.folder / "packages"
+
+    @property
+    def llama(self) -> Path:
+        """The folder of llama.cpp's libraries."""
+        return self.folder / "llama"
+
+    def machine(self, core: Core) -> Machine:
+        """Return a machine of a kind of core.
+
+        Raises:
+            MissingDependencyError: QEMU or the system is not installed.
+        """
+        qemu()
+        if not (self.root.is_dir() and self.packages.is_dir()):
+            raise MissingDependencyError("the ARM64 system is not set up", next_step=f"run {SETUP}")
+        return Machine(core, self.root, self.packages)

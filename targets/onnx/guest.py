@@ -1,0 +1,62 @@
+"""Run a decoder under ONNX Runtime and keep its logits: a program of its own, for any CPU that has both libraries.
+
+It imports nothing of the exporter, so that an emulated machine needs numpy and onnxruntime alone:
+
+    python guest.py REQUEST LOGITS
+
+REQUEST is a JSON file: `model`, `tokens`, `single` (how many of the last tokens come one at a time, with the keys and
+values of those before), `head_width`, `options` of the session and `threads`. LOGITS becomes a .npy file, float32
+[tokens, vocab]. The runtime's version goes to standard output.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+def run(request: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return the logits after each token, float32 [tokens, vocab]."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = request["threads"]
+    # The threads of an emulated CPU would wait for one another at the cost of those that work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    for name, value in request["options"].items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+    inputs = {given.name: given.shape for given in session.get_inputs()}
+    outputs = [made.name for made in session.get_outputs()]
+    width = request["head_width"]
+    past = {name: np.zeros((1, shape[1], 0, width), np.float32) for name, shape in inputs.items() if "past" in name}
+    tokens = request["tokens"]
+    start = len(tokens) - request["single"]
+    parts, done = [], 0
+    for end in [start] * (start > 0) + list(range(start + 1, len(tokens) + 1)):
+        feeds = {
+            "input_ids": np.array([tokens[done:end]], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(done, end, dtype=np.int64)[None],
+        }
+        feeds = {name: value for name, value in feeds.items() if name in inputs} | past
+        made = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+        past = {name: made[name.replace("past_key_values", "present")] for name in past}
+        parts.append(made["logits"][0])
+        done = end
+    return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def main() -> None:
+    """Answer the request."""
+    request, logits = map(Path, sys.argv[1:])
+    values = run(json.loads(request.read_text(encoding="utf-8")))
+    with logits.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+    print(f"onnxruntime {onnxruntime.__version__}")
+
+
+if __name__ == "__main__":
+    main()
