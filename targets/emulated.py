@@ -1,6 +1,6 @@
 """What a target must say so that its artifacts run on emulated Arm cores."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,17 +44,17 @@ class Emulated(Protocol):
 
     def logits(
         self,
-        artifact: Artifact,
+        artifacts: Sequence[Artifact],
         installation: Installation,
         core: Core,
         tokens: list[int],
         single: int,
         timeout_s: float,
-    ) -> Float32:
-        """Run an artifact on an emulated core.
+    ) -> list[Float32]:
+        """Run artifacts on an emulated core, one after the other.
 
         Args:
-            artifact: What to run.
+            artifacts: What to run.
             installation: The system to run it in.
             core: The core.
             tokens: Token ids.
@@ -62,7 +62,7 @@ class Emulated(Protocol):
             timeout_s: Seconds after which the run is ended.
 
         Returns:
-            The logits after each token, float32 [tokens, vocab].
+            For each the logits after each token, float32 [tokens, vocab].
 
         Raises:
             IllegalInstructionError: the runtime met an instruction that the core does not have.

@@ -7,10 +7,9 @@ against float32 activations on the same core and tokens; of those that keep with
 the artifact.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +33,7 @@ NAMES = (INSTRUCTIONS, AGREEMENT, ROUNDING)
 # Sums of some thousand products in another order.
 MOST_DIFFERENCE = 1e-3
 MOST_AGREEMENT_KL = 1e-6
-# Twice what int8 in blocks costs, on x86 and Arm alike (0.009 nats in a 135M model). Without dotprod nothing is rounded.
+# Twice what int8 in blocks costs on x86 and Arm alike (0.009 nats in a 135M model); without dotprod nothing is rounded.
 MOST_ROUNDING_KL, MOST_KL_UNROUNDED = 0.02, MOST_AGREEMENT_KL
 # Without dotprod every product is in float32, which emulation takes ten times as long for.
 POSITIONS, POSITIONS_UNROUNDED = 256, 16
@@ -68,11 +67,12 @@ class Emulator:
     core: Core
     tokens: list[int]
 
-    def logits(self, artifact: Artifact) -> Float32:
-        """Return an artifact's logits on the core, float32 [tokens, vocab]."""
-        timeout_s = TIMEOUT_S + len(self.tokens) * artifact.file_bytes / TIMEOUT_BYTES_PER_S
+    def logits(self, artifacts: Sequence[Artifact]) -> list[Float32]:
+        """Return artifacts' logits on the core, float32 [tokens, vocab]."""
+        work = len(self.tokens) * sum(artifact.file_bytes for artifact in artifacts)
         single = min(SINGLE, len(self.tokens))
-        return self.target.logits(artifact, self.installation, self.core, self.tokens, single, timeout_s)
+        timeout_s = TIMEOUT_S + work / TIMEOUT_BYTES_PER_S
+        return self.target.logits(artifacts, self.installation, self.core, self.tokens, single, timeout_s)
 
 
 def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: Progress = silent) -> Emulation:
@@ -111,27 +111,29 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
 
 
 def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, progress: Progress) -> Emulation:
-    target = emulator.target
+    target, current = emulator.target, emulator.target.current(artifact)
     candidates = target.candidates(artifact, emulator.core)
-    step = partial(progress, "emulate: Arm instructions")
-    steps = 1 + len(candidates)
-    step(0, steps)
-    with _configured(emulator, artifact, target.exact) as exact:
+    progress("emulate: Arm instructions", 0, 1)
+    with ExitStack() as opened:
+
+        def configured(setting: Setting) -> Artifact:
+            if setting == current:
+                return artifact
+            # Beside the artifact, on its disk: the data can be shared.
+            folder = opened.enter_context(TemporaryDirectory(prefix=".setting-", dir=artifact.folder.parent))
+            return target.configured(artifact, setting, Path(folder))
+
+        exact = configured(target.exact)
         with open_artifact(exact, len(emulator.tokens), THREADS) as child:
             here: Float32 = child.call("logits", emulator.tokens)
-        there = emulator.logits(exact)
-    losses = {}
-    for done, (name, setting) in enumerate(candidates.items(), 1):
-        step(done, steps)
-        if setting == target.exact:
-            losses[name] = loss(there, there)
-            continue
-        with _configured(emulator, artifact, setting) as candidate:
-            losses[name] = loss(there, emulator.logits(candidate))
-    step(steps, steps)
+        others = {name: setting for name, setting in candidates.items() if setting != target.exact}
+        there, *found = emulator.logits([exact, *map(configured, others.values())])
+    progress("emulate: Arm instructions", 1, 1)
+    logits = dict.fromkeys(candidates, there) | dict(zip(others, found, strict=True))
+    losses = {name: loss(there, logits[name]) for name in candidates}
     limit = MOST_ROUNDING_KL if emulator.core.features else MOST_KL_UNROUNDED
-    chosen = choose(losses, limit, candidates, target.current(artifact))
-    if candidates[chosen] != target.current(artifact):
+    chosen = choose(losses, limit, candidates, current)
+    if candidates[chosen] != current:
         target.configured(artifact, candidates[chosen], artifact.folder)
     checks = (
         _check_ran(emulator, device),
@@ -139,16 +141,6 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
         check_rounding(losses, chosen, limit, candidates[chosen].reason, emulator.core),
     )
     return Emulation(checks, _quantities(here, there, losses))
-
-
-@contextmanager
-def _configured(emulator: Emulator, artifact: Artifact, setting: Setting) -> Iterator[Artifact]:
-    """Give the artifact with a setting: itself, or one that stands beside it for a while."""
-    if setting == emulator.target.current(artifact):
-        yield artifact
-        return
-    with TemporaryDirectory(prefix=".setting-", dir=artifact.folder.parent) as folder:
-        yield emulator.target.configured(artifact, setting, Path(folder))
 
 
 def choose(losses: Mapping[str, Loss], limit: float, candidates: Mapping[str, Setting], current: Setting) -> str:
@@ -211,7 +203,10 @@ def check_rounding(losses: Mapping[str, Loss], chosen: str, limit: float, reason
     found = losses[chosen]
     passed = found.kl_mean <= limit
     measured = ", ".join(f"{name} {one}" for name, one in losses.items())
-    verdict = f"the bundle has {chosen}: {reason}" if passed else f"none keeps within {limit:g}, so {chosen} stays"
+    verdict = f"the bundle has {chosen}: {reason}"
+    if not passed:
+        # In float32 nothing is lost, so it was not to be had.
+        verdict = f"{chosen} stays, for float32 activations have no quick kernels for these codes"
     detail = (
         f"KL against float32 activations over {found.tokens} tokens on the emulated {core.name}: {measured}; {verdict}"
     )

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,29 +79,32 @@ class EmulatedOnnx:
 
     def logits(
         self,
-        artifact: Artifact,
+        artifacts: Sequence[Artifact],
         installation: Installation,
         core: Core,
         tokens: list[int],
         single: int,
         timeout_s: float,
-    ) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
-        settings = _settings(artifact)
-        request = {
-            "model": str(artifact.weights[0].absolute()),
-            "tokens": tokens,
-            "single": single,
-            "head_width": settings["head_size"],
-            # Names without a dot are for onnxruntime-genai.
-            "options": {name: value for name, value in settings["session_options"].items() if "." in name},
-            "threads": THREADS,
-        }
+    ) -> list[Float32]:
+        """Return each artifact's logits after each token, float32 [tokens, vocab], by `guest.py`."""
+        models = [_request(artifact) for artifact in artifacts]
+        request = {"models": models, "tokens": tokens, "single": single, "threads": THREADS}
         with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-            asked, answer = Path(scratch, "request.json"), Path(scratch, "logits.npy")
+            asked = Path(scratch, "request.json")
             asked.write_text(json.dumps(request), encoding="utf-8")
-            installation.machine(core).python(GUEST, [asked, answer], timeout_s)
-            return read_logits(answer, len(tokens))
+            installation.machine(core).python(GUEST, [asked, scratch], timeout_s)
+            return [read_logits(Path(scratch, f"{number}.npy"), len(tokens)) for number in range(len(artifacts))]
+
+
+def _request(artifact: Artifact) -> dict[str, object]:
+    settings = _settings(artifact)
+    # Names without a dot are for onnxruntime-genai.
+    options = {name: value for name, value in settings["session_options"].items() if "." in name}
+    return {
+        "path": str(artifact.weights[0].absolute()),
+        "head_width": settings["head_size"],
+        "options": options,
+    }
 
 
 def _graph(artifact: Artifact) -> onnx.ModelProto:

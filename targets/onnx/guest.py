@@ -2,11 +2,11 @@
 
 It imports nothing of the exporter, so that an emulated machine needs numpy and onnxruntime alone:
 
-    python guest.py REQUEST LOGITS
+    python guest.py REQUEST FOLDER
 
-REQUEST is a JSON file: `model`, `tokens`, `single` (how many of the last tokens come one at a time, with the keys and
-values of those before), `head_width`, `options` of the session and `threads`. LOGITS becomes a .npy file, float32
-[tokens, vocab]. The runtime's version goes to standard output.
+REQUEST is a JSON file: `tokens`, `single` (how many of the last tokens come one at a time, with the keys and values of
+those before), `threads`, and `models`, each with `path`, `head_width` and `options` of the session. The logits of each
+become a file 0.npy, 1.npy, ... in FOLDER, float32 [tokens, vocab].
 """
 
 import json
@@ -18,22 +18,21 @@ import numpy as np
 import onnxruntime
 
 
-def run(request: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+def run(model: dict[str, Any], tokens: list[int], single: int, threads: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
     """Return the logits after each token, float32 [tokens, vocab]."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = request["threads"]
+    options.intra_op_num_threads = threads
     # The threads of an emulated CPU would wait for one another at the cost of those that work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    for name, value in request["options"].items():
+    for name, value in model["options"].items():
         options.add_session_config_entry(name, value)
-    session = onnxruntime.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model["path"], options, providers=["CPUExecutionProvider"])
     inputs = {given.name: given.shape for given in session.get_inputs()}
     outputs = [made.name for made in session.get_outputs()]
-    width = request["head_width"]
+    width = model["head_width"]
     past = {name: np.zeros((1, shape[1], 0, width), np.float32) for name, shape in inputs.items() if "past" in name}
-    tokens = request["tokens"]
-    start = len(tokens) - request["single"]
+    start = len(tokens) - single
     parts, done = [], 0
     for end in [start] * (start > 0) + list(range(start + 1, len(tokens) + 1)):
         feeds = {
@@ -51,11 +50,11 @@ def run(request: dict[str, Any]) -> "np.ndarray[Any, np.dtype[np.float32]]":
 
 def main() -> None:
     """Answer the request."""
-    request, logits = map(Path, sys.argv[1:])
-    values = run(json.loads(request.read_text(encoding="utf-8")))
-    with logits.open("wb") as file:
-        np.save(file, values, allow_pickle=False)
-    print(f"onnxruntime {onnxruntime.__version__}")
+    asked, folder = map(Path, sys.argv[1:])
+    request = json.loads(asked.read_text(encoding="utf-8"))
+    for number, model in enumerate(request["models"]):
+        values = run(model, request["tokens"], request["single"], request["threads"])
+        np.save(folder / f"{number}.npy", values, allow_pickle=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Real ARM64 instructions under QEMU: what a core has not ends the program, and kernels compute what they should."""
+
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.arm64.cores import CORTEX_A72, CORTEX_A76, Core
+from exporter.arm64.installation import Installation
+from exporter.arm64.machine import QEMU, IllegalInstructionError, Machine
+from exporter.arm64.setup import installation
+from exporter.compress.compressed import CompressedModel
+from exporter.device.profile import load_device
+from exporter.errors import RuntimeCrashError
+from exporter.model.sources import open_model
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.emulated import EMULATED
+from exporter.targets.onnx.rounding import KLEIDIAI, WITHOUT_KLEIDIAI
+from exporter.targets.target import load_target
+from exporter.validate import arm64
+from tests.models import tiny_model
+
+# Read before the tests get a cache of their own.
+INSTALLED = installation()
+needs_qemu = pytest.mark.skipif(
+    not any(map(shutil.which, QEMU)), reason="no QEMU; install it: apt-get install qemu-user-static"
+)
+needs_system = pytest.mark.skipif(
+    not (INSTALLED.root.is_dir() and INSTALLED.packages.is_dir()),
+    reason="no ARM64 system; install it: apt-get install qemu-user-static && edge-exporter emulate setup",
+)
+# AArch64 machine code, from the Arm Architecture Reference Manual (DDI 0487): SDOT (vector) is of FEAT_DotProd.
+SDOT = 0x4E82_9420  # sdot v0.4s, v1.16b, v2.16b
+EXIT = (0xD280_0BA8, 0xD280_0000, 0xD400_0001)  # mov x8, 93; mov x0, 0; svc 0
+FOREVER = 0x1400_0000  # b .
+ADDRESS = 0x40_0000
+
+
+def executable(path: Path, *instructions: int) -> Path:
+    """Write a static ELF executable of some instructions."""
+    code = struct.pack(f"<{len(instructions)}I", *instructions)
+    size = 64 + 56 + len(code)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 183, 1, ADDRESS + 120, 64, 0, 0, 64, 56, 1, 64, 0, 0
+    )
+    path.write_bytes(header + struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, size, size, 0x1000) + code)
+    path.chmod(0o755)
+    return path
+
+
+def bare(core: Core, folder: Path) -> Machine:
+    return Machine(core, folder, folder)
+
+
+@needs_qemu
+def test_a_program_for_newer_cores_is_caught(tmp_path: Path) -> None:
+    program = executable(tmp_path / "dot", SDOT, *EXIT)
+    assert bare(CORTEX_A76, tmp_path).run([program], 60) == ""
+    with pytest.raises(IllegalInstructionError, match="Cortex-A72 met an instruction that it does not have .SIGILL."):
+        bare(CORTEX_A72, tmp_path).run([program], 60)
+    assert bare(CORTEX_A72, tmp_path).run([executable(tmp_path / "plain", *EXIT)], 60) == ""
+    assert not list(tmp_path.glob("*.core"))
+
+
+@needs_qemu
+def test_a_program_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    program = executable(tmp_path / "forever", FOREVER)
+    with pytest.raises(RuntimeCrashError, match="died on the emulated Cortex-A72; got no end after 1 s"):
+        bare(CORTEX_A72, tmp_path).run([program], 1)
+
+
+@needs_qemu
+def test_a_program_that_fails_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeCrashError, match="died on the emulated Cortex-A72; got exit code 1, expected its answer"):
+        bare(CORTEX_A72, tmp_path).run([tmp_path / "missing"], 60)
+    zero_page = executable(tmp_path / "crash", 0xD280_0000, 0xF900_0000)  # mov x0, 0; str x0, [x0]
+    with pytest.raises(RuntimeCrashError, match="got signal SIGSEGV"):
+        bare(CORTEX_A72, tmp_path).run([zero_page], 60)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+    monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
+    monkeypatch.setattr(arm64, "POSITIONS", 64)
+    yield INSTALLED
