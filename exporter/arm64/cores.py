@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from exporter.device.profile import ArmFeature, DeviceProfile
+from exporter.device.backend import ArmFeature
+from exporter.device.profile import DeviceProfile
 
 # Of the features in the profiles, those that choose other kernels in ONNX Runtime or llama.cpp. A profile says the
 # less about the rest, bf16 for one: neither runtime uses it unless it is asked to.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from exporter.arm64.cores import CORTEX_A72, CORTEX_A76, Core
 from exporter.arm64.installation import Installation
@@ -59,7 +60,7 @@ def bare(core: Core, folder: Path) -> Machine:
 def test_a_program_for_newer_cores_is_caught(tmp_path: Path) -> None:
     program = executable(tmp_path / "dot", SDOT, *EXIT)
     assert bare(CORTEX_A76, tmp_path).run([program], 60) == ""
-    with pytest.raises(IllegalInstructionError, match="Cortex-A72 met an instruction that it does not have .SIGILL."):
+    with pytest.raises(IllegalInstructionError, match=r"Cortex-A72 met an instruction that it does not have \(SIGILL\)"):
         bare(CORTEX_A72, tmp_path).run([program], 60)
     assert bare(CORTEX_A72, tmp_path).run([executable(tmp_path / "plain", *EXIT)], 60) == ""
     assert not list(tmp_path.glob("*.core"))
@@ -74,7 +75,9 @@ def test_a_program_that_does_not_end_is_ended(tmp_path: Path) -> None:
 
 @needs_qemu
 def test_a_program_that_fails_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeCrashError, match="died on the emulated Cortex-A72; got exit code 1, expected its answer"):
+    with pytest.raises(
+        RuntimeCrashError, match="died on the emulated Cortex-A72; got exit code 1, expected its answer"
+    ):
         bare(CORTEX_A72, tmp_path).run([tmp_path / "missing"], 60)
     zero_page = executable(tmp_path / "crash", 0xD280_0000, 0xF900_0000)  # mov x0, 0; str x0, [x0]
     with pytest.raises(RuntimeCrashError, match="got signal SIGSEGV"):
@@ -86,3 +89,64 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
     monkeypatch.setattr(arm64, "POSITIONS", 64)
     yield INSTALLED
+
+
+def tiny_artifact(folder: Path, device: str, type: str = "int4") -> Artifact:
+    """Lower a tiny model whose activations have channels that are much larger than the rest, as in real ones."""
+    source = folder / "source"
+    if not source.is_dir():
+        tiny_model(source, hidden=256)
+        path = source / "model.safetensors"
+        weights = load_file(path)
+        for name, weight in weights.items():
+            if "norm" in name:
+                weight[[5, 200]] *= 60
+        save_file(weights, path, metadata={"format": "pt"})
+    model_folder = folder / device / "model"
+    model_folder.mkdir(parents=True)
+    target = load_target("onnx").on(load_device(device))
+    with open_model(str(source)) as model:
+        return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), None), type, model_folder)
+
+
+def random_tokens(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 300, (1, count))
+
+
+@needs_system
+def test_without_dotprod_the_logits_are_those_of_float_compute(tmp_path: Path, installed: Installation) -> None:
+    artifact = tiny_artifact(tmp_path, "raspberry-pi-4")
+    before = artifact.weights[0].read_bytes()
+    found = arm64.settle(artifact, load_device("raspberry-pi-4"), random_tokens(100))
+    assert [check.status for check in found.checks] == ["passed"] * 3
+    assert "on an emulated Cortex-A72" in found.checks[0].detail
+    assert "16 tokens on the emulated Cortex-A72" in found.checks[1].detail
+    assert found.checks[2].value is not None
+    assert found.checks[2].value < 1e-9
+    assert {quantity.basis for quantity in found.quantities.values()} == {"emulated"}
+    assert artifact.weights[0].read_bytes() == before
+
+
+@needs_system
+def test_kernels_that_round_too_coarsely_are_found_and_replaced(tmp_path: Path, installed: Installation) -> None:
+    artifact = tiny_artifact(tmp_path, "core-ultra-200v")
+    assert EMULATED.current(artifact) == KLEIDIAI
+    found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
+    assert [check.status for check in found.checks] == ["passed"] * 3
+    kl = {name.rpartition(".")[2]: quantity.value for name, quantity in found.quantities.items()}
+    assert kl["int8 in rows (KleidiAI)"] > arm64.MOST_ROUNDING_KL > kl["int8 in blocks"] > kl["float32"] == 0
+    assert EMULATED.current(artifact) == WITHOUT_KLEIDIAI
+    assert not list(artifact.folder.parent.glob(".setting-*"))
+
+
+@needs_system
+def test_a_runtime_for_newer_cores_fails_the_check(
+    tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It says of itself that it has dotprod, so the runtime takes those kernels; its instructions are an A72's.
+    pretended = Core("Cortex-A76", "cortex-a72", CORTEX_A76.part, CORTEX_A76.features, CORTEX_A76.flags)
+    monkeypatch.setattr(arm64, "stand_in", lambda _: pretended)
+    artifact = tiny_artifact(tmp_path, "core-ultra-200v")
+    found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
+    assert [check.status for check in found.checks] == ["failed", "not run", "not run"]
+    assert "met an instruction that it does not have (SIGILL)" in found.checks[0].detail
