@@ -60,7 +60,9 @@ def bare(core: Core, folder: Path) -> Machine:
 def test_a_program_for_newer_cores_is_caught(tmp_path: Path) -> None:
     program = executable(tmp_path / "dot", SDOT, *EXIT)
     assert bare(CORTEX_A76, tmp_path).run([program], 60) == ""
-    with pytest.raises(IllegalInstructionError, match=r"Cortex-A72 met an instruction that it does not have \(SIGILL\)"):
+    with pytest.raises(
+        IllegalInstructionError, match=r"Cortex-A72 met an instruction that it does not have \(SIGILL\)"
+    ):
         bare(CORTEX_A72, tmp_path).run([program], 60)
     assert bare(CORTEX_A72, tmp_path).run([executable(tmp_path / "plain", *EXIT)], 60) == ""
     assert not list(tmp_path.glob("*.core"))

@@ -1,0 +1,46 @@
+"""The demo's model on emulated Arm cores: what float compute and each int8 compute give, and what it takes.
+
+Needs `edge-exporter emulate setup`; some minutes on two idle cores, several times as long on busy ones. Seconds are
+this machine's and say nothing of a device.
+"""
+
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter.arm64.setup import installation
+from exporter.compress.compressed import CompressedModel
+from exporter.device.profile import load_device
+from exporter.model.sources import open_model
+from exporter.targets.artifact import Artifact
+from exporter.targets.target import load_target
+from exporter.validate import arm64
+
+INSTALLED = installation()
+
+
+def demo_artifact(folder: Path, device: str) -> Artifact:
+    target = load_target("onnx").on(load_device(device))
+    with open_model("demo") as model:
+        decisions = target.decide(model, "int4", "rtn")
+        return target.lower(CompressedModel(model, decisions, None), "int4", folder)
+
+
+@pytest.mark.parametrize(("device", "positions"), [("raspberry-pi-4", 16), ("raspberry-pi-5", 256)])
+def test_the_demo_on_an_emulated_core(
+    tmp_path: Path, device: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
+    artifact = demo_artifact(tmp_path, device)
+    tokens = np.random.default_rng(0).integers(100, 3000, (1, positions))
+    started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = arm64.settle(artifact, load_device(device), tokens)
+    wall_s, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    print(f"\n{device}: {positions} positions, {wall_s:.0f} s, {cpu_s:.0f} CPU seconds, both of this machine")
+    for check in found.checks:
+        print(f"  {check.status} {check.name}: {check.detail}")
+    assert {check.status for check in found.checks} == {"passed"}
