@@ -21,7 +21,7 @@ def read_logits(path: Path, count: int) -> NDArray[np.float32]:
     if not 0 < size <= HEADER_BYTES + 4 * MOST_VOCAB * count:
         raise _wrong(path, f"{size:,} bytes", count)
     try:
-        logits = np.load(path, allow_pickle=False)
+        logits: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise _wrong(path, str(error), count) from error
     if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != count or not logits.size:
