@@ -30,9 +30,6 @@ class Emulated(Protocol):
     title: str
     exact: Setting
 
-    def hindrance(self, installation: Installation) -> str | None:
-        """Return why the target's artifacts cannot run there; None where they can."""
-
     def current(self, artifact: Artifact) -> Setting:
         """Return how the artifact has activations rounded."""
 

@@ -30,11 +30,6 @@ class Installation:
         """The folder of the Python packages."""
         return self.folder / "packages"
 
-    @property
-    def llama(self) -> Path:
-        """The folder of llama.cpp's libraries."""
-        return self.folder / "llama"
-
     def machine(self, core: Core) -> Machine:
         """Return a machine of a kind of core.
 

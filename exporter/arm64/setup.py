@@ -1,4 +1,4 @@
-"""Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp from npm.
+"""Install the ARM64 system: Debian's Python, and numpy and ONNX Runtime from wheels.
 
 It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
 when it is whole, so that what was cut short goes on where it stopped.
@@ -8,7 +8,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from exporter.arm64.installation import Installation
 from exporter.arm64.machine import qemu
 from exporter.cache import cache_folder, require_space
-from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.errors import MissingDependencyError, RequestError
 from exporter.job import Progress, silent
 
 DEBIAN_PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1", "zlib1g")
@@ -42,12 +41,8 @@ WHEELS = {
 }
 # wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
 PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
-# llama.cpp 0.5.0 with a library of kernels for each generation of Arm, from which it chooses as on a device.
-LLAMA = "@node-llama-cpp/linux-arm64@3.22.1"
-LLAMA_SHA256 = "39c76b998e35ed2f236c01472fc79eda0fc558b1c8b535023c2d7ded8c327cc4"
-LLAMA_FILES = "package/bins/linux-arm64/"
-VERSION = hashlib.sha256(repr((DEBIAN_PACKAGES, WHEELS, LLAMA_SHA256)).encode()).hexdigest()[:12]
-# The system takes 75 MB, the packages 115, llama.cpp 18; the rest is what they are unpacked from.
+VERSION = hashlib.sha256(repr((DEBIAN_PACKAGES, WHEELS)).encode()).hexdigest()[:12]
+# The system takes 75 MB, the packages 115; the rest is what they are unpacked from.
 NEED_BYTES = 400_000_000
 TIMEOUT_S = 1800.0
 SHOWN_CHARACTERS = 300
@@ -67,15 +62,11 @@ def install(progress: Progress = silent) -> Installation:
     Raises:
         MissingDependencyError: a program that this needs is not there; the message says how to install it.
         RequestError: a package cannot be had, or there is too little disk space.
-        InputError: a package is not the one that was asked for.
     """
     qemu()
     found = installation()
     require_space(found.folder, NEED_BYTES, "free some space or name another cache in EDGE_EXPORTER_CACHE")
     parts = {found.root: _debian, found.packages: partial(_wheels, found.root)}
-    # ONNX needs none of it; who asks for GGUF without it is told.
-    if shutil.which("npm") is not None:
-        parts[found.llama] = _llama
     for number, (place, make) in enumerate(parts.items()):
         progress(f"set up: {place.name}", number, len(parts))
         if not place.is_dir():
@@ -157,22 +148,6 @@ def _wheels(root: Path, packages: Path) -> None:
         for wheel in sorted(downloads.iterdir()):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
-
-
-def _llama(folder: Path) -> None:
-    """Unpack llama.cpp's libraries for ARM64."""
-    with tempfile.TemporaryDirectory() as scratch:
-        _run(["npm", "pack", "--silent", "--pack-destination", scratch, LLAMA])
-        (package,) = Path(scratch).glob("*.tgz")
-        found = hashlib.sha256(package.read_bytes()).hexdigest()
-        if found != LLAMA_SHA256:
-            raise InputError(
-                "the package is not the one that was tested", where=LLAMA, got=found, expected=LLAMA_SHA256
-            )
-        with tarfile.open(package) as archive:
-            archive.extractall(scratch, filter="data")
-        for library in Path(scratch, LLAMA_FILES).glob("*.so"):
-            shutil.copy(library, folder)
 
 
 def _run(command: Sequence[Path | str]) -> str:

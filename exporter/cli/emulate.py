@@ -55,12 +55,6 @@ def setup(
 
     with show.progress(enabled=not as_json) as progress:
         found = install(progress)
-    gguf = found.llama.is_dir()
-    facts = {"folder": str(found.folder), "cores": [core.name for core in CORES], "onnx": True, "gguf": gguf}
-
-    def people() -> None:
-        print(f"{found.folder}: ready for {', '.join(core.name for core in CORES)}")
-        if not gguf:
-            print("GGUF needs npm as well: apt-get install npm, then run this again")
-
-    show.document(facts, as_json, people)
+    names = [core.name for core in CORES]
+    facts = {"folder": str(found.folder), "cores": names}
+    show.document(facts, as_json, lambda: print(f"{found.folder}: ready for {', '.join(names)}"))

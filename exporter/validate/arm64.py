@@ -99,9 +99,6 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
         installed.machine(core)
     except MissingDependencyError as error:
         return _not_run(_words(error))
-    hindrance = target.hindrance(installed)
-    if hindrance is not None:
-        return _not_run(hindrance)
     emulator = Emulator(target, installed, core, tokens.reshape(-1)[:count].tolist())
     try:
         return _examined(emulator, artifact, device, progress)

@@ -36,10 +36,6 @@ class EmulatedOnnx:
     title = "ONNX Runtime"
     exact = FLOAT32
 
-    def hindrance(self, installation: Installation) -> str | None:
-        """Return nothing: the installation has what ONNX Runtime needs."""
-        return None
-
     def current(self, artifact: Artifact) -> Rounding:
         """Return what graph and configuration say."""
         levels = {attribute.i for attribute in _attributes(_graph(artifact), "accuracy_level")}
