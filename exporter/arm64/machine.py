@@ -109,7 +109,7 @@ class Machine:
                 f"the emulated {self.core.name} met an instruction that it does not have (SIGILL)",
                 next_step="the program was built for other cores than the device's",
             )
-        ended = f"signal {signal.Signals(number).name}" if number in iter(signal.Signals) else f"exit code {code}"
+        ended = f"signal {signal.Signals(number).name}" if number in set(signal.Signals) else f"exit code {code}"
         last = re.sub(r"[^ -~]+", " ", " / ".join(errors.strip().splitlines()[-2:]))[-SHOWN_CHARACTERS:]
         return self._crash(f"{ended}: {last}" if last else ended)
 
