@@ -24,6 +24,8 @@ from exporter.targets.target import load_target
 from exporter.validate import arm64
 from tests.models import tiny_model
 
+# Emulated cores take their time where this machine is busy.
+pytestmark = pytest.mark.timeout(1200)
 # Read before the tests get a cache of their own.
 INSTALLED = installation()
 needs_qemu = pytest.mark.skipif(
