@@ -138,13 +138,17 @@ def test_without_dotprod_the_logits_are_those_of_float_compute(tmp_path: Path, i
 
 
 @needs_system
-def test_kernels_that_round_too_coarsely_are_found_and_replaced(tmp_path: Path, installed: Installation) -> None:
+def test_kernels_that_round_too_coarsely_are_found_and_replaced(
+    tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between what both cost in this model: 0.053 and 0.024 nats.
+    monkeypatch.setattr(arm64, "MOST_ROUNDING_KL", 0.035)
     artifact = tiny_artifact(tmp_path, "core-ultra-200v")
     assert EMULATED.current(artifact) == KLEIDIAI
     found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
     assert [check.status for check in found.checks] == ["passed"] * 3
     kl = {name.rpartition(".")[2]: quantity.value for name, quantity in found.quantities.items()}
-    assert kl["int8 in rows (KleidiAI)"] > arm64.MOST_ROUNDING_KL > kl["int8 in blocks"] > kl["float32"] == 0
+    assert kl["int8 in rows (KleidiAI)"] > 0.035 > kl["int8 in blocks"] > kl["float32"] == 0
     assert EMULATED.current(artifact) == WITHOUT_KLEIDIAI
     assert not list(artifact.folder.parent.glob(".setting-*"))
 
