@@ -120,7 +120,7 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
     """Return the plan with other decisions and all that follows from them, under a name for their mix."""
     target, model, original = planned.target, planned.model, planned.original
     file_bytes = target.estimated_file_bytes(model, decisions)
-    peak = target.estimated_peak_bytes(model, decisions, job.context)
+    peak = target.estimated_peak(model, decisions, job.context).bytes
     quantity = Quantity(value=float(peak), unit="bytes", basis="estimated")
     return replace(
         planned,

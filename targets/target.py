@@ -9,9 +9,11 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.equalise import Rewritten
+from exporter.device.memory import Peak, Shape
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError
+from exporter.model.architecture import Architecture
 from exporter.model.model import Model
 from exporter.registry import load
 from exporter.targets.artifact import Artifact, target_names
@@ -83,8 +85,11 @@ class Target(Protocol):
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of the model files that `lower` would write."""
 
-    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return the peak memory of the runtime's process at a context, weights included."""
+    def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
+        """Return the memory of the runtime's process at a context, weights included.
+
+        It is that on the device that `on` was called with; without, on this machine.
+        """
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model in the coordinates that suit the target and decisions like these, which compute the same."""
@@ -100,6 +105,19 @@ class Target(Protocol):
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return weight group -> the format that is really in the file."""
+
+
+def shape_of(architecture: Architecture) -> Shape:
+    """Return what of a decoder the memory depends on, its widest feed-forward part for all."""
+    return Shape(
+        layers=architecture.layers,
+        hidden=architecture.hidden,
+        intermediate=max(architecture.intermediate),
+        heads=architecture.heads,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        vocab=architecture.vocab,
+    )
 
 
 def load_target(name: str) -> Target:

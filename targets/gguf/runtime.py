@@ -9,6 +9,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
+from exporter.device.memory import LLAMA_CPP_BATCH
 from exporter.errors import InputError
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.tokenize import llama_render_chat, llama_tokenize
@@ -17,7 +18,6 @@ from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
 ADAPTER_FILE = "adapter.gguf"
-UBATCH = 512
 
 
 class LlamaCpp:
@@ -57,7 +57,7 @@ class LlamaCpp:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self._batch = llama_cpp.llama_batch_init(UBATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
         self._sampled: list[list[int]] = []
         self._position = 0
@@ -82,8 +82,8 @@ class LlamaCpp:
         self._forget()
         if first:
             self._prefill(tokens[:first])
-        chunks = range(first, len(tokens), UBATCH)
-        parts = [self._decode(tokens[at : at + UBATCH], at, every=True) for at in chunks]
+        chunks = range(first, len(tokens), LLAMA_CPP_BATCH)
+        parts = [self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=True) for at in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
@@ -124,7 +124,7 @@ class LlamaCpp:
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode after one warm-up; medians over the repeats."""
-        self.generate(prompt[:UBATCH], 2)
+        self.generate(prompt[:LLAMA_CPP_BATCH], 2)
         prefills, decodes = [], []
         for _ in range(repeats):
             started = time.perf_counter()
@@ -167,8 +167,8 @@ class LlamaCpp:
     def _prefill(self, tokens: list[int]) -> int:
         """Decode a prompt from an empty context and return its length."""
         self._forget()
-        for at in range(0, len(tokens), UBATCH):
-            self._decode(tokens[at : at + UBATCH], at, every=False)
+        for at in range(0, len(tokens), LLAMA_CPP_BATCH):
+            self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=False)
         return len(tokens)
 
     def _decode(self, tokens: list[int], position: int, every: bool) -> Float32:
@@ -223,7 +223,7 @@ def _context_parameters(context: int, threads: int, exact: bool, sequences: int)
     parameters: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
     parameters.n_ctx = context * sequences
     parameters.n_seq_max = sequences
-    parameters.n_batch = parameters.n_ubatch = UBATCH
+    parameters.n_batch = parameters.n_ubatch = LLAMA_CPP_BATCH
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.no_perf = True
     if exact:

@@ -1,7 +1,7 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten, evened_if_fitted
+from exporter.device.memory import Peak, host_features, llama_cpp_peak, llama_cpp_weights
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
@@ -32,7 +33,7 @@ from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
-from exporter.targets.target import Carried
+from exporter.targets.target import Carried, shape_of
 from exporter.weights.format import Float32, WeightFormat, plus
 from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
@@ -71,12 +72,15 @@ class Gguf:
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
     )
 
-    def __init__(self, throughput: Mapping[str, Throughput] = ON_X86) -> None:
+    def __init__(
+        self, throughput: Mapping[str, Throughput] = ON_X86, features: Collection[str] = host_features()
+    ) -> None:
         self._throughput = throughput
+        self._features = features
 
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target with the speeds of the kernels that llama.cpp has for a device's instruction set."""
-        return type(self)(throughput_on(device))
+        """Return the target with the kernels that llama.cpp has for a device's instruction set."""
+        return type(self)(throughput_on(device), device.isa.features)
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""
@@ -163,14 +167,11 @@ class Gguf:
         # tokenizer.json holds each token and each merge about once, with JSON around them.
         return sum(decision.stored_bytes for decision in decisions) + vectors + text // 2
 
-    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return weights, float16 keys and values, compute buffers, the last token's logits, and the interpreter."""
-        shape = model.architecture
-        keys_and_values = 2 * 2 * context * shape.layers * shape.kv_heads * shape.head_dim
-        batch = min(context, 512)
-        scores = 4 * batch * (3 * shape.hidden + 3 * max(shape.intermediate) + 2 * shape.heads * shape.head_dim)
-        logits = 4 * shape.vocab
-        return self.estimated_file_bytes(model, decisions) + keys_and_values + scores + logits + INTERPRETER_BYTES
+    def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
+        """Return the memory of llama.cpp's process."""
+        file_bytes = self.estimated_file_bytes(model, decisions)
+        weights = llama_cpp_weights(decisions, file_bytes, self._features)
+        return llama_cpp_peak(shape_of(model.architecture), weights, context)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with evened channels, where codes are fitted to them."""
@@ -219,10 +220,6 @@ class Gguf:
             for group in model.groups()
             for low_rank in [adapter.low_rank(group)]
         }
-
-
-# A Python process with numpy and llama.cpp loaded and no model, measured on x86-64 Linux.
-INTERPRETER_BYTES = 60 << 20
 
 
 def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: str) -> Decision:

@@ -91,6 +91,8 @@ class OnnxRuntime:
                 generator.generate_next_token()
             prefills.append(first - started)
             decodes.append(time.perf_counter() - first)
+            # Or else it would keep its keys and values while the next one gets its own.
+            del generator
         return Timing(
             prefill_tokens_per_s=len(prompt) / median(prefills),
             decode_tokens_per_s=decode / median(decodes),

@@ -15,6 +15,7 @@ from onnxruntime_genai.models import builder as genai_builder
 from onnxruntime_genai.models import builders
 from torch import nn
 
+from exporter.device.memory import ONNX_CHUNK
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
 
@@ -46,6 +47,8 @@ class Skeleton:
         path = folder / "genai_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"]["decoder"]["session_options"] |= session_options
+        # A prompt is read in parts: the graph gives logits after every token, of which the last are wanted.
+        settings["search"]["chunk_size"] = ONNX_CHUNK
         path.write_text(json.dumps(settings, indent=4), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.compress.equalise import Rewritten, evened_if_fitted
+from exporter.device.memory import Peak, Weights, onnx_weights, onnxruntime_peak
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
@@ -38,7 +39,7 @@ from exporter.targets.onnx.kernels import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.target import Carried
+from exporter.targets.target import Carried, shape_of
 from exporter.weights.format import Float32, WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision, WeightGroup
@@ -48,8 +49,6 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = "F32"
-# A Python process with numpy, onnxruntime and onnxruntime-genai loaded and no model, on x86-64 Linux.
-INTERPRETER_BYTES = 90 << 20
 
 # What onnxruntime-genai's builder makes of the head, and an embedding tied to it, and of the rest, from the largest.
 STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
@@ -76,7 +75,6 @@ class Onnx:
     )
     # Nodes and initialisers of a layer: 9,792 with zero points everywhere, 8,575 without, in the reference model.
     graph_bytes_per_layer = 9792
-    weight_copies = 2.0
 
     def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:
         self._rounding = rounding
@@ -156,16 +154,13 @@ class Onnx:
         matrices = sum(decision.stored_bytes for decision in decisions)
         return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.architecture.layers
 
-    def estimated_peak_bytes(self, model: Model, decisions: list[Decision], context: int) -> int:
-        """Return weights (the file's pages and the copies that kernels repack), float32 keys and values, buffers.
+    def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
+        """Return the memory of ONNX Runtime's process."""
+        return onnxruntime_peak(shape_of(model.architecture), self._weights(model, decisions), context)
 
-        Scales count as float32, however they are stored: that is what the runtime holds.
-        """
-        shape = model.architecture
-        weights = self.estimated_file_bytes(model, decisions) + sum(map(_widening_bytes, decisions))
-        keys_and_values = 2 * 4 * context * shape.layers * shape.kv_heads * shape.head_dim
-        logits = 4 * shape.vocab * min(context, 512)
-        return int(self.weight_copies * weights) + keys_and_values + logits + INTERPRETER_BYTES
+    def _weights(self, model: Model, decisions: list[Decision]) -> Weights:
+        rest = self.estimated_file_bytes(model, decisions) - sum(decision.stored_bytes for decision in decisions)
+        return onnx_weights(decisions, rest)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with evened channels, where codes are fitted to them."""
@@ -229,21 +224,6 @@ def _factors_alike(decisions: Mapping[str, Decision]) -> bool:
         if decision.group.role in ("q", "k", "v"):
             found.setdefault(decision.group.layer, set()).add(decision.low_rank is not None)
     return all(len(some) == 1 for some in found.values())
-
-
-def _widening_bytes(decision: Decision) -> int:
-    """Return by how much what is stored in float16 grows when the runtime loads it: scales, and factors in float16."""
-    group, low_rank = decision.group, decision.low_rank
-    weights = {decision.format: group.size}
-    if low_rank is not None:
-        weights[low_rank.format] = weights.get(low_rank.format, 0) + low_rank.rank * (group.rows + group.columns)
-    grown = 0
-    for format, count in weights.items():
-        if isinstance(format, MatMulNBitsFormat):
-            grown += count // format.block_columns * (4 - format.scale_bytes)
-        elif format.name == "F16":
-            grown += 2 * count
-    return grown
 
 
 def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:
