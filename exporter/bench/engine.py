@@ -108,8 +108,8 @@ class Probe:
         if missing:
             raise MissingDependencyError(
                 f"the device's {self._shown} lacks the model's runtime", where=connection.where, got=", ".join(missing),
-                next_step=f"install it there: {self._shown} -m pip install {' '.join(missing)}; where the system's Python "
-                "is managed, in an environment whose interpreter --python names",
+                next_step=f"install it there: {self._shown} -m pip install {' '.join(missing)}; where the system's "
+                "Python is managed, in an environment whose interpreter --python names",
             )  # fmt: skip
 
     def parcels(self) -> list[Parcel]:

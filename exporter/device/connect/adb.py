@@ -1,7 +1,12 @@
 """Phones, through the adb server of this machine and adbutils. The server is the user's: it is not started here."""
 
+import contextlib
 import os
 import socket
+import stat
+import struct
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from exporter.device.connect.connection import (
@@ -18,10 +23,11 @@ from exporter.errors import RequestError
 from exporter.toml import shown
 
 if TYPE_CHECKING:
-    from adbutils import AdbConnection, AdbDevice
+    from adbutils import AdbConnection
 
 DEFAULT_PORT = 5037
-CONNECT_S = 3
+CONNECT_S, SEND_STALL_S = 3, 60
+FILE_MODE = stat.S_IFREG | 0o700
 SHELL_V2 = "shell_v2"
 STDOUT, STDERR, EXIT = 1, 2, 3
 STEPS = {
@@ -45,15 +51,16 @@ class Adb:
     parent = "/data/local/tmp"
 
     def __init__(self, address: Address) -> None:
-        self.where = address.text
+        self.where, self._serial = address.text, address.host
         host, port = _server()
         from adbutils import AdbClient
         from adbutils.errors import AdbError, AdbTimeout
 
-        self._refused, self._late = AdbError, AdbTimeout
-        self._device: AdbDevice = AdbClient(host, port).device(serial=address.host)
+        self._failure, self._late = AdbError, AdbTimeout
+        self._client = AdbClient(host, port)
         try:
-            features = self._device.get_features().split(",")
+            with self._service(f"host-serial:{self._serial}:features", timeout_s=CONNECT_S) as link:
+                features = link.read_string_block().split(",")
         except (AdbError, OSError) as error:
             raise self._refusal(error) from error
         if SHELL_V2 not in features:
@@ -62,38 +69,53 @@ class Adb:
     def run(self, command: str, timeout_s: float) -> Answer:
         """Run a line of shell there; see `Connection.run`."""
         try:
-            with self._device.open_transport(timeout=timeout_s) as transport:
-                transport.send_command(f"shell,v2,raw:{command}")
-                transport.check_okay()
-                return self._answer(transport)
+            with self._service(*self._transport, f"shell,v2,raw:{command}", timeout_s=timeout_s) as link:
+                return self._answer(link)
         except (self._late, TimeoutError) as error:
             raise too_long(self.where, timeout_s) from error
-        except (self._refused, OSError, EOFError) as error:
+        except (self._failure, OSError, EOFError) as error:
             raise dropped(self.where, error) from error
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
         """Write a file there; see `Connection.send`."""
         try:
-            self._device.sync.push(_Pieces(source, advance), target, mode=0o700)
-        except self._refused as error:
-            if not str(error):
-                raise dropped(self.where, "no status of the file") from error
-            raise RequestError("the device could not write the file", where=target, got=shown(str(error))) from error
-        except (OSError, EOFError) as error:
+            with self._service(*self._transport, "sync:", timeout_s=SEND_STALL_S) as link:
+                # The phone says why before it stops listening.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    for packet in _packets(source, target, advance):
+                        link.conn.sendall(packet)
+                status, length = link.read_exact(4), int.from_bytes(link.read_exact(4), "little")
+                said = link.read_exact(min(length, MAX_ANSWER_BYTES)).decode(errors="replace")
+        except (self._failure, OSError, EOFError) as error:
             raise dropped(self.where, error) from error
+        if status != b"OKAY":
+            raise RequestError("the device could not write the file", where=target, got=shown(said))
+
+    @property
+    def _transport(self) -> list[str]:
+        return [f"host:transport:{self._serial}"]
+
+    @contextlib.contextmanager
+    def _service(self, *requests: str, timeout_s: float) -> "Iterator[AdbConnection]":
+        """Yield a connection on which each request was answered with OKAY."""
+        with self._client.make_connection(timeout=timeout_s) as link:
+            for request in requests:
+                link.send_command(request)
+                link.check_okay()
+            yield link
 
     def close(self) -> None:
         """Do nothing: every command has a connection of its own."""
 
-    def _answer(self, transport: "AdbConnection") -> Answer:
+    def _answer(self, link: "AdbConnection") -> Answer:
         """Read packets of the shell protocol: one byte of kind, four of length, the data."""
         texts = {STDOUT: bytearray(), STDERR: bytearray()}
         while True:
-            header = transport.read_exact(5)
+            header = link.read_exact(5)
             kind, length = header[0], int.from_bytes(header[1:], "little")
             if length + sum(map(len, texts.values())) > MAX_ANSWER_BYTES:
                 raise too_much(self.where)
-            data = transport.read_exact(length)
+            data = link.read_exact(length)
             if kind == EXIT and data:
                 output, errors = (text.decode(errors="replace") for text in texts.values())
                 return Answer(data[0], output, errors)
@@ -106,18 +128,13 @@ class Adb:
         return RequestError("the phone cannot be reached", where=self.where, got=shown(said), next_step=step)
 
 
-class _Pieces:
-    """A file as adbutils reads it, a piece at a time; each is counted when the next is asked for."""
-
-    def __init__(self, source: BinaryIO, advance: Advance) -> None:
-        self._left = b""
-        self._pieces = pieces(source, advance)
-
-    def read(self, size: int) -> bytes:
-        """Return at most `size` bytes, none at the end."""
-        self._left = self._left or next(self._pieces, b"")
-        given, self._left = self._left[:size], self._left[size:]
-        return given
+def _packets(source: BinaryIO, target: str, advance: Advance) -> Iterator[bytes]:
+    """Yield what sends a file by adb's sync: its name and mode, its data, and the time that it gets."""
+    name = f"{target},{FILE_MODE}".encode()
+    yield b"SEND" + struct.pack("<I", len(name)) + name
+    for piece in pieces(source, advance):
+        yield b"DATA" + struct.pack("<I", len(piece)) + piece
+    yield b"DONE" + struct.pack("<I", int(time.time()))
 
 
 def _server() -> tuple[str, int]:

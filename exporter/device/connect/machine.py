@@ -9,7 +9,10 @@ from exporter.device.profile import ArmFeature, DeviceProfile, Feature
 from exporter.errors import RequestError
 
 MAX_NAME = 120
-FACTS = "uname -s; uname -m; getprop ro.product.model 2>/dev/null || echo; cat /proc/meminfo /proc/cpuinfo 2>/dev/null; true"
+FACTS = (
+    "uname -s; uname -m; getprop ro.product.model 2>/dev/null || echo; "
+    "cat /proc/meminfo /proc/cpuinfo 2>/dev/null; true"
+)
 WARMTH = (
     "for z in /sys/class/thermal/thermal_zone*; do cat $z/type $z/temp 2>/dev/null | paste -s -d ' ' -; done; "
     "dumpsys thermalservice 2>/dev/null || true"

@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 INSTALL = "sudo apt-get install openssh-server"
 HOST = "127.0.0.1"
 # Kills the sshd that serves this very session: what a pulled cable looks like.
 DROP = """#!{python}
 import os, signal, sys
+if sys.argv[1:]:
+    os.execv("/bin/cat", ["cat", *sys.argv[1:]])
 sys.stdin.buffer.read(100_000)
 process = os.getppid()
 while True:
@@ -136,13 +136,3 @@ def key(path: Path) -> Path:
     """Make a pair of keys and return the path of the private one."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
     return path
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    """Return a server that runs for the module's tests."""
-    program = find_sshd()
-    if program is None:
-        pytest.skip(f"there is no sshd: {INSTALL}")
-    with Sshd(tmp_path_factory.mktemp("sshd")).running(program) as running:
-        yield running
