@@ -13,8 +13,10 @@ import pytest
 
 from exporter.bench.cycle import Remote, measure_on, quantities
 from exporter.bench.engine import Settings
+from exporter.bench.profile import write_profile
 from exporter.bench.subject import subject_of
 from exporter.device.connect.connection import DroppedError, address_of
+from exporter.device.profile import load_device
 from exporter.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import free_port
@@ -53,6 +55,19 @@ def test_the_whole_cycle(sshd: Sshd, world: Path, target: str) -> None:
     assert facts["sustained_ns"] and facts["where"] == sshd.address
     subject = subject_of(world / target)
     assert facts["transfer.sent_bytes"]["value"] > subject.artifact.file_bytes
+
+
+def test_a_measured_profile(sshd: Sshd, bundle: Path, tmp_path: Path) -> None:
+    remote = Remote(address_of(sshd.address), python=sys.executable)
+    outcome = measure_on(bundle, remote, QUICK, None, lambda *_: None)
+    with pytest.raises(RequestError, match=r"no profile to start from; .*--device"):
+        write_profile(outcome, None, tmp_path / "mine.toml")
+    write_profile(outcome, "raspberry-pi-5", tmp_path / "mine.toml")
+    run = load_device(str(tmp_path / "mine.toml")).measured[-1]
+    assert (run.basis, run.backend, run.format) == ("measured", "cpu", "Q8_0")
+    assert run.decode_tokens_per_s == outcome.measured.decode.tokens_per_s
+    with pytest.raises(RequestError, match=r"the profile cannot be written there"):
+        write_profile(outcome, "raspberry-pi-5", tmp_path / "mine.toml")
 
 
 def test_only_what_changed_is_sent(sshd: Sshd, bundle: Path) -> None:

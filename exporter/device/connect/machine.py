@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from exporter.device.connect.connection import Connection
-from exporter.device.profile import ArmFeature, DeviceProfile, Feature
+from exporter.device.backend import ArmFeature, Feature
+from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
 
 MAX_NAME = 120
