@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import get_args
 
-from exporter.device.connect.connection import Connection
 from exporter.device.backend import ArmFeature, Feature
+from exporter.device.connect.connection import Connection
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
 
