@@ -106,19 +106,26 @@ class Ssh:
             raise
 
     async def _connect(self) -> asyncssh.SSHClientConnection:
-        client, address = _Client(), self._address
-        options: dict[str, Any] = {"client_keys": [str(self._identity)]} if self._identity else {}
-        options |= {"agent_path": None} if self._identity else {}
-        options |= {"username": address.user} if address.user else {}
-        options |= {"port": address.port} if address.port else {}
+        client = _Client()
         try:
-            return await asyncssh.connect(
-                address.host, client_factory=lambda: client, known_hosts=self._known, preferred_auth="publickey",
-                connect_timeout=CONNECT_S, login_timeout=LOGIN_S, keepalive_interval=KEEPALIVE_S,
-                keepalive_count_max=KEEPALIVES, **options,
-            )  # fmt: skip
+            try:
+                return await self._attempt(client)
+            except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
+                # Keys are asked for of the kinds that are known; ask for any, to see which one the device has now.
+                return await self._attempt(client, server_host_key_algs="default")
         except (asyncssh.Error, asyncssh.KeyImportError, OSError, TimeoutError) as error:
             raise self._refusal(error, client.offered) from error
+
+    async def _attempt(self, client: _Client, **options: Any) -> asyncssh.SSHClientConnection:
+        address = self._address
+        options |= {"client_keys": [str(self._identity)], "agent_path": None} if self._identity else {}
+        options |= {"username": address.user} if address.user else {}
+        options |= {"port": address.port} if address.port else {}
+        return await asyncssh.connect(
+            address.host, client_factory=lambda: client, known_hosts=self._known, preferred_auth="publickey",
+            connect_timeout=CONNECT_S, login_timeout=LOGIN_S, keepalive_interval=KEEPALIVE_S,
+            keepalive_count_max=KEEPALIVES, **options,
+        )  # fmt: skip
 
     def _refusal(self, error: Exception, offered: asyncssh.SSHKey | None) -> RequestError:
         where, host = self.where, self._address.host
