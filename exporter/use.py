@@ -1,6 +1,5 @@
-"""Using a finished bundle: talking to it and timing it."""
+"""Using a finished bundle: talking to it and testing it."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
 from exporter.errors import InputError, RequestError
 from exporter.job import Progress, silent
-from exporter.measures import Check, Quantity
+from exporter.measures import Check
 from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.validate.emulation import Emulation, emulate
@@ -23,7 +22,6 @@ from exporter.validate.selftest import SelfTest, run_self_test
 if TYPE_CHECKING:  # it brings transformers along
     from exporter.calibrate.text import Tokens
 
-PROMPT_SHARE = 0.75
 UNPACK = "restore it with edge-exporter unpack"
 
 
@@ -127,21 +125,3 @@ def emulate_bundle(
 def _some_ids(count: int) -> "Tokens":
     """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on which they are."""
     return np.random.default_rng(0).integers(100, 300, count)
-
-
-def time_bundle(bundle: Path, context: int, threads: int) -> dict[str, object]:
-    """Return speed and memory of a bundle on this machine."""
-    artifact = open_bundle(bundle)
-    prompt = int(context * PROMPT_SHARE)
-    with open_artifact(artifact, context, threads) as child:
-        timing = child.call("measure", _some_ids(prompt).tolist(), min(64, context - prompt - 1), 5)
-    values = {
-        "speed.prefill_tokens_per_s": (timing.prefill_tokens_per_s, "tokens/s"),
-        "speed.decode_tokens_per_s": (timing.decode_tokens_per_s, "tokens/s"),
-        "speed.time_to_first_token_ms": (1000 * timing.first_token_s, "ms"),
-        "speed.load_ms": (1000 * timing.load_s, "ms"),
-        "memory.peak_bytes": (float(timing.peak_bytes), "bytes"),
-        "memory.interpreter_bytes": (float(timing.interpreter_bytes), "bytes"),
-    }
-    made = {name: Quantity(value=value, unit=unit, basis="measured") for name, (value, unit) in values.items()}
-    return json.loads(json.dumps({name: quantity.model_dump() for name, quantity in made.items()}))  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Never
 
 import typer
 
+from exporter.cli import bench as benching
 from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
@@ -202,17 +203,9 @@ def verify(bundle: BundleArgument, threads: ThreadsOption = THREADS, as_json: Js
     _fail_on(checks)
 
 
-@app.command(epilog="Example: edge-exporter bench phone --context 512")
-def bench(
-    bundle: BundleArgument, context: ContextOption = 512, threads: ThreadsOption = THREADS, as_json: JsonOption = False
-) -> None:
-    """Time a bundle on this machine, in a process of its own."""
-    from exporter.cli import show
-    from exporter.use import time_bundle
-
-    _require_bundle(bundle)
-    facts = time_bundle(bundle, context, threads)
-    show.document(facts, as_json, lambda: show.quantities(facts))
+app.command(epilog="Example: edge-exporter bench phone --on ssh://pi@raspberrypi --device raspberry-pi-5")(
+    benching.bench
+)
 
 
 @app.command(epilog="Example: edge-exporter compare phone laptop")

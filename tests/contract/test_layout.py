@@ -38,6 +38,7 @@ ORDER = [
     {"bundle"},
     {"documents"},
     {"pipeline", "use"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

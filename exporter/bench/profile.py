@@ -1,0 +1,74 @@
+"""A device's profile with what was measured on it, as a user's own TOML file."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from exporter.bench.cycle import Outcome
+from exporter.device.profile import DeviceProfile, device_names, load_device
+from exporter.device.writing import profile_toml
+from exporter.errors import RequestError
+from exporter.toml import checked, shown
+
+SOURCE = "edge-exporter bench"
+
+
+def write_profile(outcome: Outcome, device: str | None, path: Path) -> None:
+    """Write the profile of the measured device, this run added to those it holds.
+
+    Args:
+        outcome: What was measured.
+        device: The profile to start from; None takes the bundle's.
+        path: The new file, whose name without `.toml` becomes the device's.
+
+    Raises:
+        RequestError: the file is there, is no `.toml`, or there is no profile to start from.
+        InputError: the run cannot have been on this device.
+    """
+    if path.suffix != ".toml" or path.exists() or not path.parent.is_dir():
+        raise RequestError(
+            "the profile cannot be written there", where=path, expected="a new .toml file in a folder that is there"
+        )
+    table = base_of(outcome, device).model_dump(mode="json", exclude_none=True) | {"name": path.stem}
+    table["measured"] = [*table.get("measured", []), _run(outcome)]
+    made = checked(table, DeviceProfile, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        file.write(profile_toml(made).encode())
+    Path(file.name).replace(path)
+
+
+def base_of(outcome: Outcome, device: str | None) -> DeviceProfile:
+    """Return the profile that a measurement is added to.
+
+    Raises:
+        RequestError: none is named, and the bundle's is not at hand or has another processor's instructions.
+    """
+    name = device or outcome.subject.manifest.device
+    verified = any(one.name == "device.instructions" and one.status == "passed" for one in outcome.checks)
+    if device is None and (name not in device_names() or not verified):
+        raise RequestError(
+            "no profile to start from", got=f"a measurement on what is not known to be a {shown(name)}",
+            next_step="name the device's profile, or one like it, with --device",
+        )  # fmt: skip
+    return load_device(name)
+
+
+def _run(outcome: Outcome) -> dict[str, Any]:
+    measured, head = outcome.measured, outcome.row_head
+    row = {
+        "backend": "cpu",
+        "runtime": measured.runtime,
+        "model": outcome.subject.report.model.name,
+        "format": outcome.subject.report.recipe.scheme,
+        "file_bytes": head.size_bytes,
+        "parameters": head.parameters,
+        "decode_tokens_per_s": measured.decode.tokens_per_s,
+        "prefill_tokens_per_s": measured.prefill.tokens_per_s,
+        "prompt_tokens": measured.prefill.n_prompt,
+        "context": measured.decode.n_depth + max(1, measured.decode.n_gen // 2),
+        "threads": measured.n_threads,
+        "peak_bytes": measured.peak_bytes,
+        "basis": "measured",
+        "source": f"{SOURCE}, {measured.prefill.test_time}, {outcome.machine.cpu or outcome.machine.architecture}",
+    }
+    return {key: value for key, value in row.items() if value is not None}

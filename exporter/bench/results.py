@@ -1,0 +1,151 @@
+"""What a measuring program answers: checked strictly, since it comes from another machine."""
+
+from statistics import median
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from exporter.errors import InputError
+from exporter.measures import Document
+from exporter.toml import shown
+
+MAX_TOKENS = 1 << 20
+Name = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Size = Annotated[int, Field(ge=0, le=1 << 46)]
+# From a microsecond to a day.
+Nanoseconds = Annotated[int, Field(ge=1_000, le=86_400_000_000_000)]
+Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Result = TypeVar("Result")
+
+
+class Test(Document):
+    """One test as llama-bench names them: `n_prompt` tokens read at once, or `n_gen` generated one at a time.
+
+    Attributes:
+        n_depth: Tokens in the context before.
+        test_time: When it began, UTC.
+        samples_ns: Each repeat, after a warm-up.
+    """
+
+    n_prompt: Tokens
+    n_gen: Tokens
+    n_depth: Tokens
+    test_time: Time
+    samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000)]
+
+    @property
+    def name(self) -> str:
+        """`pp512`, `tg128`, or `tg128 @ d4096`."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+    @property
+    def samples_ts(self) -> list[float]:
+        """Tokens a second of each repeat."""
+        return [1e9 * (self.n_prompt + self.n_gen) / sample for sample in self.samples_ns]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Their median."""
+        return median(self.samples_ts)
+
+
+class Measured(Document):
+    """What was timed on a machine.
+
+    Attributes:
+        runtime: Package or program and its version.
+        model_type: The runtime's own words for the model; None where it has none.
+        model_n_params: Its weights, as the runtime counts them.
+        n_batch: Most tokens read at once.
+        n_threads: Threads.
+        load_ns: To load the model; None where it was not timed.
+        interpreter_bytes: Resident set before the model was loaded; None where it was not read.
+        peak_bytes: The largest resident set of the tests.
+        tests: Reading a prompt, and generating.
+        sustained_ns: Rounds of generation one after the other, as many tokens each as the test generates.
+    """
+
+    runtime: Name
+    model_type: Name | None
+    model_n_params: Annotated[int, Field(ge=0, le=1 << 50)] | None
+    n_batch: Tokens
+    n_threads: Annotated[int, Field(ge=1, le=1024)]
+    load_ns: Nanoseconds | None
+    interpreter_bytes: Size | None
+    peak_bytes: Size | None
+    tests: Annotated[tuple[Test, ...], Field(min_length=2, max_length=2)]
+    sustained_ns: Annotated[tuple[Nanoseconds, ...], Field(max_length=10_000)]
+
+    @property
+    def prefill(self) -> Test:
+        """Reading a prompt."""
+        return self.tests[0]
+
+    @property
+    def decode(self) -> Test:
+        """Generating."""
+        return self.tests[1]
+
+    @property
+    def sustained_ts(self) -> list[float]:
+        """Tokens a second of each sustained round."""
+        return [1e9 * self.decode.n_gen / sample for sample in self.sustained_ns]
+
+
+class Needs(Document):
+    """Which packages a device's Python lacks."""
+
+    python: Name
+    missing: Annotated[tuple[Name, ...], Field(max_length=10)]
+
+
+class Answers(Document):
+    """The first token and its logit at each position of a self-test."""
+
+    tokens: Annotated[tuple[Tokens, ...], Field(max_length=1000)]
+    logits: Annotated[tuple[float, ...], Field(max_length=1000)]
+
+
+class LlamaBenchRow(BaseModel):
+    """A row of `llama-bench -o json`. Other versions have other fields beside these, which are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    build_commit: Name
+    build_number: Annotated[int, Field(ge=0, le=1 << 31)]
+    model_type: Name
+    model_n_params: Annotated[int, Field(ge=0, le=1 << 50)]
+    n_batch: Tokens
+    n_threads: Annotated[int, Field(ge=1, le=1024)]
+    n_prompt: Tokens
+    n_gen: Tokens
+    n_depth: Tokens = 0
+    test_time: Time
+    samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000)]
+
+    @property
+    def test(self) -> Test:
+        """The row as a test."""
+        return Test(
+            n_prompt=self.n_prompt, n_gen=self.n_gen, n_depth=self.n_depth, test_time=self.test_time,
+            samples_ns=self.samples_ns,
+        )  # fmt: skip
+
+
+def parsed(kind: type[Result], text: str, where: str) -> Result:
+    """Return what a device answered as a document.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(map(str, fault["loc"])) or "the text"
+        raise InputError(
+            "the device's answer is not one of the measuring program's", where=where,
+            got=f"{shown(key)}: {fault['msg']}", next_step="check what runs there under that name",
+        ) from error  # fmt: skip

@@ -1,0 +1,141 @@
+"""`edge-exporter bench`: time a bundle on this machine or on a device."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from exporter.errors import CheckError, RequestError
+
+if TYPE_CHECKING:
+    from exporter.bench.cycle import Outcome
+
+Format = Literal["text", "json", "llama-bench-json", "llama-bench-md"]
+FAR_AWAY = "It needs --on."
+
+
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ADDRESS", help="ssh://user@host[:port] or adb://serial.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", "-d", help="What it is measured on: a profile's name or TOML, held to its word."),
+    ] = None,
+    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, max=65536, help="Tokens read at once.")] = 512,
+    generate: Annotated[int, typer.Option("--generate", "-n", min=1, max=65536, help="Tokens generated.")] = 128,
+    depth: Annotated[int, typer.Option("--depth", min=0, max=1 << 19, help="Tokens in the context before.")] = 0,
+    context: Annotated[int, typer.Option("--context", min=64, help="Tokens that the context holds at least.")] = 512,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, max=1000, help="Of each, after a warm-up.")] = 5,
+    sustain: Annotated[
+        float, typer.Option("--sustain", min=0, max=3600, help="Seconds to go on generating afterwards.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, max=256, help="0: the profile's number, or a core each, at most 8.")
+    ] = 0,
+    identity: Annotated[
+        Path | None, typer.Option("--identity", "-i", help=f"A private key, instead of the agent's. {FAR_AWAY}")
+    ] = None,
+    python: Annotated[str | None, typer.Option("--python", help=f"The device's interpreter. {FAR_AWAY}")] = None,
+    binary: Annotated[
+        Path | None, typer.Option("--binary", help=f"A build of llama-bench for the device. {FAR_AWAY}")
+    ] = None,
+    folder: Annotated[str | None, typer.Option("--folder", help=f"Where to work on the device. {FAR_AWAY}")] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help=f"Leave the files there: next time only changes are sent. {FAR_AWAY}")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="A new TOML: the device's profile with this run as [[measured]].")
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", help="How results are printed.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+) -> None:
+    """Time a bundle on this machine, or on a device: send it, check it, test it, time it, and clean up there."""
+    from exporter.bench.cycle import measure_here, measure_on
+    from exporter.bench.engine import Settings
+    from exporter.cli import show
+
+    if not (bundle / "manifest.json").is_file():
+        raise RequestError("this is no bundle", where=bundle, expected="a folder with manifest.json")
+    settings = Settings(prompt, generate, depth, context, repeats, sustain, threads)
+    remote_options = {
+        "--identity": identity, "--python": python, "--binary": binary, "--folder": folder, "--keep": keep or None,
+    }  # fmt: skip
+    if on is None:
+        _refuse_without_on(remote_options)
+        outcome = measure_here(bundle, settings, device)
+    else:
+        with show.progress(enabled=format == "text" and not as_json) as progress:
+            outcome = measure_on(bundle, _remote(on, **_named(remote_options)), settings, device, progress)
+    if profile is not None:
+        from exporter.bench.profile import write_profile
+
+        write_profile(outcome, device, profile)
+    _print(outcome, "json" if as_json else format)
+    failed = [check.name for check in outcome.checks if check.status == "failed"]
+    if failed:
+        raise CheckError(f"{len(failed)} of {len(outcome.checks)} checks failed: {', '.join(failed)}")
+
+
+def _named(options: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("--"): value for name, value in options.items() if value is not None}
+
+
+def _refuse_without_on(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise RequestError(
+                f"{name} is for a device", expected="--on with it", next_step="name one, or leave it out"
+            )
+
+
+def _remote(on: str, **options: Any) -> Any:
+    from exporter.bench.cycle import Remote
+    from exporter.device.connect.connection import address_of
+
+    return Remote(address_of(on), **options)
+
+
+def _print(outcome: "Outcome", format: Format) -> None:
+    from exporter.bench import llama_bench
+    from exporter.cli import show
+
+    if format == "llama-bench-json":
+        print(llama_bench.to_json(outcome.row_head, outcome.measured))
+    elif format == "llama-bench-md":
+        print(llama_bench.to_markdown(outcome.row_head, outcome.measured))
+    else:
+        facts = _facts(outcome)
+        show.document(facts, format == "json", lambda: _show(outcome, facts))
+
+
+def _facts(outcome: "Outcome") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from exporter.bench.cycle import quantities
+
+    machine = asdict(outcome.machine) | {"features": sorted(outcome.machine.features)}
+    return {
+        **{name: quantity.model_dump(mode="json") for name, quantity in quantities(outcome).items()},
+        "where": outcome.where,
+        "machine": machine,
+        "runtime": outcome.measured.runtime,
+        "threads": outcome.measured.n_threads,
+        "tests": [test.model_dump(mode="json") for test in outcome.measured.tests],
+        "sustained_ns": list(outcome.measured.sustained_ns),
+        "checks": [check.model_dump(mode="json") for check in outcome.checks],
+    }
+
+
+def _show(outcome: "Outcome", facts: dict[str, Any]) -> None:
+    from exporter.cli import show
+
+    machine = outcome.machine
+    names = ", ".join(test.name for test in outcome.measured.tests)
+    show.console.print(
+        f"[bold]{show.plain(outcome.where)}[/], {show.plain(machine.cpu or machine.architecture)}: "
+        f"{show.plain(outcome.measured.runtime)}, {outcome.measured.n_threads} threads, {names}"
+    )
+    show.quantities({name: value for name, value in facts.items() if isinstance(value, dict) and "basis" in value})
+    show.checks(outcome.checks)

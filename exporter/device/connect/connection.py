@@ -1,0 +1,152 @@
+"""A way to a device: shell commands run there, files sent there. What comes back is hostile: bounded and checked."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+from urllib.parse import SplitResult, urlsplit
+
+from exporter.errors import RequestError, did_you_mean
+from exporter.toml import shown
+
+MAX_ANSWER_BYTES = 4 << 20
+CHUNK_BYTES = 64 << 10
+SCHEMES = ("adb", "ssh")
+FORMS = "expected ssh://user@host[:port] or adb://serial"
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a device is, as the user named it.
+
+    Attributes:
+        text: What the user wrote.
+        scheme: `ssh` or `adb`.
+        host: Host name or address; the serial of an adb device, whose case counts.
+        user: Who to log in as; None leaves it to the configuration.
+        port: TCP port; None leaves it to the configuration.
+    """
+
+    text: str
+    scheme: str
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left: its exit status as a shell counts it (128 and more: a signal), and what it printed."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def last_words(self) -> str:
+        """The last line that it printed as an error, or its exit status."""
+        lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
+        return shown(lines[-1]) if lines else f"exit status {self.code}"
+
+
+class DroppedError(RequestError):
+    """The connection to a device broke off."""
+
+
+class Connection(Protocol):
+    """A device that answers.
+
+    Attributes:
+        where: How the user named it.
+        parent: Where folders of ours go unless the user says otherwise, in the words of its shell.
+    """
+
+    where: str
+    parent: str
+
+    def run(self, command: str, timeout_s: float) -> Answer:
+        """Run a line of POSIX shell there.
+
+        Raises:
+            DroppedError: the connection broke off.
+            RequestError: no end within `timeout_s`, or more was printed than `MAX_ANSWER_BYTES`.
+        """
+
+    def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
+        """Write a file there.
+
+        Args:
+            source: Its bytes.
+            target: Absolute path on the device.
+            advance: Called with the number of bytes of each piece sent.
+
+        Raises:
+            DroppedError: the connection broke off.
+            RequestError: the device could not write it.
+        """
+
+    def close(self) -> None:
+        """End the connection."""
+
+
+def address_of(text: str) -> Address:
+    """Return the parts of what `--on` names.
+
+    Raises:
+        RequestError: it names no device.
+    """
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise RequestError("this is no address of a device", where=shown(text), got=error, next_step=FORMS) from None
+    if parts.scheme not in SCHEMES:
+        advice = did_you_mean(parts.scheme, SCHEMES)
+        raise RequestError("this is no way to a device", where=shown(text), next_step=f"{FORMS}; {advice}")
+    wrong = _wrong(parts)
+    if wrong or not text.isprintable():
+        raise RequestError("this is no address of a device", where=shown(text), got=wrong, next_step=FORMS)
+    if parts.scheme == "adb":
+        return Address(text, "adb", parts.netloc)
+    return Address(text, "ssh", parts.hostname or "", parts.username, port)
+
+
+def _wrong(parts: SplitResult) -> str | None:
+    if parts.password is not None:
+        return "a password, which other users of this machine could see"
+    if not parts.hostname or " " in parts.netloc:
+        return "no host" if parts.scheme == "ssh" else "no serial"
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        return f"more than a host: {shown(parts.path or parts.query or parts.fragment)}"
+    return None
+
+
+def pieces(source: BinaryIO, advance: Advance) -> Iterator[bytes]:
+    """Yield a file in pieces, each counted when it is asked to go on."""
+    while piece := source.read(CHUNK_BYTES):
+        yield piece
+        advance(len(piece))
+
+
+def too_much(where: str) -> RequestError:
+    """Return the refusal of a device that prints without end."""
+    return RequestError(
+        "the device printed more than an answer has", where=where, expected=f"at most {MAX_ANSWER_BYTES:,} bytes"
+    )
+
+
+def too_long(where: str, timeout_s: float) -> RequestError:
+    """Return the refusal of a device that does not come to an end."""
+    return RequestError(
+        "the device did not finish", where=where, expected=f"an answer within {timeout_s:,.0f} s",
+        next_step="measure less with --prompt, --generate, --repeats or --sustain",
+    )  # fmt: skip
+
+
+def dropped(where: str, cause: object) -> DroppedError:
+    """Return what is said where a connection breaks off."""
+    return DroppedError(
+        "the connection to the device was dropped", where=where, got=shown(str(cause)),
+        next_step="check its cable, network and power, and run the command again",
+    )  # fmt: skip
