@@ -43,7 +43,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with open_model(str(tiny_model(folder / "model", hidden=1024, intermediate=2880))) as model:
         decisions = target.decide(model, "F32", "rtn")
         artifact = target.lower(CompressedModel(model, decisions, None), "F32", folder / "artifact")
-        return artifact, target.estimated_peak_bytes(model, decisions, CONTEXT)
+        return artifact, target.estimated_peak(model, decisions, CONTEXT).bytes
 
 
 def named(found: Emulation) -> dict[str, Check]:
