@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,10 @@ def install(progress: Progress = silent) -> Installation:
     qemu()
     found = installation()
     require_space(found.folder, NEED_BYTES, "free some space or name another cache in EDGE_EXPORTER_CACHE")
-    parts = {found.root: _debian, found.packages: partial(_wheels, found.root)}
+    parts: dict[Path, Callable[[Path], None]] = {
+        found.root: _debian,
+        found.packages: partial(_wheels, found.root),
+    }
     for number, (place, make) in enumerate(parts.items()):
         progress(f"set up: {place.name}", number, len(parts))
         if not place.is_dir():

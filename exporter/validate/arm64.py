@@ -164,7 +164,10 @@ def _log_softmax(
     logits: np.ndarray[tuple[int, int], np.dtype[np.float64]],
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    logarithms: np.ndarray[tuple[int, int], np.dtype[np.float64]] = shifted - np.log(
+        np.exp(shifted).sum(axis=1, keepdims=True)
+    )
+    return logarithms
 
 
 def _check_ran(emulator: Emulator, device: DeviceProfile) -> Check:
