@@ -32,11 +32,23 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 EXAMPLE = "--file-bytes 4920000000 --params 8030000000 --format Q4_K_M --backend cpu"
 
 
+def _whole(text: str) -> int:
+    """Return a whole number, which may be written as 1.24e9."""
+    try:
+        number = int(text) if text.isdecimal() else int(float(text))
+        exact = text.isdecimal() or number == float(text)
+    except (ValueError, OverflowError):
+        exact = False
+    if not exact:
+        raise typer.BadParameter(f"{text!r} is not a whole number, such as 1240000000 or 1.24e9")
+    return number
+
+
 @app.command(epilog=f"Example: edge-exporter predict --device pixel-9 {EXAMPLE}")
 def predict(
     device: DeviceOption,
-    file_bytes: Annotated[int, typer.Option("--file-bytes", help="Bytes of the model's file.")],
-    parameters: Annotated[int, typer.Option("--params", help="Weights of the model, as a whole number.")],
+    file_bytes: Annotated[int, typer.Option("--file-bytes", parser=_whole, help="Bytes of the model's file.")],
+    parameters: Annotated[int, typer.Option("--params", parser=_whole, help="Weights of the model, such as 1.24e9.")],
     format: Annotated[str, typer.Option("--format", help="Of the weights, such as Q4_0, Q4_K_M, F16 or int4.")],
     backend: Annotated[
         str, typer.Option("--backend", help="cpu, gpu:metal, gpu:opencl, gpu:cuda, gpu:vulkan, npu:htp, ...")

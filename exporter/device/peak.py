@@ -4,6 +4,7 @@ import re
 
 from exporter.device.estimate import Estimate
 from exporter.device.fit import UNIT
+from exporter.device.likely import predicted_peak
 from exporter.device.profile import DeviceProfile
 from exporter.device.request import Request
 from exporter.device.terms import kv_bytes
@@ -15,10 +16,8 @@ from exporter.device.terms import kv_bytes
 PROCESS_BYTES, BUFFERS_BYTES, BUFFERS_TOKENS, BUFFERS_POWER = 95e6, 69e6, 512, 0.3
 # llama.cpp held 1.07 to 1.14 times the file, LiteRT 1.0 to 1.3 times.
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
-# While it loads, llama.cpp has the mapped file and beside it, rearranged for the CPU's instructions, those of its
-# matrices that have kernels for that (ggml's ggml-cpu/repack.cpp): all but embeddings, in mixes fewer.
-REPACKED_ON_ARM, REPACKED_ON_X86 = r"(UD-)?(Q4_0|Q8_0|IQ4_NL|Q[456]_K)", r"(UD-)?(Q4_0|Q4_K|IQ4_NL)"
-LEAST_COPIED, COPIED, MOST_COPIED = 0.5, 0.8, 1.0
+# Whose memory is known term by term; Termux runs llama.cpp.
+KNOWN_RUNTIMES = re.compile("llama|termux|onnx")
 
 
 def held_bytes(request: Request) -> Estimate:
@@ -37,27 +36,12 @@ def held_bytes(request: Request) -> Estimate:
 
 def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Estimate:
     """Estimate the most that is resident at any time, pages of the mapped file included, which can be dropped."""
-    if not _is_rearranged(request, profile):
+    if request.backend != "cpu" or not (request.runtime == "" or KNOWN_RUNTIMES.search(request.runtime.lower())):
         return held
-
-    def loading(copied: float, rest: float) -> float:
-        # What is mapped is dropped before more is resident than there is memory.
-        return min(request.file_bytes * (1 + copied) + rest, profile.ram_bytes.value)
-
-    value = loading(COPIED, PROCESS_BYTES)
-    copying = "the mapped file, and its matrices rearranged for the CPU beside it, while the model loads"
-    return Estimate(
-        value=max(held.value, value),
-        low=max(held.low, loading(LEAST_COPIED, 0)),
-        high=max(held.high, loading(MOST_COPIED, 2 * PROCESS_BYTES)),
-        unit=UNIT,
-        how=copying if value > held.value else held.how,
+    found = predicted_peak(
+        request.file_bytes, request.parameters, request.format.strip(), request.context, profile.isa.features
     )
-
-
-def _is_rearranged(request: Request, profile: DeviceProfile) -> bool:
-    features, runtime = set(profile.isa.features), request.runtime.lower()
-    if request.backend != "cpu" or not (runtime == "" or "llama" in runtime or "termux" in runtime):
-        return False
-    pattern = REPACKED_ON_X86 if "avx2" in features else REPACKED_ON_ARM if "dotprod" in features else None
-    return pattern is not None and re.match(pattern, request.format.strip().upper()) is not None
+    # What is mapped is dropped before more is resident than there is memory.
+    value, low, high = (min(float(size), profile.ram_bytes.value) for size in (found.value, found.low, found.high))
+    how = "the process, weights as the runtime loads and packs them, cache and buffers of models of that size"
+    return Estimate(value=value, low=low, high=high, unit=UNIT, how=how)
