@@ -233,12 +233,14 @@ def texts() -> tuple[str, str]:
 
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from exporter.confinement.cgroup import control_groups
 from exporter.confinement.confinement import Confined, confined, controlled
 from exporter.confinement.limits import Limits
 from exporter.targets.child import Child
 if __name__ == "__main__":
+    # What runs the tests in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     limits = Limits(memory_bytes=500_000_000, cpu_share=0.5)
     with control_groups(controlled(limits)) as groups, Child("worker", Confined, os.getpid()) as child:
         with confined(child.process_id, limits, {"memory": groups["memory"]} if groups else {}):
