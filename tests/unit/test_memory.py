@@ -118,8 +118,8 @@ def test_small_models_take_what_is_foretold(tmp_path: Path, target: str, type: s
         timing = child.call("measure", prompt, 4, 1)
     overhead = LLAMA_CPP if target == "gguf" else ONNXRUNTIME
     assert peak.process_bytes >= overhead.process_bytes
-    # The child imports what started the tests besides, which is pytest here.
-    assert abs(timing.peak_bytes - peak.bytes) < 20 * MIB
+    # The child imports what started the tests besides; the pages of libraries differ by some 25 MB from run to run.
+    assert abs(timing.peak_bytes - peak.bytes) < 40 * MIB
     if target == "onnx":
         settings = json.loads((artifact.folder / "genai_config.json").read_text("utf-8"))
         assert settings["search"]["chunk_size"] == ONNX_CHUNK
