@@ -1,14 +1,13 @@
 """A device's profile with what was measured on it, as a user's own TOML file."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from exporter.bench.cycle import Outcome
+from exporter.device import point
 from exporter.device.profile import DeviceProfile, device_names, load_device
-from exporter.device.writing import profile_toml
 from exporter.errors import RequestError
-from exporter.toml import checked, shown
+from exporter.toml import shown
 
 SOURCE = "edge-exporter bench"
 
@@ -29,12 +28,7 @@ def write_profile(outcome: Outcome, device: str | None, path: Path) -> None:
         raise RequestError(
             "the profile cannot be written there", where=path, expected="a new .toml file in a folder that is there"
         )
-    table = base_of(outcome, device).model_dump(mode="json", exclude_none=True) | {"name": path.stem}
-    table["measured"] = [*table.get("measured", []), _run(outcome)]
-    made = checked(table, DeviceProfile, path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(profile_toml(made).encode())
-    Path(file.name).replace(path)
+    point.write_profile(point.with_runs(base_of(outcome, device), [_run(outcome)], path.stem, path), path)
 
 
 def base_of(outcome: Outcome, device: str | None) -> DeviceProfile:

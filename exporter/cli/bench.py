@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from exporter.errors import CheckError, RequestError
+from exporter.cli.arguments import BundleArgument, fail_on, require_bundle
+from exporter.errors import RequestError
 
 if TYPE_CHECKING:
     from exporter.bench.cycle import Outcome
@@ -15,7 +16,7 @@ FAR_AWAY = "It needs --on."
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    bundle: BundleArgument,
     on: Annotated[
         str | None, typer.Option("--on", metavar="ADDRESS", help="ssh://user@host[:port] or adb://serial.")
     ] = None,
@@ -56,8 +57,7 @@ def bench(
     from exporter.bench.engine import Settings
     from exporter.cli import show
 
-    if not (bundle / "manifest.json").is_file():
-        raise RequestError("this is no bundle", where=bundle, expected="a folder with manifest.json")
+    require_bundle(bundle)
     settings = Settings(prompt, generate, depth, context, repeats, sustain, threads)
     remote_options = {
         "--identity": identity, "--python": python, "--binary": binary, "--folder": folder, "--keep": keep or None,
@@ -73,9 +73,7 @@ def bench(
 
         write_profile(outcome, device, profile)
     _print(outcome, "json" if as_json else format)
-    failed = [check.name for check in outcome.checks if check.status == "failed"]
-    if failed:
-        raise CheckError(f"{len(failed)} of {len(outcome.checks)} checks failed: {', '.join(failed)}")
+    fail_on(outcome.checks)
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:

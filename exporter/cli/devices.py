@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer.core import TyperGroup
 
+from exporter.cli.arguments import JsonOption
 from exporter.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ class _Devices(TyperGroup):
 
 
 app = typer.Typer(cls=_Devices, help="List the device profiles, or show one with the source of each number.")
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 @app.command("list", epilog="Example: edge-exporter devices list --class phone")

@@ -1,19 +1,18 @@
 """`edge-exporter emulate`: a bundle as on a device, on this machine."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exporter.errors import CheckError
+from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on
 
 app = typer.Typer(help="Run a bundle as on a device, on this machine.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: edge-exporter emulate run phone --device raspberry-pi-5 --memory-bytes 64000000")
 def run(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
-    device: Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")],
+    bundle: BundleArgument,
+    device: DeviceOption,
     memory_bytes: Annotated[
         int | None, typer.Option("--memory-bytes", help="Most memory; by default what one app may use.")
     ] = None,
@@ -23,7 +22,7 @@ def run(
         float | None, typer.Option("--timeout", help="Seconds after which the run is ended; by default 300 and more.")
     ] = None,
     context: Annotated[int, typer.Option("--context", min=64, help="Tokens of context to run at.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a bundle under a device's limits of memory and CPU, without a network."""
     from exporter.cli import show
@@ -39,14 +38,12 @@ def run(
         show.checks(found.checks)
 
     show.document(facts, as_json, people)
-    failed = [check.name for check in found.checks if check.status == "failed"]
-    if failed:
-        raise CheckError(f"{len(failed)} of {len(found.checks)} checks failed: {', '.join(failed)}")
+    fail_on(found.checks)
 
 
 @app.command(epilog="Example: edge-exporter emulate setup")
 def setup(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Install an ARM64 system into the cache, so that bundles run on emulated Arm cores."""
     from exporter.arm64.cores import CORES

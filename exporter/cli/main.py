@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, Never
+from typing import Annotated, Literal, Never
 
 import typer
 
@@ -15,7 +15,8 @@ from exporter.cli import bench as benching
 from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
-from exporter.errors import CheckError, ExporterError, RequestError
+from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on, require_bundle
+from exporter.errors import ExporterError, RequestError
 
 app = typer.Typer(
     name="edge-exporter",
@@ -33,8 +34,6 @@ app.add_typer(emulating.app, name="emulate")
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
 ]
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
 TargetOption = Annotated[
     str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto for what the device prefers.")
 ]
@@ -75,7 +74,6 @@ PreferOption = Annotated[
 EffortOption = Annotated[
     str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model writes its own.")
 ]
@@ -130,7 +128,7 @@ def build(
         bundle = run_build(job, progress)
     checks = bundle.report.checks + bundle.measurements.checks
     show.document(show.bundle_facts(bundle.path), as_json, lambda: show.bundle(bundle.path))
-    _fail_on(checks)
+    fail_on(checks)
 
 
 @app.command(epilog="Example: edge-exporter plan demo --device raspberry-pi-5 --type Q4_0")
@@ -166,7 +164,7 @@ def plan(
     )  # fmt: skip
     made, seconds = run_plan(job)
     show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
-    _fail_on(made.checks)
+    fail_on(made.checks)
 
 
 @app.command(epilog='Example: edge-exporter run phone -p "The capital of France is"')
@@ -193,14 +191,14 @@ def verify(bundle: BundleArgument, threads: ThreadsOption = THREADS, as_json: Js
     from exporter.cli import show
     from exporter.use import self_test
 
-    _require_bundle(bundle)
+    require_bundle(bundle)
     with show.progress(enabled=not as_json) as progress:
         mib = 1 << 20
         checks = tuple(verify_bundle(bundle, lambda done, total: progress("verify: MiB", done // mib, total // mib)))
     if all(check.status == "passed" for check in checks):
         checks += (self_test(bundle, threads),)
     show.document(show.checks_facts(checks), as_json, lambda: show.checks(checks))
-    _fail_on(checks)
+    fail_on(checks)
 
 
 app.command(epilog="Example: edge-exporter bench phone --on ssh://pi@raspberrypi --device raspberry-pi-5")(
@@ -217,7 +215,7 @@ def compare(
     from exporter.cli import show
 
     for bundle in bundles:
-        _require_bundle(bundle)
+        require_bundle(bundle)
     facts = [show.bundle_facts(bundle) for bundle in bundles]
     show.document({"bundles": facts}, as_json, lambda: show.comparison(facts))
 
@@ -231,7 +229,7 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_
         facts = show.gguf_facts(path)
         show.document(facts, as_json, lambda: show.tensors(facts))
     else:
-        _require_bundle(path)
+        require_bundle(path)
         show.document(show.bundle_facts(path), as_json, lambda: show.bundle(path))
 
 
@@ -265,17 +263,6 @@ def unpack(
         original = restore_file(file, restored, lambda done, total: progress("unpack: MiB", done // mib, total // mib))
     facts = {"file": str(restored), "bytes": original.size, "sha256": original.sha256.hex()}
     show.document(facts, as_json, lambda: print(f"{restored}: {original.size:,} bytes"))
-
-
-def _require_bundle(path: Path) -> None:
-    if not (path / "manifest.json").is_file():
-        raise RequestError("this is no bundle", where=path, expected="a folder with manifest.json")
-
-
-def _fail_on(checks: Any) -> None:
-    failed = [check.name for check in checks if check.status == "failed"]
-    if failed:
-        raise CheckError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
 def main() -> Never:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exporter.cli.arguments import DeviceOption, JsonOption
 from exporter.cli.devices import app as devices_app
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ TITLES = {
 }
 
 app = typer.Typer()
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
 MeasuredOption = Annotated[list[str] | None, typer.Option("--measured", help=MEASURED_HELP)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 EXAMPLE = "--file-bytes 4920000000 --params 8030000000 --format Q4_K_M --backend cpu"
 
 

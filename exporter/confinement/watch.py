@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import suppress
 from itertools import count
@@ -21,7 +22,38 @@ MAPPING = rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (?:%b) .*\n(?:\w+: .*\n)*?Rss: +(\
 Ending = Literal["memory", "time"]
 
 
-class Watch:
+class _Beside(ABC):
+    """A thread that goes on beside a process until it is closed; both are there from entering to leaving it.
+
+    Args:
+        process_id: The process; it must not have been waited for.
+    """
+
+    def __init__(self, process_id: int) -> None:
+        self._closed = threading.Event()
+        # A process id may be given anew once the process was waited for; this handle is never another's.
+        self._handle = os.pidfd_open(process_id)
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
+
+    @abstractmethod
+    def _go_on(self) -> None:
+        """Do the work until `_closed` is set."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End, and leave the process as it is to go on."""
+        self._closed.set()
+        self._thread.join()
+        os.close(self._handle)
+
+
+class Watch(_Beside):
     """Looks at a process every 20 ms, and ends it once it holds more memory or takes longer than it may.
 
     Memory is the proportional set: pages that several processes map count in parts, but for those of the artifact. An
@@ -41,18 +73,15 @@ class Watch:
     def __init__(
         self, process_id: int, memory_bytes: int | None, timeout_s: float, files: Collection[Path] = ()
     ) -> None:
+        super().__init__(process_id)
         self.peak_bytes = 0
         self.ended: Ending | None = None
         self._process_id = process_id
         self._memory_bytes = memory_bytes
         self._files = files
         self._end = time.monotonic() + timeout_s
-        self._closed = threading.Event()
-        # A process id may be given anew once the process was waited for; this handle is never another's.
-        self._handle = os.pidfd_open(process_id)
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def _look(self) -> None:
+    def _go_on(self) -> None:
         shared = 0
         for look in count():
             if self.ended is not None or self._closed.wait(LOOK_S):
@@ -70,21 +99,8 @@ class Watch:
         self.ended = reason
         send(self._handle, signal.SIGKILL)
 
-    def __enter__(self) -> Self:
-        """Begin to watch."""
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Watch no longer."""
-        self._closed.set()
-        self._thread.join()
-        os.close(self._handle)
-
-
-class DutyCycle:
+class DutyCycle(_Beside):
     """Stops and continues a process by turns, so that it runs for a share of the time.
 
     How long it did run and stand is summed up, and each stop makes up for what the ones before it missed.
@@ -95,12 +111,10 @@ class DutyCycle:
     """
 
     def __init__(self, process_id: int, share: float) -> None:
+        super().__init__(process_id)
         self._share = share
-        self._closed = threading.Event()
-        self._handle = os.pidfd_open(process_id)
-        self._thread = threading.Thread(target=self._turn, daemon=True)
 
-    def _turn(self) -> None:
+    def _go_on(self) -> None:
         ran = stood = 0.0
         while not self._closed.is_set():
             ran += self._pass(self._share * CYCLE_S)
@@ -113,19 +127,6 @@ class DutyCycle:
         started = time.perf_counter()
         self._closed.wait(max(seconds, 0))
         return time.perf_counter() - started
-
-    def __enter__(self) -> Self:
-        """Begin with a turn that it runs."""
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let it run."""
-        self._closed.set()
-        self._thread.join()
-        os.close(self._handle)
 
 
 def send(handle: int, number: signal.Signals) -> None:

@@ -1,5 +1,6 @@
 """What computes on a device: its processors as runtimes reach them, their kernels, and what was measured on them."""
 
+from collections.abc import Iterable
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -11,6 +12,11 @@ from exporter.toml import impossible
 ArmFeature = Literal["neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
 X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512-bf16", "avx512-vnni", "amx-int8"]
 Feature = Literal[ArmFeature, X86Feature]
+# Linux's names of what profiles name otherwise.
+CPUINFO_NAMES = {
+    "asimd": "neon", "asimddp": "dotprod", "avx512f": "avx512", "amx_int8": "amx-int8", "avx_vnni": "avx-vnni",
+    "avx512_bf16": "avx512-bf16", "avx512_vnni": "avx512-vnni",
+}  # fmt: skip
 BackendName = Literal[
     "cpu", "gpu:cuda", "gpu:metal", "gpu:opencl", "gpu:rocm", "gpu:sycl", "gpu:vulkan", "npu:ane", "npu:htp",
     "npu:openvino", "npu:rknn", "npu:xdna",
@@ -18,6 +24,11 @@ BackendName = Literal[
 Family = Literal["f32", "f16", "bf16", "q8", "q4", "k", "iq", "int8", "int4", "w4a16"]
 
 BITS_OF_A_PARAMETER = 0.5, 40.0
+
+
+def features_named(words: Iterable[str]) -> frozenset[str]:
+    """Return the instructions that words of /proc/cpuinfo name, by the profiles' names."""
+    return frozenset(CPUINFO_NAMES.get(word, word) for word in words) & frozenset[str](get_args(Feature))
 
 
 class InstructionSet(Document):

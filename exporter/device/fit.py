@@ -54,11 +54,15 @@ def _app_memory(profile: DeviceProfile, peak: Quantity) -> Check:
 
 
 def _ram(profile: DeviceProfile, peak: Quantity) -> Check:
-    ram = profile.ram_bytes
-    reserve = min(OS_RESERVE_BYTES[profile.device_class], LARGEST_RESERVED_SHARE * ram.value)
+    ram, reserve = profile.ram_bytes, reserved_bytes(profile)
     limit = ram.value - reserve
     rule = f"{_size(limit)}: RAM of {_known(ram)} less {_size(reserve)} for the system (estimated)"
     return _check("device.ram", f"peak memory {_known(peak)}", peak.value, rule, limit)
+
+
+def reserved_bytes(profile: DeviceProfile) -> float:
+    """Return what of the RAM the system is taken to need for itself."""
+    return min(OS_RESERVE_BYTES[profile.device_class], LARGEST_RESERVED_SHARE * profile.ram_bytes.value)
 
 
 def _file_size(profile: DeviceProfile, file_bytes: int, basis: Basis) -> Check:

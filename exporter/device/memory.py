@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.device.backend import features_named
 from exporter.weights.group import Decision
 from exporter.weights.matmulnbits import MatMulNBitsFormat
 
@@ -198,6 +199,5 @@ def host_features() -> frozenset[str]:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return frozenset({"neon", "dotprod"})
     path = Path("/proc/cpuinfo")
-    words = set(path.read_text(encoding="utf-8", errors="replace").split()) if path.is_file() else set()
-    names = {"avx2": "avx2", "avx512f": "avx512", "asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm"}
-    return frozenset(name for word, name in names.items() if word in words)
+    words = path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
+    return features_named(words) & {"avx2", "avx512", "neon", "dotprod", "i8mm"}

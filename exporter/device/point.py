@@ -1,9 +1,10 @@
 """Measured points in a user's hands: as text on the command line, and in a profile of the user's own."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from exporter.cache import replacing
 from exporter.device.backend import Measured
 from exporter.device.profile import DeviceProfile
 from exporter.device.request import Request
@@ -73,14 +74,22 @@ def calibrated(profile: DeviceProfile, runs: Sequence[Measured], name: str) -> D
     Raises:
         RequestError: a run cannot be of this device: it reads more than the memory gives.
     """
-    table = profile.model_dump() | {
-        "name": name,
-        "measured": [run.model_dump() for run in (*profile.measured, *runs)],
-    }
     try:
-        return checked(table, DeviceProfile, name)
+        return with_runs(profile, [run.model_dump() for run in runs], name, name)
     except InputError as error:
         raise RequestError(str(error)) from error
+
+
+def with_runs(
+    profile: DeviceProfile, runs: Sequence[Mapping[str, object]], name: str, where: Path | str
+) -> DeviceProfile:
+    """Return a profile with more measured runs, as tables that are not checked yet, under a name.
+
+    Raises:
+        InputError: a run is none, or cannot be of this device.
+    """
+    measured = [*(run.model_dump() for run in profile.measured), *runs]
+    return checked(profile.model_dump() | {"name": name, "measured": measured}, DeviceProfile, where)
 
 
 def write_profile(profile: DeviceProfile, output: Path) -> None:
@@ -93,9 +102,5 @@ def write_profile(profile: DeviceProfile, output: Path) -> None:
         raise RequestError("a profile's name ends with .toml", got=output.name, next_step=f"use {output.name}.toml")
     if os.path.lexists(output):
         raise RequestError("already exists", where=output, next_step="choose another -o or delete it")
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with replacing(output) as partial:
         partial.write_text(profile_toml(profile), encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)

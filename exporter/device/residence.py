@@ -10,7 +10,7 @@ from math import exp, log
 from typing import Literal
 
 from exporter.device.estimate import Estimate
-from exporter.device.fit import LARGEST_RESERVED_SHARE, OS_RESERVE_BYTES
+from exporter.device.fit import reserved_bytes
 from exporter.device.profile import DeviceClass, DeviceProfile
 from exporter.measures import Document
 
@@ -43,9 +43,9 @@ class Residence(Document):
 
 def residence(profile: DeviceProfile, held: Estimate) -> Residence:
     """Compare what a model holds while it runs with what a device has for one app."""
-    ram = profile.ram_bytes.value
-    reserve = min(OS_RESERVE_BYTES[profile.device_class], LARGEST_RESERVED_SHARE * ram)
-    limit, what, app = ram - reserve, "what the RAM leaves beside the system", profile.app_memory_limit_bytes.value
+    reserve = reserved_bytes(profile)
+    limit, what = profile.ram_bytes.value - reserve, "what the RAM leaves beside the system"
+    app = profile.app_memory_limit_bytes.value
     if app < limit:
         limit, what = app, "what one app may use"
     ends = app == limit and profile.device_class in ("phone", "tablet")

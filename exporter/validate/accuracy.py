@@ -146,11 +146,28 @@ def _compare(expected: torch.Tensor, got: torch.Tensor, following: torch.Tensor)
     first = expected.max(dim=-1)
     lead = first.values - expected.scatter(1, first.indices[:, None], -torch.inf).amax(-1)
     same = first.indices == got.argmax(-1)
-    p = expected.log_softmax(-1, dtype=torch.float64)
-    gain = p - got.log_softmax(-1, dtype=torch.float64)
+    p, gain = _gain(expected, got)
     loss = gain.gather(1, following[:, None])[:, 0]
     kl = gain.mul_(p.exp_()).sum(-1)
     return torch.stack([kl, same, lead, loss])
+
+
+@torch.inference_mode()
+def divergence(expected: Float32, got: Float32) -> Float64:
+    """Return KL(expected || got) of each position, float64 [positions]; logits are float32 [positions, vocab]."""
+    kl = torch.empty(len(expected), dtype=torch.float64)
+    for start in range(0, len(expected), POSITIONS_AT_ONCE):
+        part = slice(start, start + POSITIONS_AT_ONCE)
+        p, gain = _gain(torch.from_numpy(expected[part]), torch.from_numpy(got[part]))
+        kl[part] = gain.mul_(p.exp_()).sum(-1)
+    found: Float64 = kl.numpy()
+    return found
+
+
+def _gain(expected: torch.Tensor, got: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p of one, and what it is more than of the other, both float64 [positions, vocab]."""
+    p = expected.log_softmax(-1, dtype=torch.float64)
+    return p, p - got.log_softmax(-1, dtype=torch.float64)
 
 
 class _Replaced:

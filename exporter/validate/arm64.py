@@ -25,6 +25,7 @@ from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.emulated import Emulated, Setting, emulated_target
+from exporter.validate.accuracy import divergence
 from exporter.validate.emulation import Emulation
 from exporter.weights.format import Float32
 
@@ -39,7 +40,6 @@ MOST_ROUNDING_KL, MOST_KL_UNROUNDED = 0.02, MOST_AGREEMENT_KL
 POSITIONS, POSITIONS_UNROUNDED = 256, 16
 # The last tokens come one at a time: kernels for a single row are others.
 SINGLE = 2
-POSITIONS_AT_ONCE = 16
 TIMEOUT_S, TIMEOUT_BYTES_PER_S = 600.0, 2e7
 THREADS = 2
 
@@ -147,27 +147,10 @@ def choose(losses: Mapping[str, Loss], limit: float, candidates: Mapping[str, Se
 
 
 def loss(expected: Float32, got: Float32) -> Loss:
-    """Compare logits, both float32 [tokens, vocab]; sums are in float64, since KL may be below 1e-9."""
-    parts = [slice(at, at + POSITIONS_AT_ONCE) for at in range(0, len(expected), POSITIONS_AT_ONCE)]
-    kl = np.concatenate([_divergence(expected[part], got[part]) for part in parts])
+    """Compare logits, both float32 [tokens, vocab]."""
+    kl = divergence(expected, got)
     same = (expected.argmax(axis=1) == got.argmax(axis=1)).mean()
     return Loss(float(kl.mean()), float(kl.std() / len(kl) ** 0.5), float(same), len(kl))
-
-
-def _divergence(expected: Float32, got: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, got))
-    divergence: np.ndarray[tuple[int], np.dtype[np.float64]] = (np.exp(p) * (p - q)).sum(axis=1)
-    return divergence
-
-
-def _log_softmax(
-    logits: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    logarithms: np.ndarray[tuple[int, int], np.dtype[np.float64]] = shifted - np.log(
-        np.exp(shifted).sum(axis=1, keepdims=True)
-    )
-    return logarithms
 
 
 def _check_ran(emulator: Emulator, device: DeviceProfile) -> Check:

@@ -72,11 +72,9 @@ class Gguf:
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
     )
 
-    def __init__(
-        self, throughput: Mapping[str, Throughput] = ON_X86, features: Collection[str] = host_features()
-    ) -> None:
+    def __init__(self, throughput: Mapping[str, Throughput] = ON_X86, features: Collection[str] | None = None) -> None:
         self._throughput = throughput
-        self._features = features
+        self._features = host_features() if features is None else features
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the kernels that llama.cpp has for a device's instruction set."""

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import get_args
 
-from exporter.device.backend import ArmFeature, Feature
+from exporter.device.backend import ArmFeature, features_named
 from exporter.device.connect.connection import Connection
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
@@ -18,10 +18,6 @@ WARMTH = (
     "for z in /sys/class/thermal/thermal_zone*; do cat $z/type $z/temp 2>/dev/null | paste -s -d ' ' -; done; "
     "dumpsys thermalservice 2>/dev/null || true"
 )
-# Linux's names of what profiles name; a feature of one name is spelled alike.
-ALIASES = {"asimd": "neon", "asimddp": "dotprod", "avx512f": "avx512", "amx_int8": "amx-int8", "avx_vnni": "avx-vnni",
-           "avx512_bf16": "avx512-bf16", "avx512_vnni": "avx512-vnni"}  # fmt: skip
-KNOWN: frozenset[str] = frozenset(name for kind in get_args(Feature) for name in get_args(kind) or (kind,))
 COLDEST, HOTTEST = 0.0, 150.0
 # Batteries and chargers warm up too, long after the processor.
 CORES = re.compile(r"cpu|soc|pkg|core|tdie|big|little|mid|cluster|apc", re.IGNORECASE)
@@ -71,7 +67,7 @@ def machine_of(text: str) -> Machine:
         key, _, value = line.partition(":")
         values.setdefault(key.strip(), []).append(value.strip())
     names = [model, *values.get("model name", []), *values.get("Model", []), *values.get("Hardware", [])]
-    features = [_features(line) for line in values.get("Features", []) + values.get("flags", [])]
+    features = [features_named(line.split()) for line in values.get("Features", []) + values.get("flags", [])]
     return Machine(
         system=_name(system),
         architecture=_name(architecture),
@@ -80,10 +76,6 @@ def machine_of(text: str) -> Machine:
         ram_bytes=_ram(values.get("MemTotal", [""])[0]),
         features=frozenset.intersection(*features) if features else frozenset(),
     )
-
-
-def _features(line: str) -> frozenset[str]:
-    return frozenset(ALIASES.get(word, word) for word in line.split()) & KNOWN
 
 
 def _ram(text: str) -> int:

@@ -161,9 +161,7 @@ class Ssh:
         )  # fmt: skip
 
     async def _run(self, command: str, timeout_s: float) -> Answer:
-        # The account's own shell may be none that POSIX knows.
-        line = f"exec /bin/sh -c {shlex.quote(command)}"
-        async with self._connection.create_process(line, encoding=None, stdin=asyncssh.DEVNULL) as process:
+        async with self._connection.create_process(_posix(command), encoding=None, stdin=asyncssh.DEVNULL) as process:
             reads = asyncio.gather(self._read(process.stdout), self._read(process.stderr))
             try:
                 output, errors = await asyncio.wait_for(reads, timeout_s)
@@ -181,7 +179,7 @@ class Ssh:
         return bytes(read)
 
     async def _send(self, source: BinaryIO, target: str, advance: Advance) -> None:
-        line = f"exec /bin/sh -c {shlex.quote(f'umask 077; cat > {shlex.quote(target)}')}"
+        line = _posix(f"umask 077; cat > {shlex.quote(target)}")
         async with self._connection.create_process(line, encoding=None) as process:
             try:
                 for piece in pieces(source, advance):
@@ -201,6 +199,11 @@ class Ssh:
         if code is None:
             raise dropped(self.where, "the command left no exit status")
         return 128 - code if code < 0 else code
+
+
+def _posix(command: str) -> str:
+    # The account's own shell may be none that POSIX knows.
+    return f"exec /bin/sh -c {shlex.quote(command)}"
 
 
 def known_hosts() -> asyncssh.SSHKnownHosts:
