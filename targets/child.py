@@ -15,6 +15,11 @@ from exporter.errors import ExporterError, RuntimeCrashError
 
 _spawn = get_context("spawn")
 
+# How often a thread of GNU OpenMP looks whether the others are done before it sleeps. Its default of 300,000 is some
+# 10 ms, which on a core that another process wants too is lost at each of a token's hundreds of barriers: llama.cpp on
+# two cores, one of them busy, decodes 2.2 times as fast with 1,000, and as fast as ever where both are free.
+SPINS = "1000"
+
 
 class Child:
     """A child process that makes one object (or one result) and answers calls to its methods.
@@ -31,6 +36,7 @@ class Child:
         self.title = title
         self._log = tempfile.NamedTemporaryFile(prefix="edge-exporter-", suffix=".log")  # noqa: SIM115  (closed in close)
         self._pipe, theirs = _spawn.Pipe()
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
         self._process = _spawn.Process(target=_serve, args=(theirs, self._log.name, factory, args), daemon=True)
         self._process.start()
         theirs.close()

@@ -1,6 +1,6 @@
 """What a target must say so that its artifacts run on emulated Arm cores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -41,17 +41,17 @@ class Emulated(Protocol):
 
     def logits(
         self,
-        artifacts: Sequence[Artifact],
+        artifact: Artifact,
         installation: Installation,
         core: Core,
         tokens: list[int],
         single: int,
         timeout_s: float,
-    ) -> list[Float32]:
-        """Run artifacts on an emulated core, one after the other.
+    ) -> Float32:
+        """Run an artifact on an emulated core.
 
         Args:
-            artifacts: What to run.
+            artifact: What to run.
             installation: The system to run it in.
             core: The core.
             tokens: Token ids.
@@ -59,7 +59,7 @@ class Emulated(Protocol):
             timeout_s: Seconds after which the run is ended.
 
         Returns:
-            For each the logits after each token, float32 [tokens, vocab].
+            The logits after each token, float32 [tokens, vocab].
 
         Raises:
             IllegalInstructionError: the runtime met an instruction that the core does not have.

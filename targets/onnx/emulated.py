@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,21 +75,20 @@ class EmulatedOnnx:
 
     def logits(
         self,
-        artifacts: Sequence[Artifact],
+        artifact: Artifact,
         installation: Installation,
         core: Core,
         tokens: list[int],
         single: int,
         timeout_s: float,
-    ) -> list[Float32]:
-        """Return each artifact's logits after each token, float32 [tokens, vocab], by `guest.py`."""
-        models = [_request(artifact) for artifact in artifacts]
-        request = {"models": models, "tokens": tokens, "single": single, "threads": THREADS}
+    ) -> Float32:
+        """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
+        request = {"model": _request(artifact), "tokens": tokens, "single": single, "threads": THREADS}
         with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-            asked = Path(scratch, "request.json")
+            asked, made = Path(scratch, "request.json"), Path(scratch, "logits.npy")
             asked.write_text(json.dumps(request), encoding="utf-8")
-            installation.machine(core).python(GUEST, [asked, scratch], timeout_s)
-            return [read_logits(Path(scratch, f"{number}.npy"), len(tokens)) for number in range(len(artifacts))]
+            installation.machine(core).python(GUEST, [asked, made], timeout_s)
+            return read_logits(made, len(tokens))
 
 
 def _request(artifact: Artifact) -> dict[str, object]:

@@ -2,11 +2,11 @@
 
 It imports nothing of the exporter, so that an emulated machine needs numpy and onnxruntime alone:
 
-    python guest.py REQUEST FOLDER
+    python guest.py REQUEST LOGITS
 
 REQUEST is a JSON file: `tokens`, `single` (how many of the last tokens come one at a time, with the keys and values of
-those before), `threads`, and `models`, each with `path`, `head_width` and `options` of the session. The logits of each
-become a file 0.npy, 1.npy, ... in FOLDER, float32 [tokens, vocab].
+those before), `threads`, and `model` with its `path`, `head_width` and `options` of the session. LOGITS becomes a .npy
+file, float32 [tokens, vocab].
 """
 
 import json
@@ -50,11 +50,10 @@ def run(model: dict[str, Any], tokens: list[int], single: int, threads: int) -> 
 
 def main() -> None:
     """Answer the request."""
-    asked, folder = map(Path, sys.argv[1:])
+    asked, made = map(Path, sys.argv[1:])
     request = json.loads(asked.read_text(encoding="utf-8"))
-    for number, model in enumerate(request["models"]):
-        values = run(model, request["tokens"], request["single"], request["threads"])
-        np.save(folder / f"{number}.npy", values, allow_pickle=False)
+    values = run(request["model"], request["tokens"], request["single"], request["threads"])
+    np.save(made, values, allow_pickle=False)
 
 
 if __name__ == "__main__":
