@@ -13,14 +13,16 @@ class Effort:
         calibration_windows: Windows of the calibration text; more of them make what is fitted to it generalise better.
         foretold_windows: Most windows of the evaluation text that what formats cost there is foretold from.
         sweeps: How often codes and scales are improved after error feedback.
+        corrected_windows: Windows of the calibration text on which matrices make up for what those before them lost.
     """
 
     calibration_windows: int
     foretold_windows: int
     sweeps: int
+    corrected_windows: int
 
 
-EFFORTS = {"fast": Effort(8, 2, 0), "balanced": Effort(32, 8, 2), "max": Effort(96, 8, 6)}
+EFFORTS = {"fast": Effort(8, 2, 0, 0), "balanced": Effort(32, 8, 2, 16), "max": Effort(96, 8, 6, 96)}
 
 
 def effort(name: str) -> Effort:

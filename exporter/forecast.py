@@ -13,7 +13,7 @@ import torch
 
 from exporter.calibrate.moments import STRIPES, Site
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
-from exporter.compress.compressed import weights_digest
+from exporter.compress.compressed import is_corrected, weights_digest
 from exporter.compress.method import load_method, relative_error
 from exporter.job import Job
 from exporter.model.model import Model
@@ -56,7 +56,9 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
         "allocate": _prediction(storages, job, flops_per_s),
         "foretell": _statistics(model, job, flops_per_s, job.foretold_windows)
         + _prediction([Storage.of(one) for one in planned.decisions], job, flops_per_s),
-        "compress and lower": VOCABULARY_SECONDS + _encoding(planned.decisions, job, flops_per_s),
+        "compress and lower": VOCABULARY_SECONDS
+        + _encoding(planned.decisions, job, flops_per_s)
+        + _correcting(planned, job, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
@@ -129,6 +131,21 @@ def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
         own += (4.0 * (1 + sweeps) * size * columns + feedback * 2 / 3 * columns**3 / FACTOR_SHARE) / flops_per_s
         seconds += own * (TIMES_WITH_FACTORS if decision.low_rank else 1)
     return seconds
+
+
+def _correcting(planned: Plan, job: Job, flops_per_s: float) -> float:
+    """Return the seconds of two models side by side through the layers, and of their difference at each site."""
+    if not is_corrected(job.effort_level, planned.decisions):
+        return 0.0
+    model, hidden = planned.model, planned.model.architecture.hidden
+    layers = [group for group in model.groups() if group.layer is not None]
+    sites = {group.site: group for group in layers}
+    tokens = job.effort_level.corrected_windows * job.window
+    # Feed-forward parts run twice: to see what their last matrix is given, and with it.
+    models = 2 * sum(group.size * (2 if group.role in ("gate", "up") else 1) for group in layers)
+    moments = sum(2 * one.columns**2 + hidden * one.columns * (one.role in ("o", "down")) for one in sites.values())
+    factors = sum(one.columns**3 for one in sites.values()) / 3
+    return (2.0 * tokens * (models + moments) / LAYERS_SHARE + factors / FACTOR_SHARE) / flops_per_s
 
 
 def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:

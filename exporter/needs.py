@@ -36,7 +36,8 @@ def build_peak_bytes(model: Model, job: Job, recipe: Recipe, file_bytes: int, ru
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
     rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
-    return BASE_BYTES + max(_statistics_bytes(model, job), factoring, encoding, comparing, rewriting)
+    encoded = _corrected_bytes(model, job) + max(factoring, encoding)
+    return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
 
 
 def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
@@ -60,6 +61,17 @@ def _statistics_bytes(model: Model, job: Job) -> int:
     derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * max(shape.intermediate))
     hidden = 3 * 4 * job.effort_level.calibration_windows * job.window * shape.hidden
     return weights + moments + derivative + hidden
+
+
+def _corrected_bytes(model: Model, job: Job) -> int:
+    """Return what is kept of two models side by side: a layer's weights, hidden states, differences at a site."""
+    shape = model.architecture
+    tokens = job.effort_level.corrected_windows * job.window
+    if not tokens:
+        return 0
+    weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
+    hidden = 4 * tokens * (shape.hidden + shape.heads * shape.head_dim)
+    return 2 * (weights + hidden) + 4 * 4 * max(site_columns(model).values()) ** 2
 
 
 def _comparing_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:

@@ -12,7 +12,7 @@ from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compressed import CompressedModel, corrected_on
 from exporter.documents import describe, header, write_documents
 from exporter.effort import effort
 from exporter.errors import ExporterError, RequestError
@@ -146,6 +146,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             rewritten.model,
             planned.recipe.turns,
             methods,
+            corrected_on(job.effort_level, planned.decisions, calibration),
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

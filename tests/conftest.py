@@ -1,4 +1,4 @@
-"""What every test runs under: fixed seeds, two threads, no hub, no network."""
+"""What every test runs under: fixed seeds, as many threads as it may have to itself, no hub, no network."""
 
 import os
 
@@ -6,7 +6,7 @@ import os
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

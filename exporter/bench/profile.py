@@ -21,13 +21,9 @@ def write_profile(outcome: Outcome, device: str | None, path: Path) -> None:
         path: The new file, whose name without `.toml` becomes the device's.
 
     Raises:
-        RequestError: the file is there, is no `.toml`, or there is no profile to start from.
+        RequestError: there is no profile to start from, or the file cannot be a new one.
         InputError: the run cannot have been on this device.
     """
-    if path.suffix != ".toml" or path.exists() or not path.parent.is_dir():
-        raise RequestError(
-            "the profile cannot be written there", where=path, expected="a new .toml file in a folder that is there"
-        )
     point.write_profile(point.with_runs(base_of(outcome, device), [_run(outcome)], path.stem, path), path)
 
 

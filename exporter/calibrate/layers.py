@@ -59,26 +59,35 @@ class LayerStream:
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
         """Replace the hidden states, float32 [windows, length, hidden], by a layer's output, some windows at a time."""
-        for part in _parts(hidden):
+        for part in parts(hidden):
             hidden[part] = self._output(module, hidden[part])
 
     def differentiable(
         self, module: nn.Module, hidden: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield some windows at a time: which they are, a layer's output, and the input that it can be derived by."""
-        for part in _parts(hidden):
+        for part in parts(hidden):
             given = hidden[part].clone().requires_grad_()
             yield part, self._output(module, given), given
 
-    def _output(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def attended(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what a layer's output projection is given, float32 [windows, length, columns], for its own input."""
+        seen: list[torch.Tensor] = []
+        attention = module.get_submodule("self_attn")
+        hook = attention.get_submodule("o_proj").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            attention(module.get_submodule("input_layernorm")(hidden), attention_mask=None, **self._where(hidden))
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _where(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """Return what layers are told of the positions."""
         positions = torch.arange(hidden.shape[1])[None]
-        output: torch.Tensor = module(
-            hidden,
-            attention_mask=None,
-            position_ids=positions,
-            position_embeddings=self._rotary(hidden[:1], positions),
-            use_cache=False,
-        )
+        return {"position_ids": positions, "position_embeddings": self._rotary(hidden[:1], positions)}
+
+    def _output(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = module(hidden, attention_mask=None, use_cache=False, **self._where(hidden))
         return output
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,7 +102,8 @@ class LayerStream:
         return torch.from_numpy(self._model.read(EMBEDDING if self._model.architecture.tied else HEAD))
 
 
-def _parts(hidden: torch.Tensor) -> Iterator[slice]:
+def parts(hidden: torch.Tensor) -> Iterator[slice]:
+    """Return which windows are run together."""
     windows, length, _ = hidden.shape
     step = max(1, TOKENS_AT_ONCE // length)
     return (slice(first, first + step) for first in range(0, windows, step))

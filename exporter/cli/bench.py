@@ -56,8 +56,11 @@ def bench(
     from exporter.bench.cycle import measure_here, measure_on
     from exporter.bench.engine import Settings
     from exporter.cli import show
+    from exporter.device.point import require_new_profile
 
     require_bundle(bundle)
+    if profile is not None:
+        require_new_profile(profile)
     settings = Settings(prompt, generate, depth, context, repeats, sustain, threads)
     remote_options = {
         "--identity": identity, "--python": python, "--binary": binary, "--folder": folder, "--keep": keep or None,

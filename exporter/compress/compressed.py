@@ -1,7 +1,7 @@
 """A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -10,11 +10,13 @@ import numpy as np
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
+from exporter.calibrate.text import Tokens, Windows
 from exporter.compress.caldera import TURNS, Turns, encode_with_factors
+from exporter.compress.correction import Correction
 from exporter.compress.method import Method, load_method, relative_error
 from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
-from exporter.model.families import LINEARS
+from exporter.model.families import EMBEDDING, LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, LowRank
 from exporter.weights.group import Decision
@@ -49,6 +51,8 @@ class CompressedModel:
             are of; None for its own.
         turns: How matrices and their factors take turns where a decision has factors.
         methods: Methods of single matrices, by name, instead of the one that the decision names.
+        corrected_on: Windows, int64 [windows, length], on which matrices make up for what those before them lost; they
+            are then to be encoded in the order in which the model computes with them. None where they do not.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class CompressedModel:
         rewritten: Model | None = None,
         turns: Turns = TURNS,
         methods: Mapping[str, Method] = MappingProxyType({}),
+        corrected_on: Tokens | None = None,
     ) -> None:
         self.model = model
         self.rewritten = rewritten or model
@@ -71,6 +76,7 @@ class CompressedModel:
         self._own_methods = methods
         self._encoded = encoded
         self._turns = turns
+        self._correction = None if corrected_on is None else Correction(self.rewritten, corrected_on, self._embedded)
 
     def encode(self, name: str) -> EncodedMatrix:
         """Read, compress and return one matrix; its outcome is kept.
@@ -82,7 +88,8 @@ class CompressedModel:
         decision = self.decisions[name]
         weight = self.rewritten.read(name)
         site = self._site(decision)
-        matrix = self._matrix(decision, weight, site)
+        wanted = weight if self._correction is None else self._correction.wanted(decision.group, weight)
+        matrix = self._matrix(decision, wanted, site)
         if weight.any() and not matrix.planned.any():
             raise RequestError(
                 f"{decision.format.name} makes every weight zero",
@@ -94,8 +101,17 @@ class CompressedModel:
         self.outcomes[name] = Outcome(
             weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment)
         )
+        if self._correction is not None:
+            self._correction.follow(decision.group, matrix.planned)
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
+
+    def _embedded(self, tokens: Tokens) -> Float32:
+        """Return what the encoded table gives for tokens, float32 [..., hidden]: rows do not depend on each other."""
+        decision = self.decisions[EMBEDDING]
+        used, places = np.unique(tokens, return_inverse=True)
+        rows = self._matrix(decision, self.rewritten.read(EMBEDDING)[used], self._site(decision)).planned
+        return rows[places.reshape(tokens.shape)]
 
     def _matrix(self, decision: Decision, weight: Float32, site: Site | None) -> EncodedMatrix:
         method = self._own_methods.get(decision.group.name, self._methods[decision.method])
@@ -127,6 +143,21 @@ class CompressedModel:
 
     def _site(self, decision: Decision) -> Site | None:
         return None if self._statistics is None else self._statistics.site(decision.group.site)
+
+
+def is_corrected(effort: Effort, decisions: Sequence[Decision]) -> bool:
+    """Say whether matrices are to make up for what those before them lost.
+
+    They are where every one has codes that are fitted to its inputs and no factors, and some have less than 16 bits.
+    """
+    fitted = all(one.method == "ldlq" and one.low_rank is None for one in decisions)
+    rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+    return effort.corrected_windows > 0 and fitted and rounded
+
+
+def corrected_on(effort: Effort, decisions: Sequence[Decision], calibration: Windows) -> Tokens | None:
+    """Return the windows that they do so on, int64 [windows, length]; None where they do not."""
+    return calibration.tokens[: effort.corrected_windows] if is_corrected(effort, decisions) else None
 
 
 def weights_digest(weight: Float32) -> str:

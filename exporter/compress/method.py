@@ -11,7 +11,18 @@ from exporter.effort import Effort
 from exporter.registry import load, names
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 
-NOT_METHODS = {"method", "compressed", "allocate", "equalise", "lowrank", "caldera", "curve", "prune", "prunenet"}
+NOT_METHODS = {
+    "method",
+    "compressed",
+    "correction",
+    "allocate",
+    "equalise",
+    "lowrank",
+    "caldera",
+    "curve",
+    "prune",
+    "prunenet",
+}
 
 # More rows at a time would only take more memory.
 ROWS_AT_ONCE = 2048

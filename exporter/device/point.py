@@ -92,15 +92,26 @@ def with_runs(
     return checked(profile.model_dump() | {"name": name, "measured": measured}, DeviceProfile, where)
 
 
-def write_profile(profile: DeviceProfile, output: Path) -> None:
-    """Write a profile as the TOML file that `load_device` reads.
+def require_new_profile(output: Path) -> None:
+    """Refuse a name that no profile can be written to.
 
     Raises:
-        RequestError: the name does not end with .toml, or the file exists.
+        RequestError: it does not end with .toml, exists, or its folder does not.
     """
     if output.suffix != ".toml":
         raise RequestError("a profile's name ends with .toml", got=output.name, next_step=f"use {output.name}.toml")
     if os.path.lexists(output):
-        raise RequestError("already exists", where=output, next_step="choose another -o or delete it")
+        raise RequestError("already exists", where=output, next_step="choose another name or delete it")
+    if not output.parent.is_dir():
+        raise RequestError("there is no such folder", where=output.parent, next_step="make it, or name another")
+
+
+def write_profile(profile: DeviceProfile, output: Path) -> None:
+    """Write a profile as the TOML file that `load_device` reads.
+
+    Raises:
+        RequestError: see `require_new_profile`.
+    """
+    require_new_profile(output)
     with replacing(output) as partial:
         partial.write_text(profile_toml(profile), encoding="utf-8")

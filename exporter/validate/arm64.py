@@ -124,7 +124,7 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
         runs = 1 + len(candidates)
         progress("emulate: Arm instructions", 0, runs)
         there = replace(emulator, tokens=emulator.tokens[:POSITIONS_IN_FLOAT32]).logits(exact)
-        logits = {}
+        logits: dict[str, Float32] = {}
         for name, setting in candidates.items():
             progress("emulate: Arm instructions", 1 + len(logits), runs)
             logits[name] = there if setting == target.exact else emulator.logits(configured(setting))

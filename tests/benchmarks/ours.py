@@ -8,7 +8,7 @@ from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compressed import CompressedModel, corrected_on
 from exporter.compress.method import load_method
 from exporter.device.speed import Cpu
 from exporter.effort import effort
@@ -16,7 +16,6 @@ from exporter.model.families import EMBEDDING
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
-from exporter.weights.format import EncodedMatrix
 from exporter.weights.group import Decision
 
 SEED = 0
@@ -37,18 +36,6 @@ class Ours:
     predicted: float
 
 
-class _Remembered(CompressedModel):
-    """A compressed model that encodes no matrix twice in one format."""
-
-    encoded: dict[tuple[str, str], EncodedMatrix]
-
-    def encode(self, name: str) -> EncodedMatrix:
-        key = name, self.decisions[name].format.name
-        if key not in self.encoded:
-            self.encoded[key] = super().encode(name)
-        return self.encoded[key]
-
-
 class Exporter:
     """The exporter for one model, target and calibration text: what every format costs is found out once.
 
@@ -63,13 +50,12 @@ class Exporter:
     def __init__(
         self, model: Model, target: str, calibration: Windows, evaluation: Windows, effort_name: str = "balanced"
     ) -> None:
-        self._model = model
+        self._model, self._calibration = model, calibration
         self._target = load_target(target)
         self._effort = effort(effort_name)
         statistics = collect(model, calibration, SEED, silent)
         usual = self._target.decide(model, self._target.default_type, self._target.default_method)
         self._rewritten = self._target.rewritten(model, statistics, usual)
-        self._encoded: dict[tuple[str, str], EncodedMatrix] = {}
         self._storages = self._target.storages(model)
         self._method = load_method(self._target.default_method, self._effort)
         self._choices = predict(self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent)
@@ -103,10 +89,14 @@ class Exporter:
         }
         ordered = [decisions[group.name] for group in self._model.groups()]
         folder.mkdir()
-        compressed = _Remembered(
-            self._model, ordered, self._rewritten.statistics, self._effort, rewritten=self._rewritten.model
+        compressed = CompressedModel(
+            self._model,
+            ordered,
+            self._rewritten.statistics,
+            self._effort,
+            rewritten=self._rewritten.model,
+            corrected_on=corrected_on(self._effort, ordered, self._calibration),
         )
-        compressed.encoded = self._encoded
         artifact = self._target.lower(compressed, "allocated", folder)
         taken = [Storage.of(one) for one in ordered]
         foretold = predict(self._rewritten.model, taken, self._method, self._elsewhere, silent)

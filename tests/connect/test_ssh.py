@@ -66,8 +66,19 @@ def test_a_measured_profile(sshd: Sshd, bundle: Path, tmp_path: Path) -> None:
     run = load_device(str(tmp_path / "mine.toml")).measured[-1]
     assert (run.basis, run.backend, run.format) == ("measured", "cpu", "Q8_0")
     assert run.decode_tokens_per_s == outcome.measured.decode.tokens_per_s
-    with pytest.raises(RequestError, match=r"the profile cannot be written there"):
+    with pytest.raises(RequestError, match="already exists"):
         write_profile(outcome, "raspberry-pi-5", tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("kept.toml", "already exists"), ("mine.json", "ends with .toml"), ("none/mine.toml", "no such folder")],
+)
+def test_a_profile_that_cannot_be_written_is_refused_first(bundle: Path, tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "kept.toml").touch()
+    nowhere = ("--on", "ssh://nobody@127.0.0.1:1", "--profile", str(tmp_path / name))
+    done = cli(bundle.parent, "bench", "gguf", *nowhere)
+    assert (done.returncode, said in done.stderr) == (2, True)
 
 
 def test_only_what_changed_is_sent(sshd: Sshd, bundle: Path) -> None:

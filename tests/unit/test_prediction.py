@@ -181,7 +181,7 @@ def test_a_calibrated_profile_is_a_file_that_reads_back(tmp_path: Path, pixel: D
     read = load_device(str(path))
     assert read.measured[-1].decode_tokens_per_s == 14 and read.measured[-1].basis == "measured"
     assert [path] == list(tmp_path.iterdir())
-    with pytest.raises(RequestError, match="already exists; choose another -o or delete it"):
+    with pytest.raises(RequestError, match="already exists; choose another name or delete it"):
         write_profile(read, path)
     with pytest.raises(RequestError, match=r"a profile's name ends with \.toml; got mine; use mine\.toml"):
         write_profile(read, tmp_path / "mine")

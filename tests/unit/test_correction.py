@@ -1,0 +1,137 @@
+"""Matrices that make up for what those before them lost, against the formula on transformers' own activations."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from exporter.calibrate.layers import LayerStream
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows
+from exporter.compress.compressed import CompressedModel, corrected_on
+from exporter.compress.correction import INPUTS_SHARE, RIDGE, STREAM_SHARE, Correction
+from exporter.effort import EFFORTS, Effort
+from exporter.model.families import EMBEDDING, LINEARS, layer_tensor
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.targets.target import load_target
+from exporter.weights.format import Float32
+from tests.models import VOCAB, tiny_model
+
+ROLES = tuple(LINEARS)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
+LEVEL = Effort(6, 2, 0, 6)
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Model]:
+    with open_model(str(tiny_model(tmp_path / "model", request.param))) as opened:
+        yield opened
+
+
+def blurred(weight: Float32, seed: int) -> Float32:
+    noise = np.random.default_rng(seed).standard_normal(weight.shape).astype(np.float32)
+    return weight + 0.1 * weight.std() * noise
+
+
+def activations(model: Model, weights: dict[str, Float32]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what each matrix is given, and the residual stream that it adds to, float64 [tokens, columns]."""
+    whole = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32)
+    for name, weight in weights.items():
+        whole.get_parameter(name).data = torch.from_numpy(weight)
+    inputs, streams = {}, {}
+
+    def keep(into: dict[str, np.ndarray], name: str, value: torch.Tensor) -> None:
+        into[name] = value.detach().flatten(0, 1).double().numpy()
+
+    for layer in range(model.architecture.layers):
+        module = whole.model.layers[layer]
+        for role, (path, _) in LINEARS.items():
+            module.get_submodule(path).register_forward_pre_hook(
+                lambda _, given, name=f"{layer} {role}": keep(inputs, name, given[0])
+            )
+        for norm, role in (("input_layernorm", "o"), ("post_attention_layernorm", "down")):
+            module.get_submodule(norm).register_forward_pre_hook(
+                lambda _, given, name=f"{layer} {role}": keep(streams, name, given[0])
+            )
+    with torch.inference_mode():
+        whole(torch.from_numpy(TOKENS))
+    return inputs, streams
+
+
+def test_what_is_wanted_follows_the_formula(model: Model) -> None:
+    groups = {(group.layer, group.role): group for group in model.groups()}
+    table = blurred(model.read(EMBEDDING), 99)
+    correction = Correction(model, TOKENS, lambda tokens: table[tokens])
+    source, streams = activations(model, {})
+    planned = {EMBEDDING: table}
+    for layer in range(model.architecture.layers):
+        for number, role in enumerate(ROLES):
+            group = groups[layer, role]
+            weight = model.read(group.name)
+            found = correction.wanted(group, weight)
+            given, lost = activations(model, planned)
+            x, y = source[f"{layer} {role}"], given[f"{layer} {role}"]
+            missed = INPUTS_SHARE * weight.astype(np.float64) @ ((x - y).T @ y)
+            if role in ("o", "down"):
+                missed += STREAM_SHARE * (streams[f"{layer} {role}"] - lost[f"{layer} {role}"]).T @ y
+            moment = y.T @ y
+            moment += RIDGE * np.eye(len(moment)) * moment.diagonal().mean()
+            expected = weight + missed @ np.linalg.inv(moment)
+            assert np.abs(expected - weight).max() > 1e-4
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+            planned[group.name] = blurred(found, 10 * layer + number)
+            correction.follow(group, planned[group.name])
+
+
+def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
+    correction = Correction(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
+    for group in model.groups():
+        weight = model.read(group.name)
+        np.testing.assert_array_equal(correction.wanted(group, weight), weight)
+        correction.follow(group, weight)
+
+
+def test_a_matrix_out_of_turn_is_a_mistake(model: Model) -> None:
+    correction = Correction(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
+    name = layer_tensor(0, "self_attn.o_proj.weight")
+    group = next(group for group in model.groups() if group.name == name)
+    with pytest.raises(ValueError, match="layer 0 attention_out comes out of turn"):
+        correction.wanted(group, model.read(name))
+
+
+@pytest.mark.parametrize(("target", "type"), [("gguf", "Q4_0"), ("onnx", "int4")])
+def test_a_corrected_model_stays_nearer_to_the_source(model: Model, tmp_path: Path, target: str, type: str) -> None:
+    text = Windows.of(TOKENS, "file", 0)
+    statistics = collect(model, text, 0, lambda done, total: None)
+    made = load_target(target)
+    decisions = made.decide(model, type, "ldlq")
+    on = corrected_on(LEVEL, decisions, text)
+    assert on is not None
+    errors = []
+    for tokens in (None, on):
+        compressed = CompressedModel(model, decisions, statistics, LEVEL, corrected_on=tokens)
+        folder = tmp_path / f"corrected-{tokens is not None}"
+        folder.mkdir()
+        artifact = made.lower(compressed, type, folder)
+        read = made.read_back(artifact, model)
+        weights = {group.name: np.ascontiguousarray(read(group)) for group in model.groups()}
+        last = f"{model.architecture.layers - 1} down"
+        _, streams = activations(model, weights)
+        errors.append(np.square(streams[last] - activations(model, {})[1][last]).mean())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_it_is_done_where_codes_are_fitted(model: Model) -> None:
+    text = Windows.of(np.tile(TOKENS, (4, 1)), "file", 0)
+    target = load_target("gguf")
+    ldlq, rtn, floats = (target.decide(model, *asked) for asked in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F32", "ldlq")))
+    windows = corrected_on(EFFORTS["balanced"], ldlq, text)
+    assert windows is not None
+    assert windows.shape == (16, 24)
+    assert corrected_on(EFFORTS["fast"], ldlq, text) is None
+    assert corrected_on(EFFORTS["balanced"], rtn, text) is None
+    assert corrected_on(EFFORTS["balanced"], floats, text) is None
