@@ -141,8 +141,8 @@ def test_without_dotprod_the_logits_are_those_of_float_compute(tmp_path: Path, i
 def test_kernels_that_round_too_coarsely_are_found_and_replaced(
     tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Between what both cost in this model: 0.053 and 0.024 nats.
-    monkeypatch.setattr(arm64, "MOST_ROUNDING_KL", 0.035)
+    # In this model they cost 0.053 and 0.024 nats there, and 0.024 here.
+    monkeypatch.setattr(arm64, "TIMES_HERE", 1.5)
     artifact = tiny_artifact(tmp_path, "core-ultra-200v")
     assert EMULATED.current(artifact) == KLEIDIAI
     found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
