@@ -25,7 +25,7 @@ demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the e
 	$(BIN)/edge-exporter verify out/demo-laptop
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: format-check lint types test wheel ## all that must pass before a commit
 
