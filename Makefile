@@ -25,7 +25,8 @@ demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the e
 	$(BIN)/edge-exporter verify out/demo-laptop
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 check: format-check lint types test wheel ## all that must pass before a commit
 

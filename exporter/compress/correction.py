@@ -14,6 +14,7 @@ Both models run side by side, a layer at a time, on the text that is calibrated 
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -134,8 +135,8 @@ class _Pass:
         normalised: torch.Tensor = self.module.get_submodule(norm)(self.hidden[part])
         if site != "mlp_out":
             return normalised
-        mlp = self.module.get_submodule("mlp")
-        gated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)  # type: ignore[operator]
+        mlp: Any = self.module.get_submodule("mlp")
+        gated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
         return gated
 
     def finish(self) -> None:

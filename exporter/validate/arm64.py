@@ -130,6 +130,7 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
             progress("emulate: Arm instructions", 1 + len(logits), runs)
             logits[name] = there if setting == target.exact else emulator.logits(configured(setting))
         progress("emulate: Arm instructions", runs, runs)
+    same = here[: len(there)]
     losses = {name: loss(here[: len(got)], got) for name, got in logits.items()}
     limit = MOST_KL_UNROUNDED
     if emulator.core.features:
@@ -139,10 +140,10 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
         target.configured(artifact, candidates[chosen], artifact.folder)
     checks = (
         _check_ran(emulator, device),
-        check_agreement(here[: len(there)], there, emulator.core),
+        check_agreement(same, there, emulator.core),
         check_rounding(losses, chosen, limit, candidates[chosen].reason, emulator.core),
     )
-    return Emulation(checks, _quantities(here[: len(there)], there, losses))
+    return Emulation(checks, _quantities(same, there, losses))
 
 
 def _logits_here(artifact: Artifact, tokens: list[int]) -> Float32:

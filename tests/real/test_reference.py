@@ -147,10 +147,10 @@ def test_float32_artifacts_are_the_model(
     assert greedy == made.tolist()
 
 
-def test_a_named_mix_is_that_of_llama_cpp(
-    model: Model, statistics: Statistics, floats: Artifact, tmp_path: Path
+@pytest.mark.parametrize("mix", ["Q4_K_M", "IQ4_XS"])
+def test_named_mixes_are_those_of_llama_cpp(
+    model: Model, statistics: Statistics, floats: Artifact, tmp_path: Path, mix: str
 ) -> None:
-    mix = "Q4_K_M"
     (ours,) = lower(model, tmp_path / "ours", "gguf", mix, "rtn", statistics).weights
     names = gguf_names(model.architecture.layers)
     observed = {names[group.name]: statistics.importance(group.site) for group in model.groups()}

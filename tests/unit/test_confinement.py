@@ -149,13 +149,14 @@ def test_what_never_ends_is_ended(method: str, share: float) -> None:
         assert (held.watch.ended, held.out_of_memory) == ("time", False)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("method", METHODS)
 def test_half_the_cpu_is_half_the_speed(method: str) -> None:
     """Turns of 0.6 s, free and limited in one run, summed up.
 
     The speed is the work of a CPU second times the CPU seconds a second; the free process has one of these a second on
-    an idle machine, and less beside others. They take time from the limited one, too, so half is still the most that it
-    gets, and the least is half of what there is; beside many it is not known.
+    an idle machine, and less beside others. They may take time from the limited one, too, so then half is still the
+    most that it gets, but the least is not known.
     """
     with (
         limited(Limits(cores=1), "watched") as (free, _),
@@ -171,8 +172,8 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
     print(f"{held.cpu_method}: {speed:.3f} of the speed of a whole core, {granted:.3f} without a limit")
     assert as_quick == pytest.approx(1, abs=0.15)
     assert speed <= 0.5 * 1.15
-    if granted > 0.95:
-        assert speed >= 0.5 * 0.85 * min(granted, 1.0)
+    if granted > 0.9:
+        assert speed >= 0.5 * 0.85
     expected = "SIGSTOP and SIGCONT by turns" if method == "watched" else "the quota of a control group"
     assert expected in held.cpu_method
 
