@@ -141,8 +141,7 @@ def _correcting(planned: Plan, job: Job, flops_per_s: float) -> float:
     layers = [group for group in model.groups() if group.layer is not None]
     sites = {group.site: group for group in layers}
     tokens = job.effort_level.corrected_windows * job.window
-    # Feed-forward parts run twice: to see what their last matrix is given, and with it.
-    models = 2 * sum(group.size * (2 if group.role in ("gate", "up") else 1) for group in layers)
+    models = 2 * sum(group.size for group in layers)
     moments = sum(2 * one.columns**2 + hidden * one.columns * (one.role in ("o", "down")) for one in sites.values())
     factors = sum(one.columns**3 for one in sites.values()) / 3
     return (2.0 * tokens * (models + moments) / LAYERS_SHARE + factors / FACTOR_SHARE) / flops_per_s

@@ -64,13 +64,14 @@ def _statistics_bytes(model: Model, job: Job) -> int:
 
 
 def _corrected_bytes(model: Model, job: Job) -> int:
-    """Return what is kept of two models side by side: a layer's weights, hidden states, differences at a site."""
+    """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
     shape = model.architecture
     tokens = job.effort_level.corrected_windows * job.window
     if not tokens:
         return 0
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
-    hidden = 4 * tokens * (shape.hidden + shape.heads * shape.head_dim)
+    last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
+    hidden = 4 * tokens * (shape.hidden + last)
     return 2 * (weights + hidden) + 4 * 4 * max(site_columns(model).values()) ** 2
 
 

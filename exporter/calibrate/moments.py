@@ -142,7 +142,7 @@ class Moments:
         for moment, chosen in ((self._fitted, ~held), (self._held, held)):
             moment.add(inputs[chosen].flatten(0, 1), weights[chosen].flatten())
         rows, every = inputs.flatten(0, 1), weights.flatten()
-        self._squares += rows.square().sum(0, dtype=torch.float64)
+        self._squares += rows.square().sum(0)
         smallest = rows.abs()
         size = 1
         for block, total in self._peaks.items():
@@ -208,5 +208,5 @@ def _mirror(source: Float32, target: Float32) -> None:
     for first in range(0, len(source), ROWS_AT_ONCE):
         stripe = slice(first, first + ROWS_AT_ONCE)
         target[:first, stripe] = source[stripe, :first].T
-        above = np.triu_indices(len(source[stripe]), 1)
-        target[stripe, stripe][above] = source[stripe, stripe].T[above]
+        square = source[stripe, stripe]
+        target[stripe, stripe] = np.tril(target[stripe, stripe]) + np.tril(square, -1).T

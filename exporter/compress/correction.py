@@ -116,37 +116,44 @@ class _Pass:
 
     def __init__(self, stream: LayerStream, module: nn.Module, hidden: torch.Tensor) -> None:
         self._stream, self.module, self.hidden = stream, module, hidden
-        self._attended = torch.empty(0)
+        # What the last matrix of the layer's part is given: it takes the most to compute.
+        self._last = torch.empty(0)
 
     def reach(self, site: str) -> None:
         """Go on to a site, which comes after the last one."""
         if site == "attention_out":
-            given = [self._stream.attended(self.module, self.hidden[part]) for part in parts(self.hidden)]
-            self._attended = torch.cat(given)
+            self._keep(lambda part: self._stream.attended(self.module, self.hidden[part]))
         elif site == "mlp_in":
-            self._add("self_attn.o_proj", "attention_out")
-            self._attended = torch.empty(0)
+            self._add("self_attn.o_proj")
+        elif site == "mlp_out":
+            self._keep(self._gated)
 
     def inputs(self, site: str, part: slice) -> torch.Tensor:
         """Return what the matrices of a site are given, float32 [windows, length, columns]."""
-        if site == "attention_out":
-            return self._attended[part]
+        if site in INTO_THE_STREAM:
+            return self._last[part]
         norm = "input_layernorm" if site == "attention_in" else "post_attention_layernorm"
         normalised: torch.Tensor = self.module.get_submodule(norm)(self.hidden[part])
-        if site != "mlp_out":
-            return normalised
-        mlp: Any = self.module.get_submodule("mlp")
-        gated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
-        return gated
+        return normalised
 
     def finish(self) -> None:
         """Leave the layer."""
-        self._add("mlp.down_proj", "mlp_out")
+        self._add("mlp.down_proj")
 
-    def _add(self, path: str, site: str) -> None:
+    def _gated(self, part: slice) -> torch.Tensor:
+        mlp: Any = self.module.get_submodule("mlp")
+        normalised = self.inputs("mlp_in", part)
+        gated: torch.Tensor = mlp.act_fn(mlp.gate_proj(normalised)) * mlp.up_proj(normalised)
+        return gated
+
+    def _keep(self, given: Callable[[slice], torch.Tensor]) -> None:
+        self._last = torch.cat([given(part) for part in parts(self.hidden)])
+
+    def _add(self, path: str) -> None:
         linear = self.module.get_submodule(path)
         for part in parts(self.hidden):
-            self.hidden[part] += linear(self.inputs(site, part))
+            self.hidden[part] += linear(self._last[part])
+        self._last = torch.empty(0)
 
 
 class _Difference:

@@ -1,6 +1,7 @@
 """GGUF weight formats through ggml's own quantisers and decoders, in the library that llama-cpp-python ships."""
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +15,6 @@ from exporter.weights.format import Bytes, Float32
 from exporter.weights.layouts import LAYOUTS, Layout
 from exporter.weights.levels import LevelGrid
 from exporter.weights.nested import NESTINGS, NestedGrid, Scales
-
-ROWS_AT_ONCE = 512
 
 
 @cache
@@ -116,12 +115,14 @@ class GgmlFormat:
         ggml, kind = _ggml(), int(self.type)
         pointer = None if importance is None else importance.ctypes.data
 
+        step = -(-rows // (os.cpu_count() or 1)) or 1
+
         def encode(first: int) -> None:
-            count = min(ROWS_AT_ONCE, rows - first)
+            count = min(step, rows - first)
             source, target = weight[first:].ctypes.data, encoded[first:].ctypes.data
             ggml.ggml_quantize_chunk(kind, source, target, 0, count, columns, pointer)
 
-        list(_pool().map(encode, range(0, rows, ROWS_AT_ONCE)))
+        list(_pool().map(encode, range(0, rows, step)))
         return encoded
 
     def _checked(self, importance: Float32 | None, columns: int) -> Float32 | None:
