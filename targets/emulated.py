@@ -30,6 +30,16 @@ class Emulated(Protocol):
     title: str
     exact: Setting
 
+    def require(self, installation: Installation, core: Core) -> None:
+        """Refuse where what runs artifacts on a core is not installed.
+
+        Raises:
+            MissingDependencyError: it says what to do.
+        """
+
+    def rounds(self, core: Core) -> bool:
+        """Return whether kernels for a core may round activations."""
+
     def current(self, artifact: Artifact) -> Setting:
         """Return how the artifact has activations rounded."""
 

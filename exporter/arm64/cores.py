@@ -25,6 +25,7 @@ class Core:
         part: Its number in the main identification register, by which libraries know the microarchitecture.
         features: Of the profiles' features, those that choose kernels.
         flags: The kernel's names of its features.
+        march: What compilers call its instruction set.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Core:
     part: int
     features: frozenset[str]
     flags: tuple[str, ...]
+    march: str
 
     def cpuinfo(self, count: int) -> str:
         """Return the text of /proc/cpuinfo on a machine of so many of these cores (Arm Ltd. is implementer 0x41)."""
@@ -47,8 +49,15 @@ class Core:
         return "".join("\n".join((f"processor\t: {number}", *lines, "", "")) for number in range(count))
 
 
-CORTEX_A72 = Core("Cortex-A72", "cortex-a72", 0xD08, frozenset(), BASIC)
-CORTEX_A76 = Core("Cortex-A76", "cortex-a76", 0xD0B, frozenset({"dotprod"}), (*BASIC, *V82, "asimddp"))
+CORTEX_A72 = Core("Cortex-A72", "cortex-a72", 0xD08, frozenset(), BASIC, "armv8-a")
+CORTEX_A76 = Core(
+    "Cortex-A76",
+    "cortex-a76",
+    0xD0B,
+    frozenset({"dotprod"}),
+    (*BASIC, *V82, "asimddp"),
+    "armv8.2-a+dotprod",
+)
 # QEMU 7.2 has no core with i8mm but its own, which has everything: what is not wanted is taken away. The part is that
 # of a Cortex-A715.
 WITH_I8MM = Core(
@@ -57,6 +66,7 @@ WITH_I8MM = Core(
     0xD4D,
     frozenset({"dotprod", "i8mm"}),
     (*CORTEX_A76.flags, "i8mm", "bf16"),
+    "armv8.2-a+dotprod+i8mm",
 )
 CORES = (CORTEX_A72, CORTEX_A76, WITH_I8MM)
 

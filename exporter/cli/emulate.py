@@ -47,11 +47,19 @@ def setup(
 ) -> None:
     """Install an ARM64 system into the cache, so that bundles run on emulated Arm cores."""
     from exporter.arm64.cores import CORES
-    from exporter.arm64.setup import install
+    from exporter.arm64.installation import INSTALL_COMPILER
+    from exporter.arm64.setup import install, missing_compilers
     from exporter.cli import show
 
     with show.progress(enabled=not as_json) as progress:
         found = install(progress)
     names = [core.name for core in CORES]
-    facts = {"folder": str(found.folder), "cores": names}
-    show.document(facts, as_json, lambda: print(f"{found.folder}: ready for {', '.join(names)}"))
+    lacking = missing_compilers() if not found.programs.is_dir() else []
+    facts = {"folder": str(found.folder), "cores": names, "lacking": lacking}
+
+    def people() -> None:
+        print(f"{found.folder}: ready for {', '.join(names)}")
+        if lacking:
+            print(f"GGUF files are not run on them: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
+
+    show.document(facts, as_json, people)

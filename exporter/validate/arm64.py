@@ -37,7 +37,7 @@ NAMES = (INSTRUCTIONS, AGREEMENT, ROUNDING)
 MOST_DIFFERENCE = 1e-3
 MOST_AGREEMENT_KL = 1e-6
 # What rounding may cost on a core: so many times what this machine's own costs on the same tokens, and in any case what
-# nobody would notice. Without dotprod nothing is rounded.
+# nobody would notice; where kernels round nothing, no more than another order of sums.
 TIMES_HERE, NEGLIGIBLE_KL, MOST_KL_UNROUNDED = 2.0, 1e-3, MOST_AGREEMENT_KL
 POSITIONS, POSITIONS_IN_FLOAT32 = 256, 16
 # The last tokens come one at a time: kernels for a single row are others.
@@ -91,15 +91,15 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
     core = stand_in(device)
     if core is None:
         return Emulation()
-    count = POSITIONS if core.features else POSITIONS_IN_FLOAT32
     target = emulated_target(artifact.target)
     if target is None:
         return _not_run(f"the target {artifact.target} is not run on emulated cores")
     installed = installation()
     try:
-        installed.machine(core)
+        target.require(installed, core)
     except MissingDependencyError as error:
         return _not_run(_words(error))
+    count = POSITIONS if target.rounds(core) else POSITIONS_IN_FLOAT32
     emulator = Emulator(target, installed, core, tokens.reshape(-1)[:count].tolist())
     try:
         return _examined(emulator, artifact, device, progress)
@@ -121,7 +121,8 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
             return target.configured(artifact, setting, Path(folder))
 
         exact = configured(target.exact)
-        here, rounded = (_logits_here(one, emulator.tokens) for one in (exact, artifact))
+        here = _logits_here(exact, emulator.tokens, exact=True)
+        rounded = _logits_here(artifact, emulator.tokens, exact=False)
         runs = 1 + len(candidates)
         progress("emulate: Arm instructions", 0, runs)
         there = replace(emulator, tokens=emulator.tokens[:POSITIONS_IN_FLOAT32]).logits(exact)
@@ -133,7 +134,7 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
     same = here[: len(there)]
     losses = {name: loss(here[: len(got)], got) for name, got in logits.items()}
     limit = MOST_KL_UNROUNDED
-    if emulator.core.features:
+    if target.rounds(emulator.core):
         limit = max(TIMES_HERE * loss(here, rounded).kl_mean, NEGLIGIBLE_KL)
     chosen = choose(losses, limit, candidates, current)
     if candidates[chosen] != current:
@@ -146,8 +147,8 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
     return Emulation(checks, _quantities(same, there, losses))
 
 
-def _logits_here(artifact: Artifact, tokens: list[int]) -> Float32:
-    with open_artifact(artifact, len(tokens), THREADS) as child:
+def _logits_here(artifact: Artifact, tokens: list[int], exact: bool) -> Float32:
+    with open_artifact(artifact, len(tokens), THREADS, exact) as child:
         logits: Float32 = child.call("logits", tokens)
     return logits
 

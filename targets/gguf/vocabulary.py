@@ -57,6 +57,11 @@ def copy_vocabulary(writer: GGUFWriter, source: Path) -> None:
             expected=gguf.Keys.Tokenizer.LIST,
             next_step="give the model with its tokenizer",
         )
+    copy_fields(writer, fields)
+
+
+def copy_fields(writer: GGUFWriter, fields: Iterable[gguf.ReaderField]) -> None:
+    """Add keys of a GGUF file unchanged, types included."""
     for field in fields:
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, _value(field), field.types[0], inner)

@@ -36,6 +36,14 @@ class EmulatedOnnx:
     title = "ONNX Runtime"
     exact = FLOAT32
 
+    def require(self, installation: Installation, core: Core) -> None:
+        """Refuse where the system is missing."""
+        installation.machine(core)
+
+    def rounds(self, core: Core) -> bool:
+        """Return whether there are kernels for int8."""
+        return "dotprod" in core.features
+
     def current(self, artifact: Artifact) -> Rounding:
         """Return what graph and configuration say."""
         levels = {attribute.i for attribute in _attributes(_graph(artifact), "accuracy_level")}
@@ -47,7 +55,7 @@ class EmulatedOnnx:
     def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Rounding]:
         """Return KleidiAI's kernels, ONNX Runtime's own, and float32 where the codes have quick kernels for it."""
         current = self.current(artifact)
-        if "dotprod" not in core.features:
+        if not self.rounds(core):
             return {"float32": replace(current, reason="without dotprod the kernels for int8 are not there")}
         found = {"int8 in rows (KleidiAI)": KLEIDIAI, "int8 in blocks": WITHOUT_KLEIDIAI}
         bits = {attribute.i for attribute in _attributes(_graph(artifact), "bits")}

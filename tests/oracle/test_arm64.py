@@ -3,13 +3,14 @@
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from exporter.arm64.cores import CORTEX_A72, CORTEX_A76, Core
+from exporter.arm64.cores import CORES, CORTEX_A72, CORTEX_A76, Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.machine import QEMU, IllegalInstructionError, Machine
 from exporter.arm64.setup import installation
@@ -34,6 +35,11 @@ needs_qemu = pytest.mark.skipif(
 needs_system = pytest.mark.skipif(
     not (INSTALLED.root.is_dir() and INSTALLED.packages.is_dir()),
     reason="no ARM64 system; install it: apt-get install qemu-user-static && edge-exporter emulate setup",
+)
+needs_programs = pytest.mark.skipif(
+    not INSTALLED.programs.is_dir(),
+    reason="no llama.cpp for ARM64; install it: "
+    "apt-get install qemu-user-static g++-aarch64-linux-gnu cmake && edge-exporter emulate setup",
 )
 # AArch64 machine code, from the Arm Architecture Reference Manual (DDI 0487): SDOT (vector) is of FEAT_DotProd.
 SDOT = 0x4E82_9420  # sdot v0.4s, v1.16b, v2.16b
@@ -96,7 +102,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     yield INSTALLED
 
 
-def tiny_artifact(folder: Path, device: str, type: str = "int4") -> Artifact:
+def tiny_artifact(folder: Path, device: str, target: str = "onnx", type: str = "int4") -> Artifact:
     """Lower a tiny model in whose layers one channel of the activations is much louder than the rest, as in real ones.
 
     All others of its row are rounded coarsely for its sake where a row has one scale.
@@ -114,9 +120,9 @@ def tiny_artifact(folder: Path, device: str, type: str = "int4") -> Artifact:
         save_file(weights, path, metadata={"format": "pt"})
     model_folder = folder / device / "model"
     model_folder.mkdir(parents=True)
-    target = load_target("onnx").on(load_device(device))
+    chosen = load_target(target).on(load_device(device))
     with open_model(str(source)) as model:
-        return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), None), type, model_folder)
+        return chosen.lower(CompressedModel(model, chosen.decide(model, type, "rtn"), None), type, model_folder)
 
 
 def random_tokens(count: int) -> np.ndarray:
@@ -153,14 +159,36 @@ def test_kernels_that_round_too_coarsely_are_found_and_replaced(
     assert not list(artifact.folder.parent.glob(".setting-*"))
 
 
-@needs_system
+@pytest.mark.parametrize(
+    ("target", "type"),
+    [pytest.param("onnx", "int4", marks=needs_system), pytest.param("gguf", "Q4_K_M", marks=needs_programs)],
+)
 def test_a_runtime_for_newer_cores_fails_the_check(
-    tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch, target: str, type: str
 ) -> None:
-    # It says of itself that it has dotprod, so the runtime takes those kernels; its instructions are an A72's.
-    pretended = Core("Cortex-A76", "cortex-a72", CORTEX_A76.part, CORTEX_A76.features, CORTEX_A76.flags)
+    # It says of itself that it has dotprod, so these kernels are taken; its instructions are an A72's.
+    pretended = replace(CORTEX_A76, model=CORTEX_A72.model)
     monkeypatch.setattr(arm64, "stand_in", lambda _: pretended)
-    artifact = tiny_artifact(tmp_path, "core-ultra-200v")
+    artifact = tiny_artifact(tmp_path, "core-ultra-200v", target, type)
     found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
     assert [check.status for check in found.checks] == ["failed", "not run", "not run"]
     assert "met an instruction that it does not have (SIGILL)" in found.checks[0].detail
+
+
+@needs_programs
+@pytest.mark.parametrize("core", CORES, ids=lambda core: core.march)
+def test_llama_cpp_computes_there_what_it_computes_here(
+    tmp_path: Path, installed: Installation, monkeypatch: pytest.MonkeyPatch, core: Core
+) -> None:
+    monkeypatch.setattr(arm64, "stand_in", lambda _: core)
+    artifact = tiny_artifact(tmp_path, "raspberry-pi-5", "gguf", "Q4_K_M")
+    before = artifact.weights[0].read_bytes()
+    found = arm64.settle(artifact, load_device("raspberry-pi-5"), random_tokens(100))
+    assert [check.status for check in found.checks] == ["passed"] * 3
+    assert f"llama.cpp ran the model on an emulated {core.name}" in found.checks[0].detail
+    assert found.checks[1].value is not None
+    assert found.checks[1].value < 1e-4
+    assert found.checks[2].value is not None
+    assert 1e-6 < found.checks[2].value
+    assert artifact.weights[0].read_bytes() == before
+    assert not list(artifact.folder.parent.glob(".setting-*"))

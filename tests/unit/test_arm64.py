@@ -6,16 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gguf.quants import dequantize
+
 from exporter.arm64 import setup
 from exporter.arm64.cores import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM, lacked, stand_in
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
 from exporter.arm64.machine import Machine
+from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
 from exporter.errors import MissingDependencyError, RequestError, RuntimeCrashError
+from exporter.model.sources import open_model
+from exporter.model.tensors import open_gguf
 from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.emulated import write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
+from exporter.targets.target import load_target
 from exporter.validate.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
+from tests.models import tiny_model
 
 WAYS = {"rows": KLEIDIAI, "blocks": WITHOUT_KLEIDIAI, "float32": FLOAT32}
 
@@ -144,6 +152,38 @@ def test_without_the_system_the_command_is_named(programs: Path) -> None:
     assert {check.status for check in found.checks} == {"not run"}
 
 
+def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(programs: Path) -> None:
+    program(programs, "qemu-aarch64-static")
+    assert setup.missing_compilers() == ["cmake", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"]
+    found = setup.installation()
+    found.root.mkdir(parents=True)
+    found.packages.mkdir()
+    assert setup.install() == found
+    assert not found.programs.exists()
+    checks = settle(Artifact("gguf", programs, ()), load_device("raspberry-pi-5"), np.zeros((1, 300), np.int64)).checks
+    assert {check.status for check in checks} == {"not run"}
+    assert "apt-get install g++-aarch64-linux-gnu cmake; run edge-exporter emulate setup" in checks[0].detail
+
+
+def test_a_decoded_file_says_the_same_in_float32(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "source", hidden=256)
+    target = load_target("gguf")
+    with open_model(str(tmp_path / "source")) as model:
+        decisions = target.decide(model, "Q4_K_M", "rtn")
+        artifact = target.lower(CompressedModel(model, decisions, None), "Q4_K_M", tmp_path)
+    write_decoded(artifact.weights[0], tmp_path / "decoded.gguf")
+    before, after = (open_gguf(path) for path in (artifact.weights[0], tmp_path / "decoded.gguf"))
+    kept = {name for name in before.fields if not name.startswith("GGUF.")} - {"general.file_type"}
+    assert {name: after.fields[name].contents() for name in kept} == {
+        name: before.fields[name].contents() for name in kept
+    }
+    assert [tensor.name for tensor in after.tensors] == [tensor.name for tensor in before.tensors]
+    assert {tensor.tensor_type.name for tensor in before.tensors} > {"F32", "Q4_K"}
+    for one, other in zip(before.tensors, after.tensors, strict=True):
+        assert other.tensor_type.name == "F32"
+        np.testing.assert_array_equal(other.data, dequantize(one.data, one.tensor_type))
+
+
 def test_other_targets_and_other_devices_are_left_alone(programs: Path) -> None:
     tokens = np.zeros((1, 300), np.int64)
     assert settle(Artifact("onnx", programs, ()), load_device("core-ultra-200v"), tokens).checks == ()
@@ -179,6 +219,7 @@ def test_set_up_waits_no_longer_than_its_limit(programs: Path, monkeypatch: pyte
 
 def test_the_versions_are_those_of_this_machine() -> None:
     pins = Path(__file__).parents[2].joinpath(".ci/constraints.txt").read_text("utf-8").splitlines()
-    assert set(setup.WHEELS) <= set(pins)
-    assert all(len(digest) == 64 for digests in setup.WHEELS.values() for digest in digests)
+    pinned = setup.WHEELS | setup.SOURCE
+    assert set(pinned) <= set(pins)
+    assert all(len(digest) == 64 for digests in pinned.values() for digest in digests)
     assert os.environ["EDGE_EXPORTER_CACHE"] in str(setup.installation().folder)

@@ -1,0 +1,123 @@
+"""llama.cpp on an emulated Arm core: an artifact's logits as its kernels round, and with everything in float32."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gguf
+import numpy as np
+
+from exporter.arm64.cores import Core
+from exporter.arm64.installation import Installation
+from exporter.arm64.logits import read_logits
+from exporter.model.tensors import open_gguf
+from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.vocabulary import copy_fields
+from exporter.weights.format import Float32
+from exporter.weights.ggml import ggml_format
+
+ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a product's inputs are rounded to, which in llama.cpp follows from the type of its weights.
+
+    Attributes:
+        reason: What it does, for people.
+    """
+
+    reason: str
+
+
+AS_THE_TYPES_SAY = Kernels("llama.cpp rounds a product's inputs as the type of its weights has it")
+FLOAT32 = Kernels("the weights are decoded, and nothing is rounded")
+
+
+class EmulatedGguf:
+    """GGUF files on emulated cores; see `exporter.targets.emulated.Emulated`."""
+
+    title = "llama.cpp"
+    exact = FLOAT32
+
+    def require(self, installation: Installation, core: Core) -> None:
+        """Refuse where the program for a core is missing."""
+        installation.machine(core)
+        installation.program(core)
+
+    def rounds(self, core: Core) -> bool:
+        """Return True: kernels of every core round."""
+        return True
+
+    def current(self, artifact: Artifact) -> Kernels:
+        """Return what the types of the tensors say."""
+        return FLOAT32 if _is_decoded(artifact) else AS_THE_TYPES_SAY
+
+    def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Kernels]:
+        """Return the only way that there is."""
+        current = self.current(artifact)
+        return {"float32" if current == FLOAT32 else "int8 in blocks": current}
+
+    def configured(self, artifact: Artifact, setting: Kernels, folder: Path) -> Artifact:
+        """Write the files with all tensors decoded to float32 into another folder."""
+        assert setting == FLOAT32
+        weights = tuple(folder / path.name for path in artifact.weights)
+        for source, path in zip(artifact.weights, weights, strict=True):
+            write_decoded(source, path)
+        return Artifact(artifact.target, folder, weights)
+
+    def logits(
+        self,
+        artifact: Artifact,
+        installation: Installation,
+        core: Core,
+        tokens: list[int],
+        single: int,
+        timeout_s: float,
+    ) -> Float32:
+        """Return the logits after each token, float32 [tokens, vocab], by the program of `guest/guest.cpp`."""
+        exact = _is_decoded(artifact)
+        # The model, then the adapter.
+        files = sorted(artifact.weights, key=lambda path: path.name == ADAPTER_FILE)
+        with TemporaryDirectory(prefix="edge-exporter-") as scratch:
+            asked, made = Path(scratch, "tokens.bin"), Path(scratch, "logits.npy")
+            asked.write_bytes(np.array(tokens, "<i4").tobytes())
+            options = [str(int(exact)), str(single), str(THREADS)]
+            command = [installation.program(core), *options, asked, made, *(path.absolute() for path in files)]
+            installation.machine(core).run(command, timeout_s)
+            return read_logits(made, len(tokens))
+
+
+def _is_decoded(artifact: Artifact) -> bool:
+    float32 = gguf.GGMLQuantizationType.F32
+    return all(tensor.tensor_type == float32 for path in artifact.weights for tensor in open_gguf(path).tensors)
+
+
+def write_decoded(source: Path, path: Path) -> None:
+    """Write a GGUF file anew with every tensor decoded to float32, one at a time.
+
+    Raises:
+        InputError: the source is damaged.
+    """
+    reader = open_gguf(source)
+    own = {ARCHITECTURE, FILE_TYPE, *(name for name in reader.fields if name.startswith("GGUF."))}
+    with closing(gguf.GGUFWriter(path, reader.fields[ARCHITECTURE].contents())) as writer:
+        copy_fields(writer, (field for name, field in reader.fields.items() if name not in own))
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+        for tensor in reader.tensors:
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(tensor.n_elements))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in reader.tensors:
+            data = np.ascontiguousarray(tensor.data).view(np.uint8)
+            rows = data.reshape(-1, data.shape[-1])
+            writer.write_tensor_data(ggml_format(tensor.tensor_type.name).decode_rows(rows, int(tensor.shape[0])))
+
+
+EMULATED = EmulatedGguf()
