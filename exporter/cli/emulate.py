@@ -60,6 +60,6 @@ def setup(
     def people() -> None:
         print(f"{found.folder}: ready for {', '.join(names)}")
         if lacking:
-            print(f"GGUF files are not run on them: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
+            print(f"not for GGUF files: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
 
     show.document(facts, as_json, people)

@@ -87,7 +87,8 @@ class EmulatedGguf:
             asked, made = Path(scratch, "tokens.bin"), Path(scratch, "logits.npy")
             asked.write_bytes(np.array(tokens, "<i4").tobytes())
             options = [str(int(exact)), str(single), str(THREADS)]
-            command = [installation.program(core), *options, asked, made, *(path.absolute() for path in files)]
+            command: list[Path | str] = [installation.program(core), *options, asked, made]
+            command += [path.absolute() for path in files]
             installation.machine(core).run(command, timeout_s)
             return read_logits(made, len(tokens))
 

@@ -189,6 +189,6 @@ def test_llama_cpp_computes_there_what_it_computes_here(
     assert found.checks[1].value is not None
     assert found.checks[1].value < 1e-4
     assert found.checks[2].value is not None
-    assert 1e-6 < found.checks[2].value
+    assert found.checks[2].value > 1e-6
     assert artifact.weights[0].read_bytes() == before
     assert not list(artifact.folder.parent.glob(".setting-*"))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from gguf.quants import dequantize
 
 from exporter.arm64 import setup
@@ -152,7 +151,10 @@ def test_without_the_system_the_command_is_named(programs: Path) -> None:
     assert {check.status for check in found.checks} == {"not run"}
 
 
-def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(programs: Path) -> None:
+def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     program(programs, "qemu-aarch64-static")
     assert setup.missing_compilers() == ["cmake", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"]
     found = setup.installation()
