@@ -22,7 +22,7 @@ from exporter.arm64.installation import Installation
 from exporter.arm64.setup import installation
 from exporter.calibrate.text import Tokens
 from exporter.device.profile import DeviceProfile
-from exporter.errors import ExporterError, MissingDependencyError, RuntimeCrashError
+from exporter.errors import ExporterError, MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, open_artifact
@@ -103,6 +103,8 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
     emulator = Emulator(target, installed, core, tokens.reshape(-1)[:count].tolist())
     try:
         return _examined(emulator, artifact, device, progress)
+    except RequestError as error:
+        return _not_run(_words(error))
     except RuntimeCrashError as error:
         failed = _check(INSTRUCTIONS, "failed", _words(error))
         return Emulation((failed, *_not_run(f"{target.title} did not run on the emulated {core.name}").checks[1:]))

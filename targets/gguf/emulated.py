@@ -12,6 +12,7 @@ import numpy as np
 from exporter.arm64.cores import Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
+from exporter.cache import require_space
 from exporter.model.tensors import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.runtime import ADAPTER_FILE
@@ -65,6 +66,8 @@ class EmulatedGguf:
     def configured(self, artifact: Artifact, setting: Kernels, folder: Path) -> Artifact:
         """Write the files with all tensors decoded to float32 into another folder."""
         assert setting == FLOAT32
+        weights_in_all = sum(int(tensor.n_elements) for path in artifact.weights for tensor in open_gguf(path).tensors)
+        require_space(folder, 4 * weights_in_all, "free some space for the weights in float32")
         weights = tuple(folder / path.name for path in artifact.weights)
         for source, path in zip(artifact.weights, weights, strict=True):
             write_decoded(source, path)

@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gguf.quants import dequantize
 
+from exporter import cache
 from exporter.arm64 import setup
 from exporter.arm64.cores import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM, lacked, stand_in
 from exporter.arm64.installation import Installation
@@ -18,7 +20,7 @@ from exporter.errors import MissingDependencyError, RequestError, RuntimeCrashEr
 from exporter.model.sources import open_model
 from exporter.model.tensors import open_gguf
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.emulated import write_decoded
+from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
 from exporter.targets.target import load_target
 from exporter.validate.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
@@ -167,12 +169,27 @@ def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(
     assert "apt-get install g++-aarch64-linux-gnu cmake; run edge-exporter emulate setup" in checks[0].detail
 
 
-def test_a_decoded_file_says_the_same_in_float32(tmp_path: Path) -> None:
-    tiny_model(tmp_path / "source", hidden=256)
+def tiny_gguf(folder: Path) -> Artifact:
+    tiny_model(folder / "source", hidden=256)
     target = load_target("gguf")
-    with open_model(str(tmp_path / "source")) as model:
+    with open_model(str(folder / "source")) as model:
         decisions = target.decide(model, "Q4_K_M", "rtn")
-        artifact = target.lower(CompressedModel(model, decisions, None), "Q4_K_M", tmp_path)
+        return target.lower(CompressedModel(model, decisions, None), "Q4_K_M", folder)
+
+
+def test_without_space_for_the_decoded_weights_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = tiny_gguf(tmp_path)
+    monkeypatch.setattr(EmulatedGguf, "require", lambda *_: None)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    found = settle(artifact, load_device("raspberry-pi-5"), np.full((1, 300), 5, np.int64))
+    assert {check.status for check in found.checks} == {"not run"}
+    assert "not enough free disk space; got 1,000 bytes" in found.checks[0].detail
+    assert "free some space for the weights in float32" in found.checks[0].detail
+    assert not list(tmp_path.glob(".setting-*"))
+
+
+def test_a_decoded_file_says_the_same_in_float32(tmp_path: Path) -> None:
+    artifact = tiny_gguf(tmp_path)
     write_decoded(artifact.weights[0], tmp_path / "decoded.gguf")
     before, after = (open_gguf(path) for path in (artifact.weights[0], tmp_path / "decoded.gguf"))
     kept = {name for name in before.fields if not name.startswith("GGUF.")} - {"general.file_type"}
