@@ -189,16 +189,13 @@ def _programs(programs: Path) -> None:
         settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
         for core in CORES:
             # What does not depend on the core is compiled once.
-            for step in (
-                ["-S", GUEST, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}"],
-                ["--build", build, "--parallel", str(os.cpu_count()), "--target", "guest"],
-            ):
-                _run(
-                    ["cmake", *step],
-                    "llama.cpp cannot be compiled",
-                    "install the versions of Debian 12, or report this",
-                )
+            _cmake("-S", GUEST, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}")
+            _cmake("--build", build, "--parallel", str(os.cpu_count()), "--target", "guest")
             shutil.copy(build / "guest", programs / core.march)
+
+
+def _cmake(*arguments: Path | str) -> None:
+    _run(["cmake", *arguments], "llama.cpp cannot be compiled", "install the versions of Debian 12, or report this")
 
 
 def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:
