@@ -22,25 +22,34 @@ from exporter.validate import arm64
 INSTALLED = installation()
 
 
-def demo_artifact(folder: Path, device: str) -> Artifact:
-    target = load_target("onnx").on(load_device(device))
+def demo_artifact(folder: Path, device: str, name: str, type: str) -> Artifact:
+    target = load_target(name).on(load_device(device))
     with open_model("demo") as model:
-        decisions = target.decide(model, "int4", "rtn")
-        return target.lower(CompressedModel(model, decisions, None), "int4", folder)
+        decisions = target.decide(model, type, "rtn")
+        return target.lower(CompressedModel(model, decisions, None), type, folder)
 
 
-@pytest.mark.parametrize(("device", "positions"), [("raspberry-pi-4", 16), ("raspberry-pi-5", 256)])
+@pytest.mark.parametrize(
+    ("device", "target", "type", "positions"),
+    [
+        ("raspberry-pi-4", "onnx", "int4", 16),
+        ("raspberry-pi-5", "onnx", "int4", 256),
+        ("raspberry-pi-4", "gguf", "Q4_K_M", 256),
+        ("raspberry-pi-5", "gguf", "Q4_K_M", 256),
+        ("galaxy-s24-ultra", "gguf", "Q4_K_M", 256),
+    ],
+)
 def test_the_demo_on_an_emulated_core(
-    tmp_path: Path, device: str, positions: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: str, target: str, type: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
-    artifact = demo_artifact(tmp_path, device)
+    artifact = demo_artifact(tmp_path, device, target, type)
     tokens = np.random.default_rng(0).integers(100, 3000, (1, positions))
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     found = arm64.settle(artifact, load_device(device), tokens)
     wall_s, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    print(f"\n{device}: {positions} positions, {wall_s:.0f} s, {cpu_s:.0f} CPU seconds, both of this machine")
+    print(f"\n{device}, {target} {type}: {positions} positions, {wall_s:.0f} s here, {cpu_s:.0f} CPU seconds")
     for check in found.checks:
         print(f"  {check.status} {check.name}: {check.detail}")
     assert {check.status for check in found.checks} == {"passed"}
