@@ -1,6 +1,7 @@
 """What a target must say so that its artifacts run on emulated Arm cores."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,27 @@ from exporter.arm64.installation import Installation
 from exporter.registry import folders, load
 from exporter.targets.artifact import Artifact
 from exporter.weights.format import Float32
+
+
+@dataclass(frozen=True)
+class Run:
+    """Some tokens for a runtime on an emulated core.
+
+    Attributes:
+        installation: The system to run in.
+        core: The core.
+        tokens: Token ids.
+        single: How many of the last of them come one at a time, with the keys and values of those before.
+        threads: Threads to compute with.
+        timeout_s: Seconds after which the run is ended.
+    """
+
+    installation: Installation
+    core: Core
+    tokens: list[int]
+    single: int
+    threads: int
+    timeout_s: float
 
 
 class Setting(Protocol):
@@ -49,24 +71,12 @@ class Emulated(Protocol):
     def configured(self, artifact: Artifact, setting: Setting, folder: Path) -> Artifact:
         """Write the artifact with a setting into a folder, its own or another, and return it."""
 
-    def logits(
-        self,
-        artifact: Artifact,
-        installation: Installation,
-        core: Core,
-        tokens: list[int],
-        single: int,
-        timeout_s: float,
-    ) -> Float32:
+    def logits(self, artifact: Artifact, run: Run) -> Float32:
         """Run an artifact on an emulated core.
 
         Args:
             artifact: What to run.
-            installation: The system to run it in.
-            core: The core.
-            tokens: Token ids.
-            single: How many of the last of them come one at a time, with the keys and values of those before.
-            timeout_s: Seconds after which the run is ended.
+            run: On what, and where.
 
         Returns:
             The logits after each token, float32 [tokens, vocab].

@@ -61,10 +61,6 @@ CMAKE_SETTINGS = {
     "LLAMA_BUILD_COMMON": "OFF",
     "LLAMA_CURL": "OFF",
 }
-VERSION = hashlib.sha256(
-    repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
-    + b"".join(path.read_bytes() for path in sorted(GUEST.iterdir()))
-).hexdigest()[:12]
 # The system takes 75 MB, the packages 115, the programs 30; the rest is what they are made from.
 NEED_BYTES = 1_000_000_000
 TIMEOUT_S = 1800.0
@@ -73,7 +69,9 @@ SHOWN_CHARACTERS = 300
 
 def installation() -> Installation:
     """Return the place of the installation of these versions in the cache, whether or not it is complete."""
-    return Installation(cache_folder("arm64", VERSION))
+    contents = repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
+    contents += b"".join(path.read_bytes() for path in sorted(GUEST.iterdir()))
+    return Installation(cache_folder("arm64", hashlib.sha256(contents).hexdigest()[:12]))
 
 
 def install(progress: Progress = silent) -> Installation:

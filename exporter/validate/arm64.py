@@ -26,7 +26,7 @@ from exporter.errors import ExporterError, MissingDependencyError, RequestError,
 from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.emulated import Emulated, Setting, emulated_target
+from exporter.targets.emulated import Emulated, Run, Setting, emulated_target
 from exporter.validate.accuracy import divergence
 from exporter.validate.emulation import Emulation
 from exporter.weights.format import Float32
@@ -73,7 +73,7 @@ class Emulator:
         """Return an artifact's logits on the core, float32 [tokens, vocab]."""
         single = min(SINGLE, len(self.tokens))
         timeout_s = TIMEOUT_S + len(self.tokens) * artifact.file_bytes / TIMEOUT_BYTES_PER_S
-        return self.target.logits(artifact, self.installation, self.core, self.tokens, single, timeout_s)
+        return self.target.logits(artifact, Run(self.installation, self.core, self.tokens, single, THREADS, timeout_s))
 
 
 def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: Progress = silent) -> Emulation:

@@ -114,7 +114,6 @@ class GgmlFormat:
         encoded = np.empty((rows, self.stored_bytes(1, columns)), np.uint8)
         ggml, kind = _ggml(), int(self.type)
         pointer = None if importance is None else importance.ctypes.data
-
         step = -(-rows // (os.cpu_count() or 1)) or 1
 
         def encode(first: int) -> None:
@@ -196,3 +195,11 @@ def ggml_format(name: str) -> GgmlFormat:
     if name not in formats:
         raise RequestError(f"unknown GGUF type {name!r}", next_step=did_you_mean(name, formats))
     return formats[name]
+
+
+def decoded(tensor: gguf.ReaderTensor) -> Float32:
+    """Return a tensor of a GGUF file as llama.cpp decodes it, float32 [rows, columns]; a vector is one row."""
+    columns = int(tensor.shape[0])
+    data = np.ascontiguousarray(tensor.data).view(np.uint8)
+    format = ggml_format(tensor.tensor_type.name)
+    return format.decode_rows(data.reshape(-1, format.stored_bytes(1, columns)), columns)

@@ -13,8 +13,9 @@ import numpy as np
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, open_gguf
 from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf.header import finish_header
 from exporter.weights.format import EncodedFactors, Float32, LowRank
-from exporter.weights.ggml import ggml_format
+from exporter.weights.ggml import decoded, ggml_format
 from exporter.weights.group import Decision, WeightGroup
 
 RIGHT, LEFT = "lora_a", "lora_b"
@@ -45,9 +46,7 @@ class AdapterWriter:
                 shape = (rows, format.stored_bytes(1, columns))
                 size = format.stored_bytes(rows, columns)
                 self._writer.add_tensor_info(f"{names[group.name]}.{part}", shape, np.dtype(np.uint8), size, kind)
-        self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
+        finish_header(self._writer)
 
     def add(self, factors: EncodedFactors, order: np.ndarray | None) -> None:
         """Write the factors of the next matrix, whose stored rows are those of the source in an order."""
@@ -78,11 +77,7 @@ class Adapter:
 
     def decode(self, group: WeightGroup) -> tuple[Float32, Float32] | None:
         """Return L, rows in the file's order, and R as llama.cpp decodes them; None where there are none."""
-        low_rank = self.low_rank(group)
-        if low_rank is None:
+        if self.low_rank(group) is None:
             return None
-        name, decode = self._names[group.name], low_rank.format.decode_rows
-        left, right = (
-            np.ascontiguousarray(self._tensors[f"{name}.{part}"].data).view(np.uint8) for part in (LEFT, RIGHT)
-        )
-        return decode(left, low_rank.rank), decode(right, group.columns)
+        left, right = (decoded(self._tensors[f"{self._names[group.name]}.{part}"]) for part in (LEFT, RIGHT))
+        return left, right

@@ -15,13 +15,14 @@ from exporter.arm64.logits import read_logits
 from exporter.cache import require_space
 from exporter.model.tensors import open_gguf
 from exporter.targets.artifact import Artifact
+from exporter.targets.emulated import Run
+from exporter.targets.gguf.header import finish_header
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_fields
 from exporter.weights.format import Float32
-from exporter.weights.ggml import ggml_format
+from exporter.weights.ggml import decoded
 
 ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE
-THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -73,27 +74,19 @@ class EmulatedGguf:
             write_decoded(source, path)
         return Artifact(artifact.target, folder, weights)
 
-    def logits(
-        self,
-        artifact: Artifact,
-        installation: Installation,
-        core: Core,
-        tokens: list[int],
-        single: int,
-        timeout_s: float,
-    ) -> Float32:
+    def logits(self, artifact: Artifact, run: Run) -> Float32:
         """Return the logits after each token, float32 [tokens, vocab], by the program of `guest/guest.cpp`."""
         exact = _is_decoded(artifact)
         # The model, then the adapter.
         files = sorted(artifact.weights, key=lambda path: path.name == ADAPTER_FILE)
         with TemporaryDirectory(prefix="edge-exporter-") as scratch:
             asked, made = Path(scratch, "tokens.bin"), Path(scratch, "logits.npy")
-            asked.write_bytes(np.array(tokens, "<i4").tobytes())
-            options = [str(int(exact)), str(single), str(THREADS)]
-            command: list[Path | str] = [installation.program(core), *options, asked, made]
+            asked.write_bytes(np.array(run.tokens, "<i4").tobytes())
+            options = [str(int(exact)), str(run.single), str(run.threads)]
+            command: list[Path | str] = [run.installation.program(run.core), *options, asked, made]
             command += [path.absolute() for path in files]
-            installation.machine(core).run(command, timeout_s)
-            return read_logits(made, len(tokens))
+            run.installation.machine(run.core).run(command, run.timeout_s)
+            return read_logits(made, len(run.tokens))
 
 
 def _is_decoded(artifact: Artifact) -> bool:
@@ -115,13 +108,9 @@ def write_decoded(source: Path, path: Path) -> None:
         for tensor in reader.tensors:
             shape = tuple(int(size) for size in reversed(tensor.shape))
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(tensor.n_elements))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        finish_header(writer)
         for tensor in reader.tensors:
-            data = np.ascontiguousarray(tensor.data).view(np.uint8)
-            rows = data.reshape(-1, data.shape[-1])
-            writer.write_tensor_data(ggml_format(tensor.tensor_type.name).decode_rows(rows, int(tensor.shape[0])))
+            writer.write_tensor_data(decoded(tensor))
 
 
 EMULATED = EmulatedGguf()

@@ -63,3 +63,10 @@ def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Floa
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = parameters["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return {"rope_freqs.weight": (plain / scaled.double().numpy()).astype(np.float32)}
+
+
+def finish_header(writer: gguf.GGUFWriter) -> None:
+    """Write keys and the list of tensors, after which the tensors' data follows."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()

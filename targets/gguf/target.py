@@ -27,7 +27,7 @@ from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
-from exporter.targets.gguf.header import frequency_factors, rope, write_header
+from exporter.targets.gguf.header import finish_header, frequency_factors, rope, write_header
 from exporter.targets.gguf.kernels import ON_X86, throughput_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
@@ -35,7 +35,7 @@ from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.target import Carried, shape_of
 from exporter.weights.format import Float32, WeightFormat, plus
-from exporter.weights.ggml import GgmlFormat, ggml_format, ggml_formats
+from exporter.weights.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
 
 MODEL_FILE = "model.gguf"
@@ -149,9 +149,7 @@ class Gguf:
                 _add_metadata(writer, model, "")
                 for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
                     writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
+                finish_header(writer)
             header = path.stat().st_size
         tensors = len(vectors) + len(model.groups()) + 1
         frequencies = 4 * model.architecture.head_dim
@@ -197,8 +195,7 @@ class Gguf:
 
         def read(group: WeightGroup) -> Float32:
             tensor = tensors[names[group.name]]
-            data = np.ascontiguousarray(tensor.data).view(np.uint8)
-            stored = ggml_format(tensor.tensor_type.name).decode_rows(data, group.columns)
+            stored = decoded(tensor)
             order = row_order(model, group)
             factors = adapter.decode(group)
             if factors is None:
@@ -273,9 +270,7 @@ def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: Ada
             shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
             kind = gguf.GGMLQuantizationType[decision.format.name]
             writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.base_bytes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        finish_header(writer)
         for vector in vectors.values():
             writer.write_tensor_data(vector)
         for decision in compressed.decisions.values():

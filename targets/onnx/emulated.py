@@ -16,6 +16,7 @@ from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
 from exporter.cache import replacing
 from exporter.targets.artifact import Artifact
+from exporter.targets.emulated import Run
 from exporter.targets.onnx.rounding import (
     DISABLE_KLEIDIAI,
     FLOAT32,
@@ -27,7 +28,6 @@ from exporter.weights.format import Float32
 
 GUEST = Path(__file__).with_name("guest.py")
 CONFIGURATION = "genai_config.json"
-THREADS = 2
 
 
 class EmulatedOnnx:
@@ -81,22 +81,14 @@ class EmulatedOnnx:
             _share(data, folder / data.name)
         return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))
 
-    def logits(
-        self,
-        artifact: Artifact,
-        installation: Installation,
-        core: Core,
-        tokens: list[int],
-        single: int,
-        timeout_s: float,
-    ) -> Float32:
+    def logits(self, artifact: Artifact, run: Run) -> Float32:
         """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
-        request = {"model": _request(artifact), "tokens": tokens, "single": single, "threads": THREADS}
+        request = {"model": _request(artifact), "tokens": run.tokens, "single": run.single, "threads": run.threads}
         with TemporaryDirectory(prefix="edge-exporter-") as scratch:
             asked, made = Path(scratch, "request.json"), Path(scratch, "logits.npy")
             asked.write_text(json.dumps(request), encoding="utf-8")
-            installation.machine(core).python(GUEST, [asked, made], timeout_s)
-            return read_logits(made, len(tokens))
+            run.installation.machine(run.core).python(GUEST, [asked, made], run.timeout_s)
+            return read_logits(made, len(run.tokens))
 
 
 def _request(artifact: Artifact) -> dict[str, object]:

@@ -17,7 +17,7 @@
 
 namespace {
 
-// As the exporter's own runtime has it, and as `llama_context_default_params` has it.
+// As the exporter's own runtime has it (`LLAMA_CPP_BATCH`).
 constexpr int32_t BATCH = 512;
 
 [[noreturn]] void fail(const std::string & what) {
