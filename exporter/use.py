@@ -1,21 +1,22 @@
 """Using a finished bundle: talking to it and testing it."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporter.bundle.manifest import Manifest
+from exporter.bundle.manifest import FileEntry, Manifest, places_of, standing_for
 from exporter.bundle.verify import read_manifest
-from exporter.coding.container import SUFFIX
 from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
 from exporter.errors import InputError, RequestError
 from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.report.data import from_json
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact, open_artifact, runs_coded
+from exporter.targets.runtime import Residence
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.selftest import SelfTest, run_self_test
 
@@ -25,34 +26,59 @@ if TYPE_CHECKING:  # it brings transformers along
 UNPACK = "restore it with edge-exporter unpack"
 
 
-def open_bundle(bundle: Path) -> Artifact:
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle answered.
+
+    Attributes:
+        text: The continuation.
+        residence: What its weights took in memory; None where they are plain.
+    """
+
+    text: str
+    residence: Residence | None
+
+
+def open_bundle(bundle: Path, may_be_coded: bool = False) -> Artifact:
     """Return the artifact of a bundle whose files have the sizes that its manifest states.
+
+    Args:
+        bundle: The bundle's folder.
+        may_be_coded: Take coded files as they are, where the target runs them.
 
     Raises:
         InputError: a file is missing or truncated.
         RequestError: one is coded.
     """
     manifest = read_manifest(bundle)
-    coded = _coded_file(bundle, manifest)
-    if coded is not None:
-        raise RequestError("the bundle's model is coded", where=coded, next_step=UNPACK)
-    for entry in manifest.files:
-        path = bundle / entry.path
+    files = _standing(bundle, manifest)
+    coded = [file.path for entry, file in files if file is not entry]
+    if coded and not (may_be_coded and runs_coded(manifest.target)):
+        raise RequestError("the bundle's model is coded", where=bundle / coded[0], next_step=UNPACK)
+    for _, file in files:
+        path = bundle / file.path
         size = path.stat().st_size if path.is_file() else None
-        if size != entry.size:
-            raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=entry.size)
-    weights = tuple(bundle / entry.path for entry in manifest.files if entry.role == "model")
-    return Artifact(manifest.target, bundle / "model", weights)
+        if size != file.size:
+            raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=file.size)
+    weights = tuple(bundle / file.path for _, file in files if file.role == "model")
+    if coded and len(coded) < len(weights):
+        raise RequestError(
+            "only some of the model's files are coded", where=bundle, got=", ".join(coded), next_step=UNPACK
+        )
+    return Artifact(manifest.target, bundle / "model", weights, bool(coded))
 
 
-def _coded_file(bundle: Path, manifest: Manifest) -> Path | None:
-    """Return a coded file that stands in the place of one that the runtime loads; None where there is none."""
-    coded = [bundle / (entry.path + SUFFIX) for entry in manifest.files if entry.coded is not None]
-    return next((path for path in coded if path.is_file() and not path.with_suffix("").is_file()), None)
+def _standing(bundle: Path, manifest: Manifest) -> list[tuple[FileEntry, FileEntry]]:
+    """Return every file of a bundle, and what stands for it."""
+    places = (place for entry in manifest.files for place in places_of(entry))
+    present = {place for place in places if (bundle / place).is_file()}
+    return [(entry, standing_for(entry, present)) for entry in manifest.files]
 
 
-def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> str:
-    """Return the bundle's greedy continuation of a prompt.
+def answer(
+    bundle: Path, prompt: str, tokens: int, chat: bool, threads: int, tokens_per_s: float | None = None
+) -> Answer:
+    """Return the bundle's greedy continuation of a prompt; a coded one is decoded as it runs, where its target can.
 
     Args:
         bundle: The bundle's folder.
@@ -60,25 +86,32 @@ def answer(bundle: Path, prompt: str, tokens: int, chat: bool, threads: int) -> 
         tokens: Most tokens to answer with.
         chat: Put the prompt into the model's chat template.
         threads: Threads of the runtime.
+        tokens_per_s: Of a coded bundle, keep as many weights plain as generating so fast takes.
 
     Raises:
-        RequestError: a chat is asked of a model without a chat template.
+        RequestError: a chat is asked of a model without a chat template, a speed of a bundle that is not coded, or more
+            than the machine can do.
     """
-    artifact = open_bundle(bundle)
+    artifact = open_bundle(bundle, may_be_coded=True)
+    if tokens_per_s is not None and not artifact.coded:
+        raise RequestError("the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode")
     with open_artifact(artifact, 2048, threads) as child:
         text = child.call("render_chat", [{"role": "user", "content": prompt}], True) if chat else prompt
         if text is None:
             raise RequestError("the model's chat template refuses the prompt", next_step="leave out --chat")
         given = child.call("tokenize", text)
+        if tokens_per_s is not None:
+            child.call("keep_up", tokens_per_s)
         made: str = child.call("text", child.call("generate", given, tokens))
-        return made.strip()
+        return Answer(made.strip(), child.call("residence") if artifact.coded else None)
 
 
 def self_test(bundle: Path, threads: int) -> Check:
-    """Run the bundle's self-test in its own runtime; a coded bundle has to be unpacked for that."""
-    if _coded_file(bundle, read_manifest(bundle)) is not None:
+    """Run the bundle's self-test in its own runtime; a coded bundle may have to be unpacked for that."""
+    manifest = read_manifest(bundle)
+    if any(file is not entry for entry, file in _standing(bundle, manifest)) and not runs_coded(manifest.target):
         return Check(name="selftest", status="not run", detail=f"the bundle's model is coded: {UNPACK}")
-    artifact = open_bundle(bundle)
+    artifact = open_bundle(bundle, may_be_coded=True)
     path = bundle / "selftest.json"
     test = from_json(SelfTest, path.read_bytes(), path)
     with open_artifact(artifact, max(64, len(test.prompt)), threads) as child:

@@ -16,11 +16,13 @@ class Artifact:
         target: Name of the target.
         folder: Where the files are.
         weights: The files that hold the model: their sizes count as the model's size.
+        coded: Whether these are coded files, which stay so in memory.
     """
 
     target: str
     folder: Path
     weights: tuple[Path, ...]
+    coded: bool = False
 
     @property
     def file_bytes(self) -> int:
@@ -43,7 +45,7 @@ def open_artifact(artifact: Artifact, context: int, threads: int, exact: bool = 
         exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
         sequences: Sequences sampled at once.
     """
-    runtime = runtime_of(artifact.target)
+    runtime = coded_runtime_of(artifact.target) if artifact.coded else runtime_of(artifact.target)
     return Child(runtime.title, runtime, artifact, context, threads, exact, sequences)
 
 
@@ -55,3 +57,13 @@ def load_runtime(artifact: Artifact, context: int, threads: int) -> object:
 def runtime_of(target: str) -> Any:
     """Return the class of a target's runtime: what `exporter.targets.runtime.Runtime` says."""
     return load("exporter.targets.{}.runtime", target, target_names(), "target").RUNTIME
+
+
+def runs_coded(target: str) -> bool:
+    """Return whether a target's artifacts run while their files stay coded."""
+    return target in folders("exporter.targets", "coded.py")
+
+
+def coded_runtime_of(target: str) -> Any:
+    """Return the class of a target's runtime for coded files: `Runtime`, and what `exporter.use.answer` asks of it."""
+    return load("exporter.targets.{}.coded", target, folders("exporter.targets", "coded.py"), "target").RUNTIME

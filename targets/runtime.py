@@ -32,6 +32,26 @@ class Timing:
     interpreter_bytes: int
 
 
+@dataclass(frozen=True)
+class Residence:
+    """What a model took whose weights stay coded in memory.
+
+    Attributes:
+        resident_bytes: The most by which the process grew while it computed: weights coded, plain, and being decoded,
+            and all else that the model takes.
+        weight_bytes: Bytes of the weights in the files that runtimes load plain.
+        coded_parts: Parts of the model whose weights are coded.
+        plain_parts: Parts whose weights are kept plain.
+        tokens_per_s: Speed of the last tokens; None where there were too few.
+    """
+
+    resident_bytes: int
+    weight_bytes: int
+    coded_parts: int
+    plain_parts: int
+    tokens_per_s: float | None
+
+
 class Runtime(Protocol):
     """A loaded artifact inside a child process. Token ids are lists of int throughout."""
 
@@ -63,6 +83,20 @@ class Runtime(Protocol):
             messages: Dictionaries with `role` and `content`.
             prompt: Ask for the start of an answer at the end.
         """
+
+
+class CodedRuntime(Runtime, Protocol):
+    """A runtime whose artifact's files stay coded in memory."""
+
+    def keep_up(self, tokens_per_s: float) -> None:
+        """Keep as many parts plain as generating so fast takes, now and from now on; 0 keeps none.
+
+        Raises:
+            RequestError: this machine is slower although all weights are plain.
+        """
+
+    def residence(self) -> Residence:
+        """Return what the process took at most since the floor was set."""
 
 
 def resident_bytes() -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -156,6 +156,19 @@ class Manifest(Header):
 def places_of(entry: FileEntry) -> list[str]:
     """Return where a file may stand: its path, and that of its coded form if it has one."""
     return [entry.path] if entry.coded is None else [entry.path, entry.path + SUFFIX]
+
+
+def standing_for(entry: FileEntry, present: Collection[str]) -> FileEntry:
+    """Return the entry of the file that stands for one in a bundle: itself, or its coded form until it is unpacked.
+
+    Args:
+        entry: The file.
+        present: Paths of the files that are there.
+    """
+    path = entry.path + SUFFIX
+    if entry.coded is None or entry.path in present or path not in present:
+        return entry
+    return FileEntry(path=path, role=entry.role, size=entry.coded.size, sha256=entry.coded.sha256)
 
 
 def _folded(path: str) -> str:

@@ -3,7 +3,7 @@
 A bundle is hostile until checked: nothing outside its folder is opened, no link is followed, sizes are bounded.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from exporter.bundle.manifest import (
@@ -16,8 +16,9 @@ from exporter.bundle.manifest import (
     content_digest,
     files_below,
     sha256_of,
+    standing_for,
 )
-from exporter.coding.container import SUFFIX, check_file, original_of
+from exporter.coding.container import check_file, original_of
 from exporter.errors import InputError
 from exporter.measures import Check
 from exporter.report.data import Measurements, Report, from_json, to_json
@@ -96,7 +97,7 @@ def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]
 def _check_files(
     bundle: Path, files: Iterable[FileEntry], present: frozenset[str], progress: Progress | None
 ) -> Iterable[Check]:
-    entries = [(entry, _standing(entry, present)) for entry in files]
+    entries = [(entry, standing_for(entry, present)) for entry in files]
     total = sum(standing.size for _, standing in entries)
     done = 0
 
@@ -111,14 +112,6 @@ def _check_files(
         yield check
         if standing is not entry and check.status == "passed":
             yield _check_restored(bundle, standing, entry)
-
-
-def _standing(entry: FileEntry, present: Collection[str]) -> FileEntry:
-    """Return the entry of the file that stands for one here: itself, or its coded form until it is unpacked."""
-    path = entry.path + SUFFIX
-    if entry.coded is None or entry.path in present or path not in present:
-        return entry
-    return FileEntry(path=path, role=entry.role, size=entry.coded.size, sha256=entry.coded.sha256)
 
 
 def _check_restored(bundle: Path, coded: FileEntry, entry: FileEntry) -> Check:
@@ -167,7 +160,7 @@ def _check(name: str, wrong: str, more: str = "", passed: str = "") -> Check:
 
 
 def _check_unlisted(manifest: Manifest, present: list[str]) -> Check:
-    extra = set(present) - {_standing(entry, present).path for entry in manifest.files} - UNLISTED
+    extra = set(present) - {standing_for(entry, present).path for entry in manifest.files} - UNLISTED
     wrong = "files that the manifest does not list" if extra else ""
     return _check("no unlisted file", wrong, _some(extra), passed="every file is listed")
 

@@ -173,15 +173,19 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text for the model to continue.")],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to answer with.")] = 48,
     chat: Annotated[bool, typer.Option("--chat", help="Say the prompt in a chat, by the model's template.")] = False,
+    min_decode: Annotated[
+        float | None,
+        typer.Option("--min-decode", min=1e-3, help="Of a coded bundle: weights are kept plain for so many tokens/s."),
+    ] = None,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a bundle through its own runtime."""
+    """Talk to a bundle through its own runtime; weights of a coded one stay coded in memory."""
     from exporter.cli import show
     from exporter.use import answer
 
-    given = answer(bundle, prompt, tokens, chat, threads)
-    show.document({"prompt": prompt, "answer": given}, as_json, lambda: print(given))
+    given = answer(bundle, prompt, tokens, chat, threads, min_decode)
+    show.document(show.answer_facts(prompt, given), as_json, lambda: show.answer(given))
 
 
 @app.command(epilog="Example: edge-exporter verify phone")

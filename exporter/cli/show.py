@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from exporter.report.figures import text as figure
 
 if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
     from exporter.plan import Plan
+    from exporter.use import Answer
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
@@ -73,6 +75,25 @@ def document(facts: object, as_json: bool, show: Callable[[], None]) -> None:
         print(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
         show()
+
+
+def answer_facts(prompt: str, answer: "Answer") -> dict[str, object]:
+    """Return what a bundle answered, and what it took where its weights are coded."""
+    facts: dict[str, object] = {"prompt": prompt, "answer": answer.text}
+    if answer.residence is None:
+        return facts
+    return facts | {"residence": asdict(answer.residence) | {"basis": "measured"}}
+
+
+def answer(answer: "Answer") -> None:
+    """Print what a bundle answered; what coded weights take goes to the error stream."""
+    print(answer.text)
+    took = answer.residence
+    if took is not None:
+        size = f"{figure(took.resident_bytes, 'bytes')} for {figure(took.weight_bytes, 'bytes')} of weights"
+        speed = "" if took.tokens_per_s is None else f", {took.tokens_per_s:.3g} tokens/s"
+        parts = f"{took.coded_parts} parts coded, {took.plain_parts} plain"
+        print(f"in memory: {size}, {parts}{speed} (measured)", file=sys.stderr)
 
 
 def bundle_facts(bundle: Path) -> dict[str, object]:

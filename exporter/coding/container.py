@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar, get_args
 
 from exporter.cache import replacing
 from exporter.coding.chunk import CodedChunk, Profile, decode, encode
-from exporter.coding.layout import PART_BYTES, Part, Section, layout_of, parts_of
+from exporter.coding.layout import Part, Section, layout_of, parts_of
 from exporter.coding.reading import Reading
 from exporter.errors import ExporterError, InputError, RequestError
 
@@ -29,13 +29,16 @@ MAGIC = b"\x89EDGECOD"
 VERSION = 1
 SUFFIX = ".coded"
 PROFILES: tuple[Profile, ...] = get_args(Profile)
-CHUNK_BYTES = PART_BYTES
+# Bytes of the original in a chunk: many, for the lanes of `ans` to be long; or few, so that little has to be restored
+# for a few of them. Restoring takes a few times as much memory.
+CHUNK_BYTES: dict[Profile, int] = {"small": 1 << 23, "fast": 1 << 20}
+MOST_CHUNK_BYTES = max(CHUNK_BYTES.values())
 # The least header: all but the name.
 _FIXED = struct.Struct("<8sHQ32sH")
 _CHECKSUM = struct.Struct("<I")
 _CHUNK = struct.Struct("<III")
 # Layout and tables of a chunk that does not shrink at all.
-_MOST_PAYLOAD = 2 * CHUNK_BYTES
+_MOST_PAYLOAD = 2 * MOST_CHUNK_BYTES
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
@@ -89,7 +92,8 @@ def code_file(
         raise RequestError("unknown profile of coding", got=profile, expected=" or ".join(PROFILES))
     size = path.stat().st_size
     sections = layout_of(path) if layout is None else layout
-    groups = _groups(parts_of(sections, size))
+    most = CHUNK_BYTES[profile]
+    groups = _groups(parts_of(sections, size, most), most)
     whole, done, entropy = hashlib.sha256(), 0, 0.0
 
     def code(given: tuple[bytes, list[Part]]) -> tuple[bytes, CodedChunk]:
@@ -101,7 +105,7 @@ def code_file(
 
     with path.open("rb") as source, replacing(to) as partial, partial.open("wb") as file:
         file.write(_header(Original(path.name, size, bytes(32))))
-        for data, chunk in _on_all_cores(code, ((_read(source, group, path), group) for group in groups)):
+        for data, chunk in on_all_cores(code, ((_read(source, group, path), group) for group in groups)):
             whole.update(data)
             file.write(_chunk_head(len(data), chunk.payload) + chunk.payload)
             done, entropy = done + len(data), entropy + chunk.entropy_bytes
@@ -167,6 +171,16 @@ def check_file(coded: Path) -> Original:
     return original
 
 
+def restored_chunks(coded: Path) -> Iterator[memoryview]:
+    """Give the bytes of the file that a coded file stands for, in order; the whole is checked at the end.
+
+    Raises:
+        InputError: as for `restore_file`.
+    """
+    with coded.open("rb") as file:
+        yield from _restored_chunks(file, _read_header(file, coded), coded)
+
+
 def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator[memoryview]:
     """Give the restored bytes in order, chunk by chunk, restored on all cores; the whole is checked at the end.
 
@@ -184,7 +198,7 @@ def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterato
         except InputError as error:
             raise _damaged(coded, error) from error
 
-    for data in _on_all_cores(restore, _read_chunks(file, original.size, coded)):
+    for data in on_all_cores(restore, _read_chunks(file, original.size, coded)):
         whole.update(data)
         yield data
     if whole.digest() != original.sha256:
@@ -199,7 +213,7 @@ def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, 
         if len(head) < _CHUNK.size:
             raise _damaged(coded, f"{left:,} bytes of the original are missing")
         count, length, checksum = _CHUNK.unpack(head)
-        if not 0 < count <= min(left, CHUNK_BYTES) or length > _MOST_PAYLOAD:
+        if not 0 < count <= min(left, MOST_CHUNK_BYTES) or length > _MOST_PAYLOAD:
             raise _damaged(coded, f"a chunk of {length:,} bytes for {count:,}")
         payload = file.read(length)
         if len(payload) < length or zlib.crc32(payload, zlib.crc32(head[:-4])) != checksum:
@@ -210,7 +224,7 @@ def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, 
         raise _damaged(coded, "bytes after the last chunk")
 
 
-def _on_all_cores(work: Callable[[_Given], _Made], given: Iterable[_Given]) -> Iterator[_Made]:
+def on_all_cores(work: Callable[[_Given], _Made], given: Iterable[_Given]) -> Iterator[_Made]:
     """Give the results of `work` in order; only a few more than there are cores are under way at a time."""
     workers = os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
@@ -226,11 +240,11 @@ def _on_all_cores(work: Callable[[_Given], _Made], given: Iterable[_Given]) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _groups(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Give the parts of each chunk."""
+def _groups(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
+    """Give the parts of each chunk, which has so many bytes at most."""
     group: list[Part] = []
     for part in parts:
-        if group and sum(one.bytes for one in group) + part.bytes > CHUNK_BYTES:
+        if group and sum(one.bytes for one in group) + part.bytes > most:
             yield group
             group = []
         group.append(part)

@@ -8,6 +8,7 @@ apart from the others. A wrong layout costs bytes, never correctness.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,8 +21,6 @@ from exporter.model.tensors import open_gguf
 # Kinds of fields: bytes that are codes of weights; little-endian floating-point numbers; anything else.
 CODES, NUMBERS, ANYTHING = range(3)
 KINDS = (CODES, NUMBERS, ANYTHING)
-# The most that a part may hold: restoring needs a few times as much memory.
-PART_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -141,39 +140,44 @@ def _onnx_layout(graph: Path, data: Path) -> list[Section]:
         external = {entry.key: entry.value for entry in tensor.external_data}
         if external.get("location") == data.name and tensor.dims:
             kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            rows, rest = int(tensor.dims[0]), int(np.prod(tensor.dims[1:], dtype=np.int64))
-            field = Field(NUMBERS if kind.kind == "f" else CODES if kind.itemsize == 1 else ANYTHING, kind.itemsize)
-            sections.append(Section(int(external.get("offset", "0")), Part(rows, rest, (field,))))
+            sections.append(Section(int(external.get("offset", "0")), array_part(tuple(tensor.dims), kind)))
     return sections
 
 
-def parts_of(sections: Sequence[Section], size: int) -> Iterator[Part]:
-    """Give parts of at most `PART_BYTES` that make up a file without a gap.
+def array_part(shape: Sequence[int], kind: np.dtype[Any]) -> Part:
+    """Return the part that an array is: codes where its numbers are whole and of one byte."""
+    field = Field(NUMBERS if kind.kind == "f" else CODES if kind.itemsize == 1 else ANYTHING, kind.itemsize)
+    return Part(int(shape[0]), int(np.prod(shape[1:], dtype=np.int64)), (field,))
+
+
+def parts_of(sections: Sequence[Section], size: int, most: int) -> Iterator[Part]:
+    """Give parts that make up a file without a gap.
 
     Args:
         sections: What is known of the file; what overlaps another or lies outside is taken for anything.
         size: Bytes of the file.
+        most: Bytes that a part may have.
     """
     at = 0
     for section in sorted((one for one in sections if one.part.bytes), key=lambda one: one.start):
         if section.start < at or section.start + section.part.bytes > size:
             continue
-        yield from _anything(section.start - at)
-        yield from _split(section.part)
+        yield from _anything(section.start - at, most)
+        yield from split(section.part, most)
         at = section.start + section.part.bytes
-    yield from _anything(size - at)
+    yield from _anything(size - at, most)
 
 
-def _anything(count: int) -> Iterator[Part]:
-    for first in range(0, count, PART_BYTES):
-        yield Part(1, min(PART_BYTES, count - first), (Field(ANYTHING, 1),))
+def _anything(count: int, most: int) -> Iterator[Part]:
+    for first in range(0, count, most):
+        yield Part(1, min(most, count - first), (Field(ANYTHING, 1),))
 
 
-def _split(part: Part) -> Iterator[Part]:
+def split(part: Part, most: int) -> Iterator[Part]:
     """Give a part in pieces of whole rows; a row that is too long by itself in pieces of anything."""
-    most = PART_BYTES // part.row_bytes
-    if not most:
-        yield from _anything(part.bytes)
+    rows = most // part.row_bytes
+    if not rows:
+        yield from _anything(part.bytes, most)
         return
-    for first in range(0, part.rows, most):
-        yield replace(part, rows=min(most, part.rows - first))
+    for first in range(0, part.rows, rows):
+        yield replace(part, rows=min(rows, part.rows - first))

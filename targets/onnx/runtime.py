@@ -2,16 +2,14 @@
 
 import json
 import time
-from functools import cached_property
 from statistics import median
 
 import numpy as np
 import onnxruntime
 import onnxruntime_genai as genai
 
-from exporter.errors import RequestError
 from exporter.targets.artifact import Artifact
-from exporter.targets.onnx.tokenize import GenaiTokenizer
+from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
 from exporter.weights.format import Float32
 
@@ -19,7 +17,7 @@ from exporter.weights.format import Float32
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 
 
-class OnnxRuntime:
+class OnnxRuntime(DecoderFolder):
     """A decoder folder: logits through onnxruntime, text through onnxruntime-genai. Each is loaded when needed.
 
     Args:
@@ -35,10 +33,7 @@ class OnnxRuntime:
     serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
-        if sequences != 1:
-            raise RequestError("ONNX Runtime runs one sequence at a time here", got=sequences, expected=1)
-        folder = artifact.folder
-        self._folder = folder
+        super().__init__(artifact, sequences)
         self._context_size = context
         self._threads = threads
         self._exact = exact
@@ -46,13 +41,6 @@ class OnnxRuntime:
         self._loaded_session: onnxruntime.InferenceSession | None = None
         self._loaded_model: genai.Model | None = None
         self._load_s = 0.0
-        settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
-        options = settings["decoder"]["session_options"].items()
-        self._options = {name: value for name, value in options if "." in name}
-        self._head_width = int(settings["decoder"]["head_size"])
-        ends = settings["eos_token_id"]
-        self._ends = set(ends if isinstance(ends, list) else [ends])
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
@@ -101,22 +89,6 @@ class OnnxRuntime:
             peak_bytes=peak_resident_bytes(),
             interpreter_bytes=self._before,
         )
-
-    def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
-        return self._tokenizer.ids(text)
-
-    def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special tokens left out."""
-        return str(genai.Tokenizer(self._model()).decode(np.array(tokens, np.int32)))
-
-    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
-        """Return a chat as onnxruntime-genai renders it, or None where the template refuses it."""
-        return self._tokenizer.render(messages, prompt)
-
-    @cached_property
-    def _tokenizer(self) -> GenaiTokenizer:
-        return GenaiTokenizer(self._folder)
 
     def _session(self) -> onnxruntime.InferenceSession:
         if self._loaded_session is None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnxruntime_genai
 
 from exporter.errors import InputError, RequestError
@@ -40,6 +41,10 @@ class GenaiTokenizer:
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS or EOS where the tokenizer adds them."""
         return [int(token) for token in self._tokenizer.encode(text)]
+
+    def text(self, ids: list[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return str(self._tokenizer.decode(np.array(ids, np.int32)))
 
     def render(self, chat: Chat, prompt: bool) -> str | None:
         """Return a chat rendered by the folder's template; None where the template refuses it.

@@ -9,28 +9,32 @@ many stored bits and CALDERA's lowered form: in ONNX, since at this model's widt
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from exporter.bundle.transport import code_beside
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
-from exporter.coding.container import CodedSize, code_file, restore_file
+from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
 from exporter.coding.layout import Section, layout_of
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.double import doubled, in_scaled_channels
 from exporter.compress.equalise import Rewritten
 from exporter.compress.method import Method
 from exporter.compress.rate import in_even_columns, rated
+from exporter.job import silent
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, open_gguf
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.runtime import Timing
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
+from tests.benchmarks.measured import THREADS
 from tests.benchmarks.test_caldera import Bench, Row
 from tests.reference import plain_texts, reference_model
 
@@ -39,6 +43,9 @@ EVALUATION_WINDOWS = 16
 RATES = (2.0, 2.5, 3.0, 3.5)
 # In all, embedding included: 8.5 bits of Q8_0 over 2.2.
 DOUBLE_BITS = 3.8
+PROMPT, DECODE = 64, 32
+# Of the speed with all weights coded.
+FLOORS = (0.9, 1.1, 2.0)
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(model, statistics, evaluation, Reference.of_original(model, evaluation.tokens))
 
 
-def lowered(world: World, rewritten: Rewritten, methods: Mapping[str, Method], folder: Path) -> Artifact:
-    """Lower to Q8_0, matrices without a method of their own rounded to the nearest."""
-    target = load_target("gguf")
+def lowered(
+    world: World, rewritten: Rewritten, methods: Mapping[str, Method], folder: Path,
+    name: str = "gguf", type: str = "Q8_0",
+) -> Artifact:  # fmt: skip
+    """Lower to 8 bits, matrices without a method of their own rounded to the nearest."""
+    target = load_target(name)
     folder.mkdir()
-    decisions = target.decide(world.model, "Q8_0", "rtn")
+    decisions = target.decide(world.model, type, "rtn")
     compressed = CompressedModel(
         world.model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods
     )
-    return target.lower(compressed, "Q8_0", folder)
+    return target.lower(compressed, type, folder)
 
 
 def linear_bits(world: World, path: Path, scratch: Path) -> float:
@@ -154,6 +164,45 @@ def test_double_compression_against_its_int8(world: World, tmp_path: Path) -> No
     print(f"double: {size}, KL {kl:.4f}, same {same:.1%}, text {right:.2%}")
     assert 2.2 * size.coded_bytes <= plain.file_bytes
     assert right >= right8 - 0.015
+
+
+def test_weights_stay_coded_in_memory(world: World, tmp_path: Path) -> None:
+    """In ONNX Runtime, INT8 plain and double compression coded: what each process grows by, loading included."""
+    plain = lowered(world, Rewritten(world.model, world.statistics), {}, tmp_path / "plain", "onnx", "int8")
+    rewritten = in_scaled_channels(world.model, world.statistics)
+    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
+    coarse = lowered(world, rewritten, methods, tmp_path / "coarse", "onnx", "int8")
+    code_beside(coarse.weights, "small", silent)
+    coded = replace(coarse, weights=tuple(path.with_name(path.name + SUFFIX) for path in coarse.weights), coded=True)
+    prompt = world.evaluation.tokens[0, :PROMPT].tolist()
+    with open_artifact(plain, WINDOW, THREADS) as child:
+        whole = child.call("measure", prompt, DECODE, 1)
+    with open_artifact(coarse, WINDOW, THREADS) as child:
+        expected = child.call("logits", prompt)
+    with open_artifact(coded, WINDOW, THREADS) as child:
+        assert np.array_equal(child.call("logits", prompt), expected)
+        timing, took = child.call("measure", prompt, DECODE, 1), child.call("residence")
+        share = grown(timing) / grown(whole)
+        print(f"\nplain: {plain.file_bytes:,} bytes, process {grown(whole):,}, {whole}")
+        print(f"coded: {coded.file_bytes:,} bytes, process {grown(timing):,}, {share:.3f} of plain; {took}, {timing}")
+        speeds = {}
+        for times in FLOORS:
+            floor = times * timing.decode_tokens_per_s
+            child.call("keep_up", floor)
+            speeds[floor] = child.call("measure", prompt, DECODE, 1).decode_tokens_per_s
+            took = child.call("residence")
+            print(
+                f"floor {floor:.2f}: {speeds[floor]:.2f} tokens/s, {took.resident_bytes / grown(whole):.3f} of plain, "
+                f"{took.plain_parts} parts plain"
+            )
+        assert np.array_equal(child.call("logits", prompt), expected)
+    assert share <= 0.6
+    assert all(speed >= floor for floor, speed in speeds.items())
+
+
+def grown(timing: Timing) -> int:
+    """Return what a model made a process grow by, at its peak."""
+    return timing.peak_bytes - timing.interpreter_bytes
 
 
 @pytest.mark.parametrize("kind", ["int8", "coarse"])

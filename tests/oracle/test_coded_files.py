@@ -42,7 +42,7 @@ def test_every_file_of_an_artifact_is_restored(folder: Path, tmp_path: Path, tar
         weights = sum(decision.stored_bytes for decision in decisions)
     known = 0
     for path in artifact.weights:
-        parts = list(parts_of(layout_of(path), path.stat().st_size))
+        parts = list(parts_of(layout_of(path), path.stat().st_size, 1 << 20))
         assert sum(part.bytes for part in parts) == path.stat().st_size
         known += sum(part.bytes for part in parts if part.fields[0].width > 1 or part.fields[0].kind == CODES)
         for profile in PROFILES:

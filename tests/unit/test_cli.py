@@ -128,13 +128,28 @@ def test_a_recipe_that_ships_coded(world: Path, recipe: str, target: str) -> Non
     size = facts["size"]
     assert size["coded_bytes"]["value"] == coded < size["file_bytes"]["value"]
     assert size["coded_bits_per_weight"]["value"] == pytest.approx(8 * coded / facts["model"]["parameters"])
-    assert "not run" in cli(world, "verify", shipped).stdout
-    refused = cli(world, "run", shipped, "-p", "hello")
-    assert (refused.returncode, "edge-exporter unpack" in refused.stderr) == (2, True)
+    while_coded = json.loads(cli(world, "verify", shipped, "--json").stdout)
+    tested = {check["name"]: check["status"] for check in while_coded["checks"]}["selftest"]
+    ran = cli(world, "run", shipped, "-p", "hello", "--json")
+    if target == "onnx":
+        assert (tested, ran.returncode) == ("passed", 0)
+        took = json.loads(ran.stdout)["residence"]
+        assert (took["basis"], took["weight_bytes"] > 0) == ("measured", True)
+        kept = cli(world, "run", shipped, "-p", "hello", "-n", "4", "--min-decode", "0.5")
+        assert (kept.returncode, "parts coded" in kept.stderr) == (0, True)
+    else:
+        assert (tested, ran.returncode, "edge-exporter unpack" in ran.stderr) == ("not run", 2, True)
+    benched = cli(world, "bench", shipped, "-r", "1")
+    assert (benched.returncode, "edge-exporter unpack" in benched.stderr) == (2, True)
     assert cli(world, "unpack", shipped, "-o", plain).returncode == 0
     verified = json.loads(cli(world, "verify", plain, "--json").stdout)
     assert {check["status"] for check in verified["checks"]} == {"passed"}
-    assert cli(world, "run", plain, "-p", "hello").returncode == 0
+    unpacked = cli(world, "run", plain, "-p", "hello", "--json")
+    assert unpacked.returncode == 0
+    if target == "onnx":
+        assert json.loads(unpacked.stdout)["answer"] == json.loads(ran.stdout)["answer"]
+        refused = cli(world, "run", plain, "-p", "hello", "--min-decode", "0.5")
+        assert (refused.returncode, "leave out --min-decode" in refused.stderr) == (2, True)
     assert "shipped coded" in cli(world, "inspect", plain).stdout
 
 

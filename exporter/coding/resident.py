@@ -1,0 +1,147 @@
+"""A coded file whose arrays stay coded in memory, each by itself, and are decoded when they are asked for.
+
+However the file was coded, its arrays are coded anew as they are read, so that decoding is quick and nothing is decoded
+that is not wanted.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from exporter.coding.chunk import decode, encode
+from exporter.coding.container import on_all_cores, restored_chunks
+from exporter.coding.layout import Part, Section, split
+from exporter.coding.tables import Bytes
+from exporter.errors import InputError
+
+# Bytes of an array that are coded together.
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of the original: the first one, and how many."""
+
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """The first byte after them."""
+        return self.start + self.size
+
+
+class ResidentFile:
+    """Arrays of a coded file in memory, coded.
+
+    Args:
+        coded: The coded file. It has to stay where it is: arrays that were released are read again.
+        arrays: Where in the original the arrays are, and what they are.
+
+    Raises:
+        InputError: it is no coded file, or was changed, cut short or added to, or its original has no such arrays.
+    """
+
+    def __init__(self, coded: Path, arrays: Iterable[Section]) -> None:
+        self._path = coded
+        ordered = sorted(arrays, key=lambda array: array.start)
+        self._pieces = [
+            Section(start, part)
+            for array in ordered
+            for start, part in _placed(array.start, split(array.part, PIECE_BYTES))
+        ]
+        for one, other in pairwise(ordered):
+            if one.start < 0 or one.start + one.part.bytes > other.start:
+                raise self._outside(Span(one.start, one.part.bytes))
+        self._starts = [piece.start for piece in self._pieces]
+        self._payloads: dict[int, bytes] = {}
+        self.hold([Span(array.start, array.part.bytes) for array in ordered])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory."""
+        return sum(map(len, self._payloads.values()))
+
+    def hold(self, spans: Iterable[Span]) -> None:
+        """Keep the arrays in memory that some bytes are in, and release all others."""
+        wanted = sorted({number for span in spans for number in self._numbers(span)})
+        missing = [number for number in wanted if number not in self._payloads]
+        self._payloads = {number: self._payloads[number] for number in wanted if number in self._payloads}
+        if missing:
+            for number, payload in on_all_cores(self._coded, self._read(missing)):
+                self._payloads[number] = payload
+
+    def read(self, spans: Sequence[Span]) -> list[Bytes]:
+        """Return some bytes of the arrays, uint8 [size] each.
+
+        Raises:
+            InputError: the arrays have no such bytes.
+        """
+        made = []
+        for span in spans:
+            values, done = np.empty(span.size, np.uint8), 0
+            for number in self._numbers(span):
+                piece = self._pieces[number]
+                first = span.start + done - piece.start
+                count = min(piece.part.bytes - first, span.size - done)
+                values[done : done + count] = self._decoded(number)[first : first + count]
+                done += count
+            made.append(values)
+        return made
+
+    def _decoded(self, number: int) -> Bytes:
+        return decode(self._payloads[number], self._pieces[number].part.bytes)
+
+    def _coded(self, given: tuple[int, bytes]) -> tuple[int, bytes]:
+        number, data = given
+        return number, encode(data, [self._pieces[number].part], "fast").payload
+
+    def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Give the bytes of some pieces in order; the whole file is read, since its checksum is that of the whole."""
+        waiting, at, held = iter(numbers), 0, bytearray()
+        number = next(waiting, None)
+        for chunk in restored_chunks(self._path):
+            held += chunk
+            while number is not None:
+                piece = self._pieces[number]
+                first = max(piece.start - at, 0)
+                if piece.start + piece.part.bytes > at + len(held):
+                    break
+                yield number, bytes(held[first : first + piece.part.bytes])
+                del held[: first + piece.part.bytes]
+                at += first + piece.part.bytes
+                number = next(waiting, None)
+            if number is None or self._pieces[number].start >= at + len(held):
+                at += len(held)
+                held.clear()
+        if number is not None:
+            raise self._outside(Span(self._pieces[number].start, self._pieces[number].part.bytes))
+
+    def _numbers(self, span: Span) -> range:
+        """Return the numbers of the pieces that some bytes are in, one after the other without a gap."""
+        first = bisect_right(self._starts, span.start) - 1
+        at, number = span.start, first
+        while at < span.end:
+            if not 0 <= number < len(self._pieces):
+                raise self._outside(span)
+            piece = self._pieces[number]
+            if not piece.start <= at < piece.start + piece.part.bytes:
+                raise self._outside(span)
+            at, number = piece.start + piece.part.bytes, number + 1
+        return range(first, number)
+
+    def _outside(self, span: Span) -> InputError:
+        return InputError(
+            "a coded file holds no such array", where=self._path, got=f"bytes {span.start:,} to {span.end:,}"
+        )
+
+
+def _placed(start: int, parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
+    """Give parts that follow each other, and where each begins."""
+    for part in parts:
+        yield start, part
+        start += part.bytes

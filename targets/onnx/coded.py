@@ -1,0 +1,259 @@
+"""A decoder whose weights stay coded in memory: each part of its graph is decoded just ahead of its use, and dropped.
+
+A part runs in a session of ONNX Runtime of its own, so that its kernels, and with them its logits, are those of the
+whole graph. Decoding a part and making its session cost far more than one token's products with it; a part that is kept
+plain costs memory instead. How many are kept plain follows from the speed that is asked for.
+"""
+
+import ctypes
+import platform
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from exporter.coding.container import SUFFIX, restored_chunks
+from exporter.coding.resident import ResidentFile
+from exporter.errors import RequestError
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.decoder import DecoderFolder
+from exporter.targets.onnx.segments import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
+from exporter.targets.onnx.share import PlainShare
+from exporter.targets.runtime import Residence, Timing, peak_resident_bytes, resident_bytes
+from exporter.weights.format import Bytes, Float32
+
+Values = dict[str, NDArray[Any]]
+# Threads of dozens of sessions would wait for work beside each other, on the same cores.
+IDLE = {"session.intra_op.allow_spinning": "0"}
+# A part with fewer bytes than that, such as the last normalisation, is never worth decoding again.
+LEAST_BYTES = 1 << 16
+# The C library where it is glibc, and what its malloc.h says.
+LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+M_ARENA_MAX = -8
+# Parts whose sessions are made at a time: each worker holds the weights of one.
+WORKERS = 2
+# Tokens in which the share of plain weights must settle.
+ATTEMPTS = 60
+
+
+class CodedOnnxRuntime(DecoderFolder):
+    """A decoder folder whose model files are coded.
+
+    Args:
+        artifact: A folder with model.onnx.coded and model.onnx.data.coded, genai_config.json and the tokenizer.
+        context: Tokens a sequence may have.
+        threads: Threads to compute with.
+        exact: Has no effect: products are computed as the graph says.
+        sequences: Must be 1.
+    """
+
+    title = "ONNX Runtime on coded weights"
+    serves = True
+
+    def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
+        super().__init__(artifact, sequences)
+        _use_one_heap()
+        started, self._before = time.perf_counter(), resident_bytes()
+        self._context_size = context
+        self._threads = threads
+        coded = {path.name.removesuffix(SUFFIX): path for path in artifact.weights}
+        graph = b"".join(restored_chunks(coded["model.onnx"]))
+        self._cut = cut(graph, coded["model.onnx"])
+        self._file = ResidentFile(coded["model.onnx.data"], (weight.section for weight in self._cut.weights))
+        self._workers = ThreadPoolExecutor(WORKERS)
+        parts = self._cut.parts
+        self._large = {part.name: part for part in parts if part.weight_bytes >= LEAST_BYTES}
+        # Those of parts whose weights are plain.
+        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._most_bytes = 0
+        for part in parts:
+            if part.name not in self._large:
+                self._sessions[part.name] = self._made(part)[0]
+        self._tables = {table.name: table.array(*self._file.read([table.span])) for table in self._cut.tables}
+        self._share = PlainShare({})
+        self.keep_up(0)
+        _give_back()
+        self._load_s = time.perf_counter() - started
+
+    def keep_up(self, tokens_per_s: float) -> None:
+        """Keep as many parts plain as generating so fast takes, now and from now on; 0 keeps none.
+
+        Raises:
+            RequestError: this machine is slower although all weights are plain.
+        """
+        self._share = PlainShare({name: part.weight_bytes for name, part in self._large.items()}, tokens_per_s)
+        self._settle()
+        if tokens_per_s:
+            tokens = self._generated([0], ATTEMPTS, ends=False)
+            while not self._share.settled and not self._share.exhausted and next(tokens, None) is not None:
+                pass
+            if not self._share.settled:
+                speed = self._share.tokens_per_s
+                raise RequestError(
+                    "the model is slower than that on this machine",
+                    got="no steady speed" if speed is None else f"{speed:.3g} tokens/s with all weights plain",
+                    expected=f"{tokens_per_s:g}", next_step="ask for less, or unpack the bundle and run it plain",
+                )  # fmt: skip
+        self._most_bytes = 0
+
+    def residence(self) -> Residence:
+        """Return what the process took at most since the floor was set."""
+        kept = len(self._share.kept)
+        return Residence(
+            self._most_bytes, sum(weight.span.size for weight in self._cut.weights), len(self._large) - kept, kept,
+            self._share.tokens_per_s,
+        )  # fmt: skip
+
+    def logits(self, tokens: list[int], first: int = 0) -> Float32:
+        """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
+        return self._forward(tokens, self._nothing(), first)[0]
+
+    def generate(self, tokens: list[int], count: int) -> list[int]:
+        """Return `count` greedy tokens, fewer where the model ends its text."""
+        return list(self._generated(tokens, min(count, self._context_size - len(tokens))))
+
+    def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
+        """Time prefill and decode after one warm-up; medians over the repeats."""
+        list(self._generated(prompt, 2))
+        prefills, decodes = [], []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            made = self._generated(prompt, decode + 1, ends=False)
+            next(made)
+            first = time.perf_counter()
+            for _ in made:
+                pass
+            prefills.append(first - started)
+            decodes.append(time.perf_counter() - first)
+        return Timing(
+            prefill_tokens_per_s=len(prompt) / median(prefills),
+            decode_tokens_per_s=decode / median(decodes),
+            first_token_s=median(prefills),
+            load_s=self._load_s,
+            peak_bytes=peak_resident_bytes(),
+            interpreter_bytes=self._before,
+        )
+
+    def _generated(self, tokens: list[int], count: int, ends: bool = True) -> Iterator[int]:
+        """Give greedy tokens one by one; those after the first adapt which parts are plain."""
+        given, past = tokens, self._nothing()
+        for number in range(count):
+            started = time.perf_counter()
+            logits, past = self._forward(given, past, len(given) - 1)
+            if number:
+                self._share.adapt(time.perf_counter() - started)
+            token = int(logits[-1].argmax())
+            if ends and token in self._ends:
+                return
+            yield token
+            given = [token]
+
+    def _forward(self, tokens: list[int], past: Values, first: int) -> tuple[Float32, Values]:
+        """Return logits, float32 [tokens - first, vocab], and keys and values of all tokens so far."""
+        before = next(iter(past.values())).shape[2]
+        values: Values = {MASK: np.ones((1, before + len(tokens)), np.int64), **past, **self._tables}
+        values |= self._looked_up(tokens)
+        present: Values = {}
+        scores = []
+        for part, session in self._in_turn():
+            if part in self._cut.head:
+                (given,) = part.inputs
+                scores.append(session.run([LOGITS], {given.name: values[given.name][:, first:]})[0][0])
+                continue
+            names = [value.name for value in part.outputs]
+            made = dict(
+                zip(names, session.run(names, {one.name: values[one.name] for one in part.inputs}), strict=True)
+            )
+            present |= {PAST + name.removeprefix(PRESENT): made.pop(name) for name in names if name.startswith(PRESENT)}
+            values |= made
+            for name in self._cut.spent[part.name]:
+                values.pop(name, None)
+        self._settle()
+        return np.concatenate(scores, axis=-1), present
+
+    def _in_turn(self) -> Iterator[tuple[Segment, onnxruntime.InferenceSession]]:
+        """Give every part with its session; those of the next coded parts are made while one runs."""
+        coming = iter([part for part in self._cut.parts if part.name not in self._sessions])
+        waiting = deque(self._workers.submit(self._made, part) for part in islice(coming, WORKERS))
+        for part in self._cut.parts:
+            if part.name in self._sessions:
+                yield part, self._sessions[part.name]
+                continue
+            session, seconds = waiting.popleft().result()
+            waiting += [self._workers.submit(self._made, following) for following in islice(coming, 1)]
+            self._most_bytes = max(self._most_bytes, resident_bytes() - self._before)
+            self._share.spent(part.name, seconds / WORKERS)
+            if part.name in self._share.kept:
+                self._sessions[part.name] = session
+            yield part, session
+            del session
+
+    def _made(self, part: Segment) -> tuple[onnxruntime.InferenceSession, float]:
+        """Return a session of a part, and the seconds that it took."""
+        started = time.perf_counter()
+        session = self._session(part, self._file.read([weight.span for weight in part.weights]))
+        return session, time.perf_counter() - started
+
+    def _settle(self) -> None:
+        """Drop sessions of parts that are not kept any longer, and coded weights of those that are."""
+        for name in self._large:
+            if name not in self._share.kept:
+                self._sessions.pop(name, None)
+        coded = [part for name, part in self._large.items() if name not in self._sessions]
+        self._file.hold([weight.span for part in (*coded, self._cut.lookup) for weight in part.weights])
+
+    def _looked_up(self, tokens: list[int]) -> Values:
+        """Return the rows of the embedding that tokens stand for: of the table, these rows alone are decoded."""
+        lookup, (output,) = self._cut.lookup, self._cut.lookup.outputs
+        rows, places = np.unique(np.array(tokens, np.int64), return_inverse=True)
+        found = self._file.read([weight.rows(int(row), 1).span for weight in lookup.weights for row in rows])
+        stacked = [np.concatenate(found[place : place + len(rows)]) for place in range(0, len(found), len(rows))]
+        table = self._session(lookup.of_height(len(rows)), stacked)
+        return {output.name: table.run([output.name], {IDS: places.reshape(1, -1)})[0]}
+
+    def _nothing(self) -> Values:
+        """Return the keys and values of no tokens."""
+        return {
+            given.name: np.zeros((1, given.type.tensor_type.shape.dim[1].dim_value, 0, self._head_width), np.float32)
+            for part in self._cut.layers
+            for given in part.inputs
+            if given.name.startswith(PAST)
+        }
+
+    def _session(self, part: Segment, weights: list[Bytes]) -> onnxruntime.InferenceSession:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3
+        for name, value in (self._options | IDLE).items():
+            options.add_session_config_entry(name, value)
+        values = [weight.array(data) for weight, data in zip(part.weights, weights, strict=True)]
+        given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in values]
+        options.add_external_initializers([weight.name for weight in part.weights], given)
+        return onnxruntime.InferenceSession(part.model, options, providers=["CPUExecutionProvider"])
+
+
+def _use_one_heap() -> None:
+    """Let all threads of this process allocate from one heap, where the C library is glibc.
+
+    Weights that pass by are allocated in one thread and freed in another; with a heap for each, glibc keeps what they
+    leave behind (on the demo model, 35 MB).
+    """
+    if LIBC is not None:
+        LIBC.mallopt(M_ARENA_MAX, 1)
+
+
+def _give_back() -> None:
+    """Give the system back what was freed, where the C library is glibc."""
+    if LIBC is not None:
+        LIBC.malloc_trim(0)
+
+
+RUNTIME = CodedOnnxRuntime

@@ -1,0 +1,46 @@
+"""What a decoder folder says beside its graph: settings, and how text becomes tokens."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from exporter.errors import RequestError
+from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.tokenize import GenaiTokenizer
+
+
+class DecoderFolder:
+    """A folder for onnxruntime-genai, its graph left to others.
+
+    Args:
+        artifact: A folder with genai_config.json and the tokenizer.
+        sequences: Must be 1.
+    """
+
+    def __init__(self, artifact: Artifact, sequences: int) -> None:
+        if sequences != 1:
+            raise RequestError("ONNX Runtime runs one sequence at a time here", got=sequences, expected=1)
+        self._folder: Path = artifact.folder
+        settings = json.loads((self._folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
+        options = settings["decoder"]["session_options"].items()
+        self._options = {name: value for name, value in options if "." in name}
+        self._head_width = int(settings["decoder"]["head_size"])
+        ends = settings["eos_token_id"]
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        return self._tokenizer.ids(text)
+
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special tokens left out."""
+        return self._tokenizer.text(tokens)
+
+    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
+        """Return a chat as onnxruntime-genai renders it, or None where the template refuses it."""
+        return self._tokenizer.render(messages, prompt)
+
+    @cached_property
+    def _tokenizer(self) -> GenaiTokenizer:
+        return GenaiTokenizer(self._folder)
