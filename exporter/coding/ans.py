@@ -72,11 +72,11 @@ def decode(
     shares, starts = _flat(tables)
     every = np.tile(np.arange(SYMBOLS, dtype=np.uint8), len(tables))
     symbol_at = np.repeat(every, shares)
-    table = np.repeat(used.astype(np.uint32), sizes)
+    table = np.repeat(used.astype(np.min_scalar_type(len(tables))), sizes)
     symbols = np.empty(count, np.uint8)
     states, at = states.copy(), 0
     for first in range(0, count, lanes):
-        step = table[first : first + lanes]
+        step = table[first : first + lanes].astype(np.uint32)
         state = states[: len(step)]
         slot = state & SLOT
         found = symbol_at[(step << np.uint32(PRECISION)) + slot]

@@ -171,23 +171,30 @@ def check_file(coded: Path) -> Original:
     return original
 
 
-def restored_chunks(coded: Path) -> Iterator[memoryview]:
+def restored_chunks(coded: Path, workers: int | None = None) -> Iterator[memoryview]:
     """Give the bytes of the file that a coded file stands for, in order; the whole is checked at the end.
+
+    Args:
+        coded: The coded file.
+        workers: Threads; fewer take less memory. By default one a core.
 
     Raises:
         InputError: as for `restore_file`.
     """
     with coded.open("rb") as file:
-        yield from _restored_chunks(file, _read_header(file, coded), coded)
+        yield from _restored_chunks(file, _read_header(file, coded), coded, workers)
 
 
-def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterator[memoryview]:
-    """Give the restored bytes in order, chunk by chunk, restored on all cores; the whole is checked at the end.
+def _restored_chunks(
+    file: BinaryIO, original: Original, coded: Path, workers: int | None = None
+) -> Iterator[memoryview]:
+    """Give the restored bytes in order, chunk by chunk; the whole is checked at the end.
 
     Args:
         file: The coded file, read up to the end of its header.
         original: What it stands for.
         coded: Its path, for errors.
+        workers: Threads; by default one a core.
     """
     whole = hashlib.sha256()
 
@@ -198,7 +205,7 @@ def _restored_chunks(file: BinaryIO, original: Original, coded: Path) -> Iterato
         except InputError as error:
             raise _damaged(coded, error) from error
 
-    for data in on_all_cores(restore, _read_chunks(file, original.size, coded)):
+    for data in on_all_cores(restore, _read_chunks(file, original.size, coded), workers):
         whole.update(data)
         yield data
     if whole.digest() != original.sha256:
@@ -224,9 +231,11 @@ def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, 
         raise _damaged(coded, "bytes after the last chunk")
 
 
-def on_all_cores(work: Callable[[_Given], _Made], given: Iterable[_Given]) -> Iterator[_Made]:
-    """Give the results of `work` in order; only a few more than there are cores are under way at a time."""
-    workers = os.cpu_count() or 1
+def on_all_cores(
+    work: Callable[[_Given], _Made], given: Iterable[_Given], workers: int | None = None
+) -> Iterator[_Made]:
+    """Give the results of `work` in order; one more than there are workers is under way at a time."""
+    workers = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[_Made]] = deque()
     try:

@@ -104,7 +104,7 @@ class ResidentFile:
         """Give the bytes of some pieces in order; the whole file is read, since its checksum is that of the whole."""
         waiting, at, held = iter(numbers), 0, bytearray()
         number = next(waiting, None)
-        for chunk in restored_chunks(self._path):
+        for chunk in restored_chunks(self._path, workers=1):
             held += chunk
             while number is not None:
                 piece = self._pieces[number]

@@ -73,6 +73,7 @@ class CodedOnnxRuntime(DecoderFolder):
         # Those of parts whose weights are plain.
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._most_bytes = 0
+        self._vocab = self._cut.lookup.weights[0].shape[0]
         for part in parts:
             if part.name not in self._large:
                 self._sessions[part.name] = self._made(part)[0]
@@ -161,11 +162,13 @@ class CodedOnnxRuntime(DecoderFolder):
         values: Values = {MASK: np.ones((1, before + len(tokens)), np.int64), **past, **self._tables}
         values |= self._looked_up(tokens)
         present: Values = {}
-        scores = []
+        logits, done = np.empty((len(tokens) - first, self._vocab), np.float32), 0
         for part, session in self._in_turn():
             if part in self._cut.head:
                 (given,) = part.inputs
-                scores.append(session.run([LOGITS], {given.name: values[given.name][:, first:]})[0][0])
+                some = session.run([LOGITS], {given.name: values[given.name][:, first:]})[0][0]
+                logits[:, done : done + some.shape[-1]] = some
+                done += some.shape[-1]
                 continue
             names = [value.name for value in part.outputs]
             made = dict(
@@ -176,7 +179,7 @@ class CodedOnnxRuntime(DecoderFolder):
             for name in self._cut.spent[part.name]:
                 values.pop(name, None)
         self._settle()
-        return np.concatenate(scores, axis=-1), present
+        return logits, present
 
     def _in_turn(self) -> Iterator[tuple[Segment, onnxruntime.InferenceSession]]:
         """Give every part with its session; those of the next coded parts are made while one runs."""

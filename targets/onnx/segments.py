@@ -27,6 +27,8 @@ EMBEDDING = re.compile(r"/model/embed_tokens/")
 HEAD = re.compile(r"/lm_head/")
 IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
 PRODUCT = "MatMulNBits"
+# What an embedding consists of whose table has a row for each token.
+LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape"}
 # Rows of the head in one part: a multiple of what kernels take at once, and a few megabytes at usual widths.
 HEAD_ROWS = 4096
 
@@ -231,11 +233,12 @@ class _Cutting:
             known |= {value.name for value in segment.outputs}
         if made["masks"].weights:
             raise self._strange("weights outside of its layers")
+        lookup = self._lookup(made["embedding"])
         return Cut(
             made["masks"],
-            self._lookup(made["embedding"]),
+            lookup,
             tuple(made[name] for name in layers),
-            self._head(made["head"]),
+            self._head(made["head"], lookup.weights[0].shape[0]),
             tuple(self._weight(self._initialisers[name]) for name in sorted(shared)),
         )
 
@@ -275,7 +278,13 @@ class _Cutting:
     def _lookup(self, segment: Segment) -> Segment:
         """Let the embedding's table have any number of rows."""
         rows = {weight.shape[0] for weight in segment.weights}
-        if len(rows) != 1 or [value.name for value in segment.inputs] != [IDS] or len(segment.outputs) != 1:
+        kinds = {node.op_type for node in segment.nodes}
+        if (
+            not kinds <= LOOKUPS
+            or len(rows) != 1
+            or [value.name for value in segment.inputs] != [IDS]
+            or len(segment.outputs) != 1
+        ):
             raise self._strange("an embedding that is no table of rows")
         constants = []
         for tensor in segment.constants:
@@ -285,15 +294,16 @@ class _Cutting:
             constants.append(numpy_helper.from_array(values, tensor.name))
         return replace(segment, constants=tuple(constants))
 
-    def _head(self, segment: Segment) -> tuple[Segment, ...]:
-        """Cut the head into rows, where it is a product that allows it."""
+    def _head(self, segment: Segment, count: int) -> tuple[Segment, ...]:
+        """Cut the head, which has so many rows, where it is a product that allows it."""
         rows = {weight.shape[0] for weight in segment.weights}
         products = [node for node in segment.nodes if node.op_type == PRODUCT]
         if [value.name for value in segment.outputs] != [LOGITS] or len(segment.inputs) != 1:
             raise self._strange("a head that is no product")
-        if len(products) != 1 or len(rows) != 1:
+        if len(products) != 1:
             return (segment,)
-        (count,) = rows
+        if rows != {count}:
+            raise self._strange("a head of other rows than the embedding's")
         return tuple(segment.of_rows(first, min(HEAD_ROWS, count - first)) for first in range(0, count, HEAD_ROWS))
 
     def _initialisers_of(self, nodes: Iterable[NodeProto]) -> dict[str, None]:
