@@ -82,19 +82,20 @@ class ResidentFile:
             InputError: the arrays have no such bytes.
         """
         made = []
+        # Rows of a table that are looked up together are often in one piece.
+        last, data = -1, np.empty(0, np.uint8)
         for span in spans:
             values, done = np.empty(span.size, np.uint8), 0
             for number in self._numbers(span):
                 piece = self._pieces[number]
+                if number != last:
+                    last, data = number, decode(self._payloads[number], piece.part.bytes)
                 first = span.start + done - piece.start
-                count = min(piece.part.bytes - first, span.size - done)
-                values[done : done + count] = self._decoded(number)[first : first + count]
+                count = min(len(data) - first, span.size - done)
+                values[done : done + count] = data[first : first + count]
                 done += count
             made.append(values)
         return made
-
-    def _decoded(self, number: int) -> Bytes:
-        return decode(self._payloads[number], self._pieces[number].part.bytes)
 
     def _coded(self, given: tuple[int, bytes]) -> tuple[int, bytes]:
         number, data = given

@@ -70,7 +70,7 @@ class CodedOnnxRuntime(DecoderFolder):
         self._workers = ThreadPoolExecutor(WORKERS)
         parts = self._cut.parts
         self._large = {part.name: part for part in parts if part.weight_bytes >= LEAST_BYTES}
-        # Those of parts whose weights are plain.
+        # Of parts whose weights are plain.
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._most_bytes = 0
         self._vocab = self._cut.lookup.weights[0].shape[0]
@@ -164,6 +164,7 @@ class CodedOnnxRuntime(DecoderFolder):
         present: Values = {}
         logits, done = np.empty((len(tokens) - first, self._vocab), np.float32), 0
         for part, session in self._in_turn():
+            self._most_bytes = max(self._most_bytes, resident_bytes() - self._before)
             if part in self._cut.head:
                 (given,) = part.inputs
                 some = session.run([LOGITS], {given.name: values[given.name][:, first:]})[0][0]
@@ -191,7 +192,6 @@ class CodedOnnxRuntime(DecoderFolder):
                 continue
             session, seconds = waiting.popleft().result()
             waiting += [self._workers.submit(self._made, following) for following in islice(coming, 1)]
-            self._most_bytes = max(self._most_bytes, resident_bytes() - self._before)
             self._share.spent(part.name, seconds / WORKERS)
             if part.name in self._share.kept:
                 self._sessions[part.name] = session
