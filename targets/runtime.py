@@ -5,6 +5,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 from exporter.targets.artifact import Artifact
@@ -30,6 +31,25 @@ class Timing:
     load_s: float
     peak_bytes: int
     interpreter_bytes: int
+
+    @classmethod
+    def of(
+        cls, prompt: int, prefills: list[float], decode: int, decodes: list[float], load_s: float, before: int
+    ) -> "Timing":
+        """Return the medians over repeats in this process.
+
+        Args:
+            prompt: Tokens of the prompt.
+            prefills: Seconds of its passes.
+            decode: Tokens generated after it.
+            decodes: Their seconds.
+            load_s: Seconds to load the model.
+            before: The process's resident set before that.
+        """
+        first_token_s = median(prefills)
+        return cls(
+            prompt / first_token_s, decode / median(decodes), first_token_s, load_s, peak_resident_bytes(), before
+        )
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ MAGIC = b"\x89EDGECOD"
 VERSION = 1
 SUFFIX = ".coded"
 PROFILES: tuple[Profile, ...] = get_args(Profile)
-# Bytes of the original in a chunk: many, for the lanes of `ans` to be long; or few, so that little has to be restored
-# for a few of them. Restoring takes a few times as much memory.
+# Bytes of the original in a chunk: many, for the lanes of `ans` to be long, or few, since restoring takes several times
+# as much memory.
 CHUNK_BYTES: dict[Profile, int] = {"small": 1 << 23, "fast": 1 << 20}
 MOST_CHUNK_BYTES = max(CHUNK_BYTES.values())
 # The least header: all but the name.

@@ -54,8 +54,10 @@ class ResidentFile:
             for array in ordered
             for start, part in _placed(array.start, split(array.part, PIECE_BYTES))
         ]
+        if ordered and ordered[0].start < 0:
+            raise self._outside(Span(ordered[0].start, ordered[0].part.bytes))
         for one, other in pairwise(ordered):
-            if one.start < 0 or one.start + one.part.bytes > other.start:
+            if one.start + one.part.bytes > other.start:
                 raise self._outside(Span(one.start, one.part.bytes))
         self._starts = [piece.start for piece in self._pieces]
         self._payloads: dict[int, bytes] = {}
@@ -109,7 +111,7 @@ class ResidentFile:
             held += chunk
             while number is not None:
                 piece = self._pieces[number]
-                first = max(piece.start - at, 0)
+                first = piece.start - at
                 if piece.start + piece.part.bytes > at + len(held):
                     break
                 yield number, bytes(held[first : first + piece.part.bytes])

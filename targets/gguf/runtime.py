@@ -3,7 +3,6 @@
 import ctypes
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import llama_cpp
@@ -13,7 +12,7 @@ from exporter.device.memory import LLAMA_CPP_BATCH
 from exporter.errors import InputError
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.tokenize import llama_render_chat, llama_tokenize
-from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
+from exporter.targets.runtime import Timing, resident_bytes
 from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
@@ -134,14 +133,7 @@ class LlamaCpp:
                 self._decode([int(self._row().argmax())], position + step, every=False)
             prefills.append(first - started)
             decodes.append(time.perf_counter() - first)
-        return Timing(
-            prefill_tokens_per_s=len(prompt) / median(prefills),
-            decode_tokens_per_s=decode / median(decodes),
-            first_token_s=median(prefills),
-            load_s=self._load_s,
-            peak_bytes=peak_resident_bytes(),
-            interpreter_bytes=self._before,
-        )
+        return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def tokenize(self, text: str) -> list[int]:
         """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.onnx.segments import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
 from exporter.targets.onnx.share import PlainShare
-from exporter.targets.runtime import Residence, Timing, peak_resident_bytes, resident_bytes
+from exporter.targets.runtime import Residence, Timing, resident_bytes
 from exporter.weights.format import Bytes, Float32
 
 Values = dict[str, NDArray[Any]]
@@ -133,14 +132,7 @@ class CodedOnnxRuntime(DecoderFolder):
                 pass
             prefills.append(first - started)
             decodes.append(time.perf_counter() - first)
-        return Timing(
-            prefill_tokens_per_s=len(prompt) / median(prefills),
-            decode_tokens_per_s=decode / median(decodes),
-            first_token_s=median(prefills),
-            load_s=self._load_s,
-            peak_bytes=peak_resident_bytes(),
-            interpreter_bytes=self._before,
-        )
+        return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def _generated(self, tokens: list[int], count: int, ends: bool = True) -> Iterator[int]:
         """Give greedy tokens one by one; those after the first adapt which parts are plain."""
@@ -162,6 +154,7 @@ class CodedOnnxRuntime(DecoderFolder):
         values: Values = {MASK: np.ones((1, before + len(tokens)), np.int64), **past, **self._tables}
         values |= self._looked_up(tokens)
         present: Values = {}
+        plain = len(self._sessions)
         logits, done = np.empty((len(tokens) - first, self._vocab), np.float32), 0
         for part, session in self._in_turn():
             self._most_bytes = max(self._most_bytes, resident_bytes() - self._before)
@@ -179,7 +172,8 @@ class CodedOnnxRuntime(DecoderFolder):
             values |= made
             for name in self._cut.spent[part.name]:
                 values.pop(name, None)
-        self._settle()
+        if len(self._sessions) > plain:
+            self._settle()
         return logits, present
 
     def _in_turn(self) -> Iterator[tuple[Segment, onnxruntime.InferenceSession]]:
@@ -231,12 +225,8 @@ class CodedOnnxRuntime(DecoderFolder):
         }
 
     def _session(self, part: Segment, weights: list[Bytes]) -> onnxruntime.InferenceSession:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options = self._session_options(self._threads, IDLE)
         options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3
-        for name, value in (self._options | IDLE).items():
-            options.add_session_config_entry(name, value)
         values = [weight.array(data) for weight, data in zip(part.weights, weights, strict=True)]
         given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in values]
         options.add_external_initializers([weight.name for weight in part.weights], given)

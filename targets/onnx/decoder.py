@@ -1,8 +1,11 @@
 """What a decoder folder says beside its graph: settings, and how text becomes tokens."""
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+
+import onnxruntime
 
 from exporter.errors import RequestError
 from exporter.targets.artifact import Artifact
@@ -24,7 +27,7 @@ class DecoderFolder:
         settings = json.loads((self._folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
         options = settings["decoder"]["session_options"].items()
-        self._options = {name: value for name, value in options if "." in name}
+        self._options: dict[str, str] = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
@@ -40,6 +43,15 @@ class DecoderFolder:
     def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
         """Return a chat as onnxruntime-genai renders it, or None where the template refuses it."""
         return self._tokenizer.render(messages, prompt)
+
+    def _session_options(self, threads: int, entries: Mapping[str, str]) -> onnxruntime.SessionOptions:
+        """Return the options of a session: those of the folder's settings, and some more."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        for name, value in (self._options | dict(entries)).items():
+            options.add_session_config_entry(name, value)
+        return options
 
     @cached_property
     def _tokenizer(self) -> GenaiTokenizer:

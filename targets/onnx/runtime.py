@@ -2,7 +2,6 @@
 
 import json
 import time
-from statistics import median
 
 import numpy as np
 import onnxruntime
@@ -10,7 +9,7 @@ import onnxruntime_genai as genai
 
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
-from exporter.targets.runtime import Timing, peak_resident_bytes, resident_bytes
+from exporter.targets.runtime import Timing, resident_bytes
 from exporter.weights.format import Float32
 
 # Weights behind a `DequantizeLinear`: multiply them by float32 activations.
@@ -81,24 +80,12 @@ class OnnxRuntime(DecoderFolder):
             decodes.append(time.perf_counter() - first)
             # Or else it would keep its keys and values while the next one gets its own.
             del generator
-        return Timing(
-            prefill_tokens_per_s=len(prompt) / median(prefills),
-            decode_tokens_per_s=decode / median(decodes),
-            first_token_s=median(prefills),
-            load_s=self._load_s,
-            peak_bytes=peak_resident_bytes(),
-            interpreter_bytes=self._before,
-        )
+        return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def _session(self) -> onnxruntime.InferenceSession:
         if self._loaded_session is None:
             started = time.perf_counter()
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = self._threads
-            options.log_severity_level = 3
-            entries = self._options | (EXACT if self._exact else {})
-            for name, value in entries.items():
-                options.add_session_config_entry(name, value)
+            options = self._session_options(self._threads, EXACT if self._exact else {})
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self._load_s = time.perf_counter() - started

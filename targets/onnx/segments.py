@@ -23,8 +23,7 @@ from exporter.errors import InputError, RequestError
 from exporter.weights.format import Bytes
 
 LAYER = re.compile(r"/model/layers\.(\d+)/")
-EMBEDDING = re.compile(r"/model/embed_tokens/")
-HEAD = re.compile(r"/lm_head/")
+EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"
 IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
 PRODUCT = "MatMulNBits"
 # What an embedding consists of whose table has a row for each token.
@@ -355,4 +354,4 @@ def _part_of(node: NodeProto) -> str:
     layer = LAYER.match(node.name)
     if layer:
         return f"layers.{int(layer[1])}"
-    return "embedding" if EMBEDDING.match(node.name) else "head" if HEAD.match(node.name) else "masks"
+    return "embedding" if node.name.startswith(EMBEDDING) else "head" if node.name.startswith(HEAD) else "masks"

@@ -63,8 +63,8 @@ def test_bytes_of_arrays(sections: list[Section], seed: int, profile: str, data:
                 file.hold([outside])
 
 
-@pytest.mark.parametrize("starts", [(0, 99), (-1, 200), (0, SIZE - 50), (0, SIZE)])
-def test_arrays_that_overlap_or_are_outside_are_refused(tmp_path: Path, starts: tuple[int, int]) -> None:
+@pytest.mark.parametrize("starts", [(0, 99), (-1, 200), (-1,), (0, SIZE - 50), (0, SIZE)])
+def test_arrays_that_overlap_or_are_outside_are_refused(tmp_path: Path, starts: tuple[int, ...]) -> None:
     (tmp_path / "weights").write_bytes(original(0))
     code_file(tmp_path / "weights", tmp_path / "coded", "fast")
     with pytest.raises(InputError, match="holds no such array"):
