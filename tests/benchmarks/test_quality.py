@@ -98,9 +98,6 @@ def onnx_duels(bench: Bench) -> list[Duel]:
         f"{algorithm}; embedding and head: {name}": partial(bench.own_quantiser, algorithm, name)
         for algorithm, name in product(("HQQ", "GPTQ"), ("default", "k_quant, int8 head"))
     }
-    if bench.conditions is not TUNED:
-        known = best_hand_made("onnx", [small.file_bytes, mixed.file_bytes])
-        makers = {name: make for name, make in makers.items() if name in known}
     hand_made = [make() for make in makers.values()]
     exporter = bench.exporter("onnx")
     duels = []
@@ -134,15 +131,10 @@ def mixes(bench: Bench) -> list[str]:
     """Return the hand-made mixes: all of them where they are chosen, those that were chosen elsewhere."""
     if bench.conditions is TUNED:
         return list(dict.fromkeys(asked for some in llama_opponents.HAND_MADE.values() for asked in some))
-    rows = PUBLISHED.latest(TUNED.name)
-    return best_hand_made("gguf", [row.file_bytes for row in rows if (row.kind, row.target) == ("stock", "gguf")])
-
-
-def best_hand_made(target: str, sizes: list[int]) -> list[str]:
-    """Return the names of the hand-made opponents of least KL at each size, where they were all measured."""
-    rows = [row for row in PUBLISHED.latest(TUNED.name) if (row.kind, row.target) == ("hand-made", target)]
-    assert rows, f"measure under {TUNED.name} first"
-    return list(dict.fromkeys(best(rows, size).name for size in sizes))
+    rows = [row for row in PUBLISHED.latest(TUNED.name) if row.target == "gguf"]
+    made = [row for row in rows if row.kind == "hand-made"]
+    assert made, f"measure under {TUNED.name} first"
+    return list(dict.fromkeys(best(made, row.file_bytes).name for row in rows if row.kind == "stock"))
 
 
 @pytest.mark.parametrize(("target", "least", "most"), [("gguf", 82, 112), ("onnx", 82, 114)])

@@ -179,7 +179,8 @@ def speed(ours: Artifact, opponent: Artifact, prompt: list[int]) -> Speed:
 def test_ours_is_no_slower_than_stock_of_the_same_size(
     model: Model, calibration: Windows, tmp_path: Path, target: str
 ) -> None:
-    exporter = Exporter(model, target, calibration, calibration)
+    # Which formats matrices have decides the speed, not how well their codes were chosen.
+    exporter = Exporter(model, target, calibration, calibration, "fast")
     prompt = calibration.tokens[0, :PROMPT].tolist()
     slower = []
     print(f"\n{target}: tokens a second, {PROMPT} prefilled and {DECODE} decoded, {LOADS * ROUNDS} rounds by turns")
