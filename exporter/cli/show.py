@@ -1,7 +1,9 @@
 """What the commands print: rich tables for people, one JSON document for machines."""
 
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +28,8 @@ if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
+# Between two lines of one stage where progress goes into a log.
+LOG_SECONDS = 20
 FIGURES = (
     ("size.file_bytes", "model files"),
     ("size.bits_per_weight", "bits a weight of the original, all counted"),
@@ -48,7 +52,10 @@ FIGURES = (
 
 @contextmanager
 def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show stages with their steps and the time left, on the error stream."""
+    """Show stages with their steps and the time left, on the error stream: bars on a terminal, lines in a log."""
+    if enabled and not sys.stderr.isatty():
+        yield _logged()
+        return
     columns = (TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bars = Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled
@@ -62,6 +69,24 @@ def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
 
     with bars:
         yield advance
+
+
+def _logged(now: Callable[[], float] = time.monotonic) -> Callable[[str, int, int], None]:
+    """Return what prints a line when a stage is over, and within a long one every `LOG_SECONDS`."""
+    began: dict[str, float] = {}
+    told: dict[str, float] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        at = now()
+        taken = at - began.setdefault(stage, at)
+        over = done >= total
+        if told.get(stage) == math.inf or not (over or at - told.setdefault(stage, at) >= LOG_SECONDS):
+            return
+        told[stage] = math.inf if over else at
+        left = f", about {taken / done * (total - done):.0f} s left" if done and not over else ""
+        print(f"{stage:<22} {done}/{total}, {taken:.0f} s{left}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 def plain(value: object) -> str:
