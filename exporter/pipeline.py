@@ -11,7 +11,7 @@ from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.compress.compressed import CompressedModel, corrected_on
 from exporter.documents import describe, header, write_documents
 from exporter.effort import effort
@@ -179,11 +179,11 @@ def texts(job: Job, model: Model, progress: Progress) -> tuple[Windows, Windows]
     """Return calibration and evaluation windows: the user's texts, or text that the model samples itself."""
     tokenizer = load_tokenizer(model.folder)
 
-    def read(file: Path | None, count: int) -> Windows | None:
-        return None if file is None else file_windows(file, tokenizer, count, job.window)
-
-    calibration = read(job.calibration, job.effort_level.calibration_windows)
-    evaluation = read(job.evaluation, job.evaluation_windows)
+    calibration = evaluation = None
+    if job.calibration is not None:
+        calibration = spread_windows(job.calibration, tokenizer, job.effort_level.calibration_windows, job.window)
+    if job.evaluation is not None:
+        evaluation = file_windows(job.evaluation, tokenizer, job.evaluation_windows, job.window)
     if calibration is None or evaluation is None:
         sampled = sampled_windows(job, model, tokenizer, progress)
         calibration, evaluation = calibration or sampled[0], evaluation or sampled[1]

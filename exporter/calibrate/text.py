@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from exporter.errors import InputError, RequestError
 
 MAX_TEXT_BYTES = 256 << 20
+LEAST_WINDOWS = 4
+# More than any text has on average: to tokenise much more than is used wastes time.
+CHARACTERS_A_TOKEN = 16
 Tokens = NDArray[np.int64]
 
 
@@ -65,16 +68,50 @@ def file_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, len
     """Return the first `count` windows of a file's tokens, or as many as it holds (at least 4).
 
     Raises:
-        InputError: the text is too short.
+        RequestError, InputError: see `read_text`; or the text is too short.
     """
     text = read_text(path)
-    # Tokenising much more than is used wastes time: 16 characters a token is more than any text has.
-    used = text[: count * length * 16]
-    ids = tokenizer(used, add_special_tokens=False, verbose=False)["input_ids"]
-    found = min(count, len(ids) // length)
-    if found < 4:
+    found = _windows(text[: count * length * CHARACTERS_A_TOKEN], tokenizer, length)
+    return _checked(found[:count], text, path, tokenizer)
+
+
+def spread_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
+    """Return `count` windows from all over a file, in its order, or as many as it holds (at least 4).
+
+    What is fitted to them generalises better than what is fitted to as many from the beginning.
+
+    Raises:
+        RequestError, InputError: see `read_text`; or the text is too short.
+    """
+    text = read_text(path)
+    characters = length * CHARACTERS_A_TOKEN
+    if len(text) <= count * characters:
+        found = _windows(text, tokenizer, length)
+    else:
+        starts = [part * len(text) // count for part in range(count)]
+        parts = [_windows(text[start : start + characters], tokenizer, length) for start in starts]
+        found = np.concatenate([part[:1] for part in parts])
+    return _checked(found[evenly(len(found), count)], text, path, tokenizer)
+
+
+def evenly(total: int, count: int) -> slice | NDArray[np.intp]:
+    """Return the places of `count` of `total` things at equal distances, or of all where there are no more."""
+    return slice(None) if total <= count else np.arange(count) * total // count
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tokens:
+    """Return the whole windows of a text, int64 [windows, length]."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = len(ids) // length
+    return np.array(ids[: found * length], np.int64).reshape(found, length)
+
+
+def _checked(found: Tokens, text: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    count, length = found.shape
+    if count < LEAST_WINDOWS:
+        beginning = text[: LEAST_WINDOWS * length * CHARACTERS_A_TOKEN]
+        tokens = len(tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])
         raise InputError(
-            "the text is too short", where=path, got=f"{len(ids)} tokens", expected=f"at least {4 * length}"
+            "the text is too short", where=path, got=f"{tokens} tokens", expected=f"at least {LEAST_WINDOWS * length}"
         )
-    tokens = np.array(ids[: found * length]).reshape(found, length)
-    return Windows.of(tokens, "file", len(text.encode()))
+    return Windows.of(found, "file", len(text.encode()))

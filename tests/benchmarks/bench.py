@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
@@ -51,8 +51,8 @@ class Bench:
         if conditions.text == "code":
             evaluation = source_code(scratch)
         tokenizer = load_tokenizer(model.folder)
-        self.calibration: Windows = file_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
-        self._stock_calibration = file_windows(prose, tokenizer, STOCK_WINDOWS, WINDOW)
+        self.calibration: Windows = spread_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
+        self._stock_calibration = spread_windows(prose, tokenizer, STOCK_WINDOWS, WINDOW)
         self._evaluation = file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW)
         self._known = PUBLISHED.rows(conditions.name, self.identity)
         self.rows: list[Row] = []

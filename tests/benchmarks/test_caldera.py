@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import file_windows
+from exporter.calibrate.text import file_windows, spread_windows
 from exporter.compress.allocate import Choice, Limits, allocate, predict
 from exporter.compress.compressed import CompressedModel, with_factors
 from exporter.compress.method import load_method
@@ -59,7 +59,7 @@ class Bench:
         prose, evaluation = plain_texts(scratch)
         tokenizer = load_tokenizer(model.folder)
         self.model, self._scratch = model, scratch
-        calibration = file_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
+        calibration = spread_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
         self._tokens = file_windows(evaluation, tokenizer, windows, WINDOW).tokens
         self._statistics = collect(model, calibration, SEED, lambda done, total: None)
         self._original = Reference.of_original(model, self._tokens)

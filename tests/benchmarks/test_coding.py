@@ -17,7 +17,7 @@ import pytest
 
 from exporter.bundle.transport import code_beside
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
 from exporter.coding.layout import Section, layout_of
 from exporter.compress.compressed import CompressedModel
@@ -25,6 +25,7 @@ from exporter.compress.double import doubled, in_scaled_channels
 from exporter.compress.equalise import Rewritten
 from exporter.compress.method import Method
 from exporter.compress.rate import in_even_columns, rated
+from exporter.effort import effort
 from exporter.job import silent
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -63,11 +64,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = reference_model(tmp_path_factory.mktemp("reference") / "model")
     with open_model(str(folder)) as model:
         tokenizer = load_tokenizer(model.folder)
-        texts = plain_texts(tmp_path_factory.mktemp("texts"))
-        calibration, evaluation = (
-            file_windows(text, tokenizer, count, WINDOW)
-            for text, count in zip(texts, (32, EVALUATION_WINDOWS), strict=True)
-        )
+        prose, others = plain_texts(tmp_path_factory.mktemp("texts"))
+        calibration = spread_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
+        evaluation = file_windows(others, tokenizer, EVALUATION_WINDOWS, WINDOW)
         statistics = collect(model, calibration, 0, lambda done, total: None)
         yield World(model, statistics, evaluation, Reference.of_original(model, evaluation.tokens))
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.compress import prune, prunenet
 from exporter.effort import effort
 from exporter.model.families import LINEARS, layer_tensor
@@ -105,7 +105,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
         windows = effort("balanced").calibration_windows
         yield Measured(
             model,
-            file_windows(calibration, tokenizer, windows, WINDOW),
+            spread_windows(calibration, tokenizer, windows, WINDOW),
             file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW),
         )
 

@@ -22,7 +22,7 @@ from statistics import median
 
 import pytest
 
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -141,7 +141,7 @@ def model(folder: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def calibration(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Windows:
     prose, _ = plain_texts(tmp_path_factory.mktemp("texts"))
-    return file_windows(prose, load_tokenizer(model.folder), effort("balanced").calibration_windows, WINDOW)
+    return spread_windows(prose, load_tokenizer(model.folder), effort("balanced").calibration_windows, WINDOW)
 
 
 @dataclass(frozen=True)

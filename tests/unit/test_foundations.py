@@ -1,13 +1,15 @@
 """Errors, whole-or-nothing writes, plug-ins and texts: what everything else stands on."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from exporter.cache import cache_folder, replacing
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError, did_you_mean
 from exporter.model.tokenizer import load_tokenizer
 from exporter.registry import load, names
@@ -85,14 +87,29 @@ def test_texts_are_cut_into_whole_windows(tmp_path: Path) -> None:
     assert len(file_windows(path, tokenizer, 1000, 100).tokens) == found
 
 
-def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeats", [40, 4000])
+def test_windows_come_from_all_over_a_text(tmp_path: Path, repeats: int) -> None:
+    tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
+    path = tmp_path / "text.txt"
+    words = ["alpha beta ", "gamma delta ", "epsilon zeta ", "eta theta "]
+    path.write_text("".join(word * repeats for word in words))
+    windows = spread_windows(path, tokenizer, 4, 16)
+    parts = [tokenizer.decode(tokens) for tokens in windows.tokens]
+    assert [word.split()[0] in part for word, part in zip(words, parts, strict=True)] == [True] * 4
+    assert (windows.kind, windows.source_bytes) == ("file", path.stat().st_size)
+    everything = file_windows(path, tokenizer, 100_000, 16)
+    assert spread_windows(path, tokenizer, 100_000, 16).digest == everything.digest
+
+
+@pytest.mark.parametrize("windows", [file_windows, spread_windows])
+def test_texts_that_cannot_be_used(tmp_path: Path, windows: Callable[[Path, Any, int, int], Windows]) -> None:
     tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
     short.write_text("too short")
     latin.write_bytes("für".encode("latin-1"))
     with pytest.raises(InputError, match=r"the text is too short; got \d tokens, expected at least 128"):
-        file_windows(short, tokenizer, 4, 32)
+        windows(short, tokenizer, 4, 32)
     with pytest.raises(InputError, match="the text is not UTF-8; got byte 1"):
-        file_windows(latin, tokenizer, 4, 32)
+        windows(latin, tokenizer, 4, 32)
     with pytest.raises(RequestError, match="there is no such text file"):
-        file_windows(tmp_path / "none.txt", tokenizer, 4, 32)
+        windows(tmp_path / "none.txt", tokenizer, 4, 32)
