@@ -35,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_billion_weights_build_within_three_gibibytes(folder: Path, target: str) -> None:
-    planned = _plan(folder, "1b", target)
-    peak, seconds = _built(folder, "1b", target, "--max-file-bytes", str(BUDGET_BYTES[target]))
+    budget = ("--max-file-bytes", str(BUDGET_BYTES[target]))
+    planned = _plan(folder, "1b", target, *budget)
+    peak, seconds = _built(folder, "1b", target, *budget)
     _show(folder / target, planned, peak, seconds)
     assert _size(folder / target) <= BUDGET_BYTES[target]
     assert peak.total < MOST_BYTES
@@ -61,9 +62,9 @@ def test_seven_billion_weights_are_planned_and_their_first_layers_built(folder: 
     assert 0.5 <= share <= 2
 
 
-def _plan(folder: Path, model: str, target: str) -> dict[str, Any]:
+def _plan(folder: Path, model: str, target: str, *more: str) -> dict[str, Any]:
     # A plan that does not fit the device is one all the same, with exit code 1.
-    done = cli(folder, "plan", model, *JOB, "--target", target, "--json")
+    done = cli(folder, "plan", model, *JOB, "--target", target, *more, "--json")
     assert done.returncode in (0, 1), done.stderr
     planned: dict[str, Any] = json.loads(done.stdout)
     return planned
