@@ -10,8 +10,12 @@ values of the drawn rows from those of all rows, discounted by the number of the
 
 With no other function between P and r, the network is a direction u = P^T r: rows stay by their product with it.
 
-Where the published code does something else than it sets out to, `Options` has a switch; its defaults are the sane ones
-and `PUBLISHED` are its own. It trains in float16 on a GPU, here all is float32.
+Where the published code does something else than it sets out to, `Options` has a switch, and `PUBLISHED` are its own
+choices. The defaults mend what comes after learning: the best policy is kept and the mask is not drawn once more. They
+leave learning itself as published. A gradient that does follow the reward (a baseline, the probability of what was
+drawn, at the noise it was drawn with) leads astray: the reward is for rows that keep the singular values as they are,
+and a policy good at that takes the rows of one side of a plane, which costs more than rows taken at random
+(tests/benchmarks/test_prune.py). It trains in float16 on a GPU, here all is float32.
 """
 
 import hashlib
@@ -39,6 +43,8 @@ VERSION = 1
 MOST_REWARD = 99999.0
 # Of the running mean of a layer's rewards, which they are compared with.
 MOMENTUM = 0.7
+# Of a row, beside the greatest one of 1.
+LEAST_WEIGHT = 1e-300
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,12 @@ class Options:
         discount: gamma: the reward of layer l counts gamma^l.
         seed: Of the network's start and all that is drawn.
         keep_best: The policy that earned most is kept; published: the last.
-        baseline: Rewards count against the layer's mean so far; published: as they are.
-        exact_probability: The gradient is that of drawing without replacement; published: of the sum of log o.
-        same_noise: The gradient is taken at the o that was drawn by; published: at o with fresh noise.
-        deterministic: The rows with the greatest alpha stay; published: drawn once more.
+        baseline: Rewards count against the layer's mean so far; published and default: as they are.
+        exact_probability: The gradient is that of drawing without replacement; published and default: of the sum of
+            log o.
+        same_noise: The gradient is taken at the o that was drawn by; published and default: at o with fresh noise.
+        deterministic: Rows stay at equal distances of the running sum of their chances (see `spread`); published: they
+            are drawn once more.
         clip: Most length of a gradient; None, as published (its clipping comes after the gradient is zeroed), for any.
         regularisation: How much KL(alpha || 1/2) counts in the loss.
     """
@@ -66,17 +74,15 @@ class Options:
     discount: float = 0.99
     seed: int = 42
     keep_best: bool = True
-    baseline: bool = True
-    exact_probability: bool = True
-    same_noise: bool = True
+    baseline: bool = False
+    exact_probability: bool = False
+    same_noise: bool = False
     deterministic: bool = True
-    clip: float | None = 1.0
+    clip: float | None = None
     regularisation: float = 0.0
 
 
-PUBLISHED = Options(
-    keep_best=False, baseline=False, exact_probability=False, same_noise=False, deterministic=False, clip=None
-)
+PUBLISHED = Options(keep_best=False, deterministic=False)
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,8 @@ class Policy:
     def _kept(self, gate: Float32, width: int, chance: torch.Generator) -> Channels:
         logits = torch.from_numpy(gate @ self.direction + np.float32(self.offset))
         if self.options.deterministic:
-            chosen = logits.topk(width).indices
-        else:
-            chosen = _drawn(logits + _noise(len(logits), chance), width, chance)
-        return np.sort(chosen.numpy())
+            return spread(nn.functional.logsigmoid(logits.double()).numpy(), width)
+        return np.sort(_drawn(logits + _noise(len(logits), chance), width, chance).numpy())
 
 
 def learned(model: Model, options: Options, progress: Callable[[int, int], None] = silent) -> Policy:
@@ -152,6 +156,31 @@ def prune(model: Model, policy: Policy, ratio: float, multiple: int) -> Pruned:
         RequestError: see `exporter.compress.prune.planned_widths`.
     """
     return Pruned.of(model, policy.kept(model, planned_widths(model.architecture, ratio, multiple)), {})
+
+
+def spread(logarithms: Float64, count: int) -> Channels:
+    """Return so many rows, ascending, in proportion to their chances and without drawing: systematic sampling.
+
+    The rows with the greatest chances would be those on one side of a plane, and what spans the other would be gone:
+    those that stay are where the running sum of the chances passes 1/2, 3/2, ... (Madow and Madow 1944, section 4).
+
+    Args:
+        logarithms: Of what the rows' chances to stay are proportional to, float64 [rows].
+        count: How many stay.
+    """
+    # No row is so unlikely that it could not stay where too few others are left.
+    weights = np.maximum(np.exp(logarithms - logarithms.max()), LEAST_WEIGHT)
+    certain = np.zeros(len(weights), bool)
+    while True:
+        left = count - int(certain.sum())
+        chances = np.where(certain, 0, weights)
+        chances *= left / max(chances.sum(), LEAST_WEIGHT)
+        over = chances >= 1
+        if not over.any():
+            break
+        certain |= over
+    places = np.searchsorted(chances.cumsum(), np.arange(left) + 0.5)
+    return np.sort(np.concatenate([np.flatnonzero(certain), places]))
 
 
 def gate_name(layer: int) -> str:

@@ -25,7 +25,7 @@ class PruneNet(PruningStep):
         learned_at: Share of rows that go while the policy is learned; None for `ratio`: a policy serves any other.
         episodes: How often it goes over all layers while it learns.
         seed: Of all that is drawn.
-        published: Do as the published code does where that differs from what it sets out to do.
+        published: Keep the last policy and draw the mask once more, as the published code does.
         repair: Fit `down` to what all channels put out, on the calibration text; the published system does not.
     """
 

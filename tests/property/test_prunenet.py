@@ -76,13 +76,17 @@ def test_torch_draws_in_the_order_that_the_probability_is_of() -> None:
         assert count / 20_000 == pytest.approx(expected, abs=0.015)
 
 
+# What follows the reward, which is not the default.
+FOLLOWING = Options(0.5, baseline=True, exact_probability=True, same_noise=True, clip=1.0)
+
+
 def test_it_learns_which_rows_carry_the_spectrum() -> None:
     """Half of the rows are nearly nothing, and a direction tells which: without them the spectrum stays as it is."""
     chance = torch.Generator().manual_seed(0)
     gate = torch.randn(64, 16, generator=chance) * 1e-3
     gate[::2] = torch.randn(32, 16, generator=chance)
     gate[:, 0] = torch.arange(64).remainder(2) * -4.0 + 2.0
-    rewards = learn(gate, Options(0.5, episodes=150, learning_rate=1e-2)).rewards
+    rewards = learn(gate, replace(FOLLOWING, episodes=150, learning_rate=1e-2)).rewards
     assert rewards[-50:].mean() > 1.5 * rewards[:20].mean()
 
 
@@ -92,25 +96,45 @@ def learn(gate: torch.Tensor, options: Options) -> prunenet.Policy:
 
 def test_a_policy_serves_every_ratio(model: Model) -> None:
     policy = learned(model, Options(0.5, episodes=3))
-    narrow, wide = (prune(model, policy, ratio, 16).model for ratio in (2 / 3, 1 / 3))
-    assert narrow.architecture.intermediate == (32, 32)
-    assert wide.architecture.intermediate == (64, 64)
-    for layer in range(2):
-        rows = [{row.tobytes() for row in one.read(prunenet.gate_name(layer))} for one in (narrow, wide)]
-        assert rows[0] < rows[1]
+    for ratio, width in ((2 / 3, 32), (1 / 3, 64)):
+        assert prune(model, policy, ratio, 16).model.architecture.intermediate == (width, width)
 
 
-def test_rows_stay_by_their_product_with_a_direction(model: Model) -> None:
+def test_channels_are_taken_out_of_all_three_matrices(model: Model) -> None:
     policy = learned(model, Options(0.5, episodes=2))
     found = prune(model, policy, 1 / 3, 32)
     assert found.ratio == pytest.approx(1 / 3)
     assert found.predicted_kl is None
     for layer, kept in enumerate(policy.kept(model, (64, 64))):
-        products = model.read(prunenet.gate_name(layer)) @ policy.direction
-        assert products[kept].min() >= np.delete(products, kept).max()
         for role, axis in (("gate", 0), ("up", 0), ("down", 1)):
             name = f"model.layers.{layer}.mlp.{role}_proj.weight"
             np.testing.assert_array_equal(found.model.read(name), model.read(name).take(kept, axis))
+
+
+@given(logits=st.lists(st.floats(-800, 800), min_size=1, max_size=40), data=st.data())
+def test_rows_stay_in_proportion_to_their_chances(logits: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(logits)))
+    logarithms = torch.nn.functional.logsigmoid(torch.tensor(logits, dtype=torch.float64)).numpy()
+    rows = prunenet.spread(logarithms, count)
+    assert len(rows) == count
+    assert (np.diff(rows) > 0).all()
+    assert 0 <= rows[0] <= rows[-1] < len(logits)
+    # A row that stays for certain is one whose share of the rows that are left would be above one.
+    certain: set[int] = set()
+    weights = np.maximum(np.exp(logarithms - logarithms.max()), 1e-300)
+    while True:
+        rest = [row for row in range(len(logits)) if row not in certain]
+        total = sum(weights[row] for row in rest)
+        over = {row for row in rest if (count - len(certain)) * weights[row] >= total}
+        if not over:
+            break
+        certain |= over
+    assert certain <= set(rows.tolist())
+    expected = 0.0
+    for row in rest:
+        expected += (count - len(certain)) * weights[row] / total
+        stayed = sum(kept not in certain and kept <= row for kept in rows.tolist())
+        assert abs(stayed - expected) <= 0.5 + 1e-6
 
 
 def test_the_same_seed_learns_the_same_and_only_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +160,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_switch_changes_what_is_learned(model: Model, switch: str) -> None:
-    options = Options(0.5, episodes=6, clip=1e-3)
+    options = replace(FOLLOWING, episodes=6, clip=1e-3)
     plain = learned(model, options)
     other = learned(model, replace(options, **{switch: SWITCHES[switch]}))
     assert not np.array_equal(plain.direction, other.direction)
