@@ -4,11 +4,15 @@ Arrays are counted at their sizes in float32 unless it says otherwise; the numbe
 stage.
 """
 
+from collections.abc import Sequence
+
 from exporter.calibrate.layers import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
+from exporter.compress.compressed import is_corrected
 from exporter.job import Job
 from exporter.model.model import Model
 from exporter.recipe import Recipe
+from exporter.weights.group import Decision
 
 # Interpreter, torch, transformers and a runtime's libraries, with what is kept of finished stages.
 BASE_BYTES = 500 << 20
@@ -20,13 +24,21 @@ MATRIX_COPIES = 3.5
 HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 9
 
 
-def build_peak_bytes(model: Model, job: Job, recipe: Recipe, file_bytes: int, runtime_peak_bytes: int) -> int:
+def build_peak_bytes(
+    model: Model,
+    job: Job,
+    recipe: Recipe,
+    decisions: Sequence[Decision],
+    file_bytes: int,
+    runtime_peak_bytes: int,
+) -> int:
     """Return the memory of the stage that needs most.
 
     Args:
         model: The source, which is the largest that any stage has.
         job: What is asked for.
         recipe: Its steps.
+        decisions: One for each weight group.
         file_bytes: Size of the artifact.
         runtime_peak_bytes: What the runtime takes with it.
     """
@@ -36,7 +48,8 @@ def build_peak_bytes(model: Model, job: Job, recipe: Recipe, file_bytes: int, ru
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
     rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
-    encoded = _corrected_bytes(model, job) + max(factoring, encoding)
+    correcting = _corrected_bytes(model, job) if is_corrected(job.effort_level, decisions) else 0
+    encoded = correcting + max(factoring, encoding)
     return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
 
 
@@ -67,8 +80,6 @@ def _corrected_bytes(model: Model, job: Job) -> int:
     """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
     shape = model.architecture
     tokens = job.effort_level.corrected_windows * job.window
-    if not tokens:
-        return 0
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
     last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
     hidden = 4 * tokens * (shape.hidden + last)

@@ -128,7 +128,7 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
         decisions=decisions,
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
-        build_peak_bytes=build_peak_bytes(original, job, planned.recipe, file_bytes, peak),
+        build_peak_bytes=build_peak_bytes(original, job, planned.recipe, decisions, file_bytes, peak),
         # Coded files stand beside the plain ones until the bundle is complete.
         disk_bytes=(2 if planned.transport else 1) * file_bytes + (64 << 20),
         cache_bytes=cache_bytes(original, job, planned.recipe),

@@ -15,6 +15,7 @@ from exporter.job import Job
 from exporter.model.sources import open_model
 from exporter.needs import build_peak_bytes, cache_bytes
 from exporter.recipe import NO_RECIPE
+from exporter.targets.target import load_target
 from tests.models import tiny_model
 
 FREED = """
@@ -63,8 +64,19 @@ def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     peaks = []
     for name, hidden, intermediate in (("small", 64, 96), ("wide", 64, 4096), ("large", 128, 8192)):
         with open_model(str(tiny_model(tmp_path / name, hidden=hidden, intermediate=intermediate))) as model:
-            peaks.append(build_peak_bytes(model, job, NO_RECIPE, 0, 0))
-            assert build_peak_bytes(model, job, NO_RECIPE, 4 << 30, 1 << 30) > 5 << 30
+            peaks.append(build_peak_bytes(model, job, NO_RECIPE, [], 0, 0))
+            assert build_peak_bytes(model, job, NO_RECIPE, [], 4 << 30, 1 << 30) > 5 << 30
     assert sorted(peaks) == peaks
     # Two second moments of the widest site in float32, and their sums beside it.
     assert peaks[2] - peaks[0] > 2 * 4 * 8192**2
+
+
+def test_memory_of_correction_counts_where_matrices_are_corrected(tmp_path: Path) -> None:
+    job = Job("model", "device", effort="max", evaluation_windows=1)
+    target = load_target("gguf")
+    with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
+        peaks = {
+            name: build_peak_bytes(model, job, NO_RECIPE, target.decide(model, *name), 0, 0)
+            for name in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F16", "ldlq"))
+        }
+    assert peaks["Q4_0", "ldlq"] > peaks["Q4_0", "rtn"] == peaks["F16", "ldlq"]
