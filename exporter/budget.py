@@ -20,7 +20,8 @@ PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
-LEAST_PREFILL = 0.95
+# What it turns out to have is up to 6 % less than expected (tests/benchmarks/test_stock_chain.py).
+LEAST_PREFILL = 0.98
 # What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
 SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.

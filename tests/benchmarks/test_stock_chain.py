@@ -155,8 +155,8 @@ class Speed:
 
     def __str__(self) -> str:
         return (
-            f"prefill {self.prefill:7.0f}, ratio {self.prefill_ratio:.2f}; "
-            f"decode {self.decode:6.1f}, ratio {self.decode_ratio:.2f}"
+            f"prefill {self.prefill:7.0f}, ratio {self.prefill_ratio:.3f}; "
+            f"decode {self.decode:6.1f}, ratio {self.decode_ratio:.3f}"
         )
 
 

@@ -44,7 +44,8 @@ def test_a_budget_is_kept_and_spent(job: Callable[..., Job], family: str, tied: 
         made = load_target(target)
         fixed = made.fixed_bytes(model)
         most = fixed + int(0.75 * model.architecture.parameters)
-    bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most))
+    # By default some of it may be left, so that the model is not slower than what the stock tool makes.
+    bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most, prefer="accuracy"))
     size = bundle.report.size.file_bytes.value
     matrices = sum(row.stored_bytes for row in bundle.report.tensors)
     assert size <= most
@@ -53,7 +54,7 @@ def test_a_budget_is_kept_and_spent(job: Callable[..., Job], family: str, tied: 
     assert matrices > 0.9 * (most - fixed)
     assert len({row.format for row in bundle.report.tensors}) > 1
     assert all("predicted to add KL" in row.reason for row in bundle.report.tensors)
-    assert bundle.report.recipe.scheme == f"at most {most:,} bytes"
+    assert bundle.report.recipe.scheme == f"at most {most:,} bytes, accuracy preferred"
 
 
 def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[..., Job], tmp_path: Path) -> None:
