@@ -48,8 +48,7 @@ def build_peak_bytes(
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
     rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
-    correcting = _corrected_bytes(model, job) if is_corrected(job.effort_level, decisions) else 0
-    encoded = correcting + max(factoring, encoding)
+    encoded = _corrected_bytes(model, job, decisions) + max(factoring, encoding)
     return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
 
 
@@ -76,8 +75,10 @@ def _statistics_bytes(model: Model, job: Job) -> int:
     return weights + moments + derivative + hidden
 
 
-def _corrected_bytes(model: Model, job: Job) -> int:
+def _corrected_bytes(model: Model, job: Job, decisions: Sequence[Decision]) -> int:
     """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
+    if not is_corrected(job.effort_level, decisions):
+        return 0
     shape = model.architecture
     tokens = job.effort_level.corrected_windows * job.window
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)

@@ -39,22 +39,27 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
-def test_a_budget_is_kept_and_spent(job: Callable[..., Job], family: str, tied: bool, target: str) -> None:
+# By default some bytes may be left over, so that the model is not slower than what the stock tool makes.
+@pytest.mark.parametrize(
+    ("prefer", "spent", "named"), [("balanced", 0.85, ""), ("accuracy", 0.9, ", accuracy preferred")]
+)
+def test_a_budget_is_kept_and_spent(
+    job: Callable[..., Job], family: str, tied: bool, target: str, prefer: str, spent: float, named: str
+) -> None:
     with open_model(job(family, tied).source) as model:
         made = load_target(target)
         fixed = made.fixed_bytes(model)
         most = fixed + int(0.75 * model.architecture.parameters)
-    # By default some of it may be left, so that the model is not slower than what the stock tool makes.
-    bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most, prefer="accuracy"))
+    bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most, prefer=prefer))
     size = bundle.report.size.file_bytes.value
     matrices = sum(row.stored_bytes for row in bundle.report.tensors)
     assert size <= most
     assert matrices <= size <= matrices + fixed
     # No matrix of this model is so large that a step of its format is more than a tenth of the budget.
-    assert matrices > 0.9 * (most - fixed)
+    assert matrices > spent * (most - fixed)
     assert len({row.format for row in bundle.report.tensors}) > 1
     assert all("predicted to add KL" in row.reason for row in bundle.report.tensors)
-    assert bundle.report.recipe.scheme == f"at most {most:,} bytes, accuracy preferred"
+    assert bundle.report.recipe.scheme == f"at most {most:,} bytes{named}"
 
 
 def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[..., Job], tmp_path: Path) -> None:
