@@ -50,10 +50,9 @@ class Bench:
         prose, evaluation = plain_texts(scratch)
         if conditions.text == "code":
             evaluation = source_code(scratch)
-        tokenizer = load_tokenizer(model.folder)
-        self.calibration: Windows = spread_windows(prose, tokenizer, effort("balanced").calibration_windows, WINDOW)
-        self._stock_calibration = spread_windows(prose, tokenizer, STOCK_WINDOWS, WINDOW)
-        self._evaluation = file_windows(evaluation, tokenizer, EVALUATION_WINDOWS, WINDOW)
+        self._prose, self._tokenizer = prose, load_tokenizer(model.folder)
+        self._stock_calibration = self._calibration(STOCK_WINDOWS)
+        self._evaluation = file_windows(evaluation, self._tokenizer, EVALUATION_WINDOWS, WINDOW)
         self._known = PUBLISHED.rows(conditions.name, self.identity)
         self.rows: list[Row] = []
         print(f"\n{conditions.name}: {self._evaluation.tokens.shape[0]} windows of {WINDOW} tokens", flush=True)
@@ -90,9 +89,13 @@ class Bench:
         with self.folder() as folder:
             return self._kept(measured(self.original, make(folder), name, kind))
 
-    def exporter(self, target: str) -> Exporter:
+    def _calibration(self, windows: int) -> Windows:
+        return spread_windows(self._prose, self._tokenizer, windows, WINDOW)
+
+    def exporter(self, target: str, effort_name: str = "balanced") -> Exporter:
         """Return the exporter for the model and texts."""
-        return Exporter(self.model, target, self.calibration, self._evaluation)
+        calibration = self._calibration(effort(effort_name).calibration_windows)
+        return Exporter(self.model, target, calibration, self._evaluation, effort_name)
 
     def ours(self, exporter: Exporter, name: str, max_file_bytes: int, embedding: str | None = None) -> Row:
         """Make and measure ours within a budget."""
