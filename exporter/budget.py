@@ -159,7 +159,7 @@ def _require_feasible(budget: Budget) -> None:
         "no choice of formats keeps the limits",
         got=budget.scheme,
         expected=" or ".join(nearest) or "limits that one choice can keep together",
-        next_step="raise the budget by what is missing",
+        next_step="relax a limit to that",
     )
 
 
