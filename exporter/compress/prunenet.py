@@ -11,8 +11,9 @@ values of the drawn rows from those of all rows, discounted by the number of the
 With no other function between P and r, the network is a direction u = P^T r: rows stay by their product with it.
 
 Where the published code does something else than it sets out to, `Options` has a switch, and `PUBLISHED` are its own
-choices. The defaults mend what comes after learning: the best policy is kept and the mask is not drawn once more. They
-leave learning itself as published. A gradient that does follow the reward (a baseline, the probability of what was
+choices. The defaults mend what comes before and after learning: W is what the layer multiplies with, the gains of the
+normalisation before it folded in, the best policy is kept, and the mask is not drawn once more. They leave learning
+itself as published. A gradient that does follow the reward (a baseline, the probability of what was
 drawn, at the noise it was drawn with) leads astray: the reward is for rows that keep the singular values as they are,
 and a policy good at that takes the rows of one side of a plane, which costs more than rows taken at random
 (tests/benchmarks/test_prune.py). It trains in float16 on a GPU, here all is float32.
@@ -31,14 +32,14 @@ from exporter.cache import cache_folder, load_vectors, save_vectors
 from exporter.calibrate.layers import silent
 from exporter.compress.prune import Pruned, planned_widths
 from exporter.errors import RequestError
-from exporter.model.families import LINEARS, layer_tensor
+from exporter.model.families import LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.widths import Channels
 from exporter.weights.format import Float32
 
 Float64 = NDArray[np.float64]
 
-VERSION = 1
+VERSION = 2
 # What a policy earns where all singular values stay the same.
 MOST_REWARD = 99999.0
 # Of the running mean of a layer's rewards, which they are compared with.
@@ -66,6 +67,8 @@ class Options:
             are drawn once more.
         clip: Most length of a gradient; None, as published (its clipping comes after the gradient is zeroed), for any.
         regularisation: How much KL(alpha || 1/2) counts in the loss.
+        folded: W has the normalisation's gains in its columns, so that two ways to store one function are pruned alike;
+            published: it is taken as it is stored.
     """
 
     ratio: float = 0.25
@@ -80,9 +83,10 @@ class Options:
     deterministic: bool = True
     clip: float | None = None
     regularisation: float = 0.0
+    folded: bool = True
 
 
-PUBLISHED = Options(keep_best=False, deterministic=False)
+PUBLISHED = Options(keep_best=False, deterministic=False, folded=False)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class Policy:
             widths: How many of each layer.
         """
         chance = torch.Generator().manual_seed(self.options.seed)
-        return [self._kept(model.read(gate_name(layer)), width, chance) for layer, width in enumerate(widths)]
+        states = (state(model, layer, self.options.folded) for layer in range(len(widths)))
+        return [self._kept(gate, width, chance) for gate, width in zip(states, widths, strict=True)]
 
     def _kept(self, gate: Float32, width: int, chance: torch.Generator) -> Channels:
         logits = torch.from_numpy(gate @ self.direction + np.float32(self.offset))
@@ -183,9 +188,10 @@ def spread(logarithms: Float64, count: int) -> Channels:
     return np.sort(np.concatenate([np.flatnonzero(certain), places]))
 
 
-def gate_name(layer: int) -> str:
-    """Return the name of a layer's gate matrix."""
-    return layer_tensor(layer, f"{LINEARS['gate'][0]}.weight")
+def state(model: Model, layer: int, folded: bool) -> Float32:
+    """Return what a policy sees of a layer: its gate matrix, float32 [rows, hidden]."""
+    gate = model.read(layer_tensor(layer, f"{LINEARS['gate'][0]}.weight"))
+    return gate * model.read(layer_tensor(layer, NORMS["mlp_norm"])) if folded else gate
 
 
 class _Network(nn.Module):
@@ -211,7 +217,8 @@ class _Draw:
 
 
 def _learn(model: Model, options: Options, progress: Callable[[int, int], None]) -> Policy:
-    gates = [torch.from_numpy(model.read(gate_name(layer))) for layer in range(model.architecture.layers)]
+    layers = range(model.architecture.layers)
+    gates = [torch.from_numpy(state(model, layer, options.folded)) for layer in layers]
     return follow_rewards(gates, options, progress)
 
 

@@ -1,8 +1,9 @@
 """PruneNet's policy: its parts against naive ones, what it learns, and every quirk."""
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from exporter.compress.prunenet import PUBLISHED, Options, kolmogorov_smirnov, l
 from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.model.tensors import TensorSource
+from exporter.weights.format import Float32
 from tests.models import tiny_model
 
 
@@ -111,6 +114,32 @@ def test_channels_are_taken_out_of_all_three_matrices(model: Model) -> None:
             np.testing.assert_array_equal(found.model.read(name), model.read(name).take(kept, axis))
 
 
+@dataclass(frozen=True)
+class Rescaled:
+    """The same function with a normalisation's gains divided, and the columns behind them multiplied."""
+
+    tensors: TensorSource
+    by: Float32
+
+    @property
+    def files(self) -> list[Path]:
+        return self.tensors.files
+
+    def read(self, name: str) -> Float32:
+        if name.endswith("post_attention_layernorm.weight"):
+            return self.tensors.read(name) / self.by
+        return self.tensors.read(name) * self.by if re.search(r"mlp\.(gate|up)_proj", name) else self.tensors.read(name)
+
+
+def test_one_function_is_pruned_alike_however_it_is_stored(model: Model) -> None:
+    # Powers of two, so that nothing is rounded.
+    by = (2.0 ** np.random.default_rng(0).integers(-3, 4, model.architecture.hidden)).astype(np.float32)
+    other = replace(model, tensors=Rescaled(model.tensors, by), changes="rescaled")
+    for options, alike in ((Options(0.5, episodes=2), True), (replace(Options(0.5, episodes=2), folded=False), False)):
+        kept, also = (np.array(learned(one, options).kept(one, (64, 64))) for one in (model, other))
+        assert np.array_equal(kept, also) is alike
+
+
 @given(logits=st.lists(st.floats(-800, 800), min_size=1, max_size=40), data=st.data())
 def test_rows_stay_in_proportion_to_their_chances(logits: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(logits)))
@@ -154,7 +183,7 @@ def test_the_same_seed_learns_the_same_and_only_once(model: Model, monkeypatch: 
 
 SWITCHES = {
     "keep_best": False, "baseline": False, "exact_probability": False, "same_noise": False, "clip": None,
-    "regularisation": 0.1, "discount": 0.5, "learning_rate": 1e-2,
+    "regularisation": 0.1, "discount": 0.5, "learning_rate": 1e-2, "folded": False,
 }  # fmt: skip
 
 
