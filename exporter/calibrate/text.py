@@ -40,9 +40,9 @@ class Windows:
         tokens = np.ascontiguousarray(tokens, np.int64)
         return cls(tokens, kind, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), source_bytes)
 
-    def first(self, count: int) -> "Windows":
-        """Return the first windows, or all where there are no more."""
-        return Windows.of(self.tokens[:count], self.kind, self.source_bytes)
+    def some(self, count: int) -> "Windows":
+        """Return so many of the windows, at equal distances, or all where there are no more."""
+        return Windows.of(self.tokens[evenly(len(self.tokens), count)], self.kind, self.source_bytes)
 
 
 def read_text(path: Path) -> str:

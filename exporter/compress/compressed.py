@@ -10,7 +10,7 @@ import numpy as np
 from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import Statistics
-from exporter.calibrate.text import Tokens, Windows, evenly
+from exporter.calibrate.text import Tokens, Windows
 from exporter.compress.caldera import TURNS, Turns, encode_with_factors
 from exporter.compress.correction import Correction
 from exporter.compress.method import Method, load_method, relative_error
@@ -159,7 +159,7 @@ def corrected_on(effort: Effort, decisions: Sequence[Decision], calibration: Win
     """Return the windows that they do so on, int64 [windows, length]; None where they do not."""
     if not is_corrected(effort, decisions):
         return None
-    return calibration.tokens[evenly(len(calibration.tokens), effort.corrected_windows)]
+    return calibration.some(effort.corrected_windows).tokens
 
 
 def weights_digest(weight: Float32) -> str:
