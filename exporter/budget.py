@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 
 from exporter.calibrate.statistics import Statistics
@@ -150,7 +151,7 @@ def _require_feasible(budget: Budget) -> None:
     nearest = []
     for name in _set(budget.limits):
         relaxed = replace(budget.limits, **{name: getattr(Limits(), name)})
-        found = allocate(choices, relaxed, lambda choice, name=name: float(getattr(choice, name)))  # type: ignore[misc]
+        found = allocate(choices, relaxed, attrgetter(name))
         if found is not None:
             least = sum(float(getattr(choice, name)) for choice in found)
             least *= 1 if name == "bytes" else 1 + ROUNDED

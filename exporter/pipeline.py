@@ -131,7 +131,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
         else:
             decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
     with stages.stage("foretell"):
-        met = observe(planned.model, evaluation.some(job.foretold_windows))
+        met = observe(planned.model, evaluation.spread(job.foretold_windows))
         elsewhere = MetElsewhere(rewritten.statistics, rewritten.of(met))
         decisions = foretell(decisions, job, rewritten.model, elsewhere, progress, methods)
         planned = replace(planned, decisions=decisions)

@@ -40,9 +40,9 @@ class Windows:
         tokens = np.ascontiguousarray(tokens, np.int64)
         return cls(tokens, kind, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), source_bytes)
 
-    def some(self, count: int) -> "Windows":
+    def spread(self, count: int) -> "Windows":
         """Return so many of the windows, at equal distances, or all where there are no more."""
-        return Windows.of(self.tokens[evenly(len(self.tokens), count)], self.kind, self.source_bytes)
+        return Windows.of(self.tokens[_evenly(len(self.tokens), count)], self.kind, self.source_bytes)
 
 
 def read_text(path: Path) -> str:
@@ -91,10 +91,10 @@ def spread_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, l
         starts = [part * len(text) // count for part in range(count)]
         parts = [_windows(text[start : start + characters], tokenizer, length) for start in starts]
         found = np.concatenate([part[:1] for part in parts])
-    return _checked(found[evenly(len(found), count)], text, path, tokenizer)
+    return _checked(found[_evenly(len(found), count)], text, path, tokenizer)
 
 
-def evenly(total: int, count: int) -> slice | NDArray[np.intp]:
+def _evenly(total: int, count: int) -> slice | NDArray[np.intp]:
     """Return the places of `count` of `total` things at equal distances, or of all where there are no more."""
     return slice(None) if total <= count else np.arange(count) * total // count
 

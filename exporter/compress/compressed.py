@@ -159,7 +159,7 @@ def corrected_on(effort: Effort, decisions: Sequence[Decision], calibration: Win
     """Return the windows that they do so on, int64 [windows, length]; None where they do not."""
     if not is_corrected(effort, decisions):
         return None
-    return calibration.some(effort.corrected_windows).tokens
+    return calibration.spread(effort.corrected_windows).tokens
 
 
 def weights_digest(weight: Float32) -> str:

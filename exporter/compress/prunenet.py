@@ -13,10 +13,10 @@ With no other function between P and r, the network is a direction u = P^T r: ro
 Where the published code does something else than it sets out to, `Options` has a switch, and `PUBLISHED` are its own
 choices. The defaults mend what comes before and after learning: W is what the layer multiplies with, the gains of the
 normalisation before it folded in, the best policy is kept, and the mask is not drawn once more. They leave learning
-itself as published. A gradient that does follow the reward (a baseline, the probability of what was
-drawn, at the noise it was drawn with) leads astray: the reward is for rows that keep the singular values as they are,
-and a policy good at that takes the rows of one side of a plane, which costs more than rows taken at random
-(tests/benchmarks/test_prune.py). It trains in float16 on a GPU, here all is float32.
+itself as published. A gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise
+it was drawn with) leads astray: the reward is for rows that keep the singular values as they are, and a policy good at
+that takes the rows of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py).
+It trains in float16 on a GPU, here all is float32.
 """
 
 import hashlib
@@ -113,8 +113,7 @@ class Policy:
             widths: How many of each layer.
         """
         chance = torch.Generator().manual_seed(self.options.seed)
-        states = (state(model, layer, self.options.folded) for layer in range(len(widths)))
-        return [self._kept(gate, width, chance) for gate, width in zip(states, widths, strict=True)]
+        return [self._kept(_gate(model, layer, self.options), width, chance) for layer, width in enumerate(widths)]
 
     def _kept(self, gate: Float32, width: int, chance: torch.Generator) -> Channels:
         logits = torch.from_numpy(gate @ self.direction + np.float32(self.offset))
@@ -188,10 +187,10 @@ def spread(logarithms: Float64, count: int) -> Channels:
     return np.sort(np.concatenate([np.flatnonzero(certain), places]))
 
 
-def state(model: Model, layer: int, folded: bool) -> Float32:
-    """Return what a policy sees of a layer: its gate matrix, float32 [rows, hidden]."""
-    gate = model.read(layer_tensor(layer, f"{LINEARS['gate'][0]}.weight"))
-    return gate * model.read(layer_tensor(layer, NORMS["mlp_norm"])) if folded else gate
+def _gate(model: Model, layer: int, options: Options) -> Float32:
+    """Return a layer's gate matrix as a policy sees it, float32 [rows, hidden]."""
+    stored = model.read(layer_tensor(layer, f"{LINEARS['gate'][0]}.weight"))
+    return stored * model.read(layer_tensor(layer, NORMS["mlp_norm"])) if options.folded else stored
 
 
 class _Network(nn.Module):
@@ -217,8 +216,7 @@ class _Draw:
 
 
 def _learn(model: Model, options: Options, progress: Callable[[int, int], None]) -> Policy:
-    layers = range(model.architecture.layers)
-    gates = [torch.from_numpy(state(model, layer, options.folded)) for layer in layers]
+    gates = [torch.from_numpy(_gate(model, layer, options)) for layer in range(model.architecture.layers)]
     return follow_rewards(gates, options, progress)
 
 

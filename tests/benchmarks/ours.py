@@ -59,7 +59,7 @@ class Exporter:
         self._storages = self._target.storages(model)
         self._method = load_method(self._target.default_method, self._effort)
         self._choices = predict(self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent)
-        met = collect(model, evaluation.some(self._effort.foretold_windows), SEED, silent)
+        met = collect(model, evaluation.spread(self._effort.foretold_windows), SEED, silent)
         self._elsewhere = MetElsewhere(self._rewritten.statistics, self._rewritten.of(met))
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:

@@ -50,7 +50,7 @@ def test_the_cache_of_statistics_is_as_large_as_foretold(tmp_path: Path, monkeyp
     windows = Windows.of(np.random.default_rng(0).integers(0, 300, (6, 16)), "file", 0)
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
         for count in (4, 6):
-            collect(model, windows.some(count), 0, silent)
+            collect(model, windows.spread(count), 0, silent)
         foretold, hidden = cache_bytes(model, job, NO_RECIPE), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
         parameters = model.architecture.parameters
         assert cache_bytes(model, replace(job, evaluation=None), NO_RECIPE) == foretold + 34 * parameters // 32
