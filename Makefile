@@ -7,6 +7,9 @@ READY := .venv/.ready
 CONSTRAINTS := .ci/constraints.txt
 CODE := exporter targets devices tests
 PROMPT := The capital of France is
+# llama.cpp's AMX kernels crash: compilers drop the tile configuration, and only one thread asks for the permission
+# (ggml-org/llama.cpp, pull request 26954). Compilers that know no AMX do not know this option either.
+WITHOUT_AMX := $(if $(shell cc -march=native -dM -E -x c /dev/null 2>/dev/null | grep __AMX_INT8__),-mno-amx-int8)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format format-check lint types wheel benchmark clean
@@ -66,5 +69,6 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing into .venv. llama-cpp-python compiles llama.cpp: about 8 minutes on 2 cores, the first time only."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) pip
+	CFLAGS="$(CFLAGS) $(WITHOUT_AMX)" CXXFLAGS="$(CXXFLAGS) $(WITHOUT_AMX)" \
 	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS) --editable '.[demo,dev]'
 	@touch $@

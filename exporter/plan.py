@@ -79,8 +79,7 @@ class Plan:
         """Return methods of single matrices, by name, from the model in those coordinates."""
         if self.recipe.encoding is None:
             return {}
-        groups = [decision.group for decision in self.decisions]
-        return self.recipe.encoding.methods(groups, given, partial(progress, "steps: matrices"))
+        return self.recipe.encoding.methods(self.decisions, given, partial(progress, "steps: matrices"))
 
 
 def make_plan(model: Model, job: Job) -> Plan:

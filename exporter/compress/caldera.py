@@ -61,6 +61,7 @@ def encode_with_factors(
     outputs: Float32,
     method: Method,
     turns: Turns = TURNS,
+    factor_method: Method | None = None,
 ) -> EncodedMatrix:
     """Encode one matrix and its factors; of all iterates the best is kept.
 
@@ -70,10 +71,11 @@ def encode_with_factors(
         low_rank: Of L and R.
         site: What was seen of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
-        method: Chooses the codes of Q, L and R.
+        method: Chooses the codes of Q.
         turns: How they take turns.
+        factor_method: Chooses those of L and R; None for the same.
     """
-    problem = _Problem(weight, site, outputs, low_rank, method)
+    problem = _Problem(weight, site, outputs, low_rank, method, factor_method or method)
     factors = problem.on_outliers(turns.outliers) if turns.outliers else None
     base, best, least = None, None, np.inf
     for part in turns.order * turns.count:
@@ -94,10 +96,18 @@ def encode_with_factors(
 class _Problem:
     """One matrix to be encoded with factors; the arguments are those of `encode_with_factors`."""
 
-    def __init__(self, weight: Float32, site: Site, outputs: Float32, low_rank: LowRank, method: Method) -> None:
+    def __init__(
+        self,
+        weight: Float32,
+        site: Site,
+        outputs: Float32,
+        low_rank: LowRank,
+        method: Method,
+        factor_method: Method,
+    ) -> None:
         self._weight, self._site, self._low_rank, self._method = weight, site, low_rank, method
         # A method may keep what it made of the last site: L has others than Q and R.
-        self._method_of_left = copy(method)
+        self._method_of_right, self._method_of_left = factor_method, copy(factor_method)
         self._moment = damped(site.second_moment, DAMPING, site.shrinkage)
         self._rows = _scales(outputs)
 
@@ -141,7 +151,7 @@ class _Problem:
     def _encoded(self, target: Float32, right: Float32) -> EncodedFactors:
         """Encode R, then the L that fits it best as encoded."""
         format = self._low_rank.format
-        encoded = self._method.encode(right, format, self._site)
+        encoded = self._method_of_right.encode(right, format, self._site)
         left = fitted_left(target, self._moment, encoded.planned)
         image: Float32 = encoded.planned @ self._moment
         moment: Float32 = image @ encoded.planned.T

@@ -22,6 +22,8 @@ from exporter.weights.format import EncodedMatrix, Float32, LowRank
 from exporter.weights.group import Decision
 
 DIGESTED_ROWS_AT_ONCE = 1024
+# The method that gives factors their codes, whatever gives the matrices theirs.
+FACTORS = "ldlq"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class CompressedModel:
         self.decisions = {decision.group.name: decision for decision in decisions}
         self.outcomes: dict[str, Outcome] = {}
         self._statistics = statistics
-        self._methods = {name: load_method(name, effort) for name in {one.method for one in decisions}}
+        self._methods = {name: load_method(name, effort) for name in {FACTORS, *(one.method for one in decisions)}}
         self._own_methods = methods
         self._encoded = encoded
         self._turns = turns
@@ -124,7 +126,9 @@ class CompressedModel:
                 next_step="collect statistics first",
             )
         outputs = self._statistics.sensitivity(decision.group.layer, decision.group.role)
-        return encode_with_factors(weight, decision.format, decision.low_rank, site, outputs, method, self._turns)
+        return encode_with_factors(
+            weight, decision.format, decision.low_rank, site, outputs, method, self._turns, self._methods[FACTORS]
+        )
 
     def vector(self, name: str) -> Float32:
         """Return a norm or bias, which stays as it is."""

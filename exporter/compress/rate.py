@@ -14,13 +14,15 @@ the cheaper code is the better one.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
 from exporter.calibrate.moments import Site, shrunk
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.caldera import residual
 from exporter.compress.curve import Curve, Int8, at_common_step, common_step, roots_of, row_steps, some_rows
 from exporter.compress.equalise import EVERY_SITE, Rewritten, observed, rescaled
 from exporter.compress.ldlq import feedback_factor
@@ -199,6 +201,7 @@ def rated(
     groups: Sequence[WeightGroup],
     bits: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Rate]:
     """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
 
@@ -208,8 +211,9 @@ def rated(
         model: The model, in the coordinates that it is encoded in.
         statistics: In the same coordinates.
         groups: The matrices.
-        bits: Bits a weight on average, tables and scales included.
+        bits: Bits a weight on average, tables and scales included, factors not.
         progress: Called with matrices done and their total.
+        ranks: Of the factors beside matrices, by name: their codes have to hold what these leave.
 
     Raises:
         RequestError: no common step gives this rate.
@@ -218,7 +222,11 @@ def rated(
     def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], Rate]]:
         site = statistics.site(group.site)
         moment = None if site is None else damped(site.second_moment, site.shrinkage)
-        problem = _Problem.of(model.read(group.name), moment)
+        weight = model.read(group.name)
+        if group.name in ranks:
+            sensitivity = statistics.sensitivity(group.layer, group.role)
+            weight = residual(weight, ranks[group.name], observed(site, group.site), sensitivity)
+        problem = _Problem.of(weight, moment)
         roots = roots_of(statistics, group, problem.variance)
         curve = replace(problem, roots=roots).sampled_curve()
         return curve, lambda rate, step: Rate(rate, roots, step)

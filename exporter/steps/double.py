@@ -16,7 +16,7 @@ from exporter.compress.equalise import Rewritten
 from exporter.compress.method import Method
 from exporter.model.model import Model
 from exporter.steps.step import CodedBits, CodedStep
-from exporter.weights.group import WeightGroup
+from exporter.weights.group import Decision
 
 
 class DoubleCompression(CodedStep):
@@ -34,8 +34,9 @@ class DoubleCompression(CodedStep):
         """Return the model with channels scaled by the inputs' loudness."""
         return in_scaled_channels(model, statistics)
 
-    def methods(self, groups: Sequence[WeightGroup], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(self, decisions: Sequence[Decision], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
         """Return the method for each matrix with its step."""
+        groups = [one.group for one in decisions]
         return dict(doubled(given.model, given.statistics, groups, self.bits, self.zeroed, progress))
 
 

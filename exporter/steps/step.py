@@ -22,7 +22,7 @@ from exporter.model.architecture import Architecture
 from exporter.model.model import Model
 from exporter.model.widths import outlined
 from exporter.targets.target import Target
-from exporter.weights.group import Decision, WeightGroup
+from exporter.weights.group import Decision
 
 # The second moment of a layer's channels, its inverse, and products of them, in double precision.
 SQUARES = 5
@@ -131,11 +131,11 @@ class EncodingStep(Document):
         """Return the model in the coordinates that it is encoded in: by default those that suit the target."""
         return target.rewritten(model, statistics, decisions)
 
-    def methods(self, groups: Sequence[WeightGroup], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(self, decisions: Sequence[Decision], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
         """Return methods for matrices, by name, in place of the one that decisions name: by default none.
 
         Args:
-            groups: All matrices.
+            decisions: Those of `decide`.
             given: The model in the coordinates of `coordinates`.
             progress: Called with matrices done and their total.
 

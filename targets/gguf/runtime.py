@@ -1,6 +1,7 @@
 """llama.cpp, inside a child process."""
 
 import ctypes
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
 ADAPTER_FILE = "adapter.gguf"
+# See WITHOUT_AMX in the Makefile.
+AMX_ADVICE = (
+    "this llama.cpp was compiled with AMX kernels, which crash on many machines; reinstall llama-cpp-python with "
+    "--no-cache-dir --no-binary llama-cpp-python, and CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 in the environment"
+)
 
 
 class LlamaCpp:
@@ -58,6 +64,9 @@ class LlamaCpp:
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
+        if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+            # Among the last lines of the log, which are told where the process dies.
+            print(AMX_ADVICE, file=sys.stderr, flush=True)
         self._sampled: list[list[int]] = []
         self._position = 0
 

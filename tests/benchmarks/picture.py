@@ -1,4 +1,4 @@
-"""KL against bytes as one SVG: a panel for each target, ours joined by a line, the opponents as labelled points."""
+"""KL against size as one SVG: a panel for each target, ours joined by a line, the opponents as labelled points."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36
 TITLES = {"gguf": "GGUF, in llama.cpp", "onnx": "ONNX, in ONNX Runtime"}
 KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix", "recipe": "recipe"}
 LABEL_HEIGHT = 11
-MOST_MEGABYTES_BY_5 = 50
+MOST_MARKS = 11
 # Its own background, so that it can be read on any page; it follows the reader's scheme as a whole.
 STYLE = """
 text { font: 11px system-ui, sans-serif; fill: #24292f; }
@@ -38,7 +38,41 @@ class Scale:
     y: Callable[[float], float]
 
 
-def picture(rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Axis:
+    """What the horizontal axis shows.
+
+    Attributes:
+        title: Of the axis.
+        per_byte: How much of it a byte is.
+        step: Between two marks; twice that where there would be too many.
+    """
+
+    title: str
+    per_byte: float
+    step: float
+
+    @classmethod
+    def bits(cls, parameters: int) -> "Axis":
+        """Show total bits for each parameter."""
+        return cls("all bits of the model files, for each weight", 8 / parameters, 0.5)
+
+    def of(self, row: Row) -> float:
+        """Return where a row stands."""
+        return row.file_bytes * self.per_byte
+
+    def marks(self, rows: Sequence[Row]) -> list[float]:
+        """Return round values from below all rows to above them."""
+        sizes = [self.of(row) for row in rows]
+        first, last = floor(min(sizes) / self.step - 0.1), ceil(max(sizes) / self.step + 0.1)
+        step = 1 if last - first < MOST_MARKS else 2
+        return [mark * self.step for mark in range(first, last + step, step)]
+
+
+MEGABYTES = Axis("model files, MB (10⁶ bytes)", 1e-6, 5)
+
+
+def picture(rows: Sequence[Row], axis: Axis = MEGABYTES) -> str:
     """Return the SVG of all rows; the vertical axis is logarithmic and shared."""
     low, high = _decades(row.kl_mean for row in rows)
     targets = [target for target in TITLES if any(row.target == target for row in rows)]
@@ -52,15 +86,14 @@ def picture(rows: Sequence[Row]) -> str:
     parts = [f'<text class="end" x="{LEFT - 8}" y="{y(mark) + 4:.1f}">{mark:g}</text>' for mark in marks]
     for place, target in enumerate(targets):
         own = [row for row in rows if row.target == target]
-        first, last = _round_megabytes(own)
-        step = 5 if last - first <= MOST_MEGABYTES_BY_5 else 10
+        sizes = axis.marks(own)
         left = LEFT + place * (width + GAP)
 
-        def x(megabytes: float, left: float = left, first: float = first, last: float = last) -> float:
-            return left + (megabytes - first) / (last - first) * width
+        def x(size: float, left: float = left, first: float = sizes[0], last: float = sizes[-1]) -> float:
+            return left + (size - first) / (last - first) * width
 
-        parts += _frame(target, range(first, last + 1, step), marks, Scale(x, y), left, width)
-        parts += _points(own, Scale(x, y))
+        parts += _frame(target, axis.title, sizes, marks, Scale(x, y), left, width)
+        parts += _points(own, axis, Scale(x, y))
     label = "Mean KL divergence from the original against the size of the model files"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n'
@@ -76,11 +109,6 @@ def _decades(values: Iterable[float]) -> tuple[float, float]:
     return min(logarithms) - 0.08, max(logarithms) + 0.08
 
 
-def _round_megabytes(rows: Sequence[Row]) -> tuple[int, int]:
-    sizes = [row.file_bytes / 1e6 for row in rows]
-    return 5 * floor((min(sizes) - 0.5) / 5), 5 * ceil((max(sizes) + 0.5) / 5)
-
-
 def _legend(kinds: Collection[str]) -> list[str]:
     parts = [f'<text class="title" x="{LEFT}" y="22">Mean KL from the original, nats a token (less is better)</text>']
     left = WIDTH - GAP - 300
@@ -93,23 +121,23 @@ def _legend(kinds: Collection[str]) -> list[str]:
 
 
 def _frame(
-    target: str, megabytes: Iterable[int], marks: Iterable[float], scale: Scale, left: float, width: float
+    target: str, title: str, sizes: Iterable[float], marks: Iterable[float], scale: Scale, left: float, width: float
 ) -> list[str]:
     parts = [f'<text class="title" x="{left:.1f}" y="{TOP - 12}">{TITLES[target]}</text>']
     for mark in marks:
         height = f"{scale.y(mark):.1f}"
         parts.append(f'<path class="grid" d="M{left:.1f} {height}H{left + width:.1f}"/>')
-    for size in megabytes:
+    for size in sizes:
         at = f"{scale.x(size):.1f}"
         parts.append(f'<path class="grid" d="M{at} {TOP}V{BOTTOM}"/>')
-        parts.append(f'<text class="middle" x="{at}" y="{BOTTOM + 16}">{size}</text>')
+        parts.append(f'<text class="middle" x="{at}" y="{BOTTOM + 16}">{size:g}</text>')
     middle = left + width / 2
-    return [*parts, f'<text class="middle" x="{middle:.1f}" y="{BOTTOM + 36}">model files, MB (10⁶ bytes)</text>']
+    return [*parts, f'<text class="middle" x="{middle:.1f}" y="{BOTTOM + 36}">{title}</text>']
 
 
-def _points(rows: Sequence[Row], scale: Scale) -> list[str]:
+def _points(rows: Sequence[Row], axis: Axis, scale: Scale) -> list[str]:
     ordered = sorted(rows, key=lambda row: (row.file_bytes, row.kl_mean))
-    places = [(row, scale.x(row.file_bytes / 1e6), scale.y(row.kl_mean)) for row in ordered]
+    places = [(row, scale.x(axis.of(row)), scale.y(row.kl_mean)) for row in ordered]
     line = " ".join(f"{x:.1f},{y:.1f}" for row, x, y in places if row.kind == "ours")
     parts = [f'<polyline class="line" points="{line}"/>'] if line else []
     taken = [(x - 5, x + 5, y) for _, x, y in places]

@@ -1,27 +1,30 @@
-"""Every named recipe with its defaults, in both targets: what is shipped, and the KL that it costs.
+"""Every named recipe with its defaults, in both targets, and some at other sizes: what is shipped, and its KL.
 
     .venv/bin/python -m pytest tests/benchmarks/test_recipes.py --timeout=0 -s
 
 builds bundles of the reference model at effort `balanced` and takes the figures from their reports, which are measured
-in the real runtimes on prose that was not calibrated on: the same tokens as in test_quality.py, whose rows are drawn
+in the real runtimes: on the model and the text that nothing was tuned on, as in test_quality.py, whose rows are drawn
 beside them. Each row is kept in recipes.json when it is there, so that an interrupted run goes on.
 """
 
-import platform
-from dataclasses import asdict
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from exporter.errors import RequestError
+from exporter.calibrate.text import file_windows
 from exporter.job import Job
+from exporter.model.sources import open_model
+from exporter.model.tokenizer import load_tokenizer
 from exporter.pipeline import build
-from exporter.recipe import load_recipe, recipe_names
+from exporter.recipe import recipe_names
 from exporter.report.data import Report
-from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED
+from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
 from tests.benchmarks.measured import WINDOW, Published, Row
-from tests.benchmarks.picture import picture
-from tests.benchmarks.test_quality import TUNED
+from tests.benchmarks.picture import Axis, picture
+from tests.benchmarks.test_quality import UNTUNED
 from tests.reference import plain_texts, reference_model
 
 ROWS = Published(Path(__file__).with_name("recipes.json"))
@@ -30,6 +33,57 @@ TARGETS = ("gguf", "onnx")
 DEVICE = "core-ultra-200v"
 # KL of pruning in closed form over PruneNet's, at most.
 CLOSED_LIMIT = 0.6
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe at another size than its own: name, target, and the options of its only step but transport."""
+
+    name: str
+    target: str
+    step: str
+    options: tuple[tuple[str, float], ...]
+    coded: bool = False
+
+    def written(self, folder: Path) -> Path:
+        """Write the recipe into a folder."""
+        lines = ["schema_version = 1", f'title = "{self.name}"', "", "[[step]]", f'method = "{self.step}"']
+        lines += [f"{key} = {value}" for key, value in self.options]
+        if self.coded:
+            lines += ["", "[[step]]", 'method = "transport"', 'profile = "small"']
+        path = folder / f"{self.name.replace(' ', '-').replace('%', 'percent').replace(',', '')}.toml"
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+        return path
+
+
+POINTS = (
+    *(Point(f"rate {bits:g}", "gguf", "rate", (("bits", bits),), coded=True) for bits in (2.0, 2.5, 3.5, 4.5)),
+    *(Point(f"double {bits:g}", "gguf", "double", (("bits", bits),), coded=True) for bits in (3.0, 4.5)),
+    *(Point(f"caldera, rank {rank}", "onnx", "caldera", (("rank", rank),)) for rank in (32, 128)),
+    Point("prune-closed-form 10 %", "onnx", "prune-closed-form", (("ratio", 0.1),)),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """The model, the texts, and what figures depend on."""
+
+    folder: Path
+    calibration: Path
+    evaluation: Path
+    identity: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = reference_model(tmp_path_factory.mktemp("reference") / "model", UNTUNED.seed)
+    texts = tmp_path_factory.mktemp("texts")
+    calibration, _ = plain_texts(texts)
+    evaluation = source_code(texts)
+    with open_model(str(folder)) as model:
+        windows = file_windows(evaluation, load_tokenizer(model.folder), EVALUATION_WINDOWS, WINDOW)
+        identity = {"model": model.digest, "evaluation": windows.digest, "machine": instructions()}
+    return World(folder, calibration, evaluation, identity)
 
 
 def row(name: str, report: Report) -> Row:
@@ -46,44 +100,43 @@ def row(name: str, report: Report) -> Row:
     )
 
 
-def test_named_recipes_where_they_stand(tmp_path: Path) -> None:
-    folder = reference_model(tmp_path / "model")
-    calibration, evaluation = plain_texts(tmp_path)
-    rows: list[Row] = []
-    plain: dict[str, float] = {}
-    print(f"\n{EVALUATION_WINDOWS} windows of {WINDOW} tokens of prose")
+def built(world: World, name: str, recipe: str, target: str, scratch: Path) -> Row:
+    """Return the row of a recipe, from the file if it is there."""
+    conditions = f"{name}, {target}"
+    if known := ROWS.rows(conditions, world.identity):
+        return known[0]
+    output = scratch / "bundle"
+    job = Job(
+        str(world.folder), DEVICE, target, output=output, recipe=recipe, calibration=world.calibration,
+        evaluation=world.evaluation, evaluation_windows=EVALUATION_WINDOWS,
+    )  # fmt: skip
+    found = row(name, build(job).report)
+    shutil.rmtree(output)
+    ROWS.keep(conditions, world.identity, [found])
+    return found
+
+
+def test_recipes_where_they_stand(world: World, tmp_path: Path) -> None:
+    asked = [(name, name, target) for target in TARGETS for name in recipe_names()]
+    rows = []
+    print(f"\n{UNTUNED.name}: {EVALUATION_WINDOWS} windows of {WINDOW} tokens")
+    for name, recipe, target in asked + [(one.name, str(one.written(tmp_path)), one.target) for one in POINTS]:
+        rows.append(built(world, name, recipe, target, tmp_path))
+        print(
+            f"  {target:4} {rows[-1].file_bytes:11,} bytes  KL {rows[-1].kl_mean:.4f}  {rows[-1].top1:.1%}  {name}",
+            flush=True,
+        )
+    with open_model(str(world.folder)) as model:
+        PICTURE.write_text(picture([*rows, *stock_and_ours()], Axis.bits(model.architecture.parameters)), "utf-8")
+    kl = {(one.name, one.target): one.kl_mean for one in rows}
     for target in TARGETS:
-        for name in recipe_names():
-            job = Job(
-                str(folder), DEVICE, target, output=tmp_path / f"{name}-{target}", recipe=name,
-                calibration=calibration, evaluation=evaluation, evaluation_windows=EVALUATION_WINDOWS,
-            )  # fmt: skip
-            identity = {"machine": platform.machine(), "recipe": asdict(load_recipe(name))["title"]}
-            conditions = f"{name}, {target}"
-            if not (known := ROWS.rows(conditions, identity)):
-                try:
-                    known = [row(name, build(job).report)]
-                except RequestError as error:
-                    print(f"  {conditions}: {error}")
-                    continue
-                ROWS.keep(conditions, identity, known)
-            rows += known
-            found = known[0]
-            plain[conditions] = found.kl_mean
-            print(
-                f"  {target:4} {found.file_bytes:11,} bytes  KL {found.kl_mean:.4f} (predicted {found.predicted:.4f})  "
-                f"{found.top1:.1%}  {name}",
-                flush=True,
-            )
-    PICTURE.write_text(picture([*rows, *stock_and_ours()]), "utf-8")
-    for target in TARGETS:
-        assert plain[f"prune-closed-form, {target}"] <= CLOSED_LIMIT * plain[f"prunenet, {target}"]
-        assert plain[f"rate, {target}"] < plain[f"caldera, {target}"]
+        assert kl["prune-closed-form", target] <= CLOSED_LIMIT * kl["prunenet", target]
+        assert kl["rate", target] < kl["caldera", target]
 
 
 def stock_and_ours() -> list[Row]:
     """Return the rows of test_quality.py on the same model and text, without those that restrict the embedding."""
-    rows = [one for one in PUBLISHED.latest(TUNED.name) if one.kind in ("ours", "stock")]
+    rows = [one for one in PUBLISHED.latest(UNTUNED.name) if one.kind in ("ours", "stock")]
     if not rows:
         pytest.fail("run tests/benchmarks/test_quality.py first: the picture needs its rows")
     return [one for one in rows if "embedding" not in one.name and "budget" not in one.name]

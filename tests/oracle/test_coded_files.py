@@ -9,16 +9,17 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
 from exporter.coding.container import PROFILES, code_file, restore_file
 from exporter.coding.layout import CODES, layout_of, parts_of
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compressed import CompressedModel, with_factors
 from exporter.compress.double import doubled, in_scaled_channels
 from exporter.compress.rate import in_even_columns, rated
 from exporter.model.sources import open_model
 from exporter.targets.artifact import open_artifact
-from exporter.targets.target import load_target
+from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Reference, distance
 from exporter.validate.proof import Decoded, check_weights
 from tests.models import tiny_model
 
+RANK = 32
 TOKENS = np.random.default_rng(0).integers(2, 200, (4, 48))
 ARTIFACTS = [
     ("gguf", "Q8_0"), ("gguf", "Q4_0"), ("gguf", "Q5_1"), ("gguf", "IQ4_NL"), ("gguf", "Q4_K"), ("gguf", "Q6_K"),
@@ -56,23 +57,27 @@ def test_every_file_of_an_artifact_is_restored(folder: Path, tmp_path: Path, tar
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("target", "type"), [("gguf", "Q8_0"), ("onnx", "int8")])
-@pytest.mark.parametrize("method", ["rate", "double"])
+@pytest.mark.parametrize("method", ["rate", "rate beside factors", "double"])
 def test_methods_with_steps_are_carried_by_the_targets(
     tmp_path: Path, method: str, target: str, type: str, tied: bool
 ) -> None:
     made = load_target(target)
     with open_model(str(tiny_model(tmp_path / "model", tied=tied))) as model:
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
-        rewritten = (in_even_columns if method == "rate" else in_scaled_channels)(model, statistics)
+        rewritten = (in_scaled_channels if method == "double" else in_even_columns)(model, statistics)
         # Other coordinates, the same model.
         again = Reference.of(rewritten.model, TOKENS)
         assert distance(Reference.of(model, TOKENS), lambda t, f: logits_of(again, t, f)).kl_mean < 1e-8
         decisions = made.decide(model, type, "rtn")
         groups = [decision.group for decision in decisions]
-        if method == "rate":
+        if method == "double":
+            methods = dict(doubled(rewritten.model, rewritten.statistics, groups, 6.0))
+        elif method == "rate":
             methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0))
         else:
-            methods = dict(doubled(rewritten.model, rewritten.statistics, groups, 6.0))
+            decisions = with_factors(decisions, low_rank(made, RANK, 8))
+            ranks = {group.name: RANK for group in groups if group.layer is not None}
+            methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0, ranks=ranks))
         compressed = CompressedModel(model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods)
         (tmp_path / "artifact").mkdir()
         artifact = made.lower(compressed, type, tmp_path / "artifact")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +18,7 @@ from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, interleaved_rows
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact, load_runtime, open_artifact
 from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.target import load_target
@@ -41,6 +42,17 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
 def kl(model: Model, artifact: Artifact) -> float:
     with open_artifact(artifact, 64, 1, exact=True) as child:
         return distance(Reference.of(model, TOKENS), lambda tokens, first: child.call("logits", tokens, first)).kl_mean
+
+
+def test_kernels_that_crash_are_named_before_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        artifact, _ = lower(model, tmp_path / "artifact", "gguf", "F32")
+    for info, told in ((b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True), (b"CPU : AVX2 = 1 | ", False)):
+        monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
+        load_runtime(artifact, 64, 1)
+        assert ("CFLAGS=-mno-amx-int8" in capfd.readouterr().err) is told
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])

@@ -124,6 +124,19 @@ def test_what_cannot_be_carried_is_refused_at_plan_time(
         planned_within(Job("model", "galaxy-s24-ultra", target, recipe=str(path)), model)
 
 
+def test_factors_take_their_share_of_a_rate(tmp_path: Path) -> None:
+    text = GOOD.replace("caldera", "rate")
+    with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=512))) as model:
+        job = Job("model", "galaxy-s24-ultra", "onnx", recipe=str(recipe(tmp_path, text + "bits = 5.0\n")))
+        planned, _ = planned_within(job, model)
+        assert {one.stored_as for one in planned.decisions} == {"int8-b32", "int8-b32+r32-int8-b32"}
+        few = Job("model", "galaxy-s24-ultra", "onnx", recipe=str(recipe(tmp_path, text + "bits = 2.0\n")))
+        with pytest.raises(
+            RequestError, match=r"the factors leave the matrices too few bits; got 0\.\d\d of 2 beside "
+        ):
+            planned_within(few, model)
+
+
 PRUNED = """
 schema_version = 1
 title = "A third of the channels goes"
