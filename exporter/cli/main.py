@@ -16,6 +16,7 @@ from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
 from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on, require_bundle
+from exporter.cores import available_cores
 from exporter.errors import ExporterError, RequestError
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ EmulateOption = Annotated[
     bool, typer.Option("--emulate", help="Run the artifact on this machine under the device's limits, too.")
 ]
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
-THREADS = min(os.cpu_count() or 1, 8)
+THREADS = min(available_cores(), 8)
 
 
 @app.command(epilog="Example: edge-exporter build demo --device galaxy-s24-ultra -o phone")

@@ -23,6 +23,7 @@ from exporter.cache import replacing
 from exporter.coding.chunk import CodedChunk, Profile, decode, encode
 from exporter.coding.layout import Part, Section, layout_of, parts_of
 from exporter.coding.reading import Reading
+from exporter.cores import available_cores
 from exporter.errors import ExporterError, InputError, RequestError
 
 MAGIC = b"\x89EDGECOD"
@@ -235,7 +236,7 @@ def on_all_cores(
     work: Callable[[_Given], _Made], given: Iterable[_Given], workers: int | None = None
 ) -> Iterator[_Made]:
     """Give the results of `work` in order; one more than there are workers is under way at a time."""
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[_Made]] = deque()
     try:

@@ -1,9 +1,8 @@
 """What a device grants one process."""
 
-import os
-import sys
 from dataclasses import dataclass
 
+from exporter.cores import available_cores
 from exporter.device.facts import MIB, TIB
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
@@ -52,11 +51,6 @@ def device_limits(device: DeviceProfile, file_bytes: int) -> Limits:
     """Return what a device grants one app: its memory limit and all cores, and time for a model of some bytes."""
     timeout_s = TIMEOUT_S + file_bytes / TIMED_BYTES_PER_S
     return Limits(memory_bytes=int(device.app_memory_limit_bytes.value), cores=device.cores, timeout_s=timeout_s)
-
-
-def available_cores() -> int:
-    """Return the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _require(what: str, value: float | None, low: float, high: float, unit: str) -> None:

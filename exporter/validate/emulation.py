@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 from exporter.confinement.cgroup import LONGEST_PERIOD_US, control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
-from exporter.confinement.limits import Limits, available_cores, device_limits
+from exporter.confinement.limits import Limits, device_limits
+from exporter.cores import available_cores
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RuntimeCrashError
 from exporter.job import Progress, silent

@@ -1,7 +1,6 @@
 """GGUF weight formats through ggml's own quantisers and decoders, in the library that llama-cpp-python ships."""
 
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from exporter.cores import available_cores
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.weights.format import Bytes, Float32
 from exporter.weights.layouts import LAYOUTS, Layout
@@ -114,7 +114,7 @@ class GgmlFormat:
         encoded = np.empty((rows, self.stored_bytes(1, columns)), np.uint8)
         ggml, kind = _ggml(), int(self.type)
         pointer = None if importance is None else importance.ctypes.data
-        step = -(-rows // (os.cpu_count() or 1)) or 1
+        step = -(-rows // available_cores()) or 1
 
         def encode(first: int) -> None:
             count = min(step, rows - first)

@@ -5,7 +5,6 @@ operator takes them in float32. An encoded row holds the codes of all blocks, th
 `split` gives the three as the initialisers that are stored.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.cores import available_cores
 from exporter.errors import RequestError, did_you_mean
 from exporter.weights.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
 
@@ -143,7 +143,7 @@ class MatMulNBitsFormat:
                 f"{self.name} cannot hold rows of {columns} weights", expected=f"a multiple of {self.block_columns}"
             )
         encode = partial(self._encode, importance=importance)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
             chunks = (weight[at : at + ROWS_AT_ONCE] for at in range(0, rows, ROWS_AT_ONCE))
             return np.concatenate(list(pool.map(encode, chunks)))
 

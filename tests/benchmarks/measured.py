@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from exporter.cache import replacing
+from exporter.cores import available_cores
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.validate.accuracy import Reference, distance
 
-THREADS = 2
+THREADS = available_cores()
 WINDOW = 512
 
 

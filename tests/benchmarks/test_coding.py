@@ -105,7 +105,7 @@ def linear_bits(world: World, path: Path, scratch: Path) -> float:
 def hits(world: World, artifact: Artifact) -> tuple[float, float, float]:
     """Return mean KL, same first token, and how often the text's next token is the artifact's first."""
     half, right, count = WINDOW // 2, 0, 0
-    with open_artifact(artifact, WINDOW, 2) as child:
+    with open_artifact(artifact, WINDOW, THREADS) as child:
         found = distance(world.original, lambda tokens, first: child.call("logits", tokens, first))
         for tokens in world.evaluation.tokens:
             first = child.call("logits", tokens.tolist(), half).argmax(-1)

@@ -22,7 +22,7 @@ from exporter.pipeline import build
 from exporter.recipe import recipe_names
 from exporter.report.data import Report
 from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
-from tests.benchmarks.measured import WINDOW, Published, Row
+from tests.benchmarks.measured import THREADS, WINDOW, Published, Row
 from tests.benchmarks.picture import Axis, picture
 from tests.benchmarks.test_quality import UNTUNED
 from tests.reference import plain_texts, reference_model
@@ -108,7 +108,7 @@ def built(world: World, name: str, recipe: str, target: str, scratch: Path) -> R
     output = scratch / "bundle"
     job = Job(
         str(world.folder), DEVICE, target, output=output, recipe=recipe, calibration=world.calibration,
-        evaluation=world.evaluation, evaluation_windows=EVALUATION_WINDOWS,
+        evaluation=world.evaluation, evaluation_windows=EVALUATION_WINDOWS, threads=THREADS,
     )  # fmt: skip
     found = row(name, build(job).report)
     shutil.rmtree(output)

@@ -19,8 +19,9 @@ from exporter.confinement import confinement as confining
 from exporter.confinement import network
 from exporter.confinement.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
-from exporter.confinement.limits import Limits, available_cores
+from exporter.confinement.limits import Limits
 from exporter.confinement.watch import proportional_bytes, shared_bytes
+from exporter.cores import available_cores
 from exporter.errors import RequestError, RuntimeCrashError
 from exporter.targets.child import Child
 
