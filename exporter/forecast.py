@@ -150,8 +150,11 @@ def _correcting(planned: Plan, job: Job, flops_per_s: float) -> float:
 def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:
     """Return the time a weight takes to be encoded, decoded and digested, measured on random weights."""
     chance = np.random.default_rng(0)
-    weight = chance.standard_normal(PROBE_SHAPE, np.float32)
-    inputs = chance.standard_normal((2 * PROBE_SHAPE[1], PROBE_SHAPE[1]), np.float32)
+    rows, columns = PROBE_SHAPE
+    if not format.fits(columns):
+        columns = format.block_columns
+    weight = chance.standard_normal((rows, columns), np.float32)
+    inputs = chance.standard_normal((2 * columns, columns), np.float32)
     second_moment = inputs.T @ inputs / np.float32(len(inputs))
     site = Site(second_moment, second_moment, 0.0, np.ascontiguousarray(second_moment.diagonal()), {})
 

@@ -2,11 +2,13 @@
 
 import os
 
+from exporter.cores import available_cores
+
 # Read by the libraries when they are imported, and inherited by child processes.
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
+    "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, available_cores())),
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -204,8 +204,10 @@ def check_formats(decisions: list[Decision]) -> None:
                 expected=f"a multiple of {decision.format.block_columns}",
                 next_step="choose another type",
             )
-        if decision.low_rank is not None:
-            _check_factors(decision, decision.low_rank)
+    with_low_rank = [(one, one.low_rank) for one in decisions if one.low_rank is not None]
+    # The narrowest first: what it is told to take, all others can.
+    for decision, low_rank in sorted(with_low_rank, key=lambda pair: min(pair[0].group.rows, pair[0].group.columns)):
+        _check_factors(decision, low_rank)
 
 
 def _check_factors(decision: Decision, low_rank: LowRank) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from exporter.coding.container import code_file
+from exporter.targets.artifact import target_names
 from tests.commands import cli
 from tests.models import tiny_model
 
@@ -165,9 +166,13 @@ def test_any_bundle_can_ship_coded(world: Path) -> None:
     assert "'small', 'fast'" in cli(world, "build", "model", "-d", "x", "-o", "y", "--transport", "quick").stderr
 
 
-def test_listing_devices_and_planning(world: Path) -> None:
+def test_listing_devices(world: Path) -> None:
     assert "raspberry-pi-5" in cli(world, "devices").stdout
-    planned = json.loads(cli(world, "plan", "model", "-d", "raspberry-pi-5", "--json").stdout)
+
+
+@pytest.mark.parametrize("target", target_names())
+def test_planning_for_every_target(world: Path, target: str) -> None:
+    planned = json.loads(cli(world, "plan", "model", "-d", "raspberry-pi-5", "-t", target, "--json").stdout)
     assert planned["file_bytes"]["basis"] == "estimated"
     assert len(planned["decisions"]) == 15
 
