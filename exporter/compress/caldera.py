@@ -16,6 +16,7 @@ from exporter.calibrate.moments import Site
 from exporter.compress.ldlq import DAMPING, damped
 from exporter.compress.lowrank import (
     downdated,
+    evened,
     fitted_left,
     fitted_right,
     largest_channels,
@@ -149,9 +150,9 @@ class _Problem:
         return self._encoded(only, right)
 
     def _encoded(self, target: Float32, right: Float32) -> EncodedFactors:
-        """Encode R, then the L that fits it best as encoded."""
+        """Encode R, evened, then the L that fits it best as encoded."""
         format = self._low_rank.format
-        encoded = self._method_of_right.encode(right, format, self._site)
+        encoded = self._method_of_right.encode(evened(right, self._moment), format, self._site)
         left = fitted_left(target, self._moment, encoded.planned)
         image: Float32 = encoded.planned @ self._moment
         moment: Float32 = image @ encoded.planned.T

@@ -20,6 +20,7 @@ NOT_METHODS = {
     "lowrank",
     "caldera",
     "curve",
+    "hadamard",
     "prune",
     "prunenet",
 }

@@ -26,6 +26,7 @@ class Row:
         kl_mean: Mean KL(original || artifact), nats a token.
         top1: Share of tokens with the same first choice.
         predicted: The mean KL that was predicted, for ours.
+        rounding: Of its mean KL, what the runtime's own rounding of activations adds; None where it was not measured.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     kl_mean: float
     top1: float
     predicted: float | None = None
+    rounding: float | None = None
 
 
 def measured(original: Reference, artifact: Artifact, name: str, kind: str, predicted: float | None = None) -> Row:

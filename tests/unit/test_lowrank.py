@@ -6,7 +6,15 @@ import pytest
 from exporter.calibrate.moments import Site
 from exporter.compress.caldera import Turns, encode_with_factors, residual
 from exporter.compress.ldlq import Ldlq
-from exporter.compress.lowrank import downdated, fitted_left, fitted_right, largest_channels, regression, weighted_error
+from exporter.compress.lowrank import (
+    downdated,
+    evened,
+    fitted_left,
+    fitted_right,
+    largest_channels,
+    regression,
+    weighted_error,
+)
 from exporter.weights.format import LowRank, WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.matmulnbits import matmulnbits_format
@@ -61,6 +69,19 @@ def test_a_downdated_moment_sees_only_what_the_left_factor_cannot_mend() -> None
     left = fitted_left(weight, site.second_moment, right)
     mended = weighted_error(weight - left @ right, site.second_moment)
     assert weighted_error(weight, downdated(site.second_moment, right)) == pytest.approx(mended, rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 24, 64])
+def test_evened_components_span_the_same_and_round_finely(rank: int) -> None:
+    weight, site, _ = problem(5)
+    left, right = regression(weight, site.second_moment, rank)
+    even = evened(right, site.second_moment)
+    again = fitted_left(weight, site.second_moment, even)
+    whole = weighted_error(weight, site.second_moment)
+    assert weighted_error(again @ even - left @ right, site.second_moment) < 1e-5 * whole
+    loudness = [np.sqrt(np.einsum("ij,jk,ik->i", one, site.second_moment, one)) for one in (right, even)]
+    assert rank == 1 or loudness[1].max() / np.median(loudness[1]) < loudness[0].max() / np.median(loudness[0])
+    assert not evened(np.zeros_like(right), site.second_moment).any()
 
 
 def test_the_largest_channels_are_those_of_the_largest_inputs() -> None:

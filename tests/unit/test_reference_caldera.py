@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from exporter.compress.hadamard import random_rotation
 from exporter.compress.lowrank import weighted_error
 from exporter.compress.reference import lattice
 from exporter.compress.reference.caldera import FACTOR_ROUNDERS, Options, decompose
-from exporter.compress.reference.hadamard import random_rotation
 from exporter.compress.reference.ldlq import BlockLdlq
 from exporter.compress.reference.rounders import E8P, EntropyCoded, entropy, multiples
 from exporter.errors import RequestError

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from exporter.compress.hadamard import random_rotation
 from exporter.compress.lowrank import (
     downdated,
     fitted_left,
@@ -24,7 +25,6 @@ from exporter.compress.lowrank import (
     weighted_error,
 )
 from exporter.compress.reference import lattice
-from exporter.compress.reference.hadamard import random_rotation
 from exporter.compress.reference.ldlq import BlockLdlq
 from exporter.compress.reference.rounders import E8P, Rounder
 from exporter.errors import RequestError

@@ -1,4 +1,4 @@
-"""Random rotations that spread outliers over all coordinates (Tseng et al. 2024, QuIP#, section 3)."""
+"""Rotations that spread outliers over all coordinates (Tseng et al. 2024, QuIP#, section 3)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,17 +6,21 @@ from numpy.typing import NDArray
 from exporter.weights.format import Float32
 
 
-def random_rotation(size: int, chance: np.random.Generator) -> Float32:
-    """Return an orthogonal matrix of even entries with random signs, float32 [size, size].
+def rotation(size: int) -> Float32:
+    """Return an orthogonal matrix of even entries, float32 [size, size].
 
     It is a Hadamard matrix of the largest power of two that divides the size, times (Kronecker) the discrete Hartley
     transform of what remains, which exists for every size.
     """
     power = size & -size
-    transform = np.kron(_hadamard(power), _hartley(size // power))
-    signs = chance.choice(np.array([-1.0, 1.0]), size)
-    rotation: Float32 = (transform * signs).astype(np.float32)
-    return rotation
+    even: Float32 = np.kron(_hadamard(power), _hartley(size // power)).astype(np.float32)
+    return even
+
+
+def random_rotation(size: int, chance: np.random.Generator) -> Float32:
+    """Return the same with random signs, float32 [size, size]."""
+    rotated: Float32 = rotation(size) * chance.choice(np.array([-1, 1], np.float32), size)
+    return rotated
 
 
 def _hadamard(size: int) -> NDArray[np.float64]:
