@@ -13,9 +13,10 @@ With no other function between P and r, the network is a direction u = P^T r: ro
 Where the published code does something else than it sets out to, `Options` has a switch, and `PUBLISHED` are its own
 choices. The defaults mend what comes before and after learning: W is what the layer multiplies with, the gains of the
 normalisation before it folded in, the best policy is kept, and the mask is not drawn once more. They leave learning
-itself as published. A gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise
-it was drawn with) leads astray: the reward is for rows that keep the singular values as they are, and a policy good at
-that takes the rows of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py).
+itself as published, which learns nothing: no reward is below zero, so every row's chance grows until all are 1. A
+gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise it was drawn with)
+leads astray: the reward is for rows that keep the singular values as they are, and a policy good at that takes the rows
+of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py).
 It trains in float16 on a GPU, here all is float32.
 """
 
