@@ -44,7 +44,7 @@ class Turns:
         downdate: While Q is chosen, leave to L R what it can mend.
     """
 
-    order: tuple[Part, Part] = ("LR", "Q")
+    order: tuple[Part, Part] = ("Q", "LR")
     count: int = 2
     factor_turns: int = 1
     outliers: int = 0
@@ -168,7 +168,8 @@ def _site(moment: Float32) -> Site:
 def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float32:
     """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
 
-    The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes.
+    The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes:
+    exactly so where factors come first, and about as well where the matrix does.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.

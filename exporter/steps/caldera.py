@@ -29,7 +29,8 @@ class Caldera(EncodingStep):
         roles: Matrices that get factors.
         embedding_bits: Of embedding and head, which get none.
         turns_of_each: How often Q and the factors have their turn.
-        first: Which of them comes first.
+        first: Which of them comes first. Factors of what Q has lost do better than factors of the whole matrix (0.033
+            against 0.038 nats beside Q4_0, 0.74 against 0.76 beside 2 bits), and what they multiply rounds more finely.
         outliers: Columns of the largest inputs that the factors begin with (Cho et al. 2025, ODLRI).
         downdate: While Q is chosen, leave to the factors what they can mend.
     """
@@ -41,7 +42,7 @@ class Caldera(EncodingStep):
     roles: tuple[Role, ...] = Field(default=get_args(Role), strict=False, min_length=1)
     embedding_bits: Annotated[int, Field(ge=1, le=8)] = 8
     turns_of_each: Annotated[int, Field(ge=1, le=20)] = 2
-    first: Literal["factors", "matrix"] = "factors"
+    first: Literal["factors", "matrix"] = "matrix"
     outliers: Annotated[int, Field(ge=0, le=4096)] = 0
     downdate: bool = False
 

@@ -91,7 +91,7 @@ def test_the_largest_channels_are_those_of_the_largest_inputs() -> None:
 
 @pytest.mark.parametrize(
     "turns",
-    [Turns(count=1), Turns(), Turns(("Q", "LR")), Turns(("Q", "LR"), outliers=8), Turns(("Q", "LR"), downdate=True)],
+    [Turns(count=1), Turns(), Turns(("LR", "Q")), Turns(("Q", "LR"), outliers=8), Turns(("Q", "LR"), downdate=True)],
 )
 @pytest.mark.parametrize("name", ["Q4_0", "int2-b32"])
 def test_factors_beat_the_matrix_alone_and_more_of_them_beat_fewer(name: str, turns: Turns) -> None:
@@ -143,7 +143,7 @@ def test_the_expected_error_is_about_what_encoding_makes(rank: int) -> None:
     rows = np.arange(0, 256, 4)
     left = residual(weight, rank, site, outputs)[rows]
     expected = LDLQ.expected_error(left, format, site, np.zeros(128, np.float32))
-    made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Turns(count=1))
+    made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Turns(("LR", "Q"), 1))
     change = (made.planned - weight)[rows]
     moment = site.second_moment
     assert expected.outputs.sum() == pytest.approx(np.einsum("ij,jk,ik->", change, moment, change), rel=0.25)
