@@ -11,6 +11,7 @@ from pydantic import Field
 
 from exporter.calibrate.layers import Progress
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.caldera import Turns
 from exporter.compress.compressed import with_factors
 from exporter.compress.equalise import Rewritten
 from exporter.compress.method import Method
@@ -37,6 +38,11 @@ class TargetRate(CodedStep):
     bits: CodedBits = DEFAULT_BITS
     rank: Annotated[int, Field(ge=1, le=4096)] | None = None
     factor_bits: Literal[4, 8, 16] = 4
+
+    @property
+    def turns(self) -> Turns:
+        """Factors come first: what they take of a matrix, its codes need not tell."""
+        return Turns(("LR", "Q"))
 
     def decide(self, model: Model, target: Target) -> list[Decision]:
         """Return the target's 8 bits for every matrix, and the factors."""
