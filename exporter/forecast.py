@@ -152,6 +152,7 @@ def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:
     chance = np.random.default_rng(0)
     rows, columns = PROBE_SHAPE
     if not format.fits(columns):
+        # Whole rows are its blocks.
         columns = format.block_columns
     weight = chance.standard_normal((rows, columns), np.float32)
     inputs = chance.standard_normal((2 * columns, columns), np.float32)
