@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
-from exporter.compress.method import Method, load_method
+from exporter.compress.method import MatrixMethod, load_method
 from exporter.device.speed import Cpu, cpu_of
 from exporter.errors import RequestError, did_you_mean
 from exporter.job import Job, Progress
@@ -234,7 +234,7 @@ def foretell(
     model: Model,
     statistics: Statistics,
     progress: Progress,
-    methods: Mapping[str, Method] = MappingProxyType({}),
+    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
 ) -> list[Decision]:
     """Return decisions that were made by name with the KL divergence that each is predicted to add.
 
@@ -252,7 +252,7 @@ def _choices(
     method: str,
     statistics: Statistics,
     progress: Progress,
-    methods: Mapping[str, Method] = MappingProxyType({}),
+    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
 ) -> list[list[Choice]]:
     return predict(
         model,

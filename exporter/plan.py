@@ -7,7 +7,7 @@ from functools import partial
 from exporter.calibrate.statistics import Statistics
 from exporter.coding.chunk import Profile
 from exporter.compress.equalise import Rewritten
-from exporter.compress.method import Method
+from exporter.compress.method import MatrixMethod
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile, load_device
 from exporter.errors import RequestError
@@ -75,7 +75,7 @@ class Plan:
             return self.target.rewritten(self.model, statistics, self.decisions)
         return encoding.coordinates(self.target, self.model, statistics, self.decisions)
 
-    def methods(self, given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(self, given: Rewritten, progress: Progress) -> Mapping[str, MatrixMethod]:
         """Return methods of single matrices, by name, from the model in those coordinates."""
         if self.recipe.encoding is None:
             return {}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import residual
-from exporter.compress.method import Method
+from exporter.compress.method import MatrixMethod, Method
 from exporter.errors import ExporterError
 from exporter.model.model import Model
 from exporter.weights.format import Float32, LowRank, WeightFormat
@@ -85,7 +85,7 @@ def predict(
     method: Method,
     statistics: Statistics,
     progress: Callable[[int, int], None],
-    methods: Mapping[str, Method] = MappingProxyType({}),
+    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
 
@@ -100,10 +100,12 @@ def predict(
     found = []
     for done, storage in enumerate(storages):
         progress(done, len(storages))
-        parts = [
-            (methods.get(group.name, method), _sampled(model, group, statistics, storage.low_rank))
-            for group in storage.groups
-        ]
+        parts = []
+        for group in storage.groups:
+            rows = _some_rows(group)
+            own = methods.get(group.name)
+            sample = _sampled(model, group, rows, statistics, storage.low_rank)
+            parts.append((method if own is None else own.of_rows(rows), sample))
         found.append(
             [
                 Choice(format, stored_bytes(storage, format), sum(part.kl(by, format) for by, part in parts))
@@ -153,14 +155,18 @@ class _Sample:
         return float(self.rows @ (self.weight**2 @ variance)) / 2
 
 
-def _sampled(model: Model, group: WeightGroup, statistics: Statistics, low_rank: LowRank | None) -> _Sample:
-    table = group.layer is None
-    count = min(group.rows, SAMPLED_TABLE_ROWS if table else SAMPLED_ROWS)
-    # Spread evenly: neighbouring rows belong to one head.
-    chosen = np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
+def _some_rows(group: WeightGroup) -> NDArray[np.int64]:
+    """Return rows of a matrix, spread evenly: neighbouring ones belong to one head."""
+    count = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
+    return np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
+
+
+def _sampled(
+    model: Model, group: WeightGroup, chosen: NDArray[np.int64], statistics: Statistics, low_rank: LowRank | None
+) -> _Sample:
     rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
     if group.site != "tokens":
-        rows = _scaled_up(statistics.sensitivity(group.layer, "head" if table else group.role), chosen)
+        rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.role), chosen)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()
         lookups = _scaled_up(frequencies, chosen)

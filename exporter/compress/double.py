@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
@@ -51,6 +52,10 @@ class Double:
     step: float | None = None
     name = "double"
 
+    def of_rows(self, rows: NDArray[np.int64]) -> "Double":
+        """Return the method for some rows of its matrix."""
+        return self if self.roots is None else replace(self, roots=self.roots[rows])
+
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix.
 
@@ -71,9 +76,8 @@ class Double:
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Return the error itself, with all rows alike: nothing of it is fitted to the text."""
-        alike = Double(self.bits, self.largest, self.zeroed)
-        return error_of(alike.encode(weight, format, site).planned - weight, site, columns)
+        """Return the error itself: nothing of it is fitted to the text."""
+        return error_of(self.encode(weight, format, site).planned - weight, site, columns)
 
     def sampled_curve(self, weight: Float32, roots: Float32, reach: Float32) -> Curve:
         """Return what rates common steps give, from some rows of a matrix, float32 [rows, columns]."""

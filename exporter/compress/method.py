@@ -1,7 +1,7 @@
 """What a method of compression is, and how it is found by name."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,13 @@ class Method(Protocol):
             site: As for `encode`.
             columns: Sensitivities of the columns where rows are looked up, float32 [columns].
         """
+
+
+class MatrixMethod(Method, Protocol):
+    """A method for one matrix, which knows its rows."""
+
+    def of_rows(self, rows: NDArray[np.int64]) -> Self:
+        """Return the method for some of its rows."""
 
 
 def method_names() -> list[str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.calibrate.moments import Site, shrunk
 from exporter.calibrate.statistics import Statistics
@@ -56,6 +57,10 @@ class Rate:
     step: float | None = None
     name = "rate"
 
+    def of_rows(self, rows: NDArray[np.int64]) -> "Rate":
+        """Return the method for some rows of its matrix."""
+        return self if self.roots is None else replace(self, roots=self.roots[rows])
+
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix; without statistics of its inputs every weight is rounded by itself.
 
@@ -77,11 +82,10 @@ class Rate:
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
         """Foretell the error of some rows from what they lose on the text that codes are not fitted to."""
-        alike = Rate(self.bits)
         if site is None:
-            change = alike.encode(weight, format, None).planned - weight
+            change = self.encode(weight, format, None).planned - weight
             return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
-        change = alike._encoded(weight, format, damped(site.fitted, site.fitted_shrinkage)).planned - weight
+        change = self._encoded(weight, format, damped(site.fitted, site.fitted_shrinkage)).planned - weight
         outputs = np.einsum("ij,ij->i", change @ site.held, change).astype(np.float64)
         return ExpectedError(outputs, (change**2 @ columns).astype(np.float64))
 

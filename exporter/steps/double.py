@@ -13,7 +13,7 @@ from exporter.calibrate.layers import Progress
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.double import DEFAULT_BITS, ZEROED, doubled, in_scaled_channels
 from exporter.compress.equalise import Rewritten
-from exporter.compress.method import Method
+from exporter.compress.method import MatrixMethod
 from exporter.model.model import Model
 from exporter.steps.step import CodedBits, CodedStep
 from exporter.weights.group import Decision
@@ -34,7 +34,9 @@ class DoubleCompression(CodedStep):
         """Return the model with channels scaled by the inputs' loudness."""
         return in_scaled_channels(model, statistics)
 
-    def methods(self, decisions: Sequence[Decision], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(
+        self, decisions: Sequence[Decision], given: Rewritten, progress: Progress
+    ) -> Mapping[str, MatrixMethod]:
         """Return the method for each matrix with its step."""
         groups = [one.group for one in decisions]
         return dict(doubled(given.model, given.statistics, groups, self.bits, self.zeroed, progress))

@@ -14,7 +14,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import Turns
 from exporter.compress.compressed import with_factors
 from exporter.compress.equalise import Rewritten
-from exporter.compress.method import Method
+from exporter.compress.method import MatrixMethod
 from exporter.compress.rate import DEFAULT_BITS, in_even_columns, rated
 from exporter.errors import RequestError
 from exporter.model.model import Model
@@ -68,7 +68,9 @@ class TargetRate(CodedStep):
         """Return the model with columns that want one step."""
         return in_even_columns(model, statistics)
 
-    def methods(self, decisions: Sequence[Decision], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(
+        self, decisions: Sequence[Decision], given: Rewritten, progress: Progress
+    ) -> Mapping[str, MatrixMethod]:
         """Return the method for each matrix with its step."""
         groups = [one.group for one in decisions]
         ranks = {one.group.name: one.low_rank.rank for one in decisions if one.low_rank is not None}

@@ -15,7 +15,7 @@ from exporter.calibrate.layers import Progress
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import TURNS, Turns
 from exporter.compress.equalise import Rewritten
-from exporter.compress.method import Method
+from exporter.compress.method import MatrixMethod
 from exporter.compress.prune import planned_widths
 from exporter.measures import Document
 from exporter.model.architecture import Architecture
@@ -131,7 +131,9 @@ class EncodingStep(Document):
         """Return the model in the coordinates that it is encoded in: by default those that suit the target."""
         return target.rewritten(model, statistics, decisions)
 
-    def methods(self, decisions: Sequence[Decision], given: Rewritten, progress: Progress) -> Mapping[str, Method]:
+    def methods(
+        self, decisions: Sequence[Decision], given: Rewritten, progress: Progress
+    ) -> Mapping[str, MatrixMethod]:
         """Return methods for matrices, by name, in place of the one that decisions name: by default none.
 
         Args:
