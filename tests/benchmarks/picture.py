@@ -54,8 +54,8 @@ class Axis:
 
     @classmethod
     def bits(cls, parameters: int) -> "Axis":
-        """Show total bits for each parameter."""
-        return cls("all bits of the model files, for each weight", 8 / parameters, 0.5)
+        """Show total bits for each parameter, as shipped."""
+        return cls("bits of the model files as shipped, for each weight", 8 / parameters, 0.5)
 
     def of(self, row: Row) -> float:
         """Return where a row stands."""
@@ -66,7 +66,7 @@ class Axis:
         sizes = [self.of(row) for row in rows]
         first, last = floor(min(sizes) / self.step - 0.1), ceil(max(sizes) / self.step + 0.1)
         step = 1 if last - first < MOST_MARKS else 2
-        return [mark * self.step for mark in range(first, last + step, step)]
+        return [mark * self.step for mark in range(first - first % step, last + step, step)]
 
 
 MEGABYTES = Axis("model files, MB (10⁶ bytes)", 1e-6, 5)
