@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from exporter.calibrate.moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import residual
-from exporter.compress.method import MatrixMethod, Method
+from exporter.compress.method import MatrixMethod, Method, spread_rows
 from exporter.errors import ExporterError
 from exporter.model.model import Model
 from exporter.weights.format import Float32, LowRank, WeightFormat
@@ -156,9 +156,8 @@ class _Sample:
 
 
 def _some_rows(group: WeightGroup) -> NDArray[np.int64]:
-    """Return rows of a matrix, spread evenly: neighbouring ones belong to one head."""
-    count = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
-    return np.unique(np.linspace(0, group.rows - 1, count).astype(np.int64))
+    """Return rows that stand for a matrix."""
+    return spread_rows(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
 
 
 def _sampled(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.statistics import Statistics
 from exporter.coding.streams import coded_bits
+from exporter.compress.method import spread_rows
 from exporter.errors import RequestError
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
@@ -142,6 +143,5 @@ def at_common_step(
 
 
 def some_rows(rows: int) -> NDArray[np.int64]:
-    """Return some rows, evenly spread: neighbouring ones belong to one head."""
-    count = min(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))
-    return np.unique(np.linspace(0, rows - 1, count).astype(np.int64))
+    """Return rows that are tried for a matrix of so many."""
+    return spread_rows(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))

@@ -76,6 +76,11 @@ class MatrixMethod(Method, Protocol):
         """Return the method for some of its rows."""
 
 
+def spread_rows(rows: int, count: int) -> NDArray[np.int64]:
+    """Return at most `count` of so many rows, spread evenly: neighbouring ones belong to one head."""
+    return np.unique(np.linspace(0, rows - 1, min(rows, count)).astype(np.int64))
+
+
 def method_names() -> list[str]:
     """Return the names of the methods."""
     return [name for name in names("exporter.compress") if name not in NOT_METHODS]

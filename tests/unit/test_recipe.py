@@ -60,7 +60,11 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
         ("rank = 32", "rank = 0", r"step 1: rank: the value is wrong; got 0"),
         ("rank = 32", 'rank = "32"', r"step 1: rank: the value is wrong; got '32', expected a whole number"),
         ("factor_bits = 8", "factor_bits = 5", r"step 1: factor_bits: the value is wrong; got 5, expected 4, 8 or 16"),
-        ("rank = 32", 'outliers = 4\nfirst = "factors"', r"step 1: factors that come first forget the outliers; got "),
+        (
+            "rank = 32",
+            'outliers = 4\nfirst = "factors"',
+            r"step 1: factors that come first forget the outliers; got first = ",
+        ),
         ("rank = 32", "outliers = 65", r"step 1: there are more outliers than ranks; got 65"),
         ("schema_version = 1", "schema_version = 2", r"schema_version: the value is wrong; got 2, expected 1"),
         ("[[step]]", "[[steps]]", r"unknown key 'steps'; did you mean 'step'\?"),
