@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from math import ceil, floor, log10
 
 from tests.benchmarks.measured import Row
@@ -11,7 +12,8 @@ WIDTH, HEIGHT = 920, 440
 TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36
 TITLES = {"gguf": "GGUF, in llama.cpp", "onnx": "ONNX, in ONNX Runtime"}
 KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix", "recipe": "recipe"}
-LABEL_HEIGHT = 11
+# Of text at 11 pixels; labels further from their points than this are joined to them.
+LABEL_HEIGHT, LETTER, NEAR = 11, 6.2, 8
 MOST_MARKS = 11
 # Its own background, so that it can be read on any page; it follows the reader's scheme as a whole.
 STYLE = """
@@ -21,6 +23,7 @@ text { font: 11px system-ui, sans-serif; fill: #24292f; }
 .paper { fill: #ffffff; } .grid { stroke: #d8dee4; }
 .line { stroke: #0969da; fill: none; stroke-width: 2; }
 .ours { fill: #0969da; } .stock { fill: #bc4c00; }
+.joint { stroke: #6e7781; stroke-width: 0.7; }
 .hand-made { fill: none; stroke: #6e7781; stroke-width: 1.5; } .recipe { fill: #8250df; }
 @media (prefers-color-scheme: dark) {
  text { fill: #e6edf3; } .paper { fill: #0d1117; } .grid { stroke: #30363d; } .line { stroke: #58a6ff; }
@@ -93,7 +96,7 @@ def picture(rows: Sequence[Row], axis: Axis = MEGABYTES) -> str:
             return left + (size - first) / (last - first) * width
 
         parts += _frame(target, axis.title, sizes, marks, Scale(x, y), left, width)
-        parts += _points(own, axis, Scale(x, y))
+        parts += _points(own, axis, Scale(x, y), left, width)
     label = "Mean KL divergence from the original against the size of the model files"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n'
@@ -135,36 +138,61 @@ def _frame(
     return [*parts, f'<text class="middle" x="{middle:.1f}" y="{BOTTOM + 36}">{title}</text>']
 
 
-def _points(rows: Sequence[Row], axis: Axis, scale: Scale) -> list[str]:
+def _points(rows: Sequence[Row], axis: Axis, scale: Scale, left: float, width: float) -> list[str]:
     ordered = sorted(rows, key=lambda row: (row.file_bytes, row.kl_mean))
     places = [(row, scale.x(axis.of(row)), scale.y(row.kl_mean)) for row in ordered]
-    line = " ".join(f"{x:.1f},{y:.1f}" for row, x, y in places if row.kind == "ours")
-    parts = [f'<polyline class="line" points="{line}"/>'] if line else []
-    taken = [(x - 5, x + 5, y) for _, x, y in places]
+    ours = [(x, y) for row, x, y in places if row.kind == "ours"]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in ours)
+    parts = [f'<polyline class="line" points="{line}"/>'] if ours else []
+    taken = [Box(x - 5, x + 5, y) for _, x, y in places] + _along(ours)
     for row, x, y in places:
         parts.append(_marker(row.kind, x, y, f"{row.name}: {row.file_bytes:,} bytes, KL {row.kl_mean:.4f}"))
     for row, x, y in places:
         if row.kind in ("stock", "recipe"):
-            parts.append(_label(row.name, x, y, scale, taken))
+            parts.append(_label(row.name, x, y, (left, left + width), taken))
     return parts
 
 
-def _label(text: str, x: float, y: float, scale: Scale, taken: list[tuple[float, float, float]]) -> str:
-    """Return a label right of its point, or left where it would leave the picture, moved up until it is free.
+@dataclass(frozen=True)
+class Box:
+    """What is drawn already: its ends, and the middle of its height, which is that of a label."""
 
-    `taken` holds left end, right end and middle height of what is drawn already; the label is added to it.
+    start: float
+    end: float
+    y: float
+
+    def meets(self, other: "Box") -> bool:
+        """Say whether two overlap."""
+        return abs(self.y - other.y) < LABEL_HEIGHT and self.start < other.end and other.start < self.end
+
+
+def _along(points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Return small boxes that cover a line, so that no label lies on it."""
+    boxes = []
+    for (x, y), (further, other) in pairwise(points):
+        steps = ceil(max(abs(further - x), abs(other - y)) / LABEL_HEIGHT) or 1
+        middles = [(x + (further - x) * at / steps, y + (other - y) * at / steps) for at in range(steps + 1)]
+        boxes += [Box(at - 1, at + 1, height) for at, height in middles]
+    return boxes
+
+
+def _label(text: str, x: float, y: float, panel: tuple[float, float], taken: list[Box]) -> str:
+    """Return a label at the nearest free place: right of its point or left, then above and below either.
+
+    A label that is not beside its point is joined to it. `taken` is what is drawn already; the label is added to it.
     """
-    length = 6.2 * len(text)
-    right = x + 8 + length < WIDTH - 4
-    start = x + 8 if right else x - 8 - length
-    height = y
-    while any(
-        abs(height - other) < LABEL_HEIGHT and start < end and begin < start + length for begin, end, other in taken
-    ):
-        height -= 2
-    taken.append((start, start + length, height))
-    side = "" if right else ' class="end"'
-    return f'<text{side} x="{x + (8 if right else -8):.1f}" y="{height + 4:.1f}">{escape(text)}</text>'
+    length = LETTER * len(text)
+    for away in range(HEIGHT):
+        for side, height in ((1, y - away), (-1, y - away), (1, y + away), (-1, y + away)):
+            start = x + 8 if side > 0 else x - 8 - length
+            box = Box(start, start + length, height)
+            inside = panel[0] <= box.start and box.end <= panel[1] + GAP and TOP <= height <= BOTTOM
+            if inside and not any(box.meets(other) for other in taken):
+                taken.append(box)
+                near, anchor = x + 8 * side, "" if side > 0 else ' class="end"'
+                joined = f'<path class="joint" d="M{x:.1f} {y:.1f}L{near:.1f} {height:.1f}"/>' if away > NEAR else ""
+                return f'{joined}<text{anchor} x="{near:.1f}" y="{height + 4:.1f}">{escape(text)}</text>'
+    raise ValueError(f"there is no room for the label {text}")
 
 
 def _marker(kind: str, x: float, y: float, title: str = "") -> str:
