@@ -23,6 +23,8 @@ SPEED_KL = 2.0
 # Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
 # What it turns out to have is up to 6 % less than expected (tests/benchmarks/test_stock_chain.py).
 LEAST_PREFILL = 0.98
+# Of the predicted KL of a choice: a least one below that is worth a remark.
+FAR_FROM_LEAST = 0.9
 # What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
 SAME_SIZE = 1.005
 # Off a rate that is named with few digits, so that it can be had.
@@ -189,20 +191,39 @@ def likely(budget: Budget, model: Model, method: str) -> list[Decision]:
 
 def decide_within(
     budget: Budget, job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
-) -> list[Decision]:
-    """Return a decision for each matrix that together keep the limits."""
+) -> tuple[list[Decision], tuple[str, ...]]:
+    """Return a decision for each matrix that together keep the limits, and remarks on what others would give."""
     predicted = _choices(budget.storages, job, model, method, statistics, progress)
     choices = [
         [budget.timed(storage, choice) for choice in some]
         for storage, some in zip(budget.storages, predicted, strict=True)
     ]
-    decisions = {}
-    for storage, choice in zip(budget.storages, chosen(budget, choices), strict=True):
+    best, decisions = chosen(budget, choices), {}
+    for storage, choice in zip(budget.storages, best, strict=True):
         reason = f"on the calibration text predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
         for group in storage.groups:
             share = choice.kl * group.size / sum(one.size for one in storage.groups)
             decisions[group.name] = Decision(group, method, choice.format, reason, share)
-    return [decisions[group.name] for group in model.groups()]
+    return [decisions[group.name] for group in model.groups()], cost_of_speed(budget, choices, best)
+
+
+def cost_of_speed(budget: Budget, choices: Sequence[Sequence[Choice]], best: Sequence[Choice]) -> tuple[str, ...]:
+    """Say what the least KL within the limits is, where a balanced choice is held far from it by its speed."""
+    finest = allocate(choices, budget.limits) if budget.prefer == "balanced" else None
+    if finest is None:
+        return ()
+    least, taken = (sum(choice.kl for choice in some) for some in (finest, best))
+    if least > FAR_FROM_LEAST * taken:
+        return ()
+    prefill, decode = (
+        sum(of(choice) for choice in best) / sum(of(choice) for choice in finest)
+        for of in (attrgetter("prefill_s"), attrgetter("decode_s"))
+    )
+    return (
+        "formats are held to the speed of what the stock tool makes of as many bytes: within the same limits "
+        f"--prefer accuracy is expected to lose {least:.2g} nats instead of {taken:.2g}, on the calibration text, and "
+        f"has {prefill:.2f} times the speed in prompts and {decode:.2f} times in answers (estimated)",
+    )
 
 
 def chosen(budget: Budget, choices: Sequence[Sequence[Choice]]) -> list[Choice]:

@@ -71,6 +71,7 @@ def describe(
         seed=job.seed,
         context=job.window,
         transport=plan.transport,
+        remarks=plan.remarks,
     )
     report = Report(
         model=_model_facts(model),

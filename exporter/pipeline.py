@@ -126,15 +126,16 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
         rewritten = planned.coordinates(observe(planned.model))
     with stages.stage("allocate"):
         methods = planned.methods(rewritten, progress)
-        if budget is None:
-            decisions = planned.decisions
-        else:
-            decisions = decide_within(budget, job, rewritten.model, planned.method, rewritten.statistics, progress)
+        decisions, remarks = planned.decisions, planned.remarks
+        if budget is not None:
+            decisions, remarks = decide_within(
+                budget, job, rewritten.model, planned.method, rewritten.statistics, progress
+            )
     with stages.stage("foretell"):
         met = observe(planned.model, evaluation.spread(job.foretold_windows))
         elsewhere = MetElsewhere(rewritten.statistics, rewritten.of(met))
         decisions = foretell(decisions, job, rewritten.model, elsewhere, progress, methods)
-        planned = replace(planned, decisions=decisions)
+        planned = replace(planned, decisions=decisions, remarks=remarks)
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
         compressed = CompressedModel(

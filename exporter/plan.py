@@ -43,6 +43,7 @@ class Plan:
         cache_bytes: Disk space that it needs in the cache.
         checks: The estimates against the device's limits.
         transport: The profile that the model files are coded with to be shipped; None where they are shipped plain.
+        remarks: Sentences on what other options would have given, once that is known.
     """
 
     original: Model
@@ -61,6 +62,7 @@ class Plan:
     cache_bytes: int = 0
     checks: tuple[Check, ...] = ()
     transport: Profile | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:

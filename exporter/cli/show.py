@@ -150,8 +150,8 @@ def bundle(path: Path) -> None:
             table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
     console.print(table)
     _pruning(facts["pruning"])
-    for warning in facts["model"]["warnings"]:
-        console.print(f"[yellow]note:[/] {plain(warning)}")
+    for note in (*facts["model"]["warnings"], *facts["recipe"]["remarks"]):
+        console.print(f"[yellow]note:[/] {plain(note)}")
     checks(Check.model_validate(check) for check in facts["checks"])
     content, page = facts["content_digest"][:16], path / "report.html"
     console.print(f"bundle [bold]{plain(path)}[/], content {content}, report {plain(page)}")

@@ -132,6 +132,7 @@ class Recipe(Document):
         seed: Seed of everything random.
         context: Tokens of a window in calibration and evaluation.
         transport: The profile that model files are coded with; None where they are shipped as they are.
+        remarks: Sentences on what other options would have given.
     """
 
     scheme: str
@@ -142,6 +143,7 @@ class Recipe(Document):
     seed: int
     context: Count
     transport: Profile | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class Report(Document):

@@ -104,7 +104,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     job = Job(str(folder), "raspberry-pi-5", target, effort="fast", max_file_bytes=stock.file_bytes, prefer="accuracy")
     budget = feasible_budget(job, make_plan(model, job))
     assert budget is not None
-    decisions = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
+    decisions, _ = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
     (tmp_path / "ours").mkdir()
     ours = made.lower(CompressedModel(model, decisions, statistics, EFFORT), "allocated", tmp_path / "ours")
     assert ours.file_bytes <= stock.file_bytes

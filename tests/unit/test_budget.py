@@ -2,18 +2,22 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
 import pytest
 
 from exporter import pipeline
-from exporter.compress.allocate import Choice, Storage
+from exporter.budget import Budget, cost_of_speed
+from exporter.compress.allocate import Choice, Limits, Storage
+from exporter.device.speed import Cpu
 from exporter.effort import EFFORTS
 from exporter.errors import RequestError
 from exporter.job import Job
 from exporter.model.sources import open_model
 from exporter.targets.target import load_target
+from exporter.weights.ggml import ggml_format
 from tests.models import FAMILIES, tiny_model
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
@@ -113,6 +117,30 @@ def test_limits_of_time_are_kept_with_those_of_bytes_and_refused_where_they_cann
             pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=1e9), model)
         named = float(re.search(r"expected at least (\S+) tokens/s", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
         pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=0.999 * named), model)
+
+
+def test_what_the_speed_costs_is_said_where_it_is_much() -> None:
+    """Of three choices for one matrix the finest is slow; the limits of bytes and of the stock tool's speed differ."""
+    slow, quick, quickest = (
+        Choice(ggml_format(name), bytes, kl, decode_s, prefill_s)
+        for name, bytes, kl, decode_s, prefill_s in (
+            ("Q6_K", 9, 0.02, 4.0, 10.0), ("Q4_0", 7, 0.05, 3.0, 8.0), ("Q3_K", 6, 0.06, 2.0, 5.0),
+        )
+    )  # fmt: skip
+
+    def said(best: Choice, others: list[Choice], prefer: str = "balanced", most: int = 10) -> tuple[str, ...]:
+        budget = Budget(Limits(bytes=most), 0, [], prefer, load_target("gguf"), Cpu(1e9, 1e9), [])
+        return cost_of_speed(budget, [[*others, best]], [best])
+
+    (remark,) = said(quick, [slow, quickest])
+    assert "--prefer accuracy is expected to lose 0.02 nats instead of 0.05, on the calibration text" in remark
+    assert "0.80 times the speed in prompts and 0.75 times in answers" in remark
+    assert not said(quick, [slow, quickest], most=8)
+    assert not said(slow, [quick, quickest])
+    assert not said(quick, [slow, quickest], prefer="accuracy")
+    assert not said(quick, [slow, quickest], prefer="speed")
+    # Little is not worth a remark.
+    assert not said(quick, [replace(slow, kl=0.047)])
 
 
 def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> None:

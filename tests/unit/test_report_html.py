@@ -72,13 +72,25 @@ def test_hostile_text_stays_text(report: Report, measurements: Measurements) -> 
     model = report.model.model_copy(update={"name": HOSTILE, "origin": HOSTILE, "warnings": (HOSTILE,)})
     row = report.tensors[-1].model_copy(update={"role": HOSTILE, "format": HOSTILE, "name": HOSTILE, "reason": HOSTILE})
     bad = Check(name=HOSTILE, status="failed", detail=HOSTILE, value=1, limit=2, unit=HOSTILE)
-    hostile = report.model_copy(update={"model": model, "tensors": (*report.tensors, row), "checks": (bad,)})
+    recipe = report.recipe.model_copy(update={"remarks": (HOSTILE,)})
+    told = {"model": model, "recipe": recipe, "tensors": (*report.tensors, row), "checks": (bad,)}
+    hostile = report.model_copy(update=told)
     page = render_html(hostile, measurements.model_copy(update={"versions": {HOSTILE: HOSTILE}}))
     found = Page(page)
     assert not found.tags & {"script", "img"}
     assert "onerror" not in found.attributes
     assert "{{7*7}}" in page
     assert html.unescape(page).count(HOSTILE) > 10
+
+
+def test_warnings_and_remarks_stand_at_the_top(report: Report, measurements: Measurements) -> None:
+    assert '<ul class="notice">' not in render_html(report, measurements)
+    model = report.model.model_copy(update={"warnings": ("it was quantised before",)})
+    recipe = report.recipe.model_copy(update={"remarks": ("speed has its price",)})
+    page = render_html(report.model_copy(update={"model": model, "recipe": recipe}), measurements)
+    notice = re.search(r'<ul class="notice">\n(.*?)</ul>\n<div class="cards">', page, re.DOTALL)
+    assert notice is not None
+    assert notice[1].split("\n")[:-1] == ["<li>it was quantised before</li>", "<li>speed has its price</li>"]
 
 
 def test_every_check_and_basis_is_there(report: Report, measurements: Measurements) -> None:
