@@ -192,6 +192,29 @@ def repair(
     return Pruned.of(model, kept, files, float(np.load(folder / "losses.npy", allow_pickle=False).sum()) / 2)
 
 
+def losses(model: Model, statistics: Statistics, layer: int, masks: Sequence[Channels]) -> NDArray[np.float64]:
+    """Return the KL divergence that each of several masks of a layer is foretold to cost, float64 [masks].
+
+    With nothing repaired, D is what `down` has of the channels that go, B: 1/2 sum_ij (A A^T)_ij H_ij over B.
+
+    Args:
+        model: The source.
+        statistics: Of the inputs and outputs of its `down`.
+        layer: Which.
+        masks: Channels that stay.
+
+    Raises:
+        RequestError: the inputs were not observed.
+    """
+    outputs = (_down(model, layer) * _sensitivity(statistics, layer).sqrt()[:, None]).T
+    products = (outputs @ outputs.T).mul_(_moment(statistics, layer, damping=0))
+    gone = torch.ones(len(masks), len(products), dtype=torch.float64)
+    for mask, kept in zip(gone, masks, strict=True):
+        mask[torch.from_numpy(kept)] = 0
+    found: NDArray[np.float64] = ((gone @ products) * gone).sum(1).div_(2).numpy()
+    return found
+
+
 def _cached(model: Model, statistics: Statistics, *decisive: object) -> Path:
     key = f"{VERSION}:{model.digest}:{statistics.key}:{decisive}"
     return cache_folder("pruned", hashlib.sha256(key.encode()).hexdigest()[:32])

@@ -16,7 +16,8 @@ normalisation before it folded in, the best policy is kept, and the mask is not 
 itself as published, which learns nothing: no reward is below zero, so every row's chance grows until all are 1. A
 gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise it was drawn with)
 leads astray: the reward is for rows that keep the singular values as they are, and a policy good at that takes the rows
-of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py).
+of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py). So with statistics
+of a text at hand, each layer keeps the best of several masks that the policy draws, which is better than chance.
 It trains in float16 on a GPU, here all is float32.
 """
 
@@ -31,7 +32,8 @@ from torch import nn
 
 from exporter.cache import cache_folder, load_vectors, save_vectors
 from exporter.calibrate.layers import silent
-from exporter.compress.prune import Pruned, planned_widths
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.prune import Pruned, losses, planned_widths
 from exporter.errors import RequestError
 from exporter.model.families import LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
@@ -45,6 +47,8 @@ VERSION = 2
 MOST_REWARD = 99999.0
 # Of the running mean of a layer's rewards, which they are compared with.
 MOMENTUM = 0.7
+# Masks of a layer that calibration text chooses from.
+DRAWS = 64
 # Of a row, beside the greatest one of 1.
 LEAST_WEIGHT = 1e-300
 
@@ -106,21 +110,36 @@ class Policy:
     rewards: Float32
     options: Options
 
-    def kept(self, model: Model, widths: Sequence[int]) -> list[Channels]:
+    def kept(
+        self, model: Model, widths: Sequence[int], statistics: Statistics | None = None, draws: int = DRAWS
+    ) -> list[Channels]:
         """Return the channels of each layer that stay, ascending.
 
         Args:
             model: The model that it was learned on, or one as wide.
             widths: How many of each layer.
+            statistics: Of the inputs and outputs of its `down`: of several masks of each layer that which is foretold
+                to cost least is taken. None: the policy's own, without any text.
+            draws: How many are drawn beside that.
+
+        Raises:
+            RequestError: the inputs were not observed.
         """
         chance = torch.Generator().manual_seed(self.options.seed)
-        return [self._kept(_gate(model, layer, self.options), width, chance) for layer, width in enumerate(widths)]
+        found = []
+        for layer, width in enumerate(widths):
+            logits = torch.from_numpy(_gate(model, layer, self.options) @ self.direction + np.float32(self.offset))
+            best = self._mask(logits, width, chance)
+            if statistics is not None:
+                masks = [best, *(_drawn_mask(logits, width, chance) for _ in range(draws))]
+                best = masks[int(np.argmin(losses(model, statistics, layer, masks)))]
+            found.append(best)
+        return found
 
-    def _kept(self, gate: Float32, width: int, chance: torch.Generator) -> Channels:
-        logits = torch.from_numpy(gate @ self.direction + np.float32(self.offset))
+    def _mask(self, logits: torch.Tensor, width: int, chance: torch.Generator) -> Channels:
         if self.options.deterministic:
             return spread(nn.functional.logsigmoid(logits.double()).numpy(), width)
-        return np.sort(_drawn(logits + _noise(len(logits), chance), width, chance).numpy())
+        return _drawn_mask(logits, width, chance)
 
 
 def learned(model: Model, options: Options, progress: Callable[[int, int], None] = silent) -> Policy:
@@ -148,7 +167,9 @@ def learned(model: Model, options: Options, progress: Callable[[int, int], None]
     return Policy(saved["direction"], float(saved["offset"]), saved["rewards"], options)
 
 
-def prune(model: Model, policy: Policy, ratio: float, multiple: int) -> Pruned:
+def prune(
+    model: Model, policy: Policy, ratio: float, multiple: int, statistics: Statistics | None = None, draws: int = DRAWS
+) -> Pruned:
     """Return the model with the channels that a policy keeps, whatever ratio it was learned at; nothing is repaired.
 
     Args:
@@ -156,11 +177,14 @@ def prune(model: Model, policy: Policy, ratio: float, multiple: int) -> Pruned:
         policy: What was learned on it.
         ratio: Share of the channels that go.
         multiple: See `exporter.compress.prune.Options`.
+        statistics: See `Policy.kept`.
+        draws: See `Policy.kept`.
 
     Raises:
-        RequestError: see `exporter.compress.prune.planned_widths`.
+        RequestError: see `exporter.compress.prune.planned_widths` and `Policy.kept`.
     """
-    return Pruned.of(model, policy.kept(model, planned_widths(model.architecture, ratio, multiple)), {})
+    widths = planned_widths(model.architecture, ratio, multiple)
+    return Pruned.of(model, policy.kept(model, widths, statistics, draws), {})
 
 
 def spread(logarithms: Float64, count: int) -> Channels:
@@ -290,6 +314,11 @@ def _follow(
 def _noise(rows: int, chance: torch.Generator) -> torch.Tensor:
     """Return logit(eps), float32 [rows]."""
     return torch.rand(rows, generator=chance).logit(eps=1e-6)
+
+
+def _drawn_mask(logits: torch.Tensor, count: int, chance: torch.Generator) -> Channels:
+    """Draw rows with noise of their own, ascending."""
+    return np.sort(_drawn(logits + _noise(len(logits), chance), count, chance).numpy())
 
 
 def _drawn(logits: torch.Tensor, count: int, chance: torch.Generator) -> torch.Tensor:

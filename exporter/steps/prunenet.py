@@ -1,21 +1,23 @@
-"""The step `prunenet`: feed-forward channels that a learned policy takes away, without any text.
+"""The step `prunenet`: feed-forward channels that a learned policy takes away.
 
 The published system (Sengupta et al. 2025); see `exporter.compress.prunenet`.
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from exporter.calibrate.layers import Progress
 from exporter.compress import prunenet
-from exporter.compress.prune import repair
+from exporter.compress.prune import Pruned, repair
 from exporter.model.model import Model
-from exporter.steps.step import Observe, PruningStep, Work, repair_work
+from exporter.steps.step import SQUARES, Observe, PruningStep, Work, repair_work
+from exporter.toml import impossible
 
 # Multiplications and additions for the eigenvalues of a matrix, over the cube of its width.
 EIGENVALUES = 4
+MOST_DRAWS = 4096
 
 
 class PruneNet(PruningStep):
@@ -25,7 +27,9 @@ class PruneNet(PruningStep):
         learned_at: Share of rows that go while the policy is learned; None for `ratio`: a policy serves any other.
         episodes: How often it goes over all layers while it learns.
         seed: Of all that is drawn.
-        published: Keep the last policy and draw the mask once more, as the published code does.
+        draws: Of so many masks of each layer that the policy draws, that which costs least on the calibration text is
+            taken; 0: its deterministic one, without any text.
+        published: Keep the last policy and draw one mask, as the published code does.
         repair: Fit `down` to what all channels put out, on the calibration text; the published system does not.
     """
 
@@ -33,15 +37,32 @@ class PruneNet(PruningStep):
     learned_at: Annotated[float, Field(gt=0, lt=1)] | None = None
     episodes: Annotated[int, Field(ge=1, le=1000)] = 20
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
+    draws: Annotated[int, Field(ge=0, le=MOST_DRAWS)] = prunenet.DRAWS
     published: bool = False
     repair: bool = False
 
     def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
         """Learn a policy, unless the cache holds it, and keep the channels that it chooses."""
         policy = prunenet.learned(model, self._options(), progress)
-        if self.repair:
-            return repair(model, observe(model), policy.kept(model, self.widths(model))).model
-        return prunenet.prune(model, policy, self.ratio, self.multiple).model
+        statistics = observe(model) if self._observes else None
+        kept = policy.kept(model, self.widths(model), statistics if self._choices else None, self._choices)
+        if statistics is not None and self.repair:
+            return repair(model, statistics, kept).model
+        return Pruned.of(model, kept, {}).model
+
+    @model_validator(mode="after")
+    def _draws_once_as_published(self) -> Self:
+        if self.published and "draws" in self.model_fields_set:
+            raise impossible("the published form draws one mask", f"draws = {self.draws}", "one of the two options")
+        return self
+
+    @property
+    def _choices(self) -> int:
+        return 0 if self.published else self.draws
+
+    @property
+    def _observes(self) -> bool:
+        return self.repair or self._choices > 0
 
     def _options(self) -> prunenet.Options:
         options = prunenet.PUBLISHED if self.published else prunenet.Options()
@@ -55,10 +76,12 @@ class PruneNet(PruningStep):
             2 * width * shape.hidden**2 + EIGENVALUES * shape.hidden**3 for width in shape.intermediate
         )
         held = 4 * shape.hidden * sum(shape.intermediate) + 2 * 8 * shape.hidden * max(shape.intermediate)
-        if not self.repair:
-            return Work(operations, held, False)
-        repairing = repair_work(shape)
-        return Work(operations + repairing.operations, max(held, repairing.peak_bytes), True)
+        operations += sum(width**2 * (2 * shape.hidden + 2 * self._choices) for width in shape.intermediate)
+        if self._observes:
+            held = max(held, SQUARES * 8 * max(shape.intermediate) ** 2)
+        if self.repair:
+            operations += repair_work(shape).operations
+        return Work(operations, held, self._observes)
 
 
 STEP = PruneNet

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.calibrate.statistics import collect
+from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows, spread_windows
 from exporter.compress import prune, prunenet
 from exporter.effort import effort
@@ -119,8 +119,16 @@ def learned(measured: Measured, options: prunenet.Options) -> tuple[prunenet.Pol
     return policy, time.perf_counter() - started
 
 
-def pruned(measured: Measured, policy: prunenet.Policy, ratio: float) -> prune.Pruned:
-    return prunenet.prune(measured.model, policy, ratio, 32)
+def best_of_random(
+    measured: Measured, statistics: Statistics, ratio: float, chance: np.random.Generator
+) -> prune.Pruned:
+    """Choose among random masks as among those that a policy draws."""
+    kept = []
+    for layer, width in enumerate(prune.planned_widths(measured.model.architecture, ratio, 32)):
+        whole = measured.model.architecture.intermediate[layer]
+        masks = [np.sort(chance.choice(whole, width, replace=False)) for _ in range(prunenet.DRAWS)]
+        kept.append(masks[int(np.argmin(prune.losses(measured.model, statistics, layer, masks)))])
+    return prune.Pruned.of(measured.model, kept, {})
 
 
 def test_prunenet_and_the_closed_form(measured: Measured) -> None:
@@ -135,6 +143,10 @@ def test_prunenet_and_the_closed_form(measured: Measured) -> None:
     started = time.perf_counter()
     statistics = collect(measured.model, measured.calibration, 0, lambda done, total: None)
     print(f"  statistics of the original: {time.perf_counter() - started:.0f} s")
+
+    def pruned(policy: prunenet.Policy, ratio: float, text: Statistics | None = None) -> prune.Pruned:
+        return prunenet.prune(measured.model, policy, ratio, 32, text)
+
     for ratio in RATIOS:
         drawn = [np.random.default_rng(seed) for seed in range(SEEDS)]
         randoms = [
@@ -151,18 +163,21 @@ def test_prunenet_and_the_closed_form(measured: Measured) -> None:
             for roles in (("gate",), ("gate", "up", "down"))
         ]
         networks = [
-            measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(measured, policy, ratio))
+            measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(policy, ratio, statistics))
             for seed, (policy, took) in enumerate(policies[ratio])
         ]
         network = float(np.mean([one.kl_mean for one in networks]))
         print(f"          KL {network:.4f}  mean of PruneNet")
-        measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(measured, transferred, ratio))
+        measured.row(f"best of {prunenet.DRAWS} at random", best_of_random(measured, statistics, ratio, drawn[0]))
+        for seed, (policy, _) in enumerate(policies[ratio]):
+            measured.row(f"PruneNet without text, seed {seed}", pruned(policy, ratio))
+        measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(transferred, ratio, statistics))
         others = {
             "as published": replace(prunenet.PUBLISHED, ratio=ratio),
             "that follows the reward": prunenet.Options(ratio, **FOLLOWING),  # type: ignore[arg-type]
         }
         for name, options in others.items():
-            measured.row(f"PruneNet {name}", pruned(measured, learned(measured, options)[0], ratio))
+            measured.row(f"PruneNet {name}, without text", pruned(learned(measured, options)[0], ratio))
         closed = {}
         for even in (True, False):
             started = time.perf_counter()

@@ -18,6 +18,7 @@ from exporter.compress import prune as pruning
 from exporter.compress.equalise import equalised
 from exporter.compress.prune import Elimination, Options, eliminate, planned_widths, prune, repair, repaired, shared_out
 from exporter.errors import RequestError
+from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import selected
@@ -181,6 +182,23 @@ def test_any_choice_can_be_repaired(model: Model) -> None:
         gate, down = (f"model.layers.{layer}.mlp.{role}_proj.weight" for role in ("gate", "down"))
         np.testing.assert_array_equal(found.model.read(gate), bare.read(gate))
         assert not np.array_equal(found.model.read(down), bare.read(down))
+
+
+def test_what_masks_are_foretold_to_cost(model: Model) -> None:
+    """Of each the weighted error of what all channels put out, inputs weighed by their second moments."""
+    statistics = statistics_of(model)
+    chance = np.random.default_rng(0)
+    masks = [np.sort(chance.choice(96, width, replace=False)) for width in (1, 64, 96)]
+    site = statistics.site(f"layers.1.{LINEARS['down'][1]}")
+    assert site is not None
+    expected = []
+    for kept in masks:
+        change = model.read("model.layers.1.mlp.down_proj.weight").astype(np.float64)
+        change[:, kept] = 0
+        errors = [row @ site.second_moment @ row for row in change]
+        expected.append(float(np.dot(errors, statistics.sensitivity(1, "down"))) / 2)
+    np.testing.assert_allclose(pruning.losses(model, statistics, 1, masks), expected, rtol=1e-6)
+    assert expected[0] > expected[1] > expected[2] == 0
 
 
 def test_what_is_foretold_is_the_loss_of_the_steps(model: Model) -> None:

@@ -13,7 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows
 from exporter.compress import prunenet
+from exporter.compress.prune import Pruned, losses
 from exporter.compress.prunenet import PUBLISHED, Options, kolmogorov_smirnov, learned, prune, singular_values
 from exporter.errors import RequestError
 from exporter.model.model import Model
@@ -213,6 +216,22 @@ def test_as_published_the_mask_is_drawn_by_the_seed(model: Model) -> None:
     reseeded = replace(policy, options=replace(policy.options, seed=1)).kept(model, (64, 64))
     assert not np.array_equal(np.array(first), np.array(reseeded))
     assert all((np.diff(kept) > 0).all() for kept in first)
+
+
+@pytest.mark.parametrize("options", [Options(episodes=2), replace(PUBLISHED, episodes=2)])
+def test_statistics_choose_among_masks_of_the_policy(model: Model, options: Options) -> None:
+    windows = Windows.of(np.random.default_rng(0).integers(2, 200, (8, 48)), "file", 0)
+    statistics = collect(model, windows, 0, lambda done, total: None)
+    policy = learned(model, options)
+    own = policy.kept(model, (64, 64))
+    np.testing.assert_array_equal(policy.kept(model, (64, 64), statistics, 0), own)
+    chosen = [policy.kept(model, (64, 64), statistics, draws) for draws in (8, 64)]
+    for layer in range(2):
+        costs = losses(model, statistics, layer, [own[layer], *(kept[layer] for kept in chosen)])
+        assert costs[0] > costs[1] >= costs[2]
+    again = prune(model, policy, 1 / 3, 32, statistics, 64).model
+    assert again.digest == prune(model, policy, 1 / 3, 32, statistics).model.digest
+    assert again.digest == Pruned.of(model, chosen[1], {}).model.digest
 
 
 def test_a_spectrum_that_stays_earns_most() -> None:

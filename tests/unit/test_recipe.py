@@ -3,13 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from exporter.calibrate.statistics import Statistics, collect
+from exporter.calibrate.text import Windows
 from exporter.compress.caldera import Turns
 from exporter.errors import ExporterError, InputError, RequestError
 from exporter.job import Job
 from exporter.measures import Quantity
 from exporter.model.families import FAMILIES
+from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.pipeline import planned_within
 from exporter.plan import Plan
@@ -161,6 +165,7 @@ CODED = GOOD.partition("title")[2].partition("\n")[2]
          r"once; got prunenet, then prune-closed-form; leave one out and choose the ratio of the other"),
         (PRUNED.replace("0.34", "1.5"), r"step 1: ratio: the value is wrong; got 1.5, expected less than 1"),
         (PRUNED + "sizes = 'equal'", r"step 1: unknown key 'sizes'"),
+        (PRUNED + "published = true\ndraws = 0", r"step 1: the published form draws one mask; got draws = 0"),
         (PRUNED + "episodes = 0", r"step 1: episodes: the value is wrong; got 0"),
         (PRUNED.replace("prunenet", "prune-closed-form") + "sizes = 'even'", r"expected 'per-layer' or 'equal'"),
     ],
@@ -242,11 +247,32 @@ def test_what_cannot_be_pruned_is_refused_at_plan_time(
         planned_with(tmp_path / "third", text)
 
 
+@pytest.mark.parametrize(
+    ("options", "observing"),
+    [("", True), ("draws = 0", False), ("published = true", False), ("draws = 0\nrepair = true", True)],
+)
+def test_prunenet_reads_text_where_something_is_chosen_or_fitted_by_it(
+    tmp_path: Path, options: str, observing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    (step,) = load_recipe(str(recipe(tmp_path, PRUNED + "episodes = 1\n" + options))).rewriting
+    observed = []
+
+    def observe(model: Model) -> Statistics:
+        observed.append(model)
+        return collect(model, Windows.of(np.arange(96).reshape(2, 48) + 2, "file", 0), 0, lambda done, total: None)
+
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        assert step.work(model).observes is observing
+        assert set(step.rewritten(model, observe, lambda done, total: None).architecture.intermediate) == {64}
+        assert observed == ([model] if observing else [])
+
+
 def test_more_pruning_needs_less_and_more_observing_more(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model", layers=3))) as model:
         plain, quarter, observed = (
             planned_within(Job("model", "galaxy-s24-ultra", "gguf", recipe=name), model)
-            for name in (None, str(recipe(tmp_path, PRUNED)), "prune-closed-form")
+            for name in (None, str(recipe(tmp_path, PRUNED + "draws = 0")), "prune-closed-form")
         )
     assert quarter[0].file_bytes < plain[0].file_bytes
     assert quarter[0].cache_bytes == plain[0].cache_bytes < observed[0].cache_bytes
