@@ -27,6 +27,7 @@ class Row:
         top1: Share of tokens with the same first choice.
         predicted: The mean KL that was predicted, for ours.
         rounding: Of its mean KL, what the runtime's own rounding of activations adds; None where it was not measured.
+        rounding_in_8_bits: What that adds to the very weights of the artifact in 8 bits; None where nobody asked.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     top1: float
     predicted: float | None = None
     rounding: float | None = None
+    rounding_in_8_bits: float | None = None
 
 
 def measured(original: Reference, artifact: Artifact, name: str, kind: str, predicted: float | None = None) -> Row:
