@@ -72,7 +72,7 @@ class PruneNet(PruningStep):
     def work(self, model: Model) -> Work:
         """Count the singular values of every layer's rows in every episode; all gate matrices are in memory."""
         shape = model.architecture
-        operations = self.episodes * sum(
+        operations: float = self.episodes * sum(
             2 * width * shape.hidden**2 + EIGENVALUES * shape.hidden**3 for width in shape.intermediate
         )
         held = 4 * shape.hidden * sum(shape.intermediate) + 2 * 8 * shape.hidden * max(shape.intermediate)
