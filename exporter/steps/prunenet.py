@@ -70,13 +70,14 @@ class PruneNet(PruningStep):
         return replace(options, ratio=ratio, episodes=self.episodes, seed=self.seed)
 
     def work(self, model: Model) -> Work:
-        """Count the singular values of every layer's rows in every episode; all gate matrices are in memory."""
+        """Count the singular values of every layer's rows in every episode, and the choice; all gates are in memory."""
         shape = model.architecture
         operations: float = self.episodes * sum(
             2 * width * shape.hidden**2 + EIGENVALUES * shape.hidden**3 for width in shape.intermediate
         )
         held = 4 * shape.hidden * sum(shape.intermediate) + 2 * 8 * shape.hidden * max(shape.intermediate)
-        operations += sum(width**2 * (2 * shape.hidden + 2 * self._choices) for width in shape.intermediate)
+        if self._choices:
+            operations += sum(2 * width**2 * (shape.hidden + self._choices) for width in shape.intermediate)
         if self._observes:
             held = max(held, SQUARES * 8 * max(shape.intermediate) ** 2)
         if self.repair:
