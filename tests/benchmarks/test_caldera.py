@@ -39,7 +39,7 @@ EVALUATION_WINDOWS = 8
 EMBEDDING = {"onnx": "int8-b32", "gguf": "Q8_0"}
 PROMPT = 256
 FEED_FORWARD = ("gate", "up", "down")
-QUICK = Options(iterations=2, factor_iterations=3)
+QUICK = Options(iterations=2, factor_iterations=3, order=("Q", "LR"))
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,7 @@ def test_the_published_form(bench: Bench) -> None:
     scalar = [bench.published(f"scalar, rank {r}", replace(QUICK, rank=r, rounder=EntropyCoded(2.0))) for r in (17, 87)]
     for bits in (2.0, *(row.bits for row in ranks)):
         bench.published("entropy-coded scalar, LDLQ", replace(QUICK, rank=0, rounder=EntropyCoded(bits)))
-    order = ("Q", "LR")
-    bench.published("E8P, rank 35, Q first", replace(QUICK, rank=35, order=order))
-    bench.published("E8P, rank 35, Q first, 8 outliers", replace(QUICK, rank=35, order=order, outliers=8))
+    bench.published("E8P, rank 35, LR first", replace(QUICK, rank=35, order=("LR", "Q")))
+    bench.published("E8P, rank 35, 8 outliers", replace(QUICK, rank=35, outliers=8))
     assert nearest.kl > alone.kl > ranks[0].kl > ranks[1].kl > ranks[2].kl
     assert scalar[0].kl > scalar[1].kl

@@ -7,8 +7,8 @@ calibrated on. The runtimes show the same: see tests/oracle/test_widths.py.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -112,13 +112,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
         )
 
 
-def learned(measured: Measured, options: prunenet.Options) -> tuple[prunenet.Policy, float]:
-    """Return a policy and the seconds that it took to learn."""
-    started = time.perf_counter()
-    policy = prunenet.learned(measured.model, options)
-    return policy, time.perf_counter() - started
-
-
 def best_of_random(
     measured: Measured, statistics: Statistics, ratio: float, chance: np.random.Generator
 ) -> prune.Pruned:
@@ -131,60 +124,70 @@ def best_of_random(
     return prune.Pruned.of(measured.model, kept, {})
 
 
-def test_prunenet_and_the_closed_form(measured: Measured) -> None:
+@pytest.fixture(scope="module")
+def statistics(measured: Measured) -> Statistics:
+    return collect(measured.model, measured.calibration, 0, lambda done, total: None)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics, ratio: float) -> None:
+    def pruned(policy: prunenet.Policy, text: Statistics | None = None) -> prune.Pruned:
+        return prunenet.prune(measured.model, policy, ratio, 32, text)
+
+    def learned(**options: object) -> tuple[prunenet.Policy, float]:
+        started = time.perf_counter()
+        policy = prunenet.learned(measured.model, replace(prunenet.Options(ratio), **options))  # type: ignore[arg-type]
+        return policy, time.perf_counter() - started
+
     print(
         f"\noriginal: perplexity {measured.perplexity:.2f}; {measured.evaluation.tokens.shape[0]} windows of {WINDOW}"
     )
-    transferred, _ = learned(measured, prunenet.Options(LEARNED_AT))
-    # Learned before anything else is timed beside it.
-    policies = {
-        ratio: [learned(measured, prunenet.Options(ratio, seed=seed)) for seed in range(SEEDS)] for ratio in RATIOS
-    }
-    started = time.perf_counter()
-    statistics = collect(measured.model, measured.calibration, 0, lambda done, total: None)
-    print(f"  statistics of the original: {time.perf_counter() - started:.0f} s")
+    chances = [np.random.default_rng(seed) for seed in range(SEEDS)]
+    randoms = [
+        measured.row(f"random, seed {seed}", measured.by_score(ratio, lambda layer: chance.random(1536)))  # noqa: B023
+        for seed, chance in enumerate(chances)
+    ]
+    random = mean("random", randoms)
+    norms = [
+        measured.row(
+            f"norms of {', '.join(roles)}",
+            measured.by_score(ratio, lambda layer: measured.norms(layer, roles)),  # noqa: B023
+        ).kl_mean
+        for roles in (("gate",), ("gate", "up", "down"))
+    ]
+    policies = [learned(seed=seed) for seed in range(SEEDS)]
+    networks = [
+        measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(policy, statistics))
+        for seed, (policy, took) in enumerate(policies)
+    ]
+    network = mean("PruneNet", networks)
+    measured.row(f"best of {prunenet.DRAWS} at random", best_of_random(measured, statistics, ratio, chances[0]))
+    transferred, _ = learned(ratio=LEARNED_AT)
+    measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(transferred, statistics))
+    mean(
+        "PruneNet without text",
+        [
+            measured.row(f"PruneNet without text, seed {seed}", pruned(policy))
+            for seed, (policy, _) in enumerate(policies)
+        ],
+    )
+    others = {"as published": {**asdict(prunenet.PUBLISHED), "ratio": ratio}, "that follows the reward": FOLLOWING}
+    for name, options in others.items():
+        measured.row(f"PruneNet {name}, without text", pruned(learned(**options)[0]))
+    closed = {}
+    for even in (True, False):
+        started = time.perf_counter()
+        found = prune.prune(measured.model, statistics, prune.Options(ratio, even=even))
+        name = f"closed form, {'even' if even else 'uneven'}, {time.perf_counter() - started:.0f} s"
+        closed[even] = measured.row(name, found).kl_mean
+    assert network < random
+    assert network < min(norms)
+    assert max(closed.values()) <= LIMIT * network
+    assert max(took for _, took in policies) < MOST_LEARNING_S
 
-    def pruned(policy: prunenet.Policy, ratio: float, text: Statistics | None = None) -> prune.Pruned:
-        return prunenet.prune(measured.model, policy, ratio, 32, text)
 
-    for ratio in RATIOS:
-        drawn = [np.random.default_rng(seed) for seed in range(SEEDS)]
-        randoms = [
-            measured.row(f"random, seed {seed}", measured.by_score(ratio, lambda layer: chance.random(1536)))  # noqa: B023
-            for seed, chance in enumerate(drawn)
-        ]
-        random = float(np.mean([one.kl_mean for one in randoms]))
-        print(f"          KL {random:.4f}  mean of random")
-        norms = [
-            measured.row(
-                f"norms of {', '.join(roles)}",
-                measured.by_score(ratio, lambda layer: measured.norms(layer, roles)),  # noqa: B023
-            ).kl_mean
-            for roles in (("gate",), ("gate", "up", "down"))
-        ]
-        networks = [
-            measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(policy, ratio, statistics))
-            for seed, (policy, took) in enumerate(policies[ratio])
-        ]
-        network = float(np.mean([one.kl_mean for one in networks]))
-        print(f"          KL {network:.4f}  mean of PruneNet")
-        measured.row(f"best of {prunenet.DRAWS} at random", best_of_random(measured, statistics, ratio, drawn[0]))
-        for seed, (policy, _) in enumerate(policies[ratio]):
-            measured.row(f"PruneNet without text, seed {seed}", pruned(policy, ratio))
-        measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(transferred, ratio, statistics))
-        others = {
-            "as published": replace(prunenet.PUBLISHED, ratio=ratio),
-            "that follows the reward": prunenet.Options(ratio, **FOLLOWING),  # type: ignore[arg-type]
-        }
-        for name, options in others.items():
-            measured.row(f"PruneNet {name}, without text", pruned(learned(measured, options)[0], ratio))
-        closed = {}
-        for even in (True, False):
-            started = time.perf_counter()
-            found = prune.prune(measured.model, statistics, prune.Options(ratio, even=even))
-            name = f"closed form, {'even' if even else 'uneven'}, {time.perf_counter() - started:.0f} s"
-            closed[even] = measured.row(name, found).kl_mean
-        assert network < random
-        assert network < min(norms)
-        assert max(closed.values()) <= LIMIT * network
-        assert max(took for _, took in policies[ratio]) < MOST_LEARNING_S
+def mean(name: str, rows: Sequence[Distance]) -> float:
+    """Return the mean KL of some rows and print it."""
+    found = float(np.mean([one.kl_mean for one in rows]))
+    print(f"          KL {found:.4f}  mean of {name}", flush=True)
+    return found
