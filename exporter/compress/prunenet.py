@@ -130,7 +130,7 @@ class Policy:
         for layer, width in enumerate(widths):
             logits = torch.from_numpy(_gate(model, layer, self.options) @ self.direction + np.float32(self.offset))
             best = self._mask(logits, width, chance)
-            if statistics is not None:
+            if statistics is not None and draws:
                 masks = [best, *(_drawn_mask(logits, width, chance) for _ in range(draws))]
                 best = masks[int(np.argmin(losses(model, statistics, layer, masks)))]
             found.append(best)

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from exporter.calibrate.layers import Progress
 from exporter.compress import prunenet
-from exporter.compress.prune import Pruned, repair
+from exporter.compress.prune import repair
 from exporter.model.model import Model
-from exporter.steps.step import SQUARES, Observe, PruningStep, Work, repair_work
+from exporter.steps.step import Observe, PruningStep, Work, repair_work
 from exporter.toml import impossible
 
 # Multiplications and additions for the eigenvalues of a matrix, over the cube of its width.
@@ -45,10 +45,10 @@ class PruneNet(PruningStep):
         """Learn a policy, unless the cache holds it, and keep the channels that it chooses."""
         policy = prunenet.learned(model, self._options(), progress)
         statistics = observe(model) if self._observes else None
-        kept = policy.kept(model, self.widths(model), statistics if self._choices else None, self._choices)
         if statistics is not None and self.repair:
+            kept = policy.kept(model, self.widths(model), statistics, self._choices)
             return repair(model, statistics, kept).model
-        return Pruned.of(model, kept, {}).model
+        return prunenet.prune(model, policy, self.ratio, self.multiple, statistics, self._choices).model
 
     @model_validator(mode="after")
     def _draws_once_as_published(self) -> Self:
@@ -78,10 +78,11 @@ class PruneNet(PruningStep):
         held = 4 * shape.hidden * sum(shape.intermediate) + 2 * 8 * shape.hidden * max(shape.intermediate)
         if self._choices:
             operations += sum(2 * width**2 * (shape.hidden + self._choices) for width in shape.intermediate)
+        repairing = repair_work(shape)
         if self._observes:
-            held = max(held, SQUARES * 8 * max(shape.intermediate) ** 2)
+            held = max(held, repairing.peak_bytes)
         if self.repair:
-            operations += repair_work(shape).operations
+            operations += repairing.operations
         return Work(operations, held, self._observes)
 
 
