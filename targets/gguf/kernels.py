@@ -1,24 +1,22 @@
 """How quickly llama.cpp multiplies with each type, against Q4_0 with many tokens at once.
 
-Measured by `tests/benchmarks/test_llama_kernels.py`: llama-cpp-python 0.3.36 on two cores of x86-64 servers. One has
-AVX-512 VNNI, where Q4_0 made 208e9 products a second with matrices of 2048 x 8192, the other AVX-VNNI besides, where it
-made 99e9 with matrices of 768 x 2048 and all else that a token takes. Theirs are other cores: one token at a time, on
-the second, types of few codebook entries and of 5 and 6 bits are slower beside Q4_0 than on the first.
-
-What bits cost is not what kernels cost: Q4_1, Q5_0 and Q5_1 have none for many tokens at once, and take up to three
-times as long for a prompt as types of more bits.
+Measured by `tests/benchmarks/test_llama_kernels.py`: llama-cpp-python 0.3.36 on two cores of an x86-64 server with
+AVX-512 VNNI, where Q4_0 made 208e9 products a second, with more weights than the caches hold. What bits cost is not
+what kernels cost: Q4_1, Q5_0 and Q5_1 have none for many tokens at once, and take up to three times as long for a
+prompt as types of more bits.
 
 On Arm with dotprod or i8mm llama.cpp repacks Q4_0, IQ4_NL, Q4_K, Q5_K, Q6_K and Q8_0 (ggml-cpu/repack.cpp). What has to
 do without there takes 3 to 4 times as long for a prompt: published prefills are 0.13 to 0.29 TOPS against 0.05 to 0.07
 on the Raspberry Pi 5, 2.6 against 0.7 on the M4 Max. One token at a time is taken to be as on x86.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
+from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 
-ON_AVX512_VNNI: Mapping[str, Throughput] = {
+ON_X86: Mapping[str, Throughput] = {
     "IQ2_XXS": Throughput(0.119, 1.40),
     "IQ2_S": Throughput(0.114, 1.33),
     "Q2_K": Throughput(0.243, 0.78),
@@ -38,49 +36,19 @@ ON_AVX512_VNNI: Mapping[str, Throughput] = {
     "F16": Throughput(0.078, 0.68),
     "F32": Throughput(0.038, 0.60),
 }
-ON_AVX_VNNI: Mapping[str, Throughput] = {
-    "IQ2_XXS": Throughput(0.088, 1.41),
-    "IQ2_S": Throughput(0.102, 1.25),
-    "Q2_K": Throughput(0.136, 1.11),
-    "IQ3_XXS": Throughput(0.080, 1.35),
-    "IQ3_S": Throughput(0.081, 1.37),
-    "Q3_K": Throughput(0.118, 1.37),
-    "IQ4_XS": Throughput(0.097, 1.44),
-    "IQ4_NL": Throughput(0.107, 1.06),
-    "Q4_0": Throughput(0.109, 1.01),
-    "Q4_1": Throughput(0.092, 0.42),
-    "Q4_K": Throughput(0.125, 1.11),
-    "Q5_0": Throughput(0.082, 0.66),
-    "Q5_1": Throughput(0.080, 0.34),
-    "Q5_K": Throughput(0.091, 1.36),
-    "Q6_K": Throughput(0.090, 1.30),
-    "Q8_0": Throughput(0.075, 0.81),
-    "F16": Throughput(0.060, 0.77),
-    "F32": Throughput(0.046, 0.76),
-}
-# The second server's memory is slow: of its figures for one token only those beside Q4_0's hold elsewhere.
-IN_SLOW_MEMORY = ON_AVX_VNNI["Q4_0"].decode / ON_AVX512_VNNI["Q4_0"].decode
-# By how much longer a token takes than estimated, beside the stock tool's mixes (test_stock_chain.py).
-DECODE_MARGIN, DECODE_MARGIN_ON_AVX_VNNI = 0.03, 0.05
 REPACKED_ON_ARM = ("Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # Of the speed of repacked kernels, by those figures.
 PLAIN_ON_ARM = 0.28
 
 
-def throughput_on(features: Collection[str]) -> Mapping[str, Throughput]:
-    """Return the speed of each type with such instructions, named as in device profiles."""
+def throughput_on(device: DeviceProfile) -> Mapping[str, Throughput]:
+    """Return the speed of each type on a device's instruction set."""
+    features = device.isa.features
     if "dotprod" in features or "i8mm" in features:
         return {
             name: replace(known, prefill=1.0 if name in REPACKED_ON_ARM else PLAIN_ON_ARM)
-            for name, known in ON_AVX512_VNNI.items()
+            for name, known in ON_X86.items()
         }
     if "neon" in features:
-        return {name: replace(known, prefill=known.decode) for name, known in ON_AVX512_VNNI.items()}
-    if "avx-vnni" in features:
-        return {name: replace(known, decode=known.decode / IN_SLOW_MEMORY) for name, known in ON_AVX_VNNI.items()}
-    return ON_AVX512_VNNI
-
-
-def decode_margin_on(features: Collection[str]) -> float:
-    """Return by how much more a token may take there than estimated, a share."""
-    return DECODE_MARGIN_ON_AVX_VNNI if "avx-vnni" in features else DECODE_MARGIN
+        return {name: replace(known, prefill=known.decode) for name, known in ON_X86.items()}
+    return ON_X86

@@ -7,13 +7,7 @@ import pytest
 from exporter.device.profile import device_names, load_device
 from exporter.device.speed import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
 from exporter.model.sources import open_model
-from exporter.targets.gguf.kernels import (
-    ON_AVX512_VNNI,
-    ON_AVX_VNNI,
-    PLAIN_ON_ARM,
-    REPACKED_ON_ARM,
-    throughput_on,
-)
+from exporter.targets.gguf.kernels import ON_X86, PLAIN_ON_ARM, REPACKED_ON_ARM, throughput_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
 from tests.models import tiny_model
@@ -37,26 +31,18 @@ def test_threads_run_on_the_fastest_cores() -> None:
 
 @pytest.mark.parametrize("name", device_names())
 def test_every_type_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
-    known = throughput_on(load_device(name).isa.features)
+    known = throughput_on(load_device(name))
     assert set(ALPHABET) <= set(known)
     assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in known.values())
 
 
 def test_arm_is_quick_where_llama_cpp_repacks() -> None:
-    known = throughput_on(load_device("raspberry-pi-5").isa.features)
+    known = throughput_on(load_device("raspberry-pi-5"))
     assert {name for name, one in known.items() if one.prefill == 1.0} == set(REPACKED_ON_ARM)
     assert known["Q5_1"].prefill == PLAIN_ON_ARM
     # Without dotprod nothing is repacked, and a prompt goes at the pace of single tokens.
-    assert throughput_on(load_device("raspberry-pi-4").isa.features)["Q4_0"].prefill == ON_AVX512_VNNI["Q4_0"].decode
-
-
-def test_x86_is_as_quick_as_the_server_with_its_instructions() -> None:
-    old, new = (throughput_on(load_device(name).isa.features) for name in ("core-i7-1185g7", "core-ultra-200v"))
-    assert old is ON_AVX512_VNNI
-    assert set(new) == set(old)
-    assert new["Q4_0"].decode == pytest.approx(old["Q4_0"].decode)
-    beside = {name: one.decode / new["Q4_0"].decode for name, one in new.items()}
-    assert beside == pytest.approx({name: one.decode / ON_AVX_VNNI["Q4_0"].decode for name, one in ON_AVX_VNNI.items()})
+    assert throughput_on(load_device("raspberry-pi-4"))["Q4_0"].prefill == ON_X86["Q4_0"].decode
+    assert throughput_on(load_device("core-ultra-200v")) is ON_X86
 
 
 @pytest.mark.parametrize(("target", "largest"), [("gguf", "Q8_0"), ("onnx", "int8-b32")])
