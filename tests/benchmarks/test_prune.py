@@ -8,7 +8,7 @@ calibrated on. The runtimes show the same: see tests/oracle/test_widths.py.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ RATIOS = (0.20, 0.25, 0.30)
 EVALUATION_WINDOWS = 16
 SEEDS = 5
 # What does follow the reward.
-FOLLOWING = {"baseline": True, "exact_probability": True, "same_noise": True, "clip": 1.0}
+FOLLOWING = prunenet.Options(baseline=True, exact_probability=True, same_noise=True, clip=1.0)
 LEARNED_AT = 0.25
 MOST_LEARNING_S = 120
 # Most KL of the closed form over PruneNet's.
@@ -134,9 +134,9 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
     def pruned(policy: prunenet.Policy, text: Statistics | None = None) -> prune.Pruned:
         return prunenet.prune(measured.model, policy, ratio, 32, text)
 
-    def learned(**options: object) -> tuple[prunenet.Policy, float]:
+    def learned(options: prunenet.Options) -> tuple[prunenet.Policy, float]:
         started = time.perf_counter()
-        policy = prunenet.learned(measured.model, replace(prunenet.Options(ratio), **options))  # type: ignore[arg-type]
+        policy = prunenet.learned(measured.model, options)
         return policy, time.perf_counter() - started
 
     print(
@@ -155,14 +155,14 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
         ).kl_mean
         for roles in (("gate",), ("gate", "up", "down"))
     ]
-    policies = [learned(seed=seed) for seed in range(SEEDS)]
+    policies = [learned(prunenet.Options(ratio, seed=seed)) for seed in range(SEEDS)]
     networks = [
         measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(policy, statistics))
         for seed, (policy, took) in enumerate(policies)
     ]
     network = mean("PruneNet", networks)
     measured.row(f"best of {prunenet.DRAWS} at random", best_of_random(measured, statistics, ratio, chances[0]))
-    transferred, _ = learned(ratio=LEARNED_AT)
+    transferred, _ = learned(prunenet.Options(LEARNED_AT))
     measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(transferred, statistics))
     mean(
         "PruneNet without text",
@@ -171,9 +171,9 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
             for seed, (policy, _) in enumerate(policies)
         ],
     )
-    others = {"as published": {**asdict(prunenet.PUBLISHED), "ratio": ratio}, "that follows the reward": FOLLOWING}
+    others = {"as published": prunenet.PUBLISHED, "that follows the reward": FOLLOWING}
     for name, options in others.items():
-        measured.row(f"PruneNet {name}, without text", pruned(learned(**options)[0]))
+        measured.row(f"PruneNet {name}, without text", pruned(learned(replace(options, ratio=ratio))[0]))
     closed = {}
     for even in (True, False):
         started = time.perf_counter()

@@ -51,8 +51,8 @@ CLOSED_LIMIT = 0.6
 # sensitive (2-bit weights alone, at 2.8 nats, show five times what 8-bit weights do): where it adds more than to the
 # original's weights in 8 bits, it is compared with what it adds to the artifact's own weights in 8 bits.
 ROUNDING_LIMIT = 1.2
-# What misses that is held to what it is. Inputs are rounded in blocks of 64 for weights of 2 bits, it adds 0.72 times
-# what that adds to the same weights in 8 bits and such blocks. Float32 between the factors changed nothing.
+# What misses that is held to what it is. Inputs are rounded in blocks of 64 for weights of 2 bits; that adds 0.72
+# times what it adds to the same weights in 8 bits and such blocks. Float32 between the factors changed nothing.
 MISSED = {("caldera", "onnx"): 1.35}
 
 
