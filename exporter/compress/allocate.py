@@ -29,7 +29,7 @@ Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 64
 SAMPLED_TABLE_ROWS = 1024
 # The choice is no further than this share from the best there is.
-GAP = 1e-3
+GAP = 3e-3
 # Limits are kept with no tolerance, so the solver's own is taken off them.
 TOLERANCE = 1e-9
 # Formats that cost so many times the least possible total never pay, and would only spoil the solver's scales.

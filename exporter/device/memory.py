@@ -195,9 +195,9 @@ def onnxruntime_peak(shape: Shape, weights: Weights, context: int) -> Peak:
 
 
 def host_features() -> frozenset[str]:
-    """Return of this machine's instruction set what decides about repacking, named as in device profiles."""
+    """Return of this machine's instruction set what decides about kernels, named as in device profiles."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return frozenset({"neon", "dotprod"})
     path = Path("/proc/cpuinfo")
     words = path.read_text(encoding="utf-8", errors="replace").split() if path.is_file() else []
-    return features_named(words) & {"avx2", "avx512", "neon", "dotprod", "i8mm"}
+    return features_named(words) & {"avx2", "avx512", "avx-vnni", "neon", "dotprod", "i8mm"}

@@ -28,7 +28,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import finish_header, frequency_factors, rope, write_header
-from exporter.targets.gguf.kernels import ON_X86, throughput_on
+from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
@@ -60,7 +60,6 @@ class Gguf:
     default_method = "ldlq"
     type_of_8_bits = "Q8_0"
     most_rounding_kl = 0.1
-    decode_margin = 0.03
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {
             bits: ggml_format(name)
@@ -72,13 +71,14 @@ class Gguf:
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
     )
 
-    def __init__(self, throughput: Mapping[str, Throughput] = ON_X86, features: Collection[str] | None = None) -> None:
-        self._throughput = throughput
+    def __init__(self, features: Collection[str] | None = None) -> None:
         self._features = host_features() if features is None else features
+        self._kernels = kernels_on(self._features)
+        self.decode_margin = self._kernels.decode_margin
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the kernels that llama.cpp has for a device's instruction set."""
-        return type(self)(throughput_on(device), device.isa.features)
+        return type(self)(device.isa.features)
 
     def types(self) -> list[str]:
         """Return the named mixes, then the single types."""
@@ -136,8 +136,9 @@ class Gguf:
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the speed of a type's kernels; of a prompt only the last token goes through the head."""
-        known = self._throughput[format.name]
-        return replace(known, prefill=math.inf) if group.layer is None else known
+        if group.layer is None:
+            return replace(self._kernels.head[format.name], prefill=math.inf)
+        return self._kernels.layers[format.name]
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, and the most that their alignment takes."""

@@ -2,11 +2,18 @@
 
     .venv/bin/python -m pytest tests/benchmarks/test_llama_kernels.py --timeout=0 -s
 
-Models that are nearly all matrices, too large for the caches, every matrix in one type, by turns with the same model in
-Q4_0. A figure is the products a second over those of Q4_0 with many tokens at once, as `exporter.targets.gguf.kernels`
-holds them.
+What a kernel takes depends on the shape, so types are timed in the reference model's own matrices: all in Q4_0, by
+turns with the same model of which one part has another type. The part is the down projections for types of 256 weights
+a block, which fit no others there, else all other matrices of layers, and then the head. What a weight takes is Q4_0's
+plus the difference; Q4_0's own is what each weight more takes in a random model with feed-forwards twice as wide. A
+figure is the products a second over those of Q4_0 with many tokens at once, as `exporter.targets.gguf.kernels` holds
+them; for one token it is what the table has for Q4_0 times what the type is beside it.
 """
 
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
@@ -14,49 +21,107 @@ from tempfile import mkdtemp
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import file_windows
 from exporter.compress.compressed import CompressedModel
+from exporter.device.memory import host_features
+from exporter.device.speed import Throughput
+from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.gguf.kernels import ON_X86
+from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
+from exporter.weights.ggml import ggml_format
+from exporter.weights.group import WeightGroup
 from tests.benchmarks.measured import THREADS
 from tests.models import VOCAB, tiny_model
+from tests.reference import reference_model
 
-HIDDEN, INTERMEDIATE, LAYERS = 2048, 8192, 2
-PROMPT, DECODE, ROUNDS = 256, 32, 7
+# Of the random models, as of the reference model.
+HIDDEN, INTERMEDIATE, LAYERS = 576, 1536, 30
+PROMPT, DECODE, LOADS, ROUNDS = 256, 32, 3, 5
 BASELINE = "Q4_0"
-# Products with a matrix, of all matrices but the embedding, for each token.
-PRODUCTS = LAYERS * (3 * HIDDEN * INTERMEDIATE + 3 * HIDDEN * HIDDEN)
 WITHIN = 0.35
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """What a token takes, or a weight of it: one at a time, and among many."""
+
+    decode: float
+    prefill: float
+
+    def of(self, weights: int) -> "Seconds":
+        return Seconds(self.decode / weights, self.prefill / weights)
+
+
 def test_speed_of_every_type(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "model", hidden=HIDDEN, intermediate=INTERMEDIATE, layers=LAYERS)
-    text = tmp_path / "text.txt"
-    text.write_text("the capital of France is Paris, numbers 12 345 and hello world. " * 200, "utf-8")
-    target = load_target("gguf")
-    with open_model(str(folder)) as model:
-        windows = file_windows(text, load_tokenizer(model.folder), 4, 64)
-        statistics = collect(model, windows, 0, lambda done, total: None)
+    known, far = kernels_on(host_features()), []
+    own = _own_seconds(tmp_path)
+    print(f"\n{BASELINE}: {own.decode * 1e12:.1f} ps a weight, {1e-9 / own.prefill:.0f} G products/s with many")
+    with open_model(str(reference_model(tmp_path / "reference"))) as model:
+        base = _in_types(model, tmp_path, lambda group: BASELINE)
+        down = max(group.columns for group in model.groups())
+        narrow = min(group.columns for group in model.groups())
 
-        def made(type: str) -> Artifact:
-            to = Path(mkdtemp(dir=tmp_path))
-            return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), statistics), type, to)
+        def in_layers(type: str) -> Callable[[WeightGroup], bool]:
+            alone = not ggml_format(type).fits(narrow)
+            return lambda group: group.layer is not None and (group.columns == down) == alone
 
-        prompt = [token % VOCAB for token in range(PROMPT)]
-        with open_artifact(made(BASELINE), PROMPT + DECODE + 1, THREADS) as base:
-            far = []
-            for type in (*ALPHABET, "F16", "F32"):
-                with open_artifact(made(type), PROMPT + DECODE + 1, THREADS) as other:
-                    rounds = [[one.call("measure", prompt, DECODE, 1) for one in (base, other)] for _ in range(ROUNDS)]
-                prefill = median(other.prefill_tokens_per_s / base.prefill_tokens_per_s for base, other in rounds)
-                decode = median(other.decode_tokens_per_s / base.prefill_tokens_per_s for base, other in rounds)
-                rate = median(base.prefill_tokens_per_s for base, _ in rounds) * PRODUCTS
-                print(
-                    f'    "{type}": Throughput({decode:.3f}, {prefill:.2f}),  # {rate / 1e9:.0f} G products/s in Q4_0'
-                )
-                held = ON_X86.get(type)
-                if held is None or max(abs(decode / held.decode - 1), abs(prefill / held.prefill - 1)) > WITHIN:
-                    far.append(type)
+        places = [("layers", known.layers, type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
+        places += [("head", known.head, type, _in_head) for type in ALPHABET if ggml_format(type).fits(narrow)]
+        for place, table, type, has in places:
+            made = _in_types(model, tmp_path, lambda group, type=type, has=has: type if has(group) else BASELINE)
+            more = _more_seconds(base, made).of(sum(group.size for group in model.groups() if has(group)))
+            shutil.rmtree(made.folder)
+            beside = own.decode / (own.decode + more.decode)
+            found = Throughput(beside * table[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
+            print(f'  {place:6}  "{type}": Throughput({found.decode:.4f}, {found.prefill:.2f}),  ', end="")
+            print(f"# {more.decode * 1e12:+.1f} ps", flush=True)
+            slower = found.decode / table[type].decode, found.prefill / table[type].prefill
+            # Of a prompt only the last token goes through the head.
+            if max(abs(one - 1) for one in slower[: 2 if place == "layers" else 1]) > WITHIN:
+                far.append((place, type))
     assert not far, "the table in exporter.targets.gguf.kernels is not of such a machine"
+
+
+def _in_head(group: WeightGroup) -> bool:
+    return group.layer is None
+
+
+def _own_seconds(folder: Path) -> Seconds:
+    """Return what a weight takes in the type that all others are compared with."""
+    with ExitStack() as stack:
+        model, wider = (
+            stack.enter_context(
+                open_model(str(tiny_model(folder / f"{width}", hidden=HIDDEN, intermediate=width, layers=LAYERS)))
+            )
+            for width in (INTERMEDIATE, 2 * INTERMEDIATE)
+        )
+        made = [_in_types(one, folder, lambda group: BASELINE) for one in (model, wider)]
+        added = sum(group.size for group in wider.groups()) - sum(group.size for group in model.groups())
+    return _more_seconds(*made).of(added)
+
+
+def _in_types(model: Model, folder: Path, type_of: Callable[[WeightGroup], str]) -> Artifact:
+    target, text = load_target("gguf"), folder / "text.txt"
+    text.write_text("the capital of France is Paris, numbers 12 345 and hello world. " * 200, "utf-8")
+    statistics = collect(model, file_windows(text, load_tokenizer(model.folder), 4, 64), 0, lambda done, total: None)
+    decisions = [
+        replace(decision, format=ggml_format(type_of(decision.group)))
+        for decision in target.decide(model, BASELINE, "rtn")
+    ]
+    return target.lower(CompressedModel(model, decisions, statistics), BASELINE, Path(mkdtemp(dir=folder)))
+
+
+def _more_seconds(one: Artifact, other: Artifact) -> Seconds:
+    """Return by how much longer a token takes in the other; both are loaded anew several times."""
+    prompt = [token % VOCAB for token in range(PROMPT)]
+    decode, prefill = [], []
+    for _ in range(LOADS):
+        with ExitStack() as stack:
+            children = [stack.enter_context(open_artifact(each, PROMPT + DECODE + 1, THREADS)) for each in (one, other)]
+            for _ in range(ROUNDS):
+                less, more = [child.call("measure", prompt, DECODE, 1) for child in children]
+                decode.append(1 / more.decode_tokens_per_s - 1 / less.decode_tokens_per_s)
+                prefill.append(1 / more.prefill_tokens_per_s - 1 / less.prefill_tokens_per_s)
+    return Seconds(median(decode), median(prefill))

@@ -7,9 +7,10 @@ import pytest
 from exporter.device.profile import device_names, load_device
 from exporter.device.speed import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
 from exporter.model.sources import open_model
-from exporter.targets.gguf.kernels import ON_X86, PLAIN_ON_ARM, REPACKED_ON_ARM, throughput_on
+from exporter.targets.gguf.kernels import ON_AVX512_VNNI, PLAIN_ON_ARM, REPACKED_ON_ARM, kernels_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
+from exporter.weights.ggml import ggml_format
 from tests.models import tiny_model
 
 
@@ -31,18 +32,37 @@ def test_threads_run_on_the_fastest_cores() -> None:
 
 @pytest.mark.parametrize("name", device_names())
 def test_every_type_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
-    known = throughput_on(load_device(name))
-    assert set(ALPHABET) <= set(known)
-    assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in known.values())
+    kernels = kernels_on(load_device(name).isa.features)
+    for known in (kernels.layers, kernels.head):
+        assert set(ALPHABET) <= set(known)
+        assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in known.values())
 
 
 def test_arm_is_quick_where_llama_cpp_repacks() -> None:
-    known = throughput_on(load_device("raspberry-pi-5"))
+    known = kernels_on(load_device("raspberry-pi-5").isa.features).layers
     assert {name for name, one in known.items() if one.prefill == 1.0} == set(REPACKED_ON_ARM)
     assert known["Q5_1"].prefill == PLAIN_ON_ARM
     # Without dotprod nothing is repacked, and a prompt goes at the pace of single tokens.
-    assert throughput_on(load_device("raspberry-pi-4"))["Q4_0"].prefill == ON_X86["Q4_0"].decode
-    assert throughput_on(load_device("core-ultra-200v")) is ON_X86
+    slow = kernels_on(load_device("raspberry-pi-4").isa.features).layers
+    assert slow["Q4_0"].prefill == ON_AVX512_VNNI["Q4_0"].decode
+
+
+def test_x86_is_as_quick_as_the_server_with_its_instructions() -> None:
+    old, new = (kernels_on(load_device(name).isa.features) for name in ("core-i7-1185g7", "core-ultra-200v"))
+    assert old.layers is old.head is ON_AVX512_VNNI
+    assert new.layers["Q4_0"].decode == new.head["Q4_0"].decode == pytest.approx(old.layers["Q4_0"].decode)
+    assert new.layers["Q8_0"].decode < new.layers["Q5_1"].decode
+    assert new.head["Q8_0"].decode > new.head["Q5_1"].decode
+
+
+def test_the_head_has_its_own_speed(tmp_path: Path) -> None:
+    target = load_target("gguf").on(load_device("core-ultra-200v"))
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        head, other = (next(one for one in model.groups() if (one.layer is None) is of) for of in (True, False))
+    kernels = kernels_on(load_device("core-ultra-200v").isa.features)
+    assert target.throughput(head, ggml_format("Q8_0")) == Throughput(kernels.head["Q8_0"].decode, float("inf"))
+    assert target.throughput(other, ggml_format("Q8_0")) == kernels.layers["Q8_0"]
+    assert target.decode_margin == kernels.decode_margin
 
 
 @pytest.mark.parametrize(("target", "largest"), [("gguf", "Q8_0"), ("onnx", "int8-b32")])
