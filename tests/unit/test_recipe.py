@@ -101,9 +101,9 @@ def test_matrices_get_the_fewest_bits_and_factors_and_the_embedding_eight(tmp_pa
         decisions = made.encoding.decide(model, load_target(target))
         outer = {one.stored_as for one in decisions if one.group.layer is None}
         inner = {one.stored_as for one in decisions if one.group.layer is not None}
-    # The model's widths are 64 and 96: no type of 256 columns fits, nor 2 bits in blocks of 64.
+    # The widths are 64 and 96: no type of 256 columns fits, but 2 bits in blocks of 32 do.
     assert outer == {{"gguf": "Q8_0", "onnx": "int8-b32"}[target]}
-    assert inner == {{"gguf": "Q4_0+r32-Q8_0", "onnx": "int4-b32+r32-int8-b32"}[target]}
+    assert inner == {{"gguf": "Q4_0+r32-Q8_0", "onnx": "int2-b32+r32-int8-b32"}[target]}
 
 
 @pytest.mark.parametrize(
