@@ -1,6 +1,8 @@
 """Measurements of artifacts as rows of a JSON file that is kept beside the picture."""
 
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,21 @@ class Row:
     predicted: float | None = None
     rounding: float | None = None
     rounding_in_8_bits: float | None = None
+
+
+def by_turns(artifacts: Sequence[Artifact], prompt: list[int], decode: int, loads: int, rounds: int) -> list[list[Any]]:
+    """Time artifacts by turns, so that what else happens to the machine happens to all: timings, a list for each round.
+
+    How fast a process is depends on where its pages lie, too, so all are loaded anew several times.
+    """
+    found = []
+    for _ in range(loads):
+        with ExitStack() as opened:
+            children = [
+                opened.enter_context(open_artifact(one, len(prompt) + decode + 1, THREADS)) for one in artifacts
+            ]
+            found += [[child.call("measure", prompt, decode, 1) for child in children] for _ in range(rounds)]
+    return found
 
 
 def measured(original: Reference, artifact: Artifact, name: str, kind: str, predicted: float | None = None) -> Row:

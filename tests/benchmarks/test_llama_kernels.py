@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import mkdtemp
 
-from exporter.calibrate.statistics import collect
+from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import file_windows
 from exporter.compress.compressed import CompressedModel
 from exporter.device.memory import host_features
@@ -26,13 +26,14 @@ from exporter.device.speed import Throughput
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import WeightGroup
-from tests.benchmarks.measured import THREADS
+from tests.benchmarks.measured import by_turns
+from tests.benchmarks.ours import silent
 from tests.models import VOCAB, tiny_model
 from tests.reference import reference_model
 
@@ -59,7 +60,8 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
     own = _own_seconds(tmp_path)
     print(f"\n{BASELINE}: {own.decode * 1e12:.1f} ps a weight, {1e-9 / own.prefill:.0f} G products/s with many")
     with open_model(str(reference_model(tmp_path / "reference"))) as model:
-        base = _in_types(model, tmp_path, lambda group: BASELINE)
+        statistics = _seen(model, tmp_path)
+        base = _in_types(model, statistics, tmp_path, lambda group: BASELINE)
         down = max(group.columns for group in model.groups())
         narrow = min(group.columns for group in model.groups())
 
@@ -70,7 +72,9 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
         places = [("layers", known.layers, type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
         places += [("head", known.head, type, _in_head) for type in ALPHABET if ggml_format(type).fits(narrow)]
         for place, table, type, has in places:
-            made = _in_types(model, tmp_path, lambda group, type=type, has=has: type if has(group) else BASELINE)
+            made = _in_types(
+                model, statistics, tmp_path, lambda group, type=type, has=has: type if has(group) else BASELINE
+            )
             more = _more_seconds(base, made).of(sum(group.size for group in model.groups() if has(group)))
             shutil.rmtree(made.folder)
             beside = own.decode / (own.decode + more.decode)
@@ -97,15 +101,20 @@ def _own_seconds(folder: Path) -> Seconds:
             )
             for width in (INTERMEDIATE, 2 * INTERMEDIATE)
         )
-        made = [_in_types(one, folder, lambda group: BASELINE) for one in (model, wider)]
+        made = [_in_types(one, _seen(one, folder), folder, lambda group: BASELINE) for one in (model, wider)]
         added = sum(group.size for group in wider.groups()) - sum(group.size for group in model.groups())
     return _more_seconds(*made).of(added)
 
 
-def _in_types(model: Model, folder: Path, type_of: Callable[[WeightGroup], str]) -> Artifact:
-    target, text = load_target("gguf"), folder / "text.txt"
+def _seen(model: Model, folder: Path) -> Statistics:
+    """Return importance, which some types cannot do without."""
+    text = folder / "text.txt"
     text.write_text("the capital of France is Paris, numbers 12 345 and hello world. " * 200, "utf-8")
-    statistics = collect(model, file_windows(text, load_tokenizer(model.folder), 4, 64), 0, lambda done, total: None)
+    return collect(model, file_windows(text, load_tokenizer(model.folder), 4, 64), 0, silent)
+
+
+def _in_types(model: Model, statistics: Statistics, folder: Path, type_of: Callable[[WeightGroup], str]) -> Artifact:
+    target = load_target("gguf")
     decisions = [
         replace(decision, format=ggml_format(type_of(decision.group)))
         for decision in target.decide(model, BASELINE, "rtn")
@@ -114,14 +123,9 @@ def _in_types(model: Model, folder: Path, type_of: Callable[[WeightGroup], str])
 
 
 def _more_seconds(one: Artifact, other: Artifact) -> Seconds:
-    """Return by how much longer a token takes in the other; both are loaded anew several times."""
-    prompt = [token % VOCAB for token in range(PROMPT)]
-    decode, prefill = [], []
-    for _ in range(LOADS):
-        with ExitStack() as stack:
-            children = [stack.enter_context(open_artifact(each, PROMPT + DECODE + 1, THREADS)) for each in (one, other)]
-            for _ in range(ROUNDS):
-                less, more = [child.call("measure", prompt, DECODE, 1) for child in children]
-                decode.append(1 / more.decode_tokens_per_s - 1 / less.decode_tokens_per_s)
-                prefill.append(1 / more.prefill_tokens_per_s - 1 / less.prefill_tokens_per_s)
-    return Seconds(median(decode), median(prefill))
+    """Return by how much longer a token takes in the other."""
+    rounds = by_turns([one, other], [token % VOCAB for token in range(PROMPT)], DECODE, LOADS, ROUNDS)
+    return Seconds(
+        median(1 / more.decode_tokens_per_s - 1 / less.decode_tokens_per_s for less, more in rounds),
+        median(1 / more.prefill_tokens_per_s - 1 / less.prefill_tokens_per_s for less, more in rounds),
+    )

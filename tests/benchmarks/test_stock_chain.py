@@ -14,7 +14,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +26,10 @@ from exporter.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
-from tests.benchmarks.measured import THREADS, WINDOW, measured
+from tests.benchmarks.measured import THREADS, WINDOW, by_turns, measured
 from tests.benchmarks.ours import Exporter
 from tests.commands import ROOT, printed
 from tests.reference import plain_texts, reference_model
@@ -47,7 +46,6 @@ CHAIN_LIMITS = {"fast": 1.2, "balanced": 3.0, "max": float("inf")}
 NOT_IN_THE_CHAIN = ("foretell", "prove")
 DECODE_AT_LEAST, PREFILL_AT_LEAST = 1.0, 0.9
 QUICK_PREFILL_AT_LEAST = 1.1
-# How fast a process is depends on where its pages lie, too, so both are loaded anew several times.
 PROMPT, DECODE, LOADS, ROUNDS = 256, 32, 6, 4
 EVALUATION_WINDOWS = 8
 
@@ -170,12 +168,8 @@ class Speed:
 
 
 def speed(ours: Artifact, opponent: Artifact, prompt: list[int]) -> Speed:
-    """Time two artifacts by turns, so that what else happens to the machine happens to both."""
-    rounds = []
-    for _ in range(LOADS):
-        with ExitStack() as opened:
-            pair = [opened.enter_context(open_artifact(one, PROMPT + DECODE + 1, THREADS)) for one in (ours, opponent)]
-            rounds += [[child.call("measure", prompt, DECODE, 1) for child in pair] for _ in range(ROUNDS)]
+    """Time two artifacts by turns."""
+    rounds = by_turns([ours, opponent], prompt, DECODE, LOADS, ROUNDS)
     return Speed(
         median(own.prefill_tokens_per_s for own, _ in rounds),
         median(own.decode_tokens_per_s for own, _ in rounds),
