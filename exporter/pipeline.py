@@ -25,7 +25,7 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import Plan, make_plan, with_decisions, with_model
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows
-from exporter.stages import Stages, give_back_freed_memory
+from exporter.stages import Stages, keep_freed_memory
 from exporter.steps.step import Observe
 from exporter.validate.arm64 import settle
 from exporter.validate.emulation import Emulation, emulate
@@ -97,7 +97,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     output = job.output
     if output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
-    give_back_freed_memory()
+    keep_freed_memory()
     stages = Stages()
     with ExitStack() as opened:
         with stages.stage("open"):

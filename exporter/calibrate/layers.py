@@ -13,6 +13,7 @@ from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
+from exporter.stages import give_back_freed_memory
 
 # Windows are run together up to so many tokens: matrix products are fast there, and activations still small.
 TOKENS_AT_ONCE = 2048
@@ -56,6 +57,7 @@ class LayerStream:
             yield module
         finally:
             module.to("meta")
+            give_back_freed_memory()
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
         """Replace the hidden states, float32 [windows, length, hidden], by a layer's output, some windows at a time."""
@@ -72,14 +74,14 @@ class LayerStream:
 
     def attended(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Return what a layer's output projection is given, float32 [windows, length, columns], for its own input."""
-        seen: list[torch.Tensor] = []
-        attention = module.get_submodule("self_attn")
-        hook = attention.get_submodule("o_proj").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        attention: Any = module.get_submodule("self_attn")
+        projection, attention.o_proj = attention.o_proj, nn.Identity()
         try:
-            attention(module.get_submodule("input_layernorm")(hidden), attention_mask=None, **self._where(hidden))
+            normalised = module.get_submodule("input_layernorm")(hidden)
+            attended: torch.Tensor = attention(normalised, attention_mask=None, **self._where(hidden))[0]
         finally:
-            hook.remove()
-        return seen[0]
+            attention.o_proj = projection
+        return attended
 
     def _where(self, hidden: torch.Tensor) -> dict[str, Any]:
         """Return what layers are told of the positions."""

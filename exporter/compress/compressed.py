@@ -18,6 +18,7 @@ from exporter.effort import EFFORTS, Effort
 from exporter.errors import RequestError
 from exporter.model.families import EMBEDDING, LINEARS
 from exporter.model.model import Model
+from exporter.stages import give_back_freed_memory
 from exporter.weights.format import EncodedMatrix, Float32, LowRank
 from exporter.weights.group import Decision
 
@@ -105,6 +106,7 @@ class CompressedModel:
         )
         if self._correction is not None:
             self._correction.follow(decision.group, matrix.planned)
+        give_back_freed_memory()
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
 

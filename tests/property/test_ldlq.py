@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.moments import Site
-from exporter.compress.ldlq import Ldlq, damped, feedback_factor
+from exporter.compress.ldlq import DAMPING, LEAST_DAMPING, Ldlq, damped, feedback_factor
 from exporter.compress.rtn import RoundToNearest
 from exporter.weights.format import PartedGrid, WeightFormat
 from exporter.weights.ggml import ggml_format
@@ -38,10 +38,10 @@ def error(change: np.ndarray, moment: np.ndarray) -> np.ndarray:
     return np.einsum("ij,jk,ik->i", change, moment, change)
 
 
-def naive(weight: np.ndarray, format: WeightFormat, second_moment: np.ndarray, damping: float) -> np.ndarray:
+def naive(weight: np.ndarray, format: WeightFormat, second_moment: np.ndarray) -> np.ndarray:
     """Round in order; after each step spread the error over the rest: -D H_br H_rr^-1, all in float64."""
     h = second_moment.astype(np.float64)
-    h += np.eye(len(h)) * damping * h.trace() / len(h)
+    h += np.eye(len(h)) * DAMPING * np.median(h.diagonal())
     left, out = weight.astype(np.float64), np.zeros_like(weight)
     size = format.block_columns
     # What is left of a column's variance when all later ones are known.
@@ -70,7 +70,7 @@ def naive(weight: np.ndarray, format: WeightFormat, second_moment: np.ndarray, d
 def test_feedback_equals_the_naive_reference(name: str) -> None:
     format = named(name)
     weight, moment = problem(1, columns=512 if name in NESTED else 64)
-    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment, 0.01)
+    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment)
     # A value on the edge between two codes may fall to either side in float32; such a row differs from there on.
     if name not in NESTED:
         assert np.isclose(ours, reference, atol=1e-4).all(axis=1).mean() > 0.85
@@ -81,7 +81,7 @@ def test_feedback_equals_the_naive_reference(name: str) -> None:
 def test_block_feedback_equals_the_naive_reference() -> None:
     weight, moment = problem(2, rows=16, columns=768)
     format = ggml_format("IQ3_XXS")
-    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment, 0.01)
+    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment)
     errors = [error(one - weight, moment).sum() for one in (ours, reference)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
@@ -89,7 +89,7 @@ def test_block_feedback_equals_the_naive_reference() -> None:
 def test_feedback_from_panel_to_panel_equals_the_naive_reference() -> None:
     weight, moment = problem(8, columns=320)
     format = named("int4-b32")
-    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment, 0.01)
+    ours, reference = FEEDBACK.encode(weight, format, seen(moment)).planned, naive(weight, format, moment)
     errors = [error(one - weight, moment).sum() for one in (ours, reference)]
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
@@ -103,7 +103,7 @@ def test_what_errors_cost_equals_the_whole_product(name: str) -> None:
     site = replace(seen(moment), held=held, share=0.25)
     found = FEEDBACK.expected_error(weight, format, site, sensitivities)
     assert 0 < site.shrinkage < site.fitted_shrinkage <= 1
-    factor = feedback_factor(damped(moment, 0.01, site.fitted_shrinkage)).astype(np.float64)
+    factor = feedback_factor(damped(moment, DAMPING, site.fitted_shrinkage)).astype(np.float64)
     size = 256 if name == "IQ3_XXS" else 1
     inverses = np.zeros_like(factor)
     for start in range(0, 1280, size):
@@ -120,7 +120,7 @@ def test_what_errors_cost_equals_the_whole_product(name: str) -> None:
 def test_descent_never_loses_and_ends_where_no_single_code_can_be_bettered(name: str) -> None:
     format = named(name)
     weight, moment = problem(3, rows=8, columns=256 if name in NESTED else 128)
-    fine = damped(moment, 0.01)
+    fine = damped(moment, DAMPING)
     rows = np.arange(len(weight))
     before, after, end = (Ldlq(sweeps=sweeps).encode(weight, format, seen(moment)).planned for sweeps in (0, 2, 40))
     losses = [error(planned - weight, fine) for planned in (before, after, end)]
@@ -196,9 +196,21 @@ def test_scales_of_an_empty_block_stay_usable() -> None:
 def test_factor_is_the_cholesky_factor_of_the_damped_inverse(columns: int) -> None:
     _, moment = problem(3, columns=columns)
     factor = feedback_factor(damped(moment, 0.01)).astype(np.float64)
-    expected = np.linalg.inv(moment + np.eye(columns) * 0.01 * moment.trace() / columns)
+    added = 0.01 * max(np.median(moment.diagonal()), moment.trace() / columns)
+    expected = np.linalg.inv(moment + np.eye(columns) * added)
     np.testing.assert_allclose(factor.T @ factor, expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(np.tril(factor, -1), 0)
+
+
+def test_damping_is_a_share_of_the_median_and_no_less_than_some_of_the_mean() -> None:
+    one_large = np.diag(np.array([1.0, 2, 3, 1000], np.float32))
+    mostly_zero = np.diag(np.array([0.0, 0, 0, 8], np.float32))
+    for moment, added in (
+        (one_large, max(DAMPING * 2.5, LEAST_DAMPING * 251.5)),
+        (mostly_zero, LEAST_DAMPING * 2),
+        (np.zeros((4, 4), np.float32), 1),
+    ):
+        np.testing.assert_allclose(damped(moment, DAMPING), moment + added * np.eye(4), rtol=1e-6)
 
 
 def test_feedback_beats_rounding_and_equals_it_where_inputs_are_independent() -> None:

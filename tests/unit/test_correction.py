@@ -126,12 +126,12 @@ def test_a_corrected_model_stays_nearer_to_the_source(model: Model, tmp_path: Pa
 
 
 def test_it_is_done_where_codes_are_fitted(model: Model) -> None:
-    text = Windows.of(np.tile(TOKENS, (4, 1)), "file", 0)
+    text = Windows.of(np.tile(TOKENS, (8, 1)), "file", 0)
     target = load_target("gguf")
     ldlq, rtn, floats = (target.decide(model, *asked) for asked in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F32", "ldlq")))
     windows = corrected_on(EFFORTS["balanced"], ldlq, text)
     assert windows is not None
-    assert windows.shape == (12, 24)
+    assert windows.shape == (EFFORTS["balanced"].corrected_windows, 24)
     assert corrected_on(EFFORTS["fast"], ldlq, text) is None
     assert corrected_on(EFFORTS["balanced"], rtn, text) is None
     assert corrected_on(EFFORTS["balanced"], floats, text) is None
