@@ -87,7 +87,7 @@ class Kernels:
 def kernels_on(features: Collection[str]) -> Kernels:
     """Return the kernels for such instructions, named as in device profiles."""
     if "avx-vnni" in features:
-        return Kernels(ON_AVX_VNNI, HEAD_ON_AVX_VNNI, decode_margin=0.02)
+        return Kernels(ON_AVX_VNNI, HEAD_ON_AVX_VNNI, decode_margin=0.025)
     known = ON_AVX512_VNNI
     if "dotprod" in features or "i8mm" in features:
         known = {
