@@ -94,6 +94,20 @@ def shrunk(moment: Float32, shrinkage: float, diagonal: Float32) -> Float32:
     return made
 
 
+def add_products(total: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> None:
+    """Add the sum of x x^T over rows x, times a scale, to a square; right of its diagonal only some of it is added.
+
+    Args:
+        total: float32 [columns, columns].
+        rows: float32 [rows, columns].
+        scale: What the products are multiplied by.
+    """
+    step = -(-len(total) // STRIPES)
+    for first in range(0, len(total), step):
+        last = first + step
+        total[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last], alpha=scale)
+
+
 class _Moment:
     """A weighted sum of x x^T; only what lies on and left of the diagonal is summed."""
 
@@ -105,11 +119,7 @@ class _Moment:
         """Add inputs, float32 [tokens, columns], with weights, float32 [tokens]."""
         if not len(inputs):
             return
-        rows = inputs * weights.sqrt()[:, None]
-        step = -(-len(self._total) // STRIPES)
-        for first in range(0, len(self._total), step):
-            last = first + step
-            self._total[first:last, :last].addmm_(rows[:, first:last].T, rows[:, :last])
+        add_products(self._total, inputs * weights.sqrt()[:, None])
         self.weight += float(weights.sum(dtype=torch.float64))
 
     def mean(self) -> Float32:

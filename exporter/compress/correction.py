@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from exporter.calibrate.layers import LayerStream, check_finite, parts
-from exporter.calibrate.moments import STRIPES
+from exporter.calibrate.moments import add_products
 from exporter.calibrate.text import Tokens
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
@@ -162,17 +162,13 @@ class _Difference:
 
     def __init__(self, source: _Pass, compressed: _Pass, site: str) -> None:
         columns, tokens = compressed.inputs(site, slice(0, 1)).shape[-1], compressed.hidden[..., 0].numel()
-        # Only what lies on and left of the diagonal is summed, in horizontal stripes: that is all that is factored.
         moment, self._inputs = torch.zeros(columns, columns), torch.zeros(columns, columns)
-        step = -(-columns // STRIPES)
-        stripes = [(slice(first, first + step), slice(first + step)) for first in range(0, columns, step)]
         self._stream: torch.Tensor | None = None
         if site in INTO_THE_STREAM:
             self._stream = torch.zeros(compressed.hidden.shape[-1], columns)
         for part in parts(compressed.hidden):
             given = compressed.inputs(site, part).flatten(0, 1)
-            for stripe, before in stripes:
-                moment[stripe, before].addmm_(given[:, stripe].T, given[:, before], alpha=1 / tokens)
+            add_products(moment, given, 1 / tokens)
             missing = source.inputs(site, part).flatten(0, 1) - given
             self._inputs.addmm_(missing.T, given, alpha=INPUTS_SHARE / tokens)
             if self._stream is not None:
@@ -180,6 +176,7 @@ class _Difference:
                 self._stream.addmm_(lost.T, given, alpha=STREAM_SHARE / tokens)
         diagonal = moment.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        # It reads no more than what lies on and left of the diagonal.
         self._factor = torch.linalg.cholesky(moment)
 
     def made_up(self, weight: torch.Tensor) -> torch.Tensor:
