@@ -3,8 +3,8 @@
 Measured with llama-cpp-python 0.3.36 on two cores of x86-64 servers. One has AVX-512 VNNI; there Q4_0 made 208e9
 products a second in matrices of 2048 x 8192. The other has AVX-VNNI besides, where it made 130e9 in the reference
 model's matrices (`tests/benchmarks/test_llama_kernels.py`). That one's memory is slow, and not equally so every hour:
-figures for one token are means of two days, and only what they are beside Q4_0's holds elsewhere, so that Q4_0's own is
-the first server's.
+figures for one token are means of two or three days, and only what they are beside Q4_0's holds elsewhere, so that
+Q4_0's own is the first server's.
 
 What bits cost is not what kernels cost: Q4_1, Q5_0 and Q5_1 have none for many tokens at once, and take up to three
 times as long for a prompt as types of more bits.
@@ -14,10 +14,12 @@ do without there takes 3 to 4 times as long for a prompt: published prefills are
 on the Raspberry Pi 5, 2.6 against 0.7 on the M4 Max. One token at a time is taken to be as on x86.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from exporter.device.speed import Throughput
+from exporter.weights.group import WeightGroup
 
 ON_AVX512_VNNI: Mapping[str, Throughput] = {
     "IQ2_XXS": Throughput(0.119, 1.40),
@@ -45,25 +47,25 @@ ON_AVX_VNNI: Mapping[str, Throughput] = {
     "Q2_K": Throughput(0.2230, 0.79),
     "IQ3_XXS": Throughput(0.1020, 1.02),
     "IQ3_S": Throughput(0.0862, 1.11),
-    "Q3_K": Throughput(0.2389, 0.92),
-    "IQ4_XS": Throughput(0.1927, 1.05),
-    "IQ4_NL": Throughput(0.2296, 1.02),
+    "Q3_K": Throughput(0.2481, 0.92),
+    "IQ4_XS": Throughput(0.1875, 1.05),
+    "IQ4_NL": Throughput(0.2354, 1.02),
     "Q4_0": Throughput(0.2370, 1.00),
-    "Q4_1": Throughput(0.1890, 0.33),
-    "Q4_K": Throughput(0.2672, 0.97),
+    "Q4_1": Throughput(0.1870, 0.33),
+    "Q4_K": Throughput(0.2950, 0.97),
     "Q5_0": Throughput(0.1507, 0.60),
     "Q5_1": Throughput(0.1441, 0.28),
-    "Q5_K": Throughput(0.1606, 1.04),
-    "Q6_K": Throughput(0.1724, 1.05),
-    "Q8_0": Throughput(0.1420, 0.70),
+    "Q5_K": Throughput(0.1578, 1.04),
+    "Q6_K": Throughput(0.1729, 1.05),
+    "Q8_0": Throughput(0.1398, 0.70),
     "F16": Throughput(0.1075, 0.68),
     "F32": Throughput(0.0848, 0.70),
 }
 # One token at a time: the head is by far the largest matrix, and is read more steadily than others.
 IN_HEAD_ON_AVX_VNNI = {"IQ4_NL": 0.2332, "Q4_1": 0.1908, "Q5_0": 0.1615, "Q5_1": 0.1455, "Q8_0": 0.1499}
-HEAD_ON_AVX_VNNI: Mapping[str, Throughput] = {
-    name: replace(one, decode=IN_HEAD_ON_AVX_VNNI.get(name, one.decode)) for name, one in ON_AVX_VNNI.items()
-}
+# The same in down projections: few and long rows. What is not repacked goes to threads by 64 rows (ggml-cpu.c), so that
+# of 576 one of two threads gets five such chunks, and the other waits for it.
+IN_DOWN_ON_AVX_VNNI = {"Q4_1": 0.1718, "Q5_0": 0.1380, "Q5_1": 0.1243, "Q8_0": 0.1049}
 REPACKED_ON_ARM = ("Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # Of the speed of repacked kernels, by those figures.
 PLAIN_ON_ARM = 0.28
@@ -75,19 +77,27 @@ class Kernels:
 
     Attributes:
         layers: The speed of each type in matrices of layers.
-        head: The same in the head.
-        decode_margin: See `exporter.targets.target.Target`.
+        decode_in_down: What it is with one token in down projections, where it differs.
+        decode_in_head: The same in the head.
     """
 
     layers: Mapping[str, Throughput]
-    head: Mapping[str, Throughput]
-    decode_margin: float
+    decode_in_down: Mapping[str, float]
+    decode_in_head: Mapping[str, float]
+
+    def speed(self, group: WeightGroup, type: str) -> Throughput:
+        """Return the speed of a type in a matrix; of a prompt only the last token goes through the head."""
+        known = self.layers[type]
+        if group.layer is None:
+            return Throughput(self.decode_in_head.get(type, known.decode), math.inf)
+        elsewhere = self.decode_in_down if group.role == "down" else {}
+        return replace(known, decode=elsewhere.get(type, known.decode))
 
 
 def kernels_on(features: Collection[str]) -> Kernels:
     """Return the kernels for such instructions, named as in device profiles."""
     if "avx-vnni" in features:
-        return Kernels(ON_AVX_VNNI, HEAD_ON_AVX_VNNI, decode_margin=0.025)
+        return Kernels(ON_AVX_VNNI, IN_DOWN_ON_AVX_VNNI, IN_HEAD_ON_AVX_VNNI)
     known = ON_AVX512_VNNI
     if "dotprod" in features or "i8mm" in features:
         known = {
@@ -95,4 +105,4 @@ def kernels_on(features: Collection[str]) -> Kernels:
         }
     elif "neon" in features:
         known = {name: replace(one, prefill=one.decode) for name, one in known.items()}
-    return Kernels(known, known, decode_margin=0.03)
+    return Kernels(known, {}, {})

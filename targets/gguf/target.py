@@ -1,9 +1,7 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -60,6 +58,7 @@ class Gguf:
     default_method = "ldlq"
     type_of_8_bits = "Q8_0"
     most_rounding_kl = 0.1
+    decode_margin = 0.03
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {
             bits: ggml_format(name)
@@ -74,7 +73,6 @@ class Gguf:
     def __init__(self, features: Collection[str] | None = None) -> None:
         self._features = host_features() if features is None else features
         self._kernels = kernels_on(self._features)
-        self.decode_margin = self._kernels.decode_margin
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the kernels that llama.cpp has for a device's instruction set."""
@@ -135,10 +133,8 @@ class Gguf:
         return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
-        """Return the speed of a type's kernels; of a prompt only the last token goes through the head."""
-        if group.layer is None:
-            return replace(self._kernels.head[format.name], prefill=math.inf)
-        return self._kernels.layers[format.name]
+        """Return the speed of a type's kernels."""
+        return self._kernels.speed(group, format.name)
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, and the most that their alignment takes."""

@@ -3,11 +3,12 @@
     .venv/bin/python -m pytest tests/benchmarks/test_llama_kernels.py --timeout=0 -s
 
 What a kernel takes depends on the shape, so types are timed in the reference model's own matrices: all in Q4_0, by
-turns with the same model of which one part has another type. The part is the down projections for types of 256 weights
-a block, which fit no others there, else all other matrices of layers, and then the head. What a weight takes is Q4_0's
-plus the difference; Q4_0's own is what each weight more takes in a random model with feed-forwards twice as wide. A
-figure is the products a second over those of Q4_0 with many tokens at once, as `exporter.targets.gguf.kernels` holds
-them; for one token it is what the table has for Q4_0 times what the type is beside it.
+turns with the same model of which one part has another type. The part is all matrices of layers but the down
+projections, then these, and then the head; types of 256 weights a block fit the down projections only. What a weight
+takes is Q4_0's plus the difference; Q4_0's own is what each weight more takes in a random model with feed-forwards
+twice as wide. A figure is the products a second over those of Q4_0 with many tokens at once, as
+`exporter.targets.gguf.kernels` holds them; for one token it is what the table has for Q4_0 times what the type is
+beside it.
 """
 
 import shutil
@@ -62,34 +63,43 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
     with open_model(str(reference_model(tmp_path / "reference"))) as model:
         statistics = _seen(model, tmp_path)
         base = _in_types(model, statistics, tmp_path, lambda group: BASELINE)
-        down = max(group.columns for group in model.groups())
         narrow = min(group.columns for group in model.groups())
 
         def in_layers(type: str) -> Callable[[WeightGroup], bool]:
-            alone = not ggml_format(type).fits(narrow)
-            return lambda group: group.layer is not None and (group.columns == down) == alone
+            return _elsewhere if ggml_format(type).fits(narrow) else _in_down
 
-        places = [("layers", known.layers, type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
-        places += [("head", known.head, type, _in_head) for type in ALPHABET if ggml_format(type).fits(narrow)]
-        for place, table, type, has in places:
+        everywhere = [type for type in ALPHABET if ggml_format(type).fits(narrow)]
+        places = [("layers", {}, type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
+        places += [("down", known.decode_in_down, type, _in_down) for type in everywhere]
+        places += [("head", known.decode_in_head, type, _in_head) for type in everywhere]
+        for place, differing, type, has in places:
             made = _in_types(
                 model, statistics, tmp_path, lambda group, type=type, has=has: type if has(group) else BASELINE
             )
             more = _more_seconds(base, made).of(sum(group.size for group in model.groups() if has(group)))
             shutil.rmtree(made.folder)
             beside = own.decode / (own.decode + more.decode)
-            found = Throughput(beside * table[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
+            found = Throughput(beside * known.layers[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
             print(f'  {place:6}  "{type}": Throughput({found.decode:.4f}, {found.prefill:.2f}),  ', end="")
             print(f"# {more.decode * 1e12:+.1f} ps", flush=True)
-            slower = found.decode / table[type].decode, found.prefill / table[type].prefill
+            usual = known.layers[type]
+            slower = found.decode / differing.get(type, usual.decode), found.prefill / usual.prefill
             # Of a prompt only the last token goes through the head.
-            if max(abs(one - 1) for one in slower[: 2 if place == "layers" else 1]) > WITHIN:
+            if max(abs(one - 1) for one in slower[: 1 if place == "head" else 2]) > WITHIN:
                 far.append((place, type))
     assert not far, "the table in exporter.targets.gguf.kernels is not of such a machine"
 
 
 def _in_head(group: WeightGroup) -> bool:
     return group.layer is None
+
+
+def _in_down(group: WeightGroup) -> bool:
+    return group.role == "down"
+
+
+def _elsewhere(group: WeightGroup) -> bool:
+    return not _in_head(group) and not _in_down(group)
 
 
 def _own_seconds(folder: Path) -> Seconds:

@@ -33,9 +33,11 @@ def test_threads_run_on_the_fastest_cores() -> None:
 @pytest.mark.parametrize("name", device_names())
 def test_every_type_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
     kernels = kernels_on(load_device(name).isa.features)
-    for known in (kernels.layers, kernels.head):
-        assert set(ALPHABET) <= set(known)
-        assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in known.values())
+    assert set(ALPHABET) <= set(kernels.layers)
+    assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in kernels.layers.values())
+    for differing in (kernels.decode_in_down, kernels.decode_in_head):
+        assert set(differing) <= set(ALPHABET)
+        assert all(0 < decode < 2 for decode in differing.values())
 
 
 def test_arm_is_quick_where_llama_cpp_repacks() -> None:
@@ -49,20 +51,25 @@ def test_arm_is_quick_where_llama_cpp_repacks() -> None:
 
 def test_x86_is_as_quick_as_the_server_with_its_instructions() -> None:
     old, new = (kernels_on(load_device(name).isa.features) for name in ("core-i7-1185g7", "core-ultra-200v"))
-    assert old.layers is old.head is ON_AVX512_VNNI
-    assert new.layers["Q4_0"].decode == new.head["Q4_0"].decode == pytest.approx(old.layers["Q4_0"].decode)
+    assert old.layers is ON_AVX512_VNNI
+    assert not old.decode_in_down and not old.decode_in_head
+    assert new.layers["Q4_0"].decode == pytest.approx(old.layers["Q4_0"].decode)
     assert new.layers["Q8_0"].decode < new.layers["Q5_1"].decode
-    assert new.head["Q8_0"].decode > new.head["Q5_1"].decode
+    assert new.decode_in_head["Q8_0"] > new.decode_in_head["Q5_1"]
 
 
-def test_the_head_has_its_own_speed(tmp_path: Path) -> None:
+def test_head_and_down_projections_have_their_own_speed(tmp_path: Path) -> None:
     target = load_target("gguf").on(load_device("core-ultra-200v"))
-    with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        head, other = (next(one for one in model.groups() if (one.layer is None) is of) for of in (True, False))
     kernels = kernels_on(load_device("core-ultra-200v").isa.features)
-    assert target.throughput(head, ggml_format("Q8_0")) == Throughput(kernels.head["Q8_0"].decode, float("inf"))
-    assert target.throughput(other, ggml_format("Q8_0")) == kernels.layers["Q8_0"]
-    assert target.decode_margin == kernels.decode_margin
+    usual = kernels.layers["Q8_0"]
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        found = {group.role: target.throughput(group, ggml_format("Q8_0")) for group in model.groups()}
+        head = next(group.role for group in model.groups() if group.layer is None)
+        in_q4_k = [target.throughput(group, ggml_format("Q4_K")) for group in model.groups() if group.role == "down"]
+    assert found["down"] == Throughput(kernels.decode_in_down["Q8_0"], usual.prefill)
+    assert found[head] == Throughput(kernels.decode_in_head["Q8_0"], float("inf"))
+    assert {found[role] for role in ("q", "k", "v", "o", "gate", "up")} == {usual}
+    assert set(in_q4_k) == {kernels.layers["Q4_K"]}
 
 
 @pytest.mark.parametrize(("target", "largest"), [("gguf", "Q8_0"), ("onnx", "int8-b32")])
