@@ -69,21 +69,22 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
             return _elsewhere if ggml_format(type).fits(narrow) else _in_down
 
         everywhere = [type for type in ALPHABET if ggml_format(type).fits(narrow)]
-        places = [("layers", {}, type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
-        places += [("down", known.decode_in_down, type, _in_down) for type in everywhere]
-        places += [("head", known.decode_in_head, type, _in_head) for type in everywhere]
-        for place, differing, type, has in places:
+        places = [("layers", type, in_layers(type)) for type in (*ALPHABET, "F16", "F32")]
+        places += [("down", type, _in_down) for type in everywhere]
+        places += [("head", type, _in_head) for type in everywhere]
+        for place, type, has in places:
             made = _in_types(
                 model, statistics, tmp_path, lambda group, type=type, has=has: type if has(group) else BASELINE
             )
-            more = _more_seconds(base, made).of(sum(group.size for group in model.groups() if has(group)))
+            changed = [group for group in model.groups() if has(group)]
+            more = _more_seconds(base, made).of(sum(group.size for group in changed))
             shutil.rmtree(made.folder)
             beside = own.decode / (own.decode + more.decode)
             found = Throughput(beside * known.layers[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
             print(f'  {place:6}  "{type}": Throughput({found.decode:.4f}, {found.prefill:.2f}),  ', end="")
             print(f"# {more.decode * 1e12:+.1f} ps", flush=True)
-            usual = known.layers[type]
-            slower = found.decode / differing.get(type, usual.decode), found.prefill / usual.prefill
+            held = known.speed(changed[0], type)
+            slower = found.decode / held.decode, found.prefill / held.prefill
             # Of a prompt only the last token goes through the head.
             if max(abs(one - 1) for one in slower[: 1 if place == "head" else 2]) > WITHIN:
                 far.append((place, type))
