@@ -55,7 +55,7 @@ ON_AVX_VNNI: Mapping[str, Throughput] = {
     "Q4_K": Throughput(0.2950, 0.97),
     "Q5_0": Throughput(0.1507, 0.60),
     "Q5_1": Throughput(0.1441, 0.28),
-    "Q5_K": Throughput(0.1578, 1.04),
+    "Q5_K": Throughput(0.1634, 1.04),
     "Q6_K": Throughput(0.1729, 1.05),
     "Q8_0": Throughput(0.1398, 0.70),
     "F16": Throughput(0.1075, 0.68),

@@ -54,6 +54,9 @@ def by_turns(artifacts: Sequence[Artifact], prompt: list[int], decode: int, load
             children = [
                 opened.enter_context(open_artifact(one, len(prompt) + decode + 1, THREADS)) for one in artifacts
             ]
+            # Until the last one is loaded, none has the cores to itself.
+            for child in children:
+                child.result()
             found += [[child.call("measure", prompt, decode, 1) for child in children] for _ in range(rounds)]
     return found
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from math import inf
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,6 +86,26 @@ def test_with_many_storages_it_is_within_its_gap_of_the_bound() -> None:
     # Lagrange's bound: no allocation within the budget is better than min(kl + price * bytes) - price * budget.
     bound = max(float((kl_of + price * bytes_of).min(axis=1).sum() - price * budget) for price in prices)
     assert bound <= total(found, "kl") <= 1.001 * bound
+
+
+def test_where_the_best_takes_too_long_to_prove_the_best_so_far_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What one choice spares of all limits together is what it costs, so that bounds tell nothing.
+    used = np.random.default_rng(1).integers(1, 1000, (20, 2, 3))
+    choices = [
+        [Choice(FORMAT, int(a), float(3000 - a - b - c), float(b), float(c)) for a, b, c in some] for some in used
+    ]
+    limits = Limits(**{name: between(choices, name, 0.5) for name in NAMES})
+    best = allocate(choices, limits)
+    assert best is not None
+    costs = {}
+    for most_nodes in (0, 10):
+        monkeypatch.setattr("exporter.compress.allocate.MOST_NODES", most_nodes)
+        found = allocate(choices, limits)
+        assert found is not None and within(found, limits) and found == allocate(choices, limits)
+        costs[most_nodes] = total(found, "kl")
+    assert total(best, "kl") < costs[10] <= 1.05 * total(best, "kl")
+    # Nothing was found by then, so that the search went on.
+    assert costs[0] == total(best, "kl")
 
 
 def test_the_smallest_budget_is_met_and_nothing_fits_a_smaller_one() -> None:
