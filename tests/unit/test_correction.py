@@ -131,7 +131,7 @@ def test_it_is_done_where_codes_are_fitted(model: Model) -> None:
     ldlq, rtn, floats = (target.decide(model, *asked) for asked in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F32", "ldlq")))
     windows = corrected_on(EFFORTS["balanced"], ldlq, text)
     assert windows is not None
-    assert windows.shape == (20, 24)
+    assert windows.shape == (22, 24)
     assert corrected_on(EFFORTS["fast"], ldlq, text) is None
     assert corrected_on(EFFORTS["balanced"], rtn, text) is None
     assert corrected_on(EFFORTS["balanced"], floats, text) is None
