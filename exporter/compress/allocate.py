@@ -269,14 +269,15 @@ def _solve(costs: Float64, used: Float64, bounds: Float64, counts: list[int]) ->
         solver.setOptionValue(option, value)
     solver.passModel(problem)
     solver.run()
-    if solver.getModelStatus() == highspy.HighsModelStatus.kSolutionLimit and not solver.getSolution().value_valid:
+    limit = highspy.HighsModelStatus.kSolutionLimit
+    if solver.getModelStatus() == limit and not solver.getSolution().value_valid:
         # Nodes are up before anything was found that keeps the bounds: whether something does has to be known.
         solver.setOptionValue("mip_max_nodes", highspy.kHighsIInf)
         solver.run()
     status = solver.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
         return None
-    if not solver.getSolution().value_valid:
+    if status not in (highspy.HighsModelStatus.kOptimal, limit):
         raise ExporterError("HiGHS found no choice of formats", got=solver.modelStatusToString(status))
     taken = np.array(solver.getSolution().col_value)
     ends = np.cumsum(counts)
