@@ -22,7 +22,7 @@ class Effort:
     corrected_windows: int
 
 
-EFFORTS = {"fast": Effort(5, 2, 0, 0), "balanced": Effort(22, 8, 2, 22), "max": Effort(96, 8, 6, 96)}
+EFFORTS = {"fast": Effort(5, 2, 0, 0), "balanced": Effort(30, 8, 2, 30), "max": Effort(96, 8, 6, 96)}
 
 
 def effort(name: str) -> Effort:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from exporter.calibrate.moments import STRIPES, Site
+from exporter.calibrate.products import quick_products
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compressed import is_corrected, weights_digest
 from exporter.compress.method import load_method, relative_error
@@ -26,6 +27,8 @@ from exporter.weights.group import Decision
 # Shares of the speed of large products: layers with their attention, one token at a time for many texts, a prompt in
 # a runtime, double-precision factors.
 LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE = 0.8, 0.42, 0.9, 0.15
+# What layers do beside their products, where these may be quick: a share of the time of float32's products.
+BESIDE_PRODUCTS = 0.7
 # Two turns of a matrix and of its factors, against the matrix alone: measured on 576 x 576 weights.
 TIMES_WITH_FACTORS = 4.3
 DECODED_BYTES_PER_SECOND = 8e9
@@ -45,20 +48,22 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     """
     original, model = planned.original, planned.model
     flops_per_s = _flops_per_s()
+    with quick_products():
+        layer_flops_per_s = 1 / (1 / _flops_per_s() + BESIDE_PRODUCTS / flops_per_s)
     evaluation = job.evaluation_windows * job.window
     token, before = _token_flops(model, job.window), _token_flops(original, job.window)
     prompt = token / (PROMPT_SHARE * flops_per_s)
     return {
         "open": OPEN_SECONDS,
         "calibration text": _sampling(original, job, before / (SAMPLING_SHARE * flops_per_s)),
-        **_rewriting(planned, _statistics(original, job, flops_per_s), flops_per_s),
-        "statistics": _statistics(model, job, flops_per_s),
+        **_rewriting(planned, _statistics(original, job, layer_flops_per_s), flops_per_s),
+        "statistics": _statistics(model, job, layer_flops_per_s),
         "allocate": _prediction(storages, job, flops_per_s),
-        "foretell": _statistics(model, job, flops_per_s, job.foretold_windows)
+        "foretell": _statistics(model, job, layer_flops_per_s, job.foretold_windows)
         + _prediction([Storage.of(one) for one in planned.decisions], job, flops_per_s),
         "compress and lower": VOCABULARY_SECONDS
         + _encoding(planned.decisions, job, flops_per_s)
-        + _correcting(planned, job, flops_per_s),
+        + _correcting(planned, job, layer_flops_per_s, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
@@ -70,10 +75,10 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     }
 
 
-def _statistics(model: Model, job: Job, flops_per_s: float, windows: int | None = None) -> float:
+def _statistics(model: Model, job: Job, layer_flops_per_s: float, windows: int | None = None) -> float:
     """Return the seconds of running some windows, or those to calibrate on, forwards, forwards again and backwards."""
     tokens = (windows or job.effort_level.calibration_windows) * job.window
-    return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / (LAYERS_SHARE * flops_per_s)
+    return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / layer_flops_per_s
 
 
 def _rewriting(planned: Plan, statistics_s: float, flops_per_s: float) -> dict[str, float]:
@@ -133,7 +138,7 @@ def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
     return seconds
 
 
-def _correcting(planned: Plan, job: Job, flops_per_s: float) -> float:
+def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: float) -> float:
     """Return the seconds of two models side by side through the layers, and of their difference at each site."""
     if not is_corrected(job.effort_level, planned.decisions):
         return 0.0
@@ -142,9 +147,12 @@ def _correcting(planned: Plan, job: Job, flops_per_s: float) -> float:
     sites = {group.site: group for group in layers}
     tokens = job.effort_level.corrected_windows * job.window
     models = 2 * sum(group.size for group in layers)
-    moments = sum(2 * one.columns**2 + hidden * one.columns * (one.role in ("o", "down")) for one in sites.values())
+    moments = sum(
+        (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.role in ("o", "down"))
+        for one in sites.values()
+    )
     factors = sum(one.columns**3 for one in sites.values()) / 3
-    return (2.0 * tokens * (models + moments) / LAYERS_SHARE + factors / FACTOR_SHARE) / flops_per_s
+    return 2.0 * tokens * (models + moments) / layer_flops_per_s + factors / FACTOR_SHARE / flops_per_s
 
 
 def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:

@@ -73,3 +73,11 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let products be float32's also where the processor has quicker ones."""
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)

@@ -151,15 +151,14 @@ class Moments:
         held = numbers % HELD_EVERY == HELD_EVERY - 1
         for moment, chosen in ((self._fitted, ~held), (self._held, held)):
             moment.add(inputs[chosen].flatten(0, 1), weights[chosen].flatten())
-        rows, every = inputs.flatten(0, 1), weights.flatten()
-        self._squares += rows.square().sum(0)
-        smallest = rows.abs()
+        largest, every = inputs.flatten(0, 1).square(), weights.flatten()
+        self._squares += largest.sum(0)
         size = 1
         for block, total in self._peaks.items():
-            smallest = smallest.reshape(len(rows), -1, block // size).amax(-1)
+            largest = largest.reshape(len(every), -1, block // size).amax(-1)
             size = block
-            total.addmv_(smallest.square().T, every)
-        self._tokens += len(rows)
+            total.addmv_(largest.T, every)
+        self._tokens += len(every)
 
     def save(self, folder: Path, site: str) -> None:
         """Write the means under the site's name; the sums are used up.

@@ -26,6 +26,7 @@ from torch import nn
 from exporter.cache import cache_folder, load_vectors, require_space, save_array, save_vectors
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.moments import Moments, Site, load_power, load_site
+from exporter.calibrate.products import quick_products
 from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
 from exporter.calibrate.text import Windows
 from exporter.model.families import LINEARS
@@ -110,6 +111,7 @@ def disk_bytes(model: Model, tokens: int) -> int:
     )
 
 
+@quick_products()
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
     """Run the float model forwards and backwards over the windows, one layer's weights in memory at a time.
 
@@ -205,7 +207,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
             part = slice(first, first + POSITIONS_AT_ONCE)
             p = (normalised[part].detach() @ head.T).softmax(-1)
             # The expectation of g^2 over drawn tokens, exactly.
-            variance = p - p * p
+            variance = torch.addcmul(p, p, p, value=-1)
             total += variance.sum(0)
             weights[part] = variance.sum(-1)
             drawn = _drawn(p, torch.rand(len(p), 1, generator=chance))

@@ -21,6 +21,7 @@ from torch import nn
 
 from exporter.calibrate.layers import LayerStream, check_finite, parts
 from exporter.calibrate.moments import add_products
+from exporter.calibrate.products import quick_products
 from exporter.calibrate.text import Tokens
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
@@ -54,6 +55,7 @@ class Correction:
         self._difference: _Difference | None = None
 
     @torch.inference_mode()
+    @quick_products()
     def wanted(self, group: WeightGroup, weight: Float32) -> Float32:
         """Return W*, float32 [rows, columns]; matrices outside the layers stay as they are.
 
@@ -69,6 +71,7 @@ class Correction:
         return self._difference.made_up(torch.from_numpy(weight)).numpy()
 
     @torch.inference_mode()
+    @quick_products()
     def follow(self, group: WeightGroup, planned: Float32) -> None:
         """Let the compressed model go on with what became of a matrix, float32 [rows, columns]."""
         if group.layer is None:
@@ -117,8 +120,8 @@ class _Pass:
 
     def __init__(self, stream: LayerStream, module: nn.Module, hidden: torch.Tensor) -> None:
         self._stream, self.module, self.hidden = stream, module, hidden
-        # What the last matrix of the layer's part is given: it takes the most to compute.
-        self._last = torch.empty(0)
+        # What the last matrix of the layer's part is given, by first window: it takes the most to compute.
+        self._last: dict[int, torch.Tensor] = {}
 
     def reach(self, site: str) -> None:
         """Go on to a site, which comes after the last one."""
@@ -130,9 +133,9 @@ class _Pass:
             self._keep(self._gated)
 
     def inputs(self, site: str, part: slice) -> torch.Tensor:
-        """Return what the matrices of a site are given, float32 [windows, length, columns]."""
+        """Return what the matrices of a site are given in one of `parts`, float32 [windows, length, columns]."""
         if site in INTO_THE_STREAM:
-            return self._last[part]
+            return self._last[part.start]
         norm = "input_layernorm" if site == "attention_in" else "post_attention_layernorm"
         normalised: torch.Tensor = self.module.get_submodule(norm)(self.hidden[part])
         return normalised
@@ -148,20 +151,20 @@ class _Pass:
         return gated.mul_(mlp.up_proj(normalised))
 
     def _keep(self, given: Callable[[slice], torch.Tensor]) -> None:
-        self._last = torch.cat([given(part) for part in parts(self.hidden)])
+        self._last = {part.start: given(part) for part in parts(self.hidden)}
 
     def _add(self, path: str) -> None:
         linear = self.module.get_submodule(path)
         for part in parts(self.hidden):
-            self.hidden[part] += linear(self._last[part])
-        self._last = torch.empty(0)
+            self.hidden[part] += linear(self._last.pop(part.start))
 
 
 class _Difference:
     """How two models differ at a site, and what a matrix there can do about it."""
 
     def __init__(self, source: _Pass, compressed: _Pass, site: str) -> None:
-        columns, tokens = compressed.inputs(site, slice(0, 1)).shape[-1], compressed.hidden[..., 0].numel()
+        tokens = compressed.hidden[..., 0].numel()
+        columns = compressed.inputs(site, next(parts(compressed.hidden))).shape[-1]
         moment, self._inputs = torch.zeros(columns, columns), torch.zeros(columns, columns)
         self._stream: torch.Tensor | None = None
         if site in INTO_THE_STREAM:

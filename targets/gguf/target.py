@@ -58,7 +58,7 @@ class Gguf:
     default_method = "ldlq"
     type_of_8_bits = "Q8_0"
     most_rounding_kl = 0.1
-    decode_margin = 0.04
+    decode_margin = 0.05
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {
             bits: ggml_format(name)

@@ -24,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_model(tmp_path / "model", "qwen2", tied=False)
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_ranges_are_those_of_the_whole_model(folder: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: dict[str, torch.Tensor] = {}

@@ -73,6 +73,7 @@ def close(found: np.ndarray | None, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=5e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_they_are_those_of_the_whole_model(folder: Path) -> None:
     with open_model(str(folder)) as model:
         found = collect(model, WINDOWS, 3, silent)

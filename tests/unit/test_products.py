@@ -1,0 +1,72 @@
+"""Products of rounded float32 matrices: where they are made, how far off they are, and what statistics make of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.calibrate.layers import silent
+from exporter.calibrate.products import QUICK, quick_products
+from exporter.calibrate.statistics import Statistics, collect
+from exporter.calibrate.text import Windows
+from exporter.model.families import LINEARS
+from exporter.model.sources import open_model
+from tests.models import tiny_model
+
+LEFT, RIGHT = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+EXACT = LEFT.double() @ RIGHT.double()
+WINDOWS = Windows.of(np.random.default_rng(1).integers(2, 200, (6, 40)), "file", 0)
+has_quick_products = pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get(QUICK), reason="this processor has no quick products"
+)
+
+
+def off(product: torch.Tensor) -> float:
+    return float((product - EXACT).norm() / EXACT.norm())
+
+
+def moment(statistics: Statistics, name: str) -> np.ndarray:
+    site = statistics.site(name)
+    assert site is not None
+    return site.second_moment
+
+
+def apart(found: np.ndarray | None, expected: np.ndarray | None) -> float:
+    assert found is not None and expected is not None
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@has_quick_products
+def test_products_are_rounded_inside_and_exact_again_after_it() -> None:
+    with quick_products():
+        quick = LEFT @ RIGHT
+    assert 1e-4 < off(quick) < 1 / 256
+    with pytest.raises(KeyError), quick_products():
+        raise KeyError
+    assert off(LEFT @ RIGHT) < 1e-6
+
+
+@pytest.mark.usefixtures("float32_products")
+def test_processors_without_them_multiply_float32() -> None:
+    with quick_products():
+        assert off(LEFT @ RIGHT) < 1e-6
+
+
+@has_quick_products
+def test_statistics_hardly_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "quick"))
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        quick = collect(model, WINDOWS, 3, silent)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+        monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "exact"))
+        exact, otherwise_drawn = (collect(model, WINDOWS, seed, silent) for seed in (3, 4))
+    for layer in range(2):
+        for _, place in LINEARS.values():
+            site = f"layers.{layer}.{place}"
+            assert apart(quick.importance(site), exact.importance(site)) < 0.01
+            # A few tokens are drawn otherwise, and count by gradients that differ with them.
+            assert (
+                apart(moment(quick, site), moment(exact, site))
+                < apart(moment(otherwise_drawn, site), moment(exact, site)) / 2
+            )
