@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +20,8 @@ def quick_products() -> Iterator[None]:
     if not torch.cpu.get_capabilities().get(QUICK):
         yield
         return
-    products = torch.backends.mkldnn.matmul
+    # torch adds this attribute while it is imported, out of sight of types.
+    products = cast(Any, torch.backends.mkldnn).matmul
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
