@@ -13,16 +13,16 @@ class Effort:
         calibration_windows: Windows of the calibration text; more of them make what is fitted to it generalise better.
         foretold_windows: Most windows of the evaluation text that what formats cost there is foretold from.
         sweeps: How often codes and scales are improved after error feedback.
-        corrected_windows: Windows of the calibration text on which matrices make up for what those before them lost.
+        corrects: Whether matrices make up, on the calibration text, for what those before them lost.
     """
 
     calibration_windows: int
     foretold_windows: int
     sweeps: int
-    corrected_windows: int
+    corrects: bool
 
 
-EFFORTS = {"fast": Effort(5, 2, 0, 0), "balanced": Effort(30, 8, 2, 30), "max": Effort(96, 8, 6, 96)}
+EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(30, 8, 2, True), "max": Effort(96, 8, 6, True)}
 
 
 def effort(name: str) -> Effort:

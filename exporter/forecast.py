@@ -145,7 +145,7 @@ def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: 
     model, hidden = planned.model, planned.model.architecture.hidden
     layers = [group for group in model.groups() if group.layer is not None]
     sites = {group.site: group for group in layers}
-    tokens = job.effort_level.corrected_windows * job.window
+    tokens = job.effort_level.calibration_windows * job.window
     models = 2 * sum(group.size for group in layers)
     moments = sum(
         (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.role in ("o", "down"))

@@ -80,7 +80,7 @@ def _corrected_bytes(model: Model, job: Job, decisions: Sequence[Decision]) -> i
     if not is_corrected(job.effort_level, decisions):
         return 0
     shape = model.architecture
-    tokens = job.effort_level.corrected_windows * job.window
+    tokens = job.effort_level.calibration_windows * job.window
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
     last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
     hidden = 4 * tokens * (shape.hidden + last)

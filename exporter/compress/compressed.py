@@ -158,14 +158,12 @@ def is_corrected(effort: Effort, decisions: Sequence[Decision]) -> bool:
     """
     fitted = all(one.method == "ldlq" and one.low_rank is None for one in decisions)
     rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
-    return effort.corrected_windows > 0 and fitted and rounded
+    return effort.corrects and fitted and rounded
 
 
 def corrected_on(effort: Effort, decisions: Sequence[Decision], calibration: Windows) -> Tokens | None:
     """Return the windows that they do so on, int64 [windows, length]; None where they do not."""
-    if not is_corrected(effort, decisions):
-        return None
-    return calibration.spread(effort.corrected_windows).tokens
+    return calibration.tokens if is_corrected(effort, decisions) else None
 
 
 def weights_digest(weight: Float32) -> str:

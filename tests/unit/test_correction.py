@@ -23,7 +23,7 @@ from tests.models import VOCAB, tiny_model
 
 ROLES = tuple(LINEARS)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
-LEVEL = Effort(6, 2, 0, 6)
+LEVEL = Effort(6, 2, 0, True)
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
@@ -127,12 +127,10 @@ def test_a_corrected_model_stays_nearer_to_the_source(model: Model, tmp_path: Pa
 
 
 def test_it_is_done_where_codes_are_fitted(model: Model) -> None:
-    text = Windows.of(np.tile(TOKENS, (8, 1)), "file", 0)
+    text = Windows.of(TOKENS, "file", 0)
     target = load_target("gguf")
     ldlq, rtn, floats = (target.decide(model, *asked) for asked in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F32", "ldlq")))
-    windows = corrected_on(EFFORTS["balanced"], ldlq, text)
-    assert windows is not None
-    assert windows.shape == (30, 24)
+    assert corrected_on(EFFORTS["balanced"], ldlq, text) is text.tokens
     assert corrected_on(EFFORTS["fast"], ldlq, text) is None
     assert corrected_on(EFFORTS["balanced"], rtn, text) is None
     assert corrected_on(EFFORTS["balanced"], floats, text) is None
