@@ -66,7 +66,7 @@ class Onnx:
     default_method = "ldlq"
     type_of_8_bits = "int8"
     most_rounding_kl = 0.1
-    decode_margin = 0.13
+    decode_margin = 0.15
     # At 2 bits larger blocks take fewer bytes, but the runtime rounds inputs in the same blocks, twice as coarsely.
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {bits: matmulnbits_format(name) for bits, name in {2: "int2-b32", 4: "int4-b32", 8: "int8-b32"}.items()}
