@@ -202,6 +202,7 @@ def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -
         assert check_rounding(measured(own, artifact), limit).status == "failed"
 
 
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=SITES), partial(evened, alpha=0.5)])
 def test_equalised_channels_compute_the_same(model_of, family: str, rule: Callable[..., Rewritten]) -> None:
