@@ -54,11 +54,13 @@ def test_processors_without_them_multiply_float32() -> None:
 
 
 @has_quick_products
-def test_statistics_hardly_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_hardly_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "quick"))
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         quick = collect(model, WINDOWS, 3, silent)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+        request.getfixturevalue("float32_products")
         monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "exact"))
         exact, otherwise_drawn = (collect(model, WINDOWS, seed, silent) for seed in (3, 4))
     for layer in range(2):
