@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from exporter.calibrate.products import exact_products
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
@@ -86,7 +87,8 @@ class LayerStream:
     def _where(self, hidden: torch.Tensor) -> dict[str, Any]:
         """Return what layers are told of the positions."""
         positions = torch.arange(hidden.shape[1])[None]
-        return {"position_ids": positions, "position_embeddings": self._rotary(hidden[:1], positions)}
+        with exact_products():
+            return {"position_ids": positions, "position_embeddings": self._rotary(hidden[:1], positions)}
 
     def _output(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = module(hidden, attention_mask=None, use_cache=False, **self._where(hidden))

@@ -33,7 +33,7 @@ from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
-VERSION = 5
+VERSION = 6
 HEAD_SITE = "head_in"
 POSITIONS_AT_ONCE = 512
 NO_SPACE = "free some space or name another folder in EDGE_EXPORTER_CACHE"

@@ -66,7 +66,7 @@ class Correction:
             return weight
         site = LINEARS[group.role][1]
         if self._place != (group.layer, site):
-            self._advance(group.layer, site)
+            self._advance(group.layer, site, group.columns)
         assert self._difference is not None
         return self._difference.made_up(torch.from_numpy(weight)).numpy()
 
@@ -84,7 +84,7 @@ class Correction:
                 one.finish()
             self._opened.close()
 
-    def _advance(self, layer: int, site: str) -> None:
+    def _advance(self, layer: int, site: str, columns: int) -> None:
         before_layer, before = self._place
         entering = before == SITES[-1]
         turn = (before_layer + 1, SITES[0]) if entering else (before_layer, SITES[SITES.index(before) + 1])
@@ -96,7 +96,7 @@ class Correction:
         for one in self._passes:
             one.reach(site)
         self._place = turn
-        self._difference = _Difference(*self._passes, site)
+        self._difference = _Difference(*self._passes, site, columns)
 
     def _enter(self, layer: int) -> None:
         if self._passes is None:
@@ -162,9 +162,8 @@ class _Pass:
 class _Difference:
     """How two models differ at a site, and what a matrix there can do about it."""
 
-    def __init__(self, source: _Pass, compressed: _Pass, site: str) -> None:
+    def __init__(self, source: _Pass, compressed: _Pass, site: str, columns: int) -> None:
         tokens = compressed.hidden[..., 0].numel()
-        columns = compressed.inputs(site, next(parts(compressed.hidden))).shape[-1]
         moment, self._inputs = torch.zeros(columns, columns), torch.zeros(columns, columns)
         self._stream: torch.Tensor | None = None
         if site in INTO_THE_STREAM:
@@ -173,10 +172,10 @@ class _Difference:
             given = compressed.inputs(site, part).flatten(0, 1)
             add_products(moment, given, 1 / tokens)
             missing = source.inputs(site, part).flatten(0, 1) - given
-            self._inputs.addmm_(missing.T, given, alpha=INPUTS_SHARE / tokens)
+            self._inputs.add_(missing.T @ given, alpha=INPUTS_SHARE / tokens)
             if self._stream is not None:
                 lost = (source.hidden[part] - compressed.hidden[part]).flatten(0, 1)
-                self._stream.addmm_(lost.T, given, alpha=STREAM_SHARE / tokens)
+                self._stream.add_(lost.T @ given, alpha=STREAM_SHARE / tokens)
         diagonal = moment.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
         # It reads no more than what lies on and left of the diagonal.

@@ -1,13 +1,15 @@
 """Products of rounded float32 matrices: where they are made, how far off they are, and what statistics make of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from exporter.calibrate.layers import silent
-from exporter.calibrate.products import QUICK, quick_products
+from exporter.calibrate.products import TILES, VECTORS, quick_products
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows
 from exporter.model.families import LINEARS
@@ -17,9 +19,13 @@ from tests.models import tiny_model
 LEFT, RIGHT = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
 EXACT = LEFT.double() @ RIGHT.double()
 WINDOWS = Windows.of(np.random.default_rng(1).integers(2, 200, (6, 40)), "file", 0)
-has_quick_products = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get(QUICK), reason="this processor has no quick products"
-)
+has_tiles = pytest.mark.skipif(not torch.cpu.get_capabilities().get(TILES), reason="this processor has no tiles")
+
+
+@pytest.fixture(params=[pytest.param(TILES, marks=has_tiles), VECTORS])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a processor with certain instructions; what vectors do, torch does on any, only more slowly."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {request.param: True})
 
 
 def off(product: torch.Tensor) -> float:
@@ -37,7 +43,7 @@ def apart(found: np.ndarray | None, expected: np.ndarray | None) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-@has_quick_products
+@pytest.mark.usefixtures("processor")
 def test_products_are_rounded_inside_and_exact_again_after_it() -> None:
     with quick_products():
         quick = LEFT @ RIGHT
@@ -53,7 +59,45 @@ def test_processors_without_them_multiply_float32() -> None:
         assert off(LEFT @ RIGHT) < 1e-6
 
 
-@has_quick_products
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_what_vectors_make_of_a_layer_is_as_near(monkeypatch: pytest.MonkeyPatch, differentiable: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {VECTORS: True})
+    linear = torch.nn.Linear(256, 256, bias=True).requires_grad_(False)
+    linear.weight.data = RIGHT.T
+    given = LEFT.clone().requires_grad_(differentiable)
+    with quick_products(), torch.inference_mode(not differentiable):
+        product = linear(given)
+        assert product.dtype == torch.float32
+        assert 1e-4 < off((product - linear.bias).detach()) < 1 / 256
+        if differentiable:
+            (gradient,) = torch.autograd.grad(product, given, torch.ones_like(product))
+            expected = RIGHT.double().sum(1)
+            assert 1e-5 < float((gradient[0] - expected).norm() / expected.norm()) < 1 / 64
+
+
+def test_vectors_leave_sums_in_place_and_other_types_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {VECTORS: True})
+    with quick_products():
+        assert off(torch.zeros(256, 256).addmm_(LEFT, RIGHT)) < 1e-6
+        assert off(LEFT.double() @ RIGHT.double()) == 0
+
+
+def test_positions_of_tokens_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {TILES: True})
+    precisions, forward = [], LlamaRotaryEmbedding.forward
+
+    def watched(*given: Any) -> Any:
+        precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return forward(*given)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", watched)
+    with open_model(str(tiny_model(tmp_path / "model"))) as model:
+        collect(model, WINDOWS, 3, silent)
+    assert set(precisions) == {"ieee"}
+
+
+@pytest.mark.usefixtures("processor")
 def test_statistics_hardly_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
