@@ -22,7 +22,7 @@ class Effort:
     corrects: bool
 
 
-EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(30, 8, 2, True), "max": Effort(96, 8, 6, True)}
+EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(27, 8, 2, True), "max": Effort(96, 8, 6, True)}
 
 
 def effort(name: str) -> Effort:
