@@ -3,8 +3,8 @@
     .venv/bin/python -m pytest tests/benchmarks/test_recipes.py --timeout=0 -s
 
 builds bundles of the reference model at effort `balanced` and takes the figures from their reports, which are measured
-in the real runtimes: on the model and the text that recipes were not tuned on, as in test_quality.py, whose rows are drawn
-beside them. Each row is kept in recipes.json when it is there, so that an interrupted run goes on.
+in the real runtimes: on a model and a text that recipes were not tuned on, those of test_quality.py, whose rows are
+drawn beside them. Each row is kept in recipes.json when it is there, so that an interrupted run goes on.
 """
 
 import shutil
