@@ -112,7 +112,7 @@ def _sampling(model: Model, job: Job, token_seconds: float) -> float:
 def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
     """Return the seconds of encoding some rows to the nearest, and of each site's factor and its products."""
     names = {format.name: format for storage in storages for format in storage.formats}
-    speeds = {name: _encode_nanoseconds("rtn", format, job) for name, format in names.items()}
+    speeds = {name: _encode_nanoseconds("rtn", format, job, SAMPLED_ROWS) for name, format in names.items()}
     seconds = 0.0
     for storage in storages:
         for group in storage.groups:
@@ -155,10 +155,13 @@ def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: 
     return 2.0 * tokens * (models + moments) / layer_flops_per_s + factors / FACTOR_SHARE / flops_per_s
 
 
-def _encode_nanoseconds(method: str, format: WeightFormat, job: Job) -> float:
-    """Return the time a weight takes to be encoded, decoded and digested, measured on random weights."""
+def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int = PROBE_SHAPE[0]) -> float:
+    """Return the time a weight takes to be encoded, decoded and digested, measured on random weights.
+
+    What a call takes by itself is shared by as many rows as it is given: it is most of the time where they are few.
+    """
     chance = np.random.default_rng(0)
-    rows, columns = PROBE_SHAPE
+    columns = PROBE_SHAPE[1]
     if not format.fits(columns):
         # Whole rows are its blocks.
         columns = format.block_columns
