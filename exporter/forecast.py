@@ -35,7 +35,7 @@ DECODED_BYTES_PER_SECOND = 8e9
 # Comparing one position's logits, and decoding a weight from the artifact.
 COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = 35.0, 20.0
 OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5, 1.0
-PROBE_SHAPE = (1024, 512)
+PROBE_ROWS, PROBE_COLUMNS = 1024, 512
 
 
 def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str, float]:
@@ -155,13 +155,13 @@ def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: 
     return 2.0 * tokens * (models + moments) / layer_flops_per_s + factors / FACTOR_SHARE / flops_per_s
 
 
-def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int = PROBE_SHAPE[0]) -> float:
+def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int = PROBE_ROWS) -> float:
     """Return the time a weight takes to be encoded, decoded and digested, measured on random weights.
 
     What a call takes by itself is shared by as many rows as it is given: it is most of the time where they are few.
     """
     chance = np.random.default_rng(0)
-    columns = PROBE_SHAPE[1]
+    columns = PROBE_COLUMNS
     if not format.fits(columns):
         # Whole rows are its blocks.
         columns = format.block_columns

@@ -25,7 +25,11 @@ has_tiles = pytest.mark.skipif(not torch.cpu.get_capabilities().get(TILES), reas
 @pytest.fixture(params=[pytest.param(TILES, marks=has_tiles), VECTORS])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a processor with certain instructions; what vectors do, torch does on any, only more slowly."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {request.param: True})
+    has_only(monkeypatch, request.param)
+
+
+def has_only(monkeypatch: pytest.MonkeyPatch, instructions: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
 
 
 def off(product: torch.Tensor) -> float:
@@ -61,7 +65,7 @@ def test_processors_without_them_multiply_float32() -> None:
 
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_what_vectors_make_of_a_layer_is_as_near(monkeypatch: pytest.MonkeyPatch, differentiable: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {VECTORS: True})
+    has_only(monkeypatch, VECTORS)
     linear = torch.nn.Linear(256, 256, bias=True).requires_grad_(False)
     linear.weight.data = RIGHT.T
     given = LEFT.clone().requires_grad_(differentiable)
@@ -76,7 +80,7 @@ def test_what_vectors_make_of_a_layer_is_as_near(monkeypatch: pytest.MonkeyPatch
 
 
 def test_vectors_leave_sums_in_place_and_other_types_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {VECTORS: True})
+    has_only(monkeypatch, VECTORS)
     with quick_products():
         assert off(torch.zeros(256, 256).addmm_(LEFT, RIGHT)) < 1e-6
         assert off(LEFT.double() @ RIGHT.double()) == 0
@@ -84,7 +88,7 @@ def test_vectors_leave_sums_in_place_and_other_types_alone(monkeypatch: pytest.M
 
 def test_positions_of_tokens_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {TILES: True})
+    has_only(monkeypatch, TILES)
     precisions, forward = [], LlamaRotaryEmbedding.forward
 
     def watched(*given: Any) -> Any:
