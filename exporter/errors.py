@@ -6,6 +6,7 @@
     │   └── MissingDependencyError   install what is named
     ├── InputError            3  the model, text or bundle is bad: change the input
     └── RuntimeCrashError    70  a runtime died in its child process
+        └── DeadlineError        it was ended, since it took too long
 
 Each message is one sentence: where, what failed, what was got, what was expected, the next step.
 """
@@ -71,6 +72,10 @@ class InputError(ExporterError):
 
 class RuntimeCrashError(ExporterError):
     """A runtime died in its child process."""
+
+
+class DeadlineError(RuntimeCrashError):
+    """A runtime was ended in its child process, since it took too long."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 100) -> str:

@@ -24,7 +24,7 @@ from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import Plan, make_plan, with_decisions, with_model
 from exporter.report.data import Measurements, Report
-from exporter.sampling import sampled_windows
+from exporter.sampling import sampled_windows, sampling_notes
 from exporter.stages import Stages, keep_freed_memory
 from exporter.steps.step import Observe
 from exporter.validate.arm64 import settle
@@ -115,6 +115,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
     original, target = planned.original, planned.target
     with stages.stage("calibration text"):
         calibration, evaluation = texts(job, original, progress)
+        original = original.noting(sampling_notes(original, calibration, evaluation))
 
     def observe(model: Model, text: Windows = calibration) -> Statistics:
         return collect(model, text, job.seed, partial(progress, "statistics: layers"))
@@ -178,8 +179,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
 
 def texts(job: Job, model: Model, progress: Progress) -> tuple[Windows, Windows]:
     """Return calibration and evaluation windows: the user's texts, or text that the model samples itself."""
-    tokenizer = load_tokenizer(model.folder)
-
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
     calibration = evaluation = None
     if job.calibration is not None:
         calibration = spread_windows(job.calibration, tokenizer, job.effort_level.calibration_windows, job.window)

@@ -18,6 +18,7 @@ from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
+from exporter.validate.text import foresee
 from exporter.weights.group import Decision
 
 
@@ -41,7 +42,8 @@ class Plan:
         build_peak_bytes: Estimated peak memory of the build.
         disk_bytes: Disk space that the build needs where the bundle is written.
         cache_bytes: Disk space that it needs in the cache.
-        checks: The estimates against the device's limits.
+        text_checks: What the runtime makes of tokenizer and chat template.
+        checks: These, and the estimates against the device's limits.
         transport: The profile that the model files are coded with to be shipped; None where they are shipped plain.
         remarks: Sentences on what other options would have given, once that is known.
     """
@@ -60,6 +62,7 @@ class Plan:
     build_peak_bytes: int = 0
     disk_bytes: int = 0
     cache_bytes: int = 0
+    text_checks: tuple[Check, ...] = ()
     checks: tuple[Check, ...] = ()
     transport: Profile | None = None
     remarks: tuple[str, ...] = ()
@@ -89,6 +92,7 @@ def make_plan(model: Model, job: Job) -> Plan:
 
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
+        InputError: the tokenizer cannot be used, or the target cannot carry it.
     """
     recipe = NO_RECIPE if job.recipe is None else load_recipe(job.recipe)
     require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
@@ -99,7 +103,10 @@ def make_plan(model: Model, job: Job) -> Plan:
             "--transport and the recipe's step transport contradict each other", where=job.recipe,
             next_step="leave out --transport",
         )  # fmt: skip
-    planned = Plan(model, model, device, target, recipe, transport=recipe.transport or job.transport)
+    foreseen = foresee(model, target)
+    model = model.noting(foreseen.notes)
+    transport = recipe.transport or job.transport
+    planned = Plan(model, model, device, target, recipe, text_checks=foreseen.checks, transport=transport)
     return with_model(planned, job, recipe.outlined(model), "estimated")
 
 
@@ -133,7 +140,7 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
         # Coded files stand beside the plain ones until the bundle is complete.
         disk_bytes=(2 if planned.transport else 1) * file_bytes + (64 << 20),
         cache_bytes=cache_bytes(original, job, planned.recipe),
-        checks=tuple(check_fit(planned.device, file_bytes, quantity, "estimated")),
+        checks=(*planned.text_checks, *check_fit(planned.device, file_bytes, quantity, "estimated")),
     )
 
 

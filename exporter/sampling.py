@@ -9,14 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from exporter.cache import cache_folder, save_array
-from exporter.calibrate.sample import starts
+from exporter.calibrate.sample import notes, starts
 from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
 from exporter.job import Job, Progress
 from exporter.model.model import Model
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.artifact import open_artifact
 from exporter.targets.target import load_target
 
@@ -25,9 +25,7 @@ QUICK_TYPE = "Q8_0"
 VERSION = 2
 
 
-def sampled_windows(
-    job: Job, model: Model, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> tuple[Windows, Windows]:
+def sampled_windows(job: Job, model: Model, tokenizer: ModelTokenizer, progress: Progress) -> tuple[Windows, Windows]:
     """Return calibration and evaluation windows, different sequences of one seeded sampling."""
     count = job.effort_level.calibration_windows + job.evaluation_windows
     decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
@@ -39,6 +37,13 @@ def sampled_windows(
     tokens = np.load(path, allow_pickle=False)
     split = job.effort_level.calibration_windows
     return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
+
+
+def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
+    """Say what a reader must know of texts that the model wrote itself, if one of these is."""
+    if all(text.kind == "file" for text in texts):
+        return ()
+    return notes(load_tokenizer(model.folder, model.architecture.vocab))
 
 
 def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:

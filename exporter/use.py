@@ -11,18 +11,21 @@ from exporter.bundle.manifest import FileEntry, Manifest, places_of, standing_fo
 from exporter.bundle.verify import read_manifest
 from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
-from exporter.errors import InputError, RequestError
+from exporter.errors import InputError, RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
+from exporter.model.chat import as_taken
 from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, open_artifact, runs_coded
 from exporter.targets.runtime import Residence
+from exporter.targets.text import open_text, render
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.selftest import SelfTest, run_self_test
 
 if TYPE_CHECKING:  # it brings transformers along
     from exporter.calibrate.text import Tokens
 
+WITHOUT_CHAT = "leave out --chat"
 UNPACK = "restore it with edge-exporter unpack"
 
 
@@ -89,21 +92,36 @@ def answer(
         tokens_per_s: Of a coded bundle, keep as many weights plain as generating so fast takes.
 
     Raises:
-        RequestError: a chat is asked of a model without a chat template, a speed of a bundle that is not coded, or more
-            than the machine can do.
+        RequestError: a chat is asked of a model without a chat template that takes it, a speed of a bundle that is not
+            coded, or more than the machine can do.
     """
     artifact = open_bundle(bundle, may_be_coded=True)
     if tokens_per_s is not None and not artifact.coded:
         raise RequestError("the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode")
+    text = _as_chat(artifact, prompt) if chat else prompt
     with open_artifact(artifact, 2048, threads) as child:
-        text = child.call("render_chat", [{"role": "user", "content": prompt}], True) if chat else prompt
-        if text is None:
-            raise RequestError("the model's chat template refuses the prompt", next_step="leave out --chat")
         given = child.call("tokenize", text)
         if tokens_per_s is not None:
             child.call("keep_up", tokens_per_s)
         made: str = child.call("text", child.call("generate", given, tokens))
         return Answer(made.strip(), child.call("residence") if artifact.coded else None)
+
+
+def _as_chat(artifact: Artifact, prompt: str) -> str:
+    """Return what a user says as the artifact's template renders it, apart from the model: a template may be anything.
+
+    Raises:
+        RequestError: there is no template, or it does not take the prompt.
+    """
+    with open_text(artifact) as child:
+        try:
+            taken = as_taken(lambda form: render(child, form, True), [{"role": "user", "content": prompt}], False)
+        except RuntimeCrashError as error:
+            raise RequestError("the model's chat template cannot be used", got=error, next_step=WITHOUT_CHAT) from error
+    if taken.rendered.text is None:
+        reason = taken.rendered.reason
+        raise RequestError("the model's chat template refuses the prompt", got=reason, next_step=WITHOUT_CHAT)
+    return taken.rendered.text
 
 
 def self_test(bundle: Path, threads: int) -> Check:

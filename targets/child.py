@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from exporter.errors import ExporterError, RuntimeCrashError
+from exporter.errors import DeadlineError, ExporterError, RuntimeCrashError
 
 _spawn = get_context("spawn")
 
@@ -43,18 +43,32 @@ class Child:
         self._first: object = None
         self._started = False
 
-    def result(self) -> Any:
-        """Return what the factory returned, where that can be sent (else True); raise what it raised."""
+    def result(self, timeout_s: float | None = None) -> Any:
+        """Return what the factory returned, where that can be sent (else True); raise what it raised.
+
+        Args:
+            timeout_s: Seconds after which the child is killed; None for no limit.
+
+        Raises:
+            DeadlineError: the child was killed, since it took longer.
+        """
         if not self._started:
+            self._await(timeout_s)
             self._first = self._receive()
             self._started = True
         return self._first
 
-    def call(self, method: str, *args: object) -> Any:
+    def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the child's object and return its result.
+
+        Args:
+            method: Name of the method.
+            *args: Its arguments.
+            timeout_s: Seconds after which the child is killed; None for no limit.
 
         Raises:
             ExporterError: what the method raised.
+            DeadlineError: the child was killed, since it took longer.
             RuntimeCrashError: the child died.
         """
         self.result()
@@ -62,12 +76,18 @@ class Child:
             self._pipe.send((method, args))
         except (BrokenPipeError, ConnectionResetError):
             raise self._crash() from None
+        self._await(timeout_s)
         return self._receive()
 
     @property
     def process_id(self) -> int:
         """The child's process id."""
         return self._process.pid or 0
+
+    def _await(self, seconds: float | None) -> None:
+        if seconds is not None and not self._pipe.poll(seconds):
+            self._process.kill()
+            raise DeadlineError(f"{self.title} did not answer within {seconds:g} s, and was ended")
 
     def _receive(self) -> Any:
         try:

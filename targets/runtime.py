@@ -96,14 +96,6 @@ class Runtime(Protocol):
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, special tokens left out."""
 
-    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
-        """Return a chat as the runtime renders it, or None where the template refuses it.
-
-        Args:
-            messages: Dictionaries with `role` and `content`.
-            prompt: Ask for the start of an answer at the end.
-        """
-
 
 class CodedRuntime(Runtime, Protocol):
     """A runtime whose artifact's files stay coded in memory."""

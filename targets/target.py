@@ -94,6 +94,16 @@ class Target(Protocol):
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model in the coordinates that suit the target and decisions like these, which compute the same."""
 
+    def lower_text(self, model: Model, folder: Path) -> Artifact | None:
+        """Write what the artifact will say of text into an empty folder: for `exporter.targets.text.open_text`.
+
+        Returns:
+            An artifact without weights; None where all of it is the source's own, unchanged.
+
+        Raises:
+            InputError: the target cannot carry the tokenizer.
+        """
+
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""
 

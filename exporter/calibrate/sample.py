@@ -6,24 +6,32 @@ writes both sides of a conversation (Xu et al. 2024, Magpie); the others begin w
 """
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-PROBE = "\u0001"
+from exporter.model.template import chat_opening
+from exporter.model.tokenizer import ModelTokenizer
 
 
-def starts(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[list[int]]:
+def starts(tokenizer: ModelTokenizer, count: int, seed: int) -> list[list[int]]:
     """Return the first tokens of `count` sequences, a chat's opening and random tokens in turn."""
-    special = set(tokenizer.all_special_ids)
-    ordinary = np.array([token for token in range(tokenizer.vocab_size) if token not in special])
-    drawn = np.random.default_rng(seed).choice(ordinary, size=count)
-    opening = chat_opening(tokenizer)
+    drawn = np.random.default_rng(seed).choice(np.array(tokenizer.ordinary_ids()), size=count)
+    opening = opening_ids(tokenizer)
     return [opening if opening and index % 2 == 0 else [int(drawn[index])] for index in range(count)]
 
 
-def chat_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that come before a user's first words, or none without a chat template."""
-    if tokenizer.chat_template is None:
+def opening_ids(tokenizer: ModelTokenizer) -> list[int]:
+    """Return the tokens that come before a user's first words, or none where no chat template says them."""
+    if tokenizer.template is None:
         return []
-    chat = [{"role": "user", "content": PROBE}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False)).split(PROBE)[0]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokenizer.inner_ids(chat_opening(tokenizer).text or "")
+
+
+def notes(tokenizer: ModelTokenizer) -> tuple[str, ...]:
+    """Say where texts that the model writes begin without the opening of a chat though it has a template."""
+    if tokenizer.template is None:
+        return ()
+    opening = chat_opening(tokenizer)
+    if opening.text is not None:
+        return ()
+    return (
+        f"text that the model writes begins without a chat's opening: its template takes no probe: {opening.reason}",
+    )

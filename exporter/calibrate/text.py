@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from exporter.errors import InputError, RequestError
+from exporter.model.tokenizer import ModelTokenizer
 
 MAX_TEXT_BYTES = 256 << 20
 LEAST_WINDOWS = 4
@@ -64,7 +64,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def file_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
+def file_windows(path: Path, tokenizer: ModelTokenizer, count: int, length: int) -> Windows:
     """Return the first `count` windows of a file's tokens, or as many as it holds (at least 4).
 
     Raises:
@@ -75,7 +75,7 @@ def file_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, len
     return _checked(found[:count], text, path, tokenizer)
 
 
-def spread_windows(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> Windows:
+def spread_windows(path: Path, tokenizer: ModelTokenizer, count: int, length: int) -> Windows:
     """Return `count` windows from all over a file, in its order, or as many as it holds (at least 4).
 
     What is fitted to them generalises better than what is fitted to as many from the beginning.
@@ -99,18 +99,18 @@ def _evenly(total: int, count: int) -> slice | NDArray[np.intp]:
     return slice(None) if total <= count else np.arange(count) * total // count
 
 
-def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tokens:
+def _windows(text: str, tokenizer: ModelTokenizer, length: int) -> Tokens:
     """Return the whole windows of a text, int64 [windows, length]."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer.inner_ids(text)
     found = len(ids) // length
     return np.array(ids[: found * length], np.int64).reshape(found, length)
 
 
-def _checked(found: Tokens, text: str, path: Path, tokenizer: PreTrainedTokenizerBase) -> Windows:
+def _checked(found: Tokens, text: str, path: Path, tokenizer: ModelTokenizer) -> Windows:
     count, length = found.shape
     if count < LEAST_WINDOWS:
         beginning = text[: LEAST_WINDOWS * length * CHARACTERS_A_TOKEN]
-        tokens = len(tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = len(tokenizer.inner_ids(beginning))
         raise InputError(
             "the text is too short", where=path, got=f"{tokens} tokens", expected=f"at least {LEAST_WINDOWS * length}"
         )

@@ -1,8 +1,8 @@
 """A model as the pipeline sees it: facts, lazy tensors, and a folder with config and tokenizer."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from exporter.model.architecture import Architecture
 from exporter.model.tensors import TensorSource
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
+
+METADATA = ("*.json", "*.jinja", "*.model", "merges.txt", "additional_chat_templates/*.jinja")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ class Model:
         """
         return self.tensors.read(name)
 
+    def noting(self, notes: Iterable[str]) -> "Model":
+        """Return the model with more sentences that a reader of the results must know, each said once."""
+        noted = replace(self, warnings=tuple(dict.fromkeys((*self.warnings, *notes))))
+        # The files are not read again for what is the same.
+        noted.__dict__.update({name: value for name, value in vars(self).items() if name == "digest"})
+        return noted
+
     def own_config(self) -> PretrainedConfig:
         """Return a copy of the configuration, to be changed."""
         return type(self.config).from_dict(self.config.to_dict())
@@ -59,7 +68,8 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over config.json, the tokenizer's files, the weights' files and changes: what a result depends on."""
-        metadata = sorted(path for path in self.folder.glob("*.json") if path.name != "model.safetensors.index.json")
+        found = sorted(path for pattern in METADATA for path in self.folder.glob(pattern))
+        metadata = [path for path in found if path.name != "model.safetensors.index.json"]
         files = digest_files([*metadata, *self.tensors.files])
         return hashlib.sha256(f"{files}:{self.changes}".encode()).hexdigest() if self.changes else files
 

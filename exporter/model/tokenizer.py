@@ -1,136 +1,47 @@
-"""Tokenizers: loading, the texts that a runtime's tokenizer is compared on, and what a GGUF source leaves out.
+"""Tokenizers by their own definition: the tokenizers library for tokenizer.json, SentencePiece for tokenizer.model.
 
-A runtime carries its own tokenizer. Whether it is the model's is a matter of fact, settled on the texts and
-conversations of this file.
+A runtime carries its own tokenizer. Whether it is the model's is a matter of fact, settled on texts. transformers may
+build another tokenizer of the same files, and where it does, the notes say so.
 """
 
 import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
-from exporter.errors import InputError, RequestError, did_you_mean
-
-Chat = list[dict[str, str]]
-
-PARITY_CORPUS: tuple[str, ...] = (
-    # Latin letters with diacritics; the same letters composed and decomposed.
-    "The quick brown fox jumps over the lazy dog.",
-    "Zażółć gęślą jaźń, über Größe, façade, Ærøskøbing, İstanbul ılık, Đặng Thị Ngọc.",
-    "caf\u00e9 na\u00efve \u00c5ngstr\u00f6m",
-    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
-    # Other scripts.
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία· τί ἐστιν ἀλήθεια;",
-    "السلام عليكم، كيف حالك اليوم؟ ١٢٣٤٥",
-    "שָׁלוֹם עולם, מה נשמע?",
-    "नमस्ते दुनिया, क्षत्रिय ज्ञान १२३४",
-    "สวัสดีชาวโลก ภาษาไทยไม่มีช่องว่าง ๑๒๓",
-    "敏捷的棕色狐狸跳过了懒狗。「你好」，世界！",
-    "いろはにほへと ちりぬるを。カタカナ、ｶﾀｶﾅ、漢字。",
-    "다람쥐 헌 쳇바퀴에 타고파",
-    "\u1103\u1161\u1105\u1161\u11b7 \u110c\u1171",
-    "mixed 中文 and English и русский عربي together",
-    "\U00020bb7\U00029e3d\U0002a6a5 \U00030000 𠮟る",
-    # Emoji: plain, joined, with skin tones, flags, keycaps.
-    "😀 😃😄 I ❤️ you ☕️",
-    "👩‍👩‍👧‍👦 👩🏽‍💻 🏳️‍🌈 👍🏿👍🏻",
-    "🇩🇪🇯🇵 1️⃣2️⃣#️⃣",
-    # White space: runs, ends, tabs, line ends.
-    " ",
-    "  ",
-    "       ",
-    " leading",
-    "   three leading",
-    "trailing ",
-    "trailing   ",
-    "a  b   c    d     e",
-    "\t",
-    "\ttab\t\ttabs\t \t mixed",
-    "\n",
-    "\n\n",
-    "\n\n\n\n",
-    "one\ntwo\n\nthree\n\n\nfour \n five\n ",
-    "line\r\nline\r\n\r\nline\rline",
-    " \n \n  \n\n   x",
-    "x \t\n\t y",
-    "\u00a0no\u00a0break\u00a0 space\u00a0",
-    "em\u2003en\u2002thin\u2009hair\u200aideographic\u3000end\u2028line\u2029paragraph\u0085next",
-    "zero\u200bwidth\u200cnon\u200djoiner\ufeffmark\u2060word",
-    "soft\u00adhyphen \u202eright to left\u202c \u061c",
-    # Digits of many lengths, alone and inside words.
-    "0",
-    "12",
-    "123",
-    "1234",
-    "12345",
-    "123456789 1234567890 12345678901234567890",
-    "3.14159, 1,000,000.00, 1e-5, 0x1F, 10:30, 2026-11-23, v1.2.3, +49 (30) 123-4567",
-    "abc123def456 7th 2nd x2y3 H2O",
-    "½ ⅓ ² ³ ₂ Ⅳ ⅻ ① ㊿ 〇 𝟙𝟚𝟛",
-    # Punctuation and symbols.
-    "!?!?...---___***///\\\\\\|||",
-    "(((())))[[[]]]{{{}}}<<<>>>",
-    '“quoted” ‘single’ «guillemets» "plain" — en–dash… · • ¿qué? ¡sí!',
-    "$€£¥₹ % ‰ ° § ¶ © ® ™ ± × ÷ ≠ ≤ ∞ ∑ √ → ← ⇔",
-    "a.b,c;d:e!f?g-h_i+j=k*l/m\\n|o&p@q#r~s^t`u",
-    "...\n!!!\n\n??? \n",
-    "end.\nstart, end.\n\nstart",
-    "=======\n-------\n",
-    # Contractions in both apostrophes and both cases.
-    "I'm you're he's we've they'll I'd don't can't o'clock rock'n'roll",
-    "I’m you’re he’s we’ve they’ll I’d don’t",
-    "I'M YOU'RE HE'S WE'VE THEY'LL I'D DON'T 'Tis 's'd",
-    "'s 't 're x'sx 'lla ''s '' '",
-    # Case.
-    "camelCase PascalCase SCREAMING_SNAKE snake_case kebab-case HTTPServerError iOS McDonald's",
-    "ÉCOLE École éCOLE ПРИВЕТ Привет пРИВЕТ ΑΒΓ Αβγ ß ẞ ǅ",
-    # Code, mark-up and addresses.
-    "def f(x: int) -> int:\n    return x ** 2  # square\n\n\nclass A:\n\tpass\n",
-    'for (int i = 0; i < n; ++i) { printf("%d\\n", a[i]); }',
-    '{"key": [1, 2.5, null, true], "nested": {"a": "b\\u00e9"}}',
-    "<div class='a b'>&nbsp;text</div>\n<!-- comment -->",
-    "https://example.org/path/to?query=1&other=%20value#fragment user@example.org",
-    "C:\\Users\\name\\file.txt ~/.config/app.toml ../../x",
-    "# Title\n\n- item 1\n- item 2\n\n```python\nprint('x')\n```\n| a | b |\n|---|---|\n",
-    "$E = mc^2$ \\frac{a}{b} \\alpha",
-    # Combining marks, control characters, long words.
-    "Z\u0351\u036b\u0343\u036aa\u034b\u0342l\u0313\u0342g\u0308\u0366o\u0306",
-    "bell\u0007 escape\u001b[0m delete\u007f unit\u001f backspace\u0008 form\u000c vertical\u000bfeed",
-    "private \ue000 noncharacter \ufffe replacement \ufffd tag \U000e0041",
-    "a" * 120,
-    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft",
-    "ab" * 60 + "12" * 30 + "!?" * 30,
-    "[INST] <<SYS>> <s> </s> <|im_start|> <|endoftext|> <|eot_id|> <unk> <pad> [PAD] <0x0A> ▁ Ġ Ċ",
-)  # fmt: skip
-
-PARITY_CHATS: tuple[Chat, ...] = (
-    [{"role": "user", "content": "Hello"}],
-    [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "What is the capital of France?"}],
-    [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello! How can I help?"},
-        {"role": "user", "content": "Tell me a joke."},
-    ],
-    [
-        {"role": "system", "content": "Answer in French.\n"},
-        {"role": "user", "content": "  leading spaces"},
-        {"role": "assistant", "content": "\n\nleading newlines and trailing \n"},
-        {"role": "user", "content": "\ttab\r\nCRLF \u00a0 é e\u0301 👩🏽‍💻"},
-        {"role": "assistant", "content": "日本語"},
-        {"role": "user", "content": "1234 + 5678 = ?"},
-    ],
-    [{"role": "user", "content": "<|im_start|>system\n<|im_end|></s>[/INST] ignore {{ this }} {% raw %} <|eot_id|>"}],
-    [{"role": "user", "content": "quotes \"double\" 'single' <b>&amp;</b> \\n \\u00e9"}],
-    [{"role": "user", "content": ""}],
-    [{"role": "user", "content": "ends with an answer"}, {"role": "assistant", "content": "Yes."}],
+from exporter.errors import InputError, did_you_mean
+from exporter.model.corpus import PARITY_CORPUS
+from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces
+from exporter.model.tokenizer_files import (
+    PIECES,
+    SETTINGS,
+    TOKENIZER,
+    VOCABULARY,
+    Added,
+    TokenizerFiles,
+    added_tokens,
+    components,
+    is_id,
+    model_type,
+    read_tokenizer_files,
+    readable,
+    require_id,
+    texts_of_vocabulary,
+    to_text,
+    too_many_tokens,
+    within_rows,
 )
+from exporter.model.tokenizer_notes import different, not_held, without_row
 
+# Names of other templates than the default become names of files and keys.
+TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -163,29 +74,125 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "tekken"})
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True, eq=False)
+class ModelTokenizer:
+    """The tokenizer of a model.
+
+    Attributes:
+        where: The folder that it was read from.
+        source: The file that defines it.
+        definition: Content of a tokenizer.json, without tokens that the embedding has no rows for.
+        backend: What the tokenizers library makes of that.
+        pieces: SentencePiece, where it defines the ids; the definition is then another form of it.
+        before: Ids that are put before a text.
+        after: Ids that are put after a text.
+        roles: Role -> id of the special tokens that the tokenizer names.
+        names: What a chat template may know of the special tokens: name -> text.
+        special_ids: Ids of the special tokens.
+        templates: Chat templates by name; that without a name is called `default`.
+        notes: Sentences that a reader of the results must know.
+    """
+
+    where: Path
+    source: str
+    definition: dict[str, Any]
+    backend: Tokenizer
+    pieces: Pieces | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    roles: Mapping[str, int]
+    names: Mapping[str, Any]
+    special_ids: frozenset[int]
+    templates: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is used where none is named."""
+        return self.templates.get("default")
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
+        if self.pieces is not None:
+            return [*self.before, *self.pieces.ids(text), *self.after]
+        return list(self.backend.encode(text).ids)
+
+    def inner_ids(self, text: str) -> list[int]:
+        """Return the ids of a text without BOS and EOS; special tokens in it are recognised."""
+        if self.pieces is not None:
+            return self.pieces.ids(text)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def literal_ids(self, text: str) -> list[int]:
+        """Return the ids of a text that must not be able to name a special token, without BOS and EOS."""
+        if self.pieces is not None:
+            return self.pieces.ids(text, special=False)
+        self.backend.encode_special_tokens = True
+        try:
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            self.backend.encode_special_tokens = False
+
+    def ordinary_ids(self) -> list[int]:
+        """Return the ids of the vocabulary itself, special ones left out."""
+        size = self.backend.get_vocab_size(with_added_tokens=False)
+        return [number for number in range(size) if number not in self.special_ids]
+
+    def added(self) -> dict[int, Any]:
+        """Return id -> `AddedToken` of the tokens that are recognised in a text before it is tokenised."""
+        return dict(self.backend.get_added_tokens_decoder())
+
+
+@dataclass(frozen=True)
+class _Defined:
+    """What the files define: a part of `ModelTokenizer`, with the texts of added tokens that have no row."""
+
+    source: str
+    definition: dict[str, Any]
+    backend: Tokenizer
+    pieces: Pieces | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    left_out: tuple[str, ...]
+
+
+def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
     """Load the tokenizer of a Hugging Face folder; neither network nor code of the folder is used.
 
+    Args:
+        folder: The folder.
+        rows: Rows of the embedding: added tokens that have none are left out; None for any number.
+
     Raises:
-        InputError: the folder holds no tokenizer, a damaged one, or one that asks for remote code.
+        InputError: the folder holds no tokenizer, a damaged one, one that asks for remote code, or one whose own
+            vocabulary has more tokens than rows.
     """
-    _refuse_remote_code(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(
-            "the folder holds no tokenizer",
-            where=folder,
-            expected="tokenizer.json",
-            next_step="save it with AutoTokenizer.save_pretrained",
-        )
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise InputError(
-            "the tokenizer cannot be loaded",
-            where=folder,
-            got=" ".join(str(error).split())[:300],
-            next_step="fetch the tokenizer files again",
-        ) from error
+    files = read_tokenizer_files(folder)
+    loaded = _by_transformers(folder)
+    names = {name: value for name, value in loaded.special_tokens_map.items() if isinstance(value, str | list)}
+    with readable("the tokenizer cannot be used", folder):
+        if files.definition is None and (folder / PIECES).is_file():
+            defined = _of_pieces(files, names, rows)
+        elif files.definition is None:
+            # Without tokenizer.json, what splits and normalises a text is code of transformers.
+            built: Any = loaded.backend_tokenizer
+            defined = _of_definition(VOCABULARY, json.loads(built.to_str()), (), folder, rows)
+        else:
+            defined = _of_definition(TOKENIZER, files.definition, tuple(files.added.values()), folder, rows)
+        _require_ends(defined, rows, folder)
+        made = _described(defined, names, _templates(loaded, folder), folder)
+        texts = parity_texts(made)
+        differing = [text for text in texts if list(loaded(text, verbose=False)["input_ids"]) != made.ids(text)]
+    return replace(made, notes=(*made.notes, *different(made.source, type(loaded).__name__, texts, differing)))
+
+
+def _by_transformers(folder: Path) -> PreTrainedTokenizerBase:
+    """Return what transformers makes of the files."""
+    with readable("the tokenizer cannot be loaded", folder):
+        # The rest of config.json is of no concern to a tokenizer.
+        kind = model_type(folder)
+        config = CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+        loaded = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     if not isinstance(loaded, PreTrainedTokenizerBase) or getattr(loaded, "backend_tokenizer", None) is None:
         raise InputError(
             "the tokenizer has no fast form", where=folder, got=type(loaded).__name__, expected="a tokenizer.json"
@@ -193,52 +200,134 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _refuse_remote_code(folder: Path) -> None:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        asks = "auto_map" in settings
-    except (ValueError, TypeError) as error:
-        raise InputError("the file is not JSON", where=file, got=error, next_step="fetch it again") from error
-    if asks:
-        raise InputError(
-            "the tokenizer asks for remote code, which is never run",
-            where=file,
-            got="auto_map",
-            expected="a tokenizer that transformers knows",
-        )
+def _of_definition(
+    source: str, definition: dict[str, Any], extra: tuple[Added, ...], folder: Path, rows: int | None
+) -> _Defined:
+    """Return the tokenizer of a tokenizer.json and of the tokens that other files add to it."""
+    known = {*texts_of_vocabulary(definition), *(token["content"] for token in added_tokens(definition))}
+    more = [vars(token) for token in extra if token.content not in known]
+    listed = definition | {"added_tokens": [*added_tokens(definition), *more]}
+    first = _library(listed)
+    for token in more:
+        require_id(token["content"], first.token_to_id(token["content"]), token["id"], folder / SETTINGS)
+    # The library counts added tokens by itself, whatever their ids in the file.
+    counted = [token | {"id": first.token_to_id(token["content"])} for token in added_tokens(listed)]
+    cut = within_rows(listed | {"added_tokens": counted}, rows, folder / source)
+    backend = _library(cut.definition)
+    for token in added_tokens(cut.definition):
+        require_id(token["content"], backend.token_to_id(token["content"]), token["id"], folder / source)
+    inner, whole = (backend.encode("a", add_special_tokens=add).ids for add in (False, True))
+    at = next((i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner), 0)
+    before, after = tuple(whole[:at]), tuple(whole[at + len(inner) :])
+    return _Defined(source, cut.definition, backend, None, before, after, cut.left_out)
 
 
-def parity_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _library(definition: dict[str, Any]) -> Tokenizer:
+    """Return what the tokenizers library makes of a tokenizer.json; as transformers does, it cuts and fills no text."""
+    backend: Tokenizer = Tokenizer.from_str(to_text(definition | {"truncation": None, "padding": None}))
+    return backend
+
+
+def _of_pieces(files: TokenizerFiles, names: Mapping[str, Any], rows: int | None) -> _Defined:
+    """Return the tokenizer of a tokenizer.model: whether BOS and EOS are added, the settings say alone."""
+    where = files.folder / PIECES
+    every = read_pieces(where, {}, rows)
+    ids = {text: number for number, text in enumerate(every.texts)}
+    named = {text: Added(ids[text], text) for text in _texts(names) if text in ids}
+    added = named | dict(files.added)
+    within = {text: token for text, token in added.items() if is_id(token.id, rows)}
+    pieces = replace(every, added=within)
+    before, after = (_added_around(role, files.settings, names) for role in ("bos", "eos"))
+    definition = as_definition(pieces, before, after, where)
+    backend = _library(definition)
+    around = (tuple(map(backend.token_to_id, texts)) for texts in (before, after))
+    return _Defined(PIECES, definition, backend, pieces, *around, tuple(text for text in added if text not in within))
+
+
+def _added_around(role: str, settings: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
+    text = names.get(f"{role}_token")
+    return [text] if settings.get(f"add_{role}_token") is True and isinstance(text, str) else []
+
+
+def _require_ends(defined: _Defined, rows: int | None, folder: Path) -> None:
+    for number in (*defined.before, *defined.after):
+        if not is_id(number, rows):
+            raise too_many_tokens("which is put before or after every text", number, rows or 0, folder / defined.source)
+
+
+def _texts(names: Mapping[str, Any]) -> list[str]:
+    """Return the texts of all special tokens that a tokenizer names."""
+    listed = (value if isinstance(value, list) else [value] for value in names.values())
+    return [text for texts in listed for text in texts if isinstance(text, str) and text]
+
+
+def _described(defined: _Defined, names: dict[str, Any], templates: dict[str, str], folder: Path) -> ModelTokenizer:
+    find = defined.backend.token_to_id
+    given = {role: names.get(f"{role}_token") for role in ROLES}
+    roles = {role: find(text) for role, text in given.items() if isinstance(text, str)}
+    missing = [text for text in _texts(names) if find(text) is None and text not in defined.left_out]
+    special = {find(text) for text in _texts(names)} - {None}
+    return ModelTokenizer(
+        where=folder,
+        source=defined.source,
+        definition=defined.definition,
+        backend=defined.backend,
+        pieces=defined.pieces,
+        before=defined.before,
+        after=defined.after,
+        roles={role: number for role, number in roles.items() if number is not None},
+        names=names,
+        special_ids=frozenset(special) | (defined.pieces.special_ids if defined.pieces else frozenset()),
+        templates=templates,
+        notes=(*without_row(defined.left_out), *not_held(missing, defined.source)),
+    )
+
+
+def _templates(loaded: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
+    given: Any = loaded.chat_template
+    named = {"default": given} if isinstance(given, str) else given or {}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise InputError("the chat template is no text", where=folder / SETTINGS, got=type(given).__name__)
+    return dict(named)
+
+
+def parity_texts(tokenizer: ModelTokenizer) -> list[str]:
     """Return the corpus, its characters at random, and texts with the tokenizer's own special and added tokens."""
-    special = [token for token in tokenizer.all_special_tokens if token]
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    held = [text for text in _texts(tokenizer.names) if text and tokenizer.backend.token_to_id(text) is not None]
+    added = [token.content for token in tokenizer.added().values() if token.content.strip()]
     texts = list(PARITY_CORPUS)
-    for token in dict.fromkeys(special):
+    for token in dict.fromkeys(held):
         texts += [token, f"{token}Hello", f"Hello{token}", f" {token} ", f"a {token}\n{token}{token} b", token[:-1]]
     texts += [f"x{token} y{token}z" for token in dict.fromkeys(added)]
     chance, characters = random.Random(0), "".join(PARITY_CORPUS)
     return texts + ["".join(chance.choices(characters, k=30)) for _ in range(64)]
 
 
-def known_difference(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:
-    """Return what says why a runtime must give a text other ids than transformers, or None.
+def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
+    """Return what says why a runtime must give a text other ids than the tokenizer, or None.
 
-    Neither llama.cpp nor onnxruntime-genai normalises Unicode for byte-level BPE: text that the tokenizer's
-    normaliser would change (Qwen composes letters and accents) reaches the model as it is.
+    Neither llama.cpp nor onnxruntime-genai normalises Unicode for BPE: text that the tokenizer's normaliser would
+    change (Qwen composes letters and accents) reaches the model as it is. Signs for spaces are another matter.
     """
-    backend: Any = tokenizer.backend_tokenizer
-    settings = json.loads(backend.to_str())
-    normalises = settings["normalizer"] is not None and '"ByteLevel"' in json.dumps(settings["pre_tokenizer"])
+    settings = tokenizer.definition.get("normalizer")
+    changing = [part for part in components(settings) if not _writes_spaces(part)]
+    if not changing:
+        return lambda _: None
+    bare = json.loads(Tokenizer(models.BPE()).to_str())
+    normaliser: Any = _library(bare | {"normalizer": {"type": "Sequence", "normalizers": changing}}).normalizer
+    kinds = ", ".join(part["type"] for part in changing)
 
     def reason(text: str) -> str | None:
-        if not normalises or backend.normalizer.normalize_str(text) == text:
+        if normaliser.normalize_str(text) == text:
             return None
-        return f"the tokenizer normalises such text ({settings['normalizer']['type']}), the runtime does not"
+        return f"the tokenizer normalises such text ({kinds}), the runtime does not"
 
     return reason
+
+
+def _writes_spaces(part: Mapping[str, Any]) -> bool:
+    """Return whether a part of a normaliser only marks spaces, which runtimes do too."""
+    return part["type"] == "Prepend" or (part["type"] == "Replace" and part["pattern"] == {"String": " "})
 
 
 def restore_pretokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -270,25 +359,6 @@ def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a text as transformers gives them to a model: with BOS or EOS where the tokenizer adds them."""
-    return list(tokenizer(text)["input_ids"])
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, prompt: bool) -> str | None:
-    """Return a chat as the model's template renders it, or None where the template refuses the chat.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        chat: Messages with `role` and `content`.
-        prompt: Ask for the start of an answer at the end.
-
-    Raises:
-        RequestError: the model has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        raise RequestError("the model has no chat template", where=tokenizer.name_or_path)
-    try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt))
-    except TemplateError:
-        return None
+def token_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
+    """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
+    return tokenizer.ids(text)

@@ -10,22 +10,14 @@ from exporter.errors import ExporterError
 from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.model import Model
-from exporter.model.tokenizer import (
-    PARITY_CHATS,
-    Chat,
-    known_difference,
-    load_tokenizer,
-    parity_texts,
-    render_chat,
-    token_ids,
-)
+from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
+from exporter.targets.text import open_text
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
-from exporter.validate.parity import check_chat_template, check_tokenizer
 from exporter.validate.selftest import SelfTest, make_self_test
+from exporter.validate.text import check_text
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
@@ -96,7 +88,7 @@ def prove(
         checks.append(check_rounding(rounding, target.most_rounding_kl))
         _require(checks)
         self_test = make_self_test(logits, model.architecture.vocab, 0)
-        checks += check_parity(child, model)
+    checks += check_parity(artifact, model)
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
 
@@ -160,30 +152,11 @@ def check_rounding(rounding: Distance, most_kl: float) -> Check:
     return check.model_copy(update={"value": rounding.kl_mean, "limit": most_kl, "unit": "nats"})
 
 
-def check_parity(child: Child, model: Model) -> list[Check]:
-    """Compare the runtime's tokenizer and chat template with transformers'."""
-    tokenizer = load_tokenizer(model.folder)
-    runtime = child.title.lower().replace(" ", "-")
-    found = [
-        check_tokenizer(
-            parity_texts(tokenizer),
-            partial(token_ids, tokenizer),
-            partial(child.call, "tokenize"),
-            runtime,
-            known_difference(tokenizer),
-        )
-    ]
-    if tokenizer.chat_template is not None:
-
-        def rendered(chat: Chat) -> str | None:
-            return render_chat(tokenizer, chat, True)
-
-        def by_runtime(chat: Chat) -> str | None:
-            text: str | None = child.call("render_chat", chat, True)
-            return text
-
-        found.append(check_chat_template(PARITY_CHATS, rendered, by_runtime, runtime))
-    return found
+def check_parity(artifact: Artifact, model: Model) -> list[Check]:
+    """Compare the artifact's tokenizer and chat template with the model's own."""
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    with open_text(artifact) as child:
+        return check_text(child, tokenizer)
 
 
 def _check(name: str, passed: bool, detail: str) -> Check:

@@ -1,36 +1,40 @@
 """Which of llama.cpp's pre-tokenizers a vocabulary needs, proven before it is written.
 
 llama.cpp carries the pre-tokenizers of BPE models as code and picks one by name. Which name is right is not looked
-up by a model's identity but found by trying: a name is taken when llama.cpp then gives the ids that transformers gives.
+up by a model's identity but found by trying: a name is taken when llama.cpp then gives the ids that the tokenizer
+itself gives.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 from gguf import GGUFWriter
-from transformers import PreTrainedTokenizerBase
 
+from exporter.cache import cache_folder, replacing
 from exporter.errors import InputError
+from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.tokenizer import (
-    PARITY_CORPUS,
     PRE_TOKENIZERS,
     WHOLE_WORDS_FIRST,
+    ModelTokenizer,
     known_difference,
     load_tokenizer,
     parity_texts,
     pre_tokenizer,
 )
-from exporter.targets.gguf.tokenize import Case, Comparison, compare_in_child
-from exporter.targets.gguf.vocabulary import (
-    Vocabulary,
-    add_vocabulary,
-    components,
-    read_vocabulary,
-    write_vocabulary_file,
-)
+from exporter.model.tokenizer_files import components
+from exporter.targets.child import Child
+from exporter.targets.gguf.tokenize import Case, Comparison, LlamaTokenizer, compare_in_child
+from exporter.targets.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary, write_vocabulary_file
+
+# Raised when what is shown of the same vocabulary changes.
+VERSION = 1
 
 # Names that llama.cpp knows besides those of PRE_TOKENIZERS, one for each way of splitting.
 OTHER_PRE_TOKENIZERS = (
@@ -49,11 +53,13 @@ class VocabularyProof:
         compared: Cases (a text with a way of handling special tokens); the ids of all were equal.
         set_apart: Texts not compared, since llama.cpp is known to treat them in another way: it does not normalise
             text for byte-level BPE, and puts a space before every part of a text where Metaspace does so once.
+        more_ends: Role -> id of tokens that end a text, besides those at which llama.cpp would end by itself.
     """
 
     pre_tokenizer: str
     compared: int
     set_apart: int
+    more_ends: dict[str, int]
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> VocabularyProof:
@@ -68,31 +74,56 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
         InputError: the tokenizer is of a kind that llama.cpp does not have, does not fit the embedding, or no
             pre-tokenizer of llama.cpp gives the same ids.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, vocab_size)
     vocabulary = read_vocabulary(tokenizer, folder, vocab_size)
     cases, set_apart = parity_cases(tokenizer, vocabulary.model)
     names = likely_pre_tokenizers(tokenizer) if vocabulary.model == "gpt2" else [vocabulary.pre_tokenizer]
-    proven = prove(vocabulary, names, cases, folder)
-    add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proven))
-    return VocabularyProof(proven, len(cases), set_apart)
+    kept = _kept_proof(vocabulary, cases)
+    if not kept.is_file():
+        proven = replace(vocabulary, pre_tokenizer=prove(vocabulary, names, cases, folder))
+        proof = VocabularyProof(proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven))
+        with replacing(kept) as partial:
+            partial.write_text(json.dumps(vars(proof)), encoding="utf-8")
+    proof = VocabularyProof(**json.loads(kept.read_text(encoding="utf-8")))
+    special = replace(vocabulary.special, ids=vocabulary.special.ids | proof.more_ends)
+    add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proof.pre_tokenizer, special=special))
+    return proof
 
 
-def parity_cases(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[list[Case], int]:
+def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
+    """Return where the cache keeps what was shown of a vocabulary, under all that it depends on."""
+    decisive = (VERSION, llama_cpp.__version__, asdict(vocabulary), [asdict(case) for case in cases])
+    key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
+    return cache_folder("vocabularies") / f"{key}.json"
+
+
+def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
+    """Return keys for tokens that end a text and that llama.cpp would go on after: it has two besides that of EOS."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "vocabulary.gguf"
+        write_vocabulary_file(file, vocabulary)
+        with Child("llama.cpp", LlamaTokenizer, file) as child:
+            known = child.call("ends")
+    left = [number for number in vocabulary.special.ends if number not in known]
+    return dict(zip(("eot", "eom"), left, strict=False))
+
+
+def parity_cases(tokenizer: ModelTokenizer, model: str) -> tuple[list[Case], int]:
     """Return what llama.cpp is asked, and the number of texts that it is known to treat in another way."""
     texts = parity_texts(tokenizer)
-    apart = known_difference(tokenizer) if model == "gpt2" else _space_differs(tokenizer)
-    alike = [text for text in texts if apart(text) is None]
-    cases = [Case(text, True, True, tuple(tokenizer(text)["input_ids"])) for text in alike]
+    reasons = [known_difference(tokenizer), *([_space_differs(tokenizer)] if model != "gpt2" else [])]
+    alike = [text for text in texts if not any(reason(text) for reason in reasons)]
+    cases = [Case(text, True, True, tuple(tokenizer.ids(text))) for text in alike]
     if model == "gpt2":  # the other kind forms special tokens from plain text wherever their pieces are tokens
-        cases += [Case(text, False, False, _plain_ids(tokenizer, text)) for text in alike]
+        cases += [Case(text, False, False, tuple(tokenizer.literal_ids(text))) for text in alike]
     return cases, len(texts) - len(alike)
 
 
-def _space_differs(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | None]:
+def _space_differs(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
     """Return what says where a Metaspace tokenizer puts no space before a text but llama.cpp does."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
-    metaspace = any(part["type"] == "Metaspace" for part in components(settings["pre_tokenizer"]))
-    added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+    splitting = tokenizer.definition.get("pre_tokenizer")
+    metaspace = any(part["type"] == "Metaspace" for part in components(splitting))
+    added = tuple(token.content for token in tokenizer.added().values())
 
     def reason(text: str) -> str | None:
         differs = metaspace and (text.startswith((" ", "\u2581")) or any(token in text for token in added))
@@ -101,14 +132,9 @@ def _space_differs(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str | 
     return reason
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Return the ids of text that must not be able to name a special token."""
-    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
-def likely_pre_tokenizers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def likely_pre_tokenizers(tokenizer: ModelTokenizer) -> list[str]:
     """Return llama.cpp's names, the likeliest first: those whose known form splits the corpus as the tokenizer does."""
-    backend = tokenizer.backend_tokenizer
+    backend: Any = tokenizer.backend
     whole_words = bool(backend.model.ignore_merges)
     own = [backend.pre_tokenizer.pre_tokenize_str(text) for text in PARITY_CORPUS]
 

@@ -12,7 +12,8 @@ import numpy as np
 from exporter.device.memory import LLAMA_CPP_BATCH
 from exporter.errors import InputError
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.tokenize import llama_render_chat, llama_tokenize
+from exporter.targets.gguf.ends import read_end_tokens
+from exporter.targets.gguf.tokenize import llama_tokenize
 from exporter.targets.runtime import Timing, resident_bytes
 from exporter.weights.format import Float32
 
@@ -62,6 +63,7 @@ class LlamaCpp:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._ends = read_end_tokens(self._model)
         self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
@@ -100,12 +102,18 @@ class LlamaCpp:
         position = self._prefill(tokens)
         while len(made) < count:
             token = int(self._row().argmax())
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token):
+            if self._ends_at(token):
                 break
             made.append(token)
             self._decode([token], position, every=False)
             position += 1
         return made
+
+    def _ends_at(self, token: int) -> bool:
+        """Return whether the model ends its text with a token: as the file says, or where it does not, llama.cpp."""
+        if self._ends is None:
+            return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        return token in self._ends
 
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once, at temperature 1, to `length` tokens each.
@@ -157,10 +165,6 @@ class LlamaCpp:
         buffer = ctypes.create_string_buffer(256)
         size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[: max(size, 0)]
-
-    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
-        """Return a chat as llama-cpp-python's formatter renders it, or None where the template refuses it."""
-        return llama_render_chat(self._model, messages, prompt)
 
     def _forget(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)

@@ -19,12 +19,14 @@ from exporter.device.memory import Peak, host_features, llama_cpp_peak, llama_cp
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
+from exporter.model.ends import special_ids
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
 from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf.ends import add_end_tokens
 from exporter.targets.gguf.header import finish_header, frequency_factors, rope, write_header
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
@@ -170,6 +172,16 @@ class Gguf:
         """Return the model with evened channels, where codes are fitted to them."""
         return evened_if_fitted(model, statistics, decisions)
 
+    def lower_text(self, model: Model, folder: Path) -> Artifact | None:
+        """Write the vocabulary alone; that of a GGUF file is copied, and is nothing to ask about."""
+        if model.gguf:
+            return None
+        path = folder / MODEL_FILE
+        with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
+            write_vocabulary(writer, model.folder, model.architecture.vocab)
+            finish_header(writer)
+        return Artifact(self.name, folder, (path,))
+
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the GGUF file tensor by tensor, beside it the factors if there are any, then the Modelfile."""
         with_factors = [one for one in compressed.decisions.values() if one.low_rank is not None]
@@ -287,6 +299,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     write_header(writer, model.architecture, model.config)
     if model.gguf:
         copy_vocabulary(writer, model.gguf)
+        add_end_tokens(writer, special_ids(model.folder, {}, model.architecture.vocab).ends)
     else:
         write_vocabulary(writer, model.folder, model.architecture.vocab)
 

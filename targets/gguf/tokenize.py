@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from jinja2 import TemplateError
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.model.chat import Chat, Rendered
 from exporter.targets.child import Child
+from exporter.targets.memory_limit import memory_limited
+from exporter.targets.text import RENDER_BYTES
 
-Chat = list[dict[str, str]]  # not imported from exporter.model.tokenizer: a child need not load transformers
 PRE_TOKENIZER_KEY = b"tokenizer.ggml.pre"
 
 
@@ -109,8 +110,8 @@ def llama_tokenize(model: Any, text: str, *, add_special: bool = True, parse_spe
     return ids[:count]
 
 
-def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> str | None:
-    """Return a chat as llama-cpp-python renders it from the file's own template; None where the template refuses it.
+def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
+    """Return a chat as llama-cpp-python renders it from the file's own template.
 
     Args:
         model: llama.cpp's pointer to a model, with or without weights.
@@ -126,18 +127,18 @@ def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> str | None:
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     bos = _token_text(vocabulary, llama_cpp.llama_vocab_bos(vocabulary))
     eos = _token_text(vocabulary, llama_cpp.llama_vocab_eos(vocabulary))
-    formatter = Jinja2ChatFormatter(template.decode(), eos, bos, add_generation_prompt=prompt)
     try:
-        return formatter(messages=chat).prompt  # type: ignore[arg-type]
-    except (TemplateError, ValueError):  # a template's raise_exception becomes ValueError
-        return None
+        formatter = Jinja2ChatFormatter(template.decode(), eos, bos, add_generation_prompt=prompt)
+        return Rendered(formatter(messages=chat).prompt)  # type: ignore[arg-type]
+    except Exception as error:  # a template may end in any
+        return Rendered.refused(error)
 
 
 def _token_text(vocabulary: Any, token: int) -> str:
     if token < 0:
         return ""
     text: bytes = llama_cpp.llama_vocab_get_text(vocabulary, token)
-    return text.decode()
+    return text.decode(errors="replace")
 
 
 class LlamaTokenizer:
@@ -149,13 +150,20 @@ class LlamaTokenizer:
         self._opened = open_vocabulary(path)
         self._model = self._opened.__enter__()
 
-    def ids(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS or EOS where the file asks for them."""
         return llama_tokenize(self._model, text)
 
-    def render(self, chat: Chat, prompt: bool) -> str | None:
+    def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
         """Return a chat rendered by the file's template; see `llama_render_chat`."""
-        return llama_render_chat(self._model, chat, prompt)
+        with memory_limited(RENDER_BYTES):
+            return llama_render_chat(self._model, chat, prompt)
+
+    def ends(self) -> list[int]:
+        """Return the ids at which llama.cpp ends a text: those of the file's keys, and texts that it knows."""
+        vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        ids = range(llama_cpp.llama_vocab_n_tokens(vocabulary))
+        return [token for token in ids if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
 
 
 class Comparer:

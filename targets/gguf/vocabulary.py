@@ -1,20 +1,23 @@
 """The vocabulary of a GGUF file: tokens, merges, special tokens, chat template."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import gguf
 from gguf import GGUFValueType, GGUFWriter, TokenType
-from transformers import PreTrainedTokenizerBase
 
 from exporter.errors import InputError
+from exporter.model.ends import special_ids
+from exporter.model.sentencepiece_file import SPACE, Pieces
 from exporter.model.tensors import open_gguf
+from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer
+from exporter.model.tokenizer_files import components
+from exporter.targets.gguf.ends import add_end_tokens
 
-SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
+DEFAULT = "default"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -30,7 +33,7 @@ class Vocabulary:
         merges: Pairs in the order of rank, for `gpt2`.
         scores: The higher the earlier a token is formed, for `llama`.
         add_space_prefix: A space is put before the text.
-        special: What gguf's own library writes: special ids, flags, chat template.
+        special: Special tokens, and how chats are written with them.
     """
 
     model: Literal["gpt2", "llama"]
@@ -40,7 +43,26 @@ class Vocabulary:
     merges: list[str]
     scores: list[float]
     add_space_prefix: bool
-    special: gguf.SpecialVocab
+    special: "SpecialTokens"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a GGUF file says of special tokens.
+
+    Attributes:
+        ids: Role -> id, the roles being those of gguf's own library.
+        add_bos: BOS is put before a text.
+        add_eos: EOS is put after a text.
+        ends: Ids at which a text ends.
+        templates: Chat templates by name.
+    """
+
+    ids: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    ends: tuple[int, ...]
+    templates: Mapping[str, str]
 
 
 def copy_vocabulary(writer: GGUFWriter, source: Path) -> None:
@@ -75,32 +97,48 @@ def _value(field: gguf.ReaderField) -> Any:
     return values if field.types[0] == GGUFValueType.ARRAY else values[0]
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> Vocabulary:
     """Return what a GGUF file must say of a tokenizer, its pre-tokenizer still to be proven.
+
+    Args:
+        tokenizer: The tokenizer.
+        folder: Holds config.json and generation_config.json, which may name special tokens too.
+        vocab_size: Rows of the embedding; ids that the tokenizer does not use become `[PADn]`.
 
     Raises:
         InputError: the tokenizer is not BPE, or its tokens do not fit the embedding.
     """
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    settings = tokenizer.definition
     byte_level = _is_byte_level(settings, folder)
     tokens, types = _tokens(tokenizer, folder, vocab_size)
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in settings["model"]["merges"]]
-    if not byte_level:
-        types = [
-            TokenType.BYTE if BYTE_TOKEN.fullmatch(token) else kind for token, kind in zip(tokens, types, strict=True)
-        ]
-        if isinstance(tokenizer.unk_token_id, int):
-            types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+    scores = [] if byte_level else _scores(tokens, pairs)
+    if tokenizer.pieces is not None:
+        _put_pieces(tokenizer.pieces, tokens, types, scores)
+    elif not byte_level:
+        types = [TokenType.BYTE if BYTE_TOKEN.fullmatch(t) else kind for t, kind in zip(tokens, types, strict=True)]
+        if "unk" in tokenizer.roles:
+            types[tokenizer.roles["unk"]] = TokenType.UNKNOWN
     return Vocabulary(
         model="gpt2" if byte_level else "llama",
         pre_tokenizer="default",
         tokens=tokens,
         types=types,
         merges=[" ".join(pair) for pair in pairs] if byte_level else [],
-        scores=[] if byte_level else _scores(tokens, pairs),
+        scores=scores,
         add_space_prefix=not byte_level and _prepends_space(settings),
         special=_special(tokenizer, folder, vocab_size),
     )
+
+
+def _put_pieces(pieces: Pieces, tokens: list[str], types: list[TokenType], scores: list[float]) -> None:
+    """Put kinds and scores as SentencePiece has them; llama.cpp looks for user-defined texts before it marks spaces."""
+    scores[: len(pieces.scores)] = pieces.scores
+    for number, kind in enumerate(map(TokenType, pieces.types)):
+        if kind != TokenType.NORMAL:
+            types[number] = kind
+        if kind == TokenType.USER_DEFINED:
+            tokens[number] = tokens[number].replace(SPACE, " ")
 
 
 def _is_byte_level(settings: dict[str, Any], folder: Path) -> bool:
@@ -109,7 +147,7 @@ def _is_byte_level(settings: dict[str, Any], folder: Path) -> bool:
     if model["type"] == "BPE" and (byte_level or model.get("byte_fallback")):
         return byte_level
     raise InputError(
-        "llama.cpp has no such tokenizer",
+        "no such tokenizer is written for llama.cpp",
         where=folder,
         got=f"{model['type']} with byte_level={byte_level} and byte_fallback={bool(model.get('byte_fallback'))}",
         expected="byte-level BPE, or BPE with byte fallback",
@@ -117,37 +155,18 @@ def _is_byte_level(settings: dict[str, Any], folder: Path) -> bool:
     )
 
 
-def components(section: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the components of a normaliser or pre-tokenizer, sequences flattened."""
-    if section is None:
-        return
-    inner = section.get("pretokenizers", section.get("normalizers"))
-    if inner is None:
-        yield section
-    for part in inner or ():
-        yield from components(part)
-
-
 def _prepends_space(settings: dict[str, Any]) -> bool:
     found = [*components(settings["normalizer"]), *components(settings["pre_tokenizer"])]
     return any(part["type"] == "Prepend" or part.get("prepend_scheme") in ("always", "first") for part in found)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> tuple[list[str], list[TokenType]]:
+def _tokens(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> tuple[list[str], list[TokenType]]:
     """Return text and kind of every id below `vocab_size`."""
-    held = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    largest = max(held, default=-1)
-    if largest >= vocab_size:
-        raise InputError(
-            "the tokenizer has more tokens than the embedding has rows",
-            where=folder,
-            got=f"id {largest}, {held[largest]!r}",
-            expected=f"ids below {vocab_size}",
-            next_step="check that tokenizer and weights belong together",
-        )
-    added = tokenizer.added_tokens_decoder
+    vocabulary = tokenizer.backend.get_vocab()
+    held = {token_id: token for token, token_id in vocabulary.items()}
+    added = tokenizer.added()
     tokens = [held.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    if len(set(tokens)) != vocab_size or len(held) != len(tokenizer.get_vocab()):
+    if len(set(tokens)) != vocab_size or len(held) != len(vocabulary):
         raise InputError("two tokens share a text or an id", where=folder, next_step="fetch the tokenizer again")
     types = [_kind(i in held, added[i].special if i in added else None) for i in range(vocab_size)]
     return tokens, types
@@ -170,25 +189,16 @@ def _scores(tokens: list[str], pairs: Iterable[list[str]]) -> list[float]:
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> gguf.SpecialVocab:
-    """Return special ids, the flags as the tokenizer behaves, and the chat template."""
-    try:
-        special = gguf.SpecialVocab(folder, special_token_types=SPECIAL_ROLES, n_vocab=vocab_size)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError("the special tokens cannot be read", where=folder, got=error) from error
-    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in SPECIAL_ROLES}
-    special.special_token_ids |= {role: token for role, token in ids.items() if isinstance(token, int)}
-    plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-    special.add_special_token = {
-        "bos": whole[: len(whole) - len(plain)][:1] == [ids["bos"]],
-        "eos": whole[len(plain) :][-1:] == [ids["eos"]],
-    }
-    template = tokenizer.chat_template
-    named = (
-        [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else None
+def _special(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> SpecialTokens:
+    found = special_ids(folder, tokenizer.roles, vocab_size)
+    ids = dict(found.roles)
+    return SpecialTokens(
+        ids=ids,
+        add_bos=tokenizer.before[:1] == (ids.get("bos"),),
+        add_eos=tokenizer.after[-1:] == (ids.get("eos"),),
+        ends=found.ends,
+        templates={name: text for name, text in tokenizer.templates.items() if TEMPLATE_NAME.fullmatch(name)},
     )
-    special.chat_template = named or template
-    return special
 
 
 def write_vocabulary_file(file: Path, vocabulary: Vocabulary) -> None:
@@ -211,4 +221,19 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    vocabulary.special.add_to_gguf(writer, quiet=True)
+    _add_special(writer, vocabulary.special)
+
+
+def _add_special(writer: GGUFWriter, special: SpecialTokens) -> None:
+    for role, number in special.ids.items():
+        getattr(writer, f"add_{role}_token_id")(number)
+    writer.add_add_bos_token(special.add_bos)
+    writer.add_add_eos_token(special.add_eos)
+    add_end_tokens(writer, special.ends)
+    named = sorted(set(special.templates) - {DEFAULT})
+    for name in named:
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), special.templates[name])
+    if named:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, named)
+    if DEFAULT in special.templates:
+        writer.add_chat_template(special.templates[DEFAULT])

@@ -34,15 +34,11 @@ class DecoderFolder:
 
     def tokenize(self, text: str) -> list[int]:
         """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
-        return self._tokenizer.ids(text)
+        return self._tokenizer.tokenize(text)
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, special tokens left out."""
         return self._tokenizer.text(tokens)
-
-    def render_chat(self, messages: list[dict[str, str]], prompt: bool) -> str | None:
-        """Return a chat as onnxruntime-genai renders it, or None where the template refuses it."""
-        return self._tokenizer.render(messages, prompt)
 
     def _session_options(self, threads: int, entries: Mapping[str, str]) -> onnxruntime.SessionOptions:
         """Return the options of a session: those of the folder's settings, and some more."""

@@ -16,9 +16,15 @@ from onnxruntime_genai.models import builders
 from torch import nn
 
 from exporter.device.memory import ONNX_CHUNK
+from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
+from exporter.targets.onnx.companions import genai_ids, write_text_files
 
+GENERATION = "generation_config.json"
+# What the builder takes over of it, and what it must be.
+NUMBERS: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
 BUILDERS: dict[str, Any] = {
     "LlamaForCausalLM": builders.LlamaModel,
     "MistralForCausalLM": builders.MistralModel,
@@ -34,18 +40,22 @@ class Skeleton:
     Attributes:
         graph: The model; initialisers of matrices hold no data, all others are complete.
         builder: onnxruntime-genai's builder, for the files that go beside the graph.
+        tokenizer: The model's tokenizer, for the same.
     """
 
     graph: ir.Model
     builder: Any
+    tokenizer: ModelTokenizer
 
-    def write_companions(self, folder: Path, session_options: dict[str, str]) -> None:
+    def write_companions(self, model: Model, folder: Path, session_options: dict[str, str]) -> None:
         """Write genai_config.json, with entries for the session's configuration, and the tokenizer's files."""
         with _quiet():
             self.builder.make_genai_config(self.builder.hf_config, {}, str(folder))
-            self.builder.save_processing(self.builder.hf_config._name_or_path, {}, str(folder))
+        write_text_files(self.tokenizer, self.builder.context_length, folder)
         path = folder / "genai_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["model"].pop("bos_token_id")
+        settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is read in parts: the graph gives logits after every token, of which the last are wanted.
         settings["search"]["chunk_size"] = ONNX_CHUNK
@@ -62,7 +72,8 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         share_embedding: The float32 graph gathers its embedding from the transposed head.
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
-    folder = str(model.folder)
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    folder = str(_checked_folder(model, tokenizer, scratch))
     with _quiet(), torch.no_grad():
         extra = genai_builder.parse_extra_options(folder, folder, str(scratch), "fp32", "cpu", str(scratch), options)
         config = extra.pop("hf_details")["hf_config"]
@@ -76,7 +87,35 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
-    return Skeleton(builder.model, builder)
+    return Skeleton(builder.model, builder, tokenizer)
+
+
+def _checked_folder(model: Model, tokenizer: ModelTokenizer, scratch: Path) -> Path:
+    """Return a folder with what the builder reads besides weights, all of it checked: the model's own may be anything.
+
+    Ids of special tokens are put right by `write_companions`; the builder only wants some.
+    """
+    folder = scratch / "checked"
+    folder.mkdir()
+    write_text_files(tokenizer, model.architecture.context_length, folder)
+    config = model.own_config()
+    ids = genai_ids(model, tokenizer)
+    config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
+    config.eos_token_id = ids["eos_token_id"] or [0]
+    config.save_pretrained(folder)
+    (folder / GENERATION).write_text(json.dumps(_sampling(model.folder)), encoding="utf-8")
+    return folder
+
+
+def _sampling(folder: Path) -> dict[str, Any]:
+    """Return how a model wants to be sampled, of generation_config.json, as far as it can be."""
+    given = read_json_object_if_there(folder / GENERATION) or {}
+    wanted = {key: value for key, value in given.items() if key in NUMBERS and _is_number(value, NUMBERS[key])}
+    return wanted | ({"do_sample": given["do_sample"]} if isinstance(given.get("do_sample"), bool) else {})
+
+
+def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0  # type: ignore[operator]
 
 
 def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
     ALIGNED_FROM_BYTES,
@@ -167,6 +168,11 @@ class Onnx:
         """Return the model with evened channels, where codes are fitted to them."""
         return evened_if_fitted(model, statistics, decisions)
 
+    def lower_text(self, model: Model, folder: Path) -> Artifact:
+        """Write the tokenizer's files and as much of genai_config.json as it needs."""
+        write_text_alone(model, folder)
+        return Artifact(self.name, folder, ())
+
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
         floats = NAMED.get(type, type) == FLOAT
@@ -205,7 +211,7 @@ class Onnx:
                 move_rest(skeleton.graph.graph, file)
             with replacing(folder / MODEL_FILE) as partial:
                 onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
-            skeleton.write_companions(folder, dict(self._rounding.options))
+            skeleton.write_companions(compressed.model, folder, dict(self._rounding.options))
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:

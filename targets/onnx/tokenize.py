@@ -7,8 +7,10 @@ import numpy as np
 import onnxruntime_genai
 
 from exporter.errors import InputError, RequestError
+from exporter.model.chat import Chat, Rendered
+from exporter.targets.memory_limit import memory_limited
+from exporter.targets.text import RENDER_BYTES
 
-Chat = list[dict[str, str]]  # not imported from exporter.model.tokenizer: a child need not load transformers
 TEMPLATE = "chat_template.jinja"
 
 
@@ -38,7 +40,7 @@ class GenaiTokenizer:
                 next_step="save the tokenizer again with AutoTokenizer.save_pretrained",
             ) from error
 
-    def ids(self, text: str) -> list[int]:
+    def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS or EOS where the tokenizer adds them."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
@@ -46,8 +48,8 @@ class GenaiTokenizer:
         """Return the text of ids, special tokens left out."""
         return str(self._tokenizer.decode(np.array(ids, np.int32)))
 
-    def render(self, chat: Chat, prompt: bool) -> str | None:
-        """Return a chat rendered by the folder's template; None where the template refuses it.
+    def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
+        """Return a chat rendered by the folder's template.
 
         Args:
             chat: Messages with `role` and `content`.
@@ -59,9 +61,17 @@ class GenaiTokenizer:
         if not self._has_template():
             raise RequestError("the folder holds no chat template", where=self._folder)
         try:
-            return str(self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt))
-        except RuntimeError:
-            return None
+            with memory_limited(RENDER_BYTES):
+                text = self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt)
+            return Rendered(str(text))
+        except Exception as error:  # a template may end in any
+            return Rendered.refused(error)
+
+    def ends(self) -> list[int]:
+        """Return the ids at which onnxruntime-genai ends a text; without any, it ends at the padding token."""
+        settings = json.loads((self._folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        ends = settings["eos_token_id"]
+        return (list(ends) if isinstance(ends, list) else [ends]) or [settings["pad_token_id"]]
 
     def _has_template(self) -> bool:
         settings = self._folder / "tokenizer_config.json"

@@ -1,0 +1,110 @@
+"""Chats: what templates are tried on, and the form in which a template takes what its messages say."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Messages with `role` and `content`, a text or a list of parts.
+Chat = list[dict[str, Any]]
+
+PARITY_CHATS: tuple[Chat, ...] = (
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! How can I help?"},
+        {"role": "user", "content": "Tell me a joke."},
+    ],
+    [
+        {"role": "system", "content": "Answer in French.\n"},
+        {"role": "user", "content": "  leading spaces"},
+        {"role": "assistant", "content": "\n\nleading newlines and trailing \n"},
+        {"role": "user", "content": "\ttab\r\nCRLF \u00a0 é e\u0301 👩🏽‍💻"},
+        {"role": "assistant", "content": "日本語"},
+        {"role": "user", "content": "1234 + 5678 = ?"},
+    ],
+    [{"role": "user", "content": "<|im_start|>system\n<|im_end|></s>[/INST] ignore {{ this }} {% raw %} <|eot_id|>"}],
+    [{"role": "user", "content": "quotes \"double\" 'single' <b>&amp;</b> \\n \\u00e9"}],
+    [{"role": "user", "content": ""}],
+    [{"role": "user", "content": "ends with an answer"}, {"role": "assistant", "content": "Yes."}],
+)
+SYSTEM = {"role": "system", "content": "You are brief."}
+REASON_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as a template renders it.
+
+    Attributes:
+        text: The rendering; None where the template refuses the chat.
+        reason: Why it does.
+    """
+
+    text: str | None
+    reason: str = ""
+
+    @classmethod
+    def refused(cls, error: BaseException) -> "Rendered":
+        """Return what an error stands for that a template ended with."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return cls(None, reason[:REASON_CHARACTERS])
+
+
+Render = Callable[[Chat], Rendered]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A chat in the form that a template takes.
+
+    Attributes:
+        chat: The chat in that form.
+        rendered: Its rendering.
+        form: What was changed for the template, for people; empty for nothing.
+    """
+
+    chat: Chat
+    rendered: Rendered
+    form: str = ""
+
+
+def as_taken(render: Render, chat: Chat, may_add: bool = True) -> Taken:
+    """Return a chat in the first form whose rendering holds what its messages say, else the first that is rendered.
+
+    Args:
+        render: Renders a chat by the template.
+        chat: Messages whose contents are texts.
+        may_add: Try the chat with a system message in front, too.
+    """
+    tried = []
+    for name, form in _forms(chat, may_add):
+        tried.append(Taken(form, render(form), name))
+        text = tried[-1].rendered.text
+        if text is not None and holds(text, form):
+            return tried[-1]
+    accepted = [one for one in tried if one.rendered.text is not None]
+    return (accepted or tried)[0]
+
+
+def holds(text: str, chat: Chat) -> bool:
+    """Return whether a rendering holds what all messages of a chat say, spaces at their ends aside."""
+    return all(said(message).strip() in text for message in chat)
+
+
+def said(message: dict[str, Any]) -> str:
+    """Return the text of a message in any form."""
+    content = message["content"]
+    return str(content) if isinstance(content, str) else "".join(str(part["text"]) for part in content)
+
+
+def _forms(chat: Chat, may_add: bool) -> Iterator[tuple[str, Chat]]:
+    yield "", chat
+    yield "contents as lists of parts", _in_parts(chat)
+    if may_add and chat[0]["role"] != "system":
+        yield "a system message in front", [SYSTEM, *chat]
+        yield "a system message in front and contents as lists of parts", _in_parts([SYSTEM, *chat])
+
+
+def _in_parts(chat: Chat) -> Chat:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in chat]

@@ -1,0 +1,212 @@
+"""A tokenizer.model: SentencePiece's own ids, and the same tokenizer in the form of a tokenizer.json."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+
+from exporter.errors import InputError
+from exporter.model.tokenizer_files import Added, readable, too_many_tokens
+
+UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+MAX_BYTES = 64 << 20
+# Longer pieces are not split into all pairs of parts, whose number grows with the square of the length.
+MAX_CHARACTERS = 1024
+SPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A SentencePiece model with the tokens that were added to it.
+
+    Attributes:
+        processor: SentencePiece.
+        proto: The file's content.
+        added: Tokens that are recognised in a text, each part between them being a text of its own.
+    """
+
+    processor: Any
+    proto: Any
+    added: Mapping[str, Added]
+
+    @property
+    def texts(self) -> list[str]:
+        """Text of each piece, in the order of ids."""
+        return [piece.piece for piece in self.proto.pieces]
+
+    @property
+    def types(self) -> list[int]:
+        """Kind of each piece; GGUF counts them alike."""
+        return [piece.type for piece in self.proto.pieces]
+
+    @property
+    def scores(self) -> list[float]:
+        """Score of each piece: the higher the earlier it is formed."""
+        return [piece.score for piece in self.proto.pieces]
+
+    @property
+    def prepends_space(self) -> bool:
+        """Whether a space is put before a text."""
+        return bool(self.proto.normalizer_spec.add_dummy_prefix)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of what is no text of its own: unknown, control and unused pieces, bytes, and added special tokens."""
+        named = {number for number, kind in enumerate(self.types) if kind not in (NORMAL, USER_DEFINED)}
+        return frozenset(named | {token.id for token in self.added.values() if token.special})
+
+    def ids(self, text: str, special: bool = True) -> list[int]:
+        """Return the ids of a text; `special` says whether added tokens are recognised in it."""
+        if not special or not self.added:
+            return list(self.processor.encode(text))
+        found: list[int] = []
+        end = 0
+        for match in self._pattern.finditer(text):
+            found += self.processor.encode(text[end : match.start()])
+            found.append(self._longest_first[(match.lastindex or 1) - 1].id)
+            end = match.end()
+        return found + list(self.processor.encode(text[end:]))
+
+    @cached_property
+    def _longest_first(self) -> list[Added]:
+        return sorted(self.added.values(), key=lambda token: -len(token.content))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """Match an added token, of several the longest, with the spaces that it takes away; a group for each."""
+        return re.compile("|".join(map(_matching, self._longest_first)))
+
+
+def _matching(token: Added) -> str:
+    before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+    return f"{before}({re.escape(token.content)}){after}"
+
+
+def read_pieces(path: Path, added: Mapping[str, Added], rows: int | None) -> Pieces:
+    """Read a tokenizer.model.
+
+    Args:
+        path: The file.
+        added: Tokens that were added to it; those with the ids of pieces are names for them.
+        rows: Rows of the embedding; None for any number.
+
+    Raises:
+        InputError: the file is no SentencePiece model, of a kind that is not supported, or has more pieces than rows.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{path.name} is too large", where=path, expected=f"at most {MAX_BYTES} bytes")
+    with readable("tokenizer.model is no SentencePiece model", path):
+        data = path.read_bytes()
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
+        processor = SentencePieceProcessor(model_proto=data)
+    _require_known(proto, path)
+    if rows is not None and len(proto.pieces) > rows:
+        raise too_many_tokens(proto.pieces[-1].piece, len(proto.pieces) - 1, rows, path)
+    return Pieces(processor, proto, added)
+
+
+def _require_known(proto: Any, path: Path) -> None:
+    kind = proto.trainer_spec.model_type
+    longest = max((len(piece.piece) for piece in proto.pieces), default=0)
+    if kind not in (BPE, UNIGRAM) or proto.trainer_spec.treat_whitespace_as_suffix or longest > MAX_CHARACTERS:
+        raise InputError(
+            "tokenizer.model is of a kind that is not supported", where=path,
+            got=f"model_type {kind}, pieces of up to {longest} characters",
+            expected="BPE or Unigram, spaces at the beginning of words",
+            next_step="give the model with a tokenizer.json",
+        )  # fmt: skip
+
+
+def as_definition(pieces: Pieces, before: Sequence[str], after: Sequence[str], where: Path) -> dict[str, Any]:
+    """Return the same tokenizer as the content of a tokenizer.json.
+
+    Args:
+        pieces: The tokenizer.
+        before: Tokens that are put before a text.
+        after: Tokens that are put after it.
+        where: The file, for messages.
+
+    Raises:
+        InputError: the pieces do not make a tokenizer.
+    """
+    with readable("the pieces of tokenizer.model do not make a tokenizer", where):
+        backend = Tokenizer(_bpe(pieces) if pieces.proto.trainer_spec.model_type == BPE else _unigram(pieces))
+        backend.normalizer = normalizers.Sequence(list(_normalisers(pieces)))
+        strip = [decoders.Strip(" ", 1, 0)] if pieces.prepends_space else []
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        )
+        for token in sorted(_all_added(pieces), key=lambda token: token.id):
+            _add(backend, token)
+        ids = [(text, backend.token_to_id(text)) for text in {*before, *after}]
+        if ids:
+            backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=ids)
+        definition: dict[str, Any] = json.loads(backend.to_str())
+    return definition
+
+
+def _bpe(pieces: Pieces) -> models.BPE:
+    ids = {text: number for number, text in enumerate(pieces.texts)}
+    unknown = _unknown(pieces)
+    return models.BPE(
+        ids, list(_merges(pieces)), unk_token=unknown, fuse_unk=True,
+        byte_fallback=bool(pieces.proto.trainer_spec.byte_fallback),
+    )  # fmt: skip
+
+
+def _unigram(pieces: Pieces) -> models.Unigram:
+    scored = list(zip(pieces.texts, pieces.scores, strict=True))
+    return models.Unigram(scored, pieces.types.index(UNKNOWN), bool(pieces.proto.trainer_spec.byte_fallback))
+
+
+def _unknown(pieces: Pieces) -> str | None:
+    return next((text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind == UNKNOWN), None)
+
+
+def _merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
+    """Yield all pairs of pieces that form a piece, the highest score first."""
+    formed = {
+        text: score
+        for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)
+        if kind == NORMAL
+    }
+    for text in sorted(formed, key=lambda text: -formed[text]):
+        for at in range(1, len(text)):
+            if text[:at] in formed and text[at:] in formed:
+                yield text[:at], text[at:]
+
+
+def _normalisers(pieces: Pieces) -> Iterator[normalizers.Normalizer]:
+    spec = pieces.proto.normalizer_spec
+    if spec.precompiled_charsmap:
+        yield normalizers.Precompiled(spec.precompiled_charsmap)
+    if spec.remove_extra_whitespaces:
+        yield normalizers.Strip()
+        yield normalizers.Replace(Regex(" {2,}"), " ")
+    if pieces.prepends_space:
+        yield normalizers.Prepend(SPACE)
+    yield normalizers.Replace(" ", SPACE)
+
+
+def _all_added(pieces: Pieces) -> Iterator[Added]:
+    yield from pieces.added.values()
+    for number, (text, kind) in enumerate(zip(pieces.texts, pieces.types, strict=True)):
+        if kind == USER_DEFINED and text not in pieces.added:
+            yield Added(number, text, special=False, normalized=True)
+
+
+def _add(backend: Tokenizer, token: Added) -> None:
+    added = AddedToken(
+        token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+        normalized=token.normalized, special=token.special,
+    )  # fmt: skip
+    (backend.add_special_tokens if token.special else backend.add_tokens)([added])
+    if backend.token_to_id(token.content) != token.id:
+        raise ValueError(f"the id of the added token {token.content!r:.60} is not free: {token.id}")

@@ -1,0 +1,110 @@
+"""A model's chat template as transformers renders it, in a child process: a template is a program of anybody's."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import transformers
+
+from exporter.cache import cache_folder, replacing
+from exporter.errors import RuntimeCrashError
+from exporter.model.chat import Chat, Rendered, as_taken
+from exporter.model.tokenizer import ModelTokenizer
+from exporter.targets.child import Child
+from exporter.targets.memory_limit import memory_limited
+from exporter.targets.text import LOAD_S, RENDER_BYTES, render
+
+# Raised when the same template gives another opening.
+VERSION = 1
+PROBE = "\u0001"
+# What templates ask the clock for; a text that the model writes must be the same every day.
+CLOCK = datetime(2024, 7, 26)
+
+
+class TemplateRenderer:
+    """A chat template in transformers; serves a `Child`.
+
+    Args:
+        template: The template.
+        names: What it may know of the special tokens: name -> text.
+        fixed_clock: Let the time stand still.
+    """
+
+    title = "the chat template in transformers"
+    serves = True
+
+    def __init__(self, template: str, names: Mapping[str, Any], fixed_clock: bool) -> None:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        self._template, self._names = template, dict(names)
+        if fixed_clock:
+            self._names["strftime_now"] = CLOCK.strftime
+        # The vocabulary does not matter.
+        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+
+    def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
+        """Return a chat as transformers renders it; see `exporter.targets.text.TextRuntime`."""
+        try:
+            with memory_limited(RENDER_BYTES):
+                text = self._tokenizer.apply_chat_template(
+                    chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt, **self._names
+                )
+            return Rendered(str(text))
+        except Exception as error:  # a template may end in any
+            return Rendered.refused(error)
+
+
+def open_renderer(tokenizer: ModelTokenizer, fixed_clock: bool = False) -> Child:
+    """Start a child that serves `render_chat` by the tokenizer's template.
+
+    Raises:
+        RuntimeCrashError: it died.
+    """
+    child = Child(TemplateRenderer.title, TemplateRenderer, tokenizer.template, tokenizer.names, fixed_clock)
+    try:
+        child.result(LOAD_S)
+    except BaseException:
+        child.close()
+        raise
+    return child
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a chat opens by a template.
+
+    Attributes:
+        text: What comes before a user's first words; None where the template takes none of the probes.
+        reason: Why it does not.
+    """
+
+    text: str | None
+    reason: str = ""
+
+
+def chat_opening(tokenizer: ModelTokenizer) -> Opening:
+    """Return how a chat opens by the tokenizer's template, found out once for each template and kept in the cache."""
+    decisive = (VERSION, transformers.__version__, tokenizer.template, tokenizer.names)
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_folder("templates") / f"{key}.json"
+    if not path.is_file():
+        found = _opening(tokenizer)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(vars(found)), encoding="utf-8")
+    return Opening(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _opening(tokenizer: ModelTokenizer) -> Opening:
+    try:
+        with open_renderer(tokenizer, fixed_clock=True) as child:
+            taken = as_taken(lambda chat: render(child, chat, False), [{"role": "user", "content": PROBE}])
+    except RuntimeCrashError as error:
+        return Opening(None, str(error))
+    text = taken.rendered.text
+    if text is None:
+        return Opening(None, taken.rendered.reason)
+    return Opening(text.split(PROBE)[0]) if PROBE in text else Opening(None, "it leaves out what the user says")

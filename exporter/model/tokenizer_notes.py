@@ -1,0 +1,44 @@
+"""Sentences on a tokenizer that a reader of the results must know."""
+
+from collections.abc import Iterable, Sequence
+
+NAMED, EXAMPLES = 8, 3
+
+
+def without_row(texts: Sequence[str]) -> tuple[str, ...]:
+    """Say which added tokens were left out, since the embedding has no rows for them."""
+    if not texts:
+        return ()
+    return (f"added tokens of the tokenizer that the embedding has no rows for are left out: {_listed(texts)}",)
+
+
+def not_held(texts: Iterable[str], source: str) -> tuple[str, ...]:
+    """Say which special tokens a tokenizer's settings name though its definition does not hold them."""
+    named = list(dict.fromkeys(texts))
+    if not named:
+        return ()
+    return (
+        f"special tokens that the tokenizer's settings name but {source} does not hold are left out: {_listed(named)}",
+    )
+
+
+def different(source: str, made: str, texts: Sequence[str], differing: Sequence[str]) -> tuple[str, ...]:
+    """Say on which texts what transformers makes of the files differs from their definition.
+
+    Args:
+        source: The file that defines the tokenizer.
+        made: Name of transformers' class.
+        texts: All texts that were compared.
+        differing: Those that get other ids.
+    """
+    if not differing:
+        return ()
+    return (
+        f"{source} itself is what counts: the {made} that transformers makes of it gives other ids to {len(differing)} "
+        f"of {len(texts)} texts, such as {_listed(differing[:EXAMPLES])}",
+    )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    shown = ", ".join(repr(text)[:40] for text in texts[:NAMED])
+    return shown + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")

@@ -1,0 +1,155 @@
+"""What runtimes make of text: asked before a build of what the artifact will say, and after it of what it says."""
+
+import hashlib
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from exporter.cache import cache_folder, replacing
+from exporter.errors import InputError, RuntimeCrashError
+from exporter.measures import Check, Document
+from exporter.model.chat import PARITY_CHATS
+from exporter.model.ends import FILES, special_ids
+from exporter.model.model import Model, digest_files
+from exporter.model.template import open_renderer
+from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts
+from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
+from exporter.report.data import from_json, to_json
+from exporter.targets.artifact import Artifact
+from exporter.targets.child import Child
+from exporter.targets.memory_limit import memory_limited
+from exporter.targets.target import Target
+from exporter.targets.text import LOAD_S, open_text, render
+from exporter.validate.parity import check_chat_template, check_tokenizer
+
+# Raised when the same files would be judged in another way.
+VERSION = 1
+LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", "onnxruntime-genai")
+# The largest tokenizers known, of 262,144 tokens, load in 3 s and take 1 GiB.
+TRY_BYTES = 8 << 30
+
+
+class Foreseen(Document):
+    """What is known of an artifact's text before it is made.
+
+    Attributes:
+        checks: Tokenizer and chat template in the runtime.
+        notes: Sentences that a reader of the results must know.
+    """
+
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def foresee(model: Model, target: Target) -> Foreseen:
+    """Return what a target's runtime will make of a model's text; found out once for each tokenizer, and kept.
+
+    Raises:
+        InputError: the tokenizer cannot be used, or the target cannot carry it.
+    """
+    path = cache_folder("texts") / f"{_key(model, target)}.json"
+    try:
+        return from_json(Foreseen, path.read_bytes(), path)
+    except (FileNotFoundError, InputError):
+        with TemporaryDirectory() as scratch:
+            found = _foreseen(model, target, Path(scratch))
+        with replacing(path) as partial_file:
+            partial_file.write_text(to_json(found), encoding="utf-8")
+        return found
+
+
+def _key(model: Model, target: Target) -> str:
+    names = (TOKENIZER, SETTINGS, PIECES, *OTHER_JSON, *TEXTS, *FILES)
+    files = digest_files(sorted(path for name in names for path in model.folder.glob(name)))
+    decisive = (VERSION, files, model.architecture.vocab, model.gguf is None, target.name, *map(_version, LIBRARIES))
+    return hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def _foreseen(model: Model, target: Target, scratch: Path) -> Foreseen:
+    if model.gguf is None:
+        _try(model)
+    artifact = target.lower_text(model, scratch)
+    if artifact is None:
+        return Foreseen()
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    with _opened(artifact, model) as child:
+        by_itself: list[int] = child.call("ends")
+        checks = check_text(child, tokenizer)
+    special = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
+    ends = _ends_notes(child.title, tokenizer, special.ends, by_itself)
+    return Foreseen(checks=tuple(checks), notes=(*tokenizer.notes, *special.notes, *ends))
+
+
+def _try(model: Model) -> None:
+    """Load a tokenizer of anybody's in a child process before this one does.
+
+    Raises:
+        InputError: it cannot be loaded, or its library dies of it.
+    """
+    with Child("the tokenizer", _load, model.folder, model.architecture.vocab) as child:
+        try:
+            child.result(LOAD_S)
+        except RuntimeCrashError as error:
+            raise InputError("the tokenizer cannot be used", where=model.folder, got=error) from error
+
+
+def _load(folder: Path, rows: int) -> None:
+    with memory_limited(TRY_BYTES):
+        load_tokenizer(folder, rows)
+
+
+def _opened(artifact: Artifact, model: Model) -> Child:
+    try:
+        return open_text(artifact)
+    except RuntimeCrashError as error:
+        raise InputError(
+            f"the runtime of the target {artifact.target} dies of the tokenizer or the chat template",
+            where=model.folder, got=error, next_step="choose another target, or take the chat template away",
+        ) from error  # fmt: skip
+
+
+def _ends_notes(
+    runtime: str, tokenizer: ModelTokenizer, ends: tuple[int, ...], by_itself: list[int]
+) -> tuple[str, ...]:
+    """Say where a runtime ends a text by itself, and where it goes on; `edge-exporter run` ends as the model does."""
+
+    def named(ids: list[int]) -> str:
+        return ", ".join(f"{tokenizer.backend.id_to_token(number)!r} ({number})" for number in ids[:8])
+
+    missed, added = [n for n in ends if n not in by_itself], [n for n in by_itself if n not in ends]
+    found = {
+        f"{runtime} has no place for all tokens that end a text, and by itself goes on after": missed,
+        f"{runtime} by itself ends a text also at tokens at which the model does not": added,
+    }
+    return tuple(
+        f"{what}: {named(ids)}; edge-exporter run ends as the model does" for what, ids in found.items() if ids
+    )
+
+
+def check_text(child: Child, tokenizer: ModelTokenizer) -> list[Check]:
+    """Compare tokenizer and chat template of an artifact, in a child of `open_text`, with the model's own."""
+    runtime = child.title.lower().replace(" ", "-")
+    texts, known = parity_texts(tokenizer), known_difference(tokenizer)
+    checks = [check_tokenizer(texts, tokenizer.ids, partial(child.call, "tokenize", timeout_s=LOAD_S), runtime, known)]
+    if tokenizer.template is not None:
+        checks.append(_check_template(child, tokenizer, tokenizer.template, runtime))
+    return checks
+
+
+def _check_template(child: Child, tokenizer: ModelTokenizer, template: str, runtime: str) -> Check:
+    with open_renderer(tokenizer) as own:
+        return check_chat_template(
+            PARITY_CHATS,
+            lambda chat: render(own, chat, True),
+            lambda chat: render(child, chat, True),
+            runtime,
+            clock="strftime_now" in template,
+        )

@@ -1,0 +1,75 @@
+"""The files beside a graph that say how text becomes tokens, and what tokens mean."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.model.ends import SpecialIds, special_ids
+from exporter.model.model import Model
+from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer, load_tokenizer
+from exporter.model.tokenizer_files import SETTINGS, TOKENIZER, to_text
+from exporter.targets.onnx.tokenize import TEMPLATE
+
+DEFAULT = "default"
+OTHER_TEMPLATES = "additional_chat_templates"
+# Where a tokenizer has no pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
+WHOLE = {"type": "Split", "pattern": {"Regex": "[\\s\\S]+"}, "behavior": "Isolated", "invert": False}
+
+
+def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat templates.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        context_length: Tokens of the longest text.
+        folder: Where.
+    """
+    (folder / TOKENIZER).write_text(to_text(_whole(tokenizer.definition)), encoding="utf-8")
+    settings = {
+        **_texts(tokenizer.names),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+    for name, text in tokenizer.templates.items():
+        if name != DEFAULT and TEMPLATE_NAME.fullmatch(name):
+            (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
+            (folder / OTHER_TEMPLATES / f"{name}.jinja").write_text(text, encoding="utf-8")
+    if tokenizer.template is not None:
+        (folder / TEMPLATE).write_text(tokenizer.template, encoding="utf-8")
+
+
+def _texts(names: Mapping[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in names.items() if isinstance(text, str)}
+
+
+def _whole(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return an equal tokenizer that onnxruntime-genai does not split by a pattern of its own."""
+    never_cut = definition | {"truncation": None, "padding": None}
+    return never_cut if definition.get("pre_tokenizer") else never_cut | {"pre_tokenizer": WHOLE}
+
+
+def genai_ids(model: Model, tokenizer: ModelTokenizer) -> dict[str, Any]:
+    """Return the ids of special tokens as genai_config.json has them.
+
+    Without any end, onnxruntime-genai takes the padding token for one, or token 0 where there is none either.
+    """
+    found = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
+    ids: dict[str, Any] = {"eos_token_id": list(found.ends), "pad_token_id": _padding(found)}
+    return ids | ({"bos_token_id": found.roles["bos"]} if "bos" in found.roles else {})
+
+
+def _padding(found: SpecialIds) -> int:
+    return found.roles.get("pad", found.ends[0] if found.ends else 0)
+
+
+def write_text_alone(model: Model, folder: Path) -> None:
+    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there."""
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    write_text_files(tokenizer, model.architecture.context_length, folder)
+    facts = {"type": model.architecture.family.model_type, "vocab_size": model.architecture.vocab}
+    facts |= {"context_length": model.architecture.context_length}
+    settings = {"model": facts | genai_ids(model, tokenizer)}
+    (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,0 +1,70 @@
+"""What a runtime makes of text, from an artifact and without its weights."""
+
+from typing import Any, Protocol
+
+from exporter.model.chat import Chat, Rendered
+from exporter.registry import folders, load
+from exporter.targets.artifact import Artifact
+from exporter.targets.child import Child
+
+# A vocabulary of 260,000 tokens loads in 2 s.
+LOAD_S = 120.0
+# A chat is rendered in milliseconds, 10 MB of template in one second.
+RENDER_S = 10.0
+# What a template may take beyond the vocabulary.
+RENDER_BYTES = 512 << 20
+
+
+class TextRuntime(Protocol):
+    """The tokenizer and the chat template of an artifact, inside a child process."""
+
+    title: str
+    serves: bool
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Load what an artifact says of text."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+
+    def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
+        """Return a chat as the runtime renders it.
+
+        Args:
+            chat: Messages with `role` and `content`.
+            prompt: Ask for the start of an answer at the end.
+
+        Raises:
+            RequestError: the artifact holds no chat template.
+        """
+
+    def ends(self) -> list[int]:
+        """Return the ids at which the runtime ends a text by itself."""
+
+
+def open_text(artifact: Artifact) -> Child:
+    """Load what an artifact says of text in a child process that serves `TextRuntime`.
+
+    Raises:
+        InputError: the runtime refuses it.
+        RuntimeCrashError: the runtime died of it, or took too long.
+    """
+    runtime: Any = load("exporter.targets.{}.text", artifact.target, folders("exporter.targets", "text.py"), "target")
+    child = Child(runtime.TEXT.title, runtime.TEXT, artifact)
+    try:
+        child.result(LOAD_S)
+    except BaseException:
+        child.close()
+        raise
+    return child
+
+
+def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
+    """Return a chat as the child's runtime renders it.
+
+    Raises:
+        RequestError: the artifact holds no chat template.
+        RuntimeCrashError: the runtime died of the template, or took too long; the child is gone.
+    """
+    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
+    return rendered
