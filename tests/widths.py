@@ -183,7 +183,7 @@ def _tokenizer(text: str) -> PreTrainedTokenizerFast:
 @torch.inference_mode()
 def perplexity(folder: Path, text: str, windows: int = 16) -> float:
     """Return the perplexity of a model on the first windows of a text."""
-    tokens = np.array(load_tokenizer(folder)(text, verbose=False)["input_ids"][: windows * WINDOW])
+    tokens = np.array(load_tokenizer(folder).ids(text)[: windows * WINDOW])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     batch = torch.from_numpy(tokens.reshape(windows, WINDOW))
     return float(model(input_ids=batch, labels=batch).loss.exp())

@@ -62,11 +62,13 @@ class Taken:
         chat: The chat in that form.
         rendered: Its rendering.
         form: What was changed for the template, for people; empty for nothing.
+        refused: The template refuses the chat as it is.
     """
 
     chat: Chat
     rendered: Rendered
     form: str = ""
+    refused: bool = False
 
 
 def as_taken(render: Render, chat: Chat, may_add: bool = True) -> Taken:
@@ -77,10 +79,12 @@ def as_taken(render: Render, chat: Chat, may_add: bool = True) -> Taken:
         chat: Messages whose contents are texts.
         may_add: Try the chat with a system message in front, too.
     """
-    tried = []
+    tried: list[Taken] = []
     for name, form in _forms(chat, may_add):
-        tried.append(Taken(form, render(form), name))
-        text = tried[-1].rendered.text
+        rendered = render(form)
+        refused = tried[0].refused if tried else rendered.text is None
+        tried.append(Taken(form, rendered, name, refused))
+        text = rendered.text
         if text is not None and holds(text, form):
             return tried[-1]
     accepted = [one for one in tried if one.rendered.text is not None]

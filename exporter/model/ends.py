@@ -44,7 +44,7 @@ def special_ids(folder: Path, named: Mapping[str, int], rows: int) -> SpecialIds
     """
     settings = {name: read_json_object_if_there(folder / name) or {} for name in FILES}
     roles, ends = dict(named), [named["eos"]] if "eos" in named else []
-    notes = []
+    notes: list[str] = []
     for name, content in settings.items():
         for role in ("bos", "pad", "eos"):
             listed = list(_listed(content.get(f"{role}_token_id")))

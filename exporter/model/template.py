@@ -44,7 +44,7 @@ class TemplateRenderer:
         if fixed_clock:
             self._names["strftime_now"] = CLOCK.strftime
         # The vocabulary does not matter.
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+        self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
         """Return a chat as transformers renders it; see `exporter.targets.text.TextRuntime`."""

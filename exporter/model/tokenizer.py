@@ -191,7 +191,7 @@ def _by_transformers(folder: Path) -> PreTrainedTokenizerBase:
     with readable("the tokenizer cannot be loaded", folder):
         # The rest of config.json is of no concern to a tokenizer.
         kind = model_type(folder)
-        config = CONFIG_MAPPING[kind]() if kind in CONFIG_MAPPING else None
+        config = CONFIG_MAPPING[kind]() if kind is not None and kind in CONFIG_MAPPING else None
         loaded = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     if not isinstance(loaded, PreTrainedTokenizerBase) or getattr(loaded, "backend_tokenizer", None) is None:
         raise InputError(
@@ -237,11 +237,11 @@ def _of_pieces(files: TokenizerFiles, names: Mapping[str, Any], rows: int | None
     added = named | dict(files.added)
     within = {text: token for text, token in added.items() if is_id(token.id, rows)}
     pieces = replace(every, added=within)
-    before, after = (_added_around(role, files.settings, names) for role in ("bos", "eos"))
-    definition = as_definition(pieces, before, after, where)
-    backend = _library(definition)
-    around = (tuple(map(backend.token_to_id, texts)) for texts in (before, after))
-    return _Defined(PIECES, definition, backend, pieces, *around, tuple(text for text in added if text not in within))
+    texts = [_added_around(role, files.settings, names) for role in ("bos", "eos")]
+    definition = as_definition(pieces, texts[0], texts[1], where)
+    before, after = (tuple(added[text].id for text in some) for some in texts)
+    left_out = tuple(text for text in added if text not in within)
+    return _Defined(PIECES, definition, _library(definition), pieces, before, after, left_out)
 
 
 def _added_around(role: str, settings: Mapping[str, Any], names: Mapping[str, Any]) -> list[str]:
@@ -266,7 +266,7 @@ def _described(defined: _Defined, names: dict[str, Any], templates: dict[str, st
     given = {role: names.get(f"{role}_token") for role in ROLES}
     roles = {role: find(text) for role, text in given.items() if isinstance(text, str)}
     missing = [text for text in _texts(names) if find(text) is None and text not in defined.left_out]
-    special = {find(text) for text in _texts(names)} - {None}
+    special = {number for text in _texts(names) if (number := find(text)) is not None}
     return ModelTokenizer(
         where=folder,
         source=defined.source,
@@ -327,7 +327,8 @@ def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
 
 def _writes_spaces(part: Mapping[str, Any]) -> bool:
     """Return whether a part of a normaliser only marks spaces, which runtimes do too."""
-    return part["type"] == "Prepend" or (part["type"] == "Replace" and part["pattern"] == {"String": " "})
+    kind: str = part["type"]
+    return kind == "Prepend" or (kind == "Replace" and part.get("pattern") == {"String": " "})
 
 
 def restore_pretokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -93,8 +93,14 @@ def check_chat_template(
 
 
 def _forms(taken: Sequence[Taken]) -> str:
-    forms = Counter(one.form for one in taken if one.form and one.rendered.text is not None)
-    return "".join(f"; {count} of them with {form}" for form, count in forms.items())
+    """Say in which other forms the template took chats, and how many it refused as they are."""
+    forms = Counter((one.refused, one.form) for one in taken if one.form and one.rendered.text is not None)
+    return "".join(
+        f"; the template refuses {count} of them as they are, and takes them with {form}"
+        if refused
+        else f"; {count} of them with {form}"
+        for (refused, form), count in forms.items()
+    )
 
 
 def _check(name: str, noun: str, items: Sequence[T], difference: Callable[[T], str | None]) -> Check:

@@ -21,9 +21,9 @@ def add_end_tokens(writer: "GGUFWriter", ends: Sequence[int]) -> None:
 
 def read_end_tokens(model: Any) -> frozenset[int] | None:
     """Return the ids at which a text ends, given llama.cpp's pointer to a model; None where the file says none."""
-    size = llama_cpp.llama_model_meta_val_str(model, KEY.encode(), None, 0)  # type: ignore[arg-type]
+    size = llama_cpp.llama_model_meta_val_str(model, KEY.encode(), None, 0)
     if size < 0:
         return None
     buffer = ctypes.create_string_buffer(size + 1)
-    llama_cpp.llama_model_meta_val_str(model, KEY.encode(), buffer, len(buffer))  # type: ignore[arg-type]
+    llama_cpp.llama_model_meta_val_str(model, KEY.encode(), buffer, len(buffer))
     return frozenset(map(int, ID.findall(buffer.value.decode(errors="replace"))))

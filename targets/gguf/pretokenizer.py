@@ -54,12 +54,14 @@ class VocabularyProof:
         set_apart: Texts not compared, since llama.cpp is known to treat them in another way: it does not normalise
             text for byte-level BPE, and puts a space before every part of a text where Metaspace does so once.
         more_ends: Role -> id of tokens that end a text, besides those at which llama.cpp would end by itself.
+        ends: Ids of all tokens that end a text.
     """
 
     pre_tokenizer: str
     compared: int
     set_apart: int
     more_ends: dict[str, int]
+    ends: list[int]
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> VocabularyProof:
@@ -81,11 +83,13 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
     kept = _kept_proof(vocabulary, cases)
     if not kept.is_file():
         proven = replace(vocabulary, pre_tokenizer=prove(vocabulary, names, cases, folder))
-        proof = VocabularyProof(proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven))
+        proof = VocabularyProof(
+            proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven), list(vocabulary.special.ends)
+        )
         with replacing(kept) as partial:
             partial.write_text(json.dumps(vars(proof)), encoding="utf-8")
     proof = VocabularyProof(**json.loads(kept.read_text(encoding="utf-8")))
-    special = replace(vocabulary.special, ids=vocabulary.special.ids | proof.more_ends)
+    special = replace(vocabulary.special, ids={**vocabulary.special.ids, **proof.more_ends})
     add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proof.pre_tokenizer, special=special))
     return proof
 

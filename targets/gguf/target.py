@@ -1,6 +1,6 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -299,9 +299,10 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     write_header(writer, model.architecture, model.config)
     if model.gguf:
         copy_vocabulary(writer, model.gguf)
-        add_end_tokens(writer, special_ids(model.folder, {}, model.architecture.vocab).ends)
+        ends: Sequence[int] = special_ids(model.folder, {}, model.architecture.vocab).ends
     else:
-        write_vocabulary(writer, model.folder, model.architecture.vocab)
+        ends = write_vocabulary(writer, model.folder, model.architecture.vocab).ends
+    add_end_tokens(writer, ends)
 
 
 TARGET = Gguf()

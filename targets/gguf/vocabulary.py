@@ -15,7 +15,6 @@ from exporter.model.sentencepiece_file import SPACE, Pieces
 from exporter.model.tensors import open_gguf
 from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer
 from exporter.model.tokenizer_files import components
-from exporter.targets.gguf.ends import add_end_tokens
 
 DEFAULT = "default"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -229,7 +228,6 @@ def _add_special(writer: GGUFWriter, special: SpecialTokens) -> None:
         getattr(writer, f"add_{role}_token_id")(number)
     writer.add_add_bos_token(special.add_bos)
     writer.add_add_eos_token(special.add_eos)
-    add_end_tokens(writer, special.ends)
     named = sorted(set(special.templates) - {DEFAULT})
     for name in named:
         writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), special.templates[name])

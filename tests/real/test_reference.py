@@ -136,7 +136,7 @@ def test_float32_artifacts_are_the_model(
     artifact = floats if target == "gguf" else lower(model, tmp_path / "f32", "onnx", "F32", "rtn", None)
     half = Reference(original.tokens[:4], original.hidden[:4], original.head)
     assert measure(half, artifact, f"{target} F32", exact=True).kl_mean < 1e-6
-    prompt = load_tokenizer(folder)("The capital of France is")["input_ids"]
+    prompt = load_tokenizer(folder).ids("The capital of France is")
     with open_artifact(artifact, WINDOW, 2, exact=True) as child:
         greedy = child.call("generate", prompt, 32)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -78,7 +78,7 @@ def test_texts_are_cut_into_whole_windows(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"hello world, it's France. " * 100)
     windows = file_windows(path, tokenizer, 6, 32)
-    ids = tokenizer(path.read_text("utf-8-sig"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer.inner_ids(path.read_text("utf-8-sig"))
     assert windows.tokens.tolist() == np.array(ids[: 6 * 32]).reshape(6, 32).tolist()
     assert windows.kind == "file"
     assert windows.digest == Windows.of(windows.tokens.astype(np.int32), "file", 0).digest
@@ -94,7 +94,7 @@ def test_windows_come_from_all_over_a_text(tmp_path: Path, repeats: int) -> None
     words = ["alpha beta ", "gamma delta ", "epsilon zeta ", "eta theta "]
     path.write_text("".join(word * repeats for word in words))
     windows = spread_windows(path, tokenizer, 4, 16)
-    parts = [tokenizer.decode(tokens) for tokens in windows.tokens]
+    parts = [tokenizer.backend.decode(tokens.tolist()) for tokens in windows.tokens]
     assert [word.split()[0] in part for word, part in zip(words, parts, strict=True)] == [True] * 4
     assert (windows.kind, windows.source_bytes) == ("file", path.stat().st_size)
     everything = file_windows(path, tokenizer, 100_000, 16)

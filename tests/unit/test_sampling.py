@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(
 def test_half_of_the_texts_begin_as_a_chat_does(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_model(tmp_path / "model"))
     begun = starts(tokenizer, 6, 0)
-    opening = tokenizer("<|im_start|>user\n")["input_ids"]
+    opening = tokenizer.ids("<|im_start|>user\n")
     assert begun[::2] == [opening] * 3
-    assert all(len(start) == 1 and start[0] not in tokenizer.all_special_ids for start in begun[1::2])
+    assert all(len(start) == 1 and start[0] not in tokenizer.special_ids for start in begun[1::2])
     assert begun == starts(tokenizer, 6, 0) != starts(tokenizer, 6, 1)

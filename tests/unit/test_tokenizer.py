@@ -2,31 +2,25 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.errors import DeadlineError, InputError, RequestError, RuntimeCrashError
+from exporter.model.chat import PARITY_CHATS, Chat, Rendered
+from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.tokenizer import (
-    PARITY_CHATS,
-    PARITY_CORPUS,
     PRE_TOKENIZERS,
     known_difference,
     load_tokenizer,
     parity_texts,
     pre_tokenizer,
-    render_chat,
     restore_pretokenizer,
-    token_ids,
 )
 from exporter.validate.parity import check_chat_template, check_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     backend.train_from_iterator([*PARITY_CORPUS, *digits], trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
-    made.chat_template = TEMPLATE
     path = tmp_path_factory.mktemp("tokenizer")
     made.save_pretrained(path)
     return path
@@ -74,6 +67,9 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(InputError, match=r"tokenizer\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
     with pytest.raises(InputError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 
@@ -85,20 +81,20 @@ def test_remote_code_is_refused(folder: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "3"])
-def test_a_damaged_tokenizer_config_is_refused(folder: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(("content", "said"), [("{", "is not valid JSON"), ("3", "holds no JSON object")])
+def test_a_damaged_tokenizer_config_is_refused(folder: Path, tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match=f"tokenizer_config.json {said}"):
         load_tokenizer(tmp_path)
 
 
 def test_a_restored_pretokenizer_splits_digits_one_by_one(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert len(token_ids(tokenizer, "123456")) < 6
+    assert len(tokenizer("123456")["input_ids"]) < 6
     restore_pretokenizer(tokenizer, "smollm")
-    assert [tokenizer.decode([token]) for token in token_ids(tokenizer, "123456")] == list("123456")
+    assert [tokenizer.decode([token]) for token in tokenizer("123456")["input_ids"]] == list("123456")
     assert not tokenizer.backend_tokenizer.model.ignore_merges
     restore_pretokenizer(tokenizer, "llama-bpe")
     assert tokenizer.backend_tokenizer.model.ignore_merges
@@ -106,7 +102,7 @@ def test_a_restored_pretokenizer_splits_digits_one_by_one(folder: Path) -> None:
 
 def test_an_unknown_pretokenizer_cannot_be_restored(folder: Path) -> None:
     with pytest.raises(InputError, match=r"'smollm3' cannot be rebuilt .* did you mean 'smollm'\?"):
-        restore_pretokenizer(load_tokenizer(folder), "smollm3")
+        restore_pretokenizer(AutoTokenizer.from_pretrained(folder), "smollm3")
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
@@ -120,15 +116,6 @@ def test_text_that_the_tokenizer_normalises_has_a_known_difference(folder: Path)
     reason = known_difference(load_tokenizer(folder))
     assert reason("cafe\u0301") == "the tokenizer normalises such text (NFC), the runtime does not"
     assert reason("caf\u00e9") is None
-
-
-def test_a_chat_that_the_template_refuses_renders_as_none(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    assert render_chat(tokenizer, [{"role": "user", "content": " x"}], prompt=False) == "<user> x"
-    assert render_chat(tokenizer, [{"role": "system", "content": "x"}], prompt=False) is None
-    tokenizer.chat_template = None
-    with pytest.raises(RequestError, match="the model has no chat template"):
-        render_chat(tokenizer, [{"role": "user", "content": "x"}], prompt=False)
 
 
 def test_equal_ids_pass() -> None:
@@ -161,7 +148,7 @@ def test_what_a_runtime_cannot_do_is_not_run() -> None:
     def cannot(_: object) -> None:
         raise RequestError("the runtime has no chat template")
 
-    check = check_chat_template(PARITY_CHATS, lambda chat: "x", cannot, "onnxruntime-genai")
+    check = check_chat_template(PARITY_CHATS, lambda chat: Rendered("x"), cannot, "onnxruntime-genai")
     assert (check.name, check.status) == ("parity.chat_template.onnxruntime-genai", "not run")
     assert check.detail == "the runtime has no chat template."
     assert check_tokenizer([], lambda t: [], lambda t: [], "x").status == "not run"
@@ -175,9 +162,59 @@ def test_a_runtime_that_dies_fails() -> None:
     assert (check.status, check.detail) == ("failed", "llama.cpp died.")
 
 
+def written(chat: Chat) -> Rendered:
+    return Rendered("".join(f"<{message['role']}>{message['content']}" for message in chat))
+
+
+def refusing(*roles: str) -> Callable[[Chat], Rendered]:
+    return lambda chat: Rendered(None, "not so") if chat[0]["role"] in roles else written(chat)
+
+
 def test_a_chat_that_only_one_side_refuses_fails() -> None:
-    chats = [[{"role": "user", "content": "x"}]]
-    assert check_chat_template(chats, lambda chat: None, lambda chat: None, "x").status == "passed"
-    check = check_chat_template(chats, lambda chat: None, lambda chat: "rendered", "x")
-    assert check.status == "failed"
-    assert "got 'rendered', expected None" in check.detail
+    refused = check_chat_template(PARITY_CHATS, refusing("system"), written, "x")
+    assert (refused.status, refused.value) == ("failed", 2)
+    assert "6 of 6 chats equal; the template refuses 2 others: not so; 0 of 2 chats that the template" in refused.detail
+    check = check_chat_template(PARITY_CHATS, written, refusing("system"), "x")
+    assert (check.status, check.value) == ("failed", 2)
+    assert "refused: not so" in check.detail
+
+
+def test_chats_that_both_refuse_are_told_and_no_equality() -> None:
+    check = check_chat_template(PARITY_CHATS, refusing("system"), refusing("system"), "x")
+    assert (check.status, check.detail) == ("passed", "6 of 6 chats equal; the template refuses 2 others: not so")
+    none = check_chat_template(PARITY_CHATS, refusing("system", "user"), refusing("system", "user"), "x")
+    assert (none.status, none.detail) == ("not run", "the template refuses all 8 chats: not so")
+
+
+def test_a_template_is_asked_in_the_form_that_it_takes() -> None:
+    first = check_chat_template(PARITY_CHATS, refusing("user"), refusing("user"), "x")
+    assert first.status == "passed"
+    assert first.detail == (
+        "8 of 8 chats equal; the template refuses 6 of them as they are, and takes them with a system message in front"
+    )
+
+    def of_parts(chat: Chat) -> Rendered:
+        return Rendered("".join(part["text"] for message in chat for part in message["content"] if "text" in part))
+
+    parts = check_chat_template(PARITY_CHATS, of_parts, of_parts, "x")
+    assert parts.detail == "8 of 8 chats equal; 7 of them with contents as lists of parts"
+    assert check_chat_template(PARITY_CHATS, of_parts, written, "x").value == 8
+
+
+def test_a_template_that_does_not_end_is_not_run() -> None:
+    def endless(_: Chat) -> Rendered:
+        raise DeadlineError("the chat template did not answer within 10 s")
+
+    check = check_chat_template(PARITY_CHATS, endless, written, "x")
+    assert (check.status, check.detail) == ("not run", "the chat template did not answer within 10 s.")
+    assert check_chat_template(PARITY_CHATS, written, endless, "x").status == "failed"
+
+
+def test_what_writes_the_time_is_rendered_at_the_same_time() -> None:
+    ticks = iter(range(10**6))
+
+    def timed(chat: Chat) -> Rendered:
+        return Rendered(f"{next(ticks) // 3} {written(chat).text}")
+
+    assert check_chat_template(PARITY_CHATS, timed, timed, "x").status == "failed"
+    assert check_chat_template(PARITY_CHATS, timed, timed, "x", clock=True).status == "passed"
