@@ -184,6 +184,10 @@ class Gguf:
         (folder / MODELFILE).write_text("".join(lines), encoding="utf-8")
         return Artifact(self.name, folder, tuple(folder / file for file in files))
 
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32: matrices in F32, any factors added to them."""
+        return self.lower(CompressedModel(model, self.decide(model, "F32", "rtn"), None), "F32", folder)
+
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, its factors included."""
         tensors = {tensor.name: tensor for tensor in open_gguf(_model_file(artifact)).tensors}

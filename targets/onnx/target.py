@@ -208,6 +208,10 @@ class Onnx:
             skeleton.write_companions(folder, dict(self._rounding.options))
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32: products of floats, any factors added to their matrices."""
+        return self.lower(CompressedModel(model, self.decide(model, FLOAT, "rtn"), None), FLOAT, folder)
+
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
         return Tables(artifact.weights[0]).decode

@@ -118,6 +118,10 @@ class OnnxQdq(Onnx):
 
         return self._write(compressed, folder, fill, False, False)
 
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32, as the target `onnx` does: no activation is rounded."""
+        return Onnx(self._rounding).lower_float(model, folder)
+
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""
         return QdqTables(artifact.weights[0]).decode

@@ -23,7 +23,7 @@ from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
-from exporter.validate.proof import Decoded, check_stored_types, check_weights
+from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
