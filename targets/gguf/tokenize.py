@@ -169,15 +169,26 @@ class Comparer:
 
     def compare(self, pre_tokenizer: str | None) -> Comparison:
         """Tokenise all cases and count those whose ids differ."""
-        different, example = 0, None
         with open_vocabulary(self._path, pre_tokenizer) as model:
-            for case in self._cases:
-                flags = {"add_special": case.add_special, "parse_special": case.parse_special}
-                got = tuple(llama_tokenize(model, case.text, **flags))
-                if got != case.ids:
-                    different += 1
-                    example = example or (case, got)
-        return Comparison(pre_tokenizer, different, example)
+            return compare(model, pre_tokenizer, self._cases)
+
+
+def compare(model: Any, pre_tokenizer: str | None, cases: Sequence[Case]) -> Comparison:
+    """Return how many cases llama.cpp gives other ids than they have.
+
+    Args:
+        model: llama.cpp's pointer to a model, with or without weights.
+        pre_tokenizer: The name that it was loaded under, or None for what the file says.
+        cases: Texts and their ids.
+    """
+    different, example = 0, None
+    for case in cases:
+        flags = {"add_special": case.add_special, "parse_special": case.parse_special}
+        got = tuple(llama_tokenize(model, case.text, **flags))
+        if got != case.ids:
+            different += 1
+            example = example or (case, got)
+    return Comparison(pre_tokenizer, different, example)
 
 
 def compare_in_child(path: Path, names: Sequence[str | None], cases: Sequence[Case]) -> Iterator[Comparison]:
