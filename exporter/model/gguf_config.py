@@ -3,7 +3,7 @@
 import math
 import reprlib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -119,7 +119,8 @@ class Header:
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         usable = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        return self._usable(key, value, usable, "a whole number, the same for all layers")
+        found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
+        return found
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number, the shortest decimal of a float32."""
@@ -148,7 +149,7 @@ def _require_known(header: Header, keys: Keys) -> None:
             continue
         if key not in keys.assumed:
             raise InputError(
-                f"{name} is not known to change nothing",
+                f"the key {name!r} is not known to change nothing",
                 where=header.file.path,
                 got=_shown(header.file.value(name)),
                 expected="no such key",
@@ -271,7 +272,7 @@ def _frequency_factors(header: Header, head_dim: int, base: float) -> dict[str, 
     return {"rope_type": "llama3", **found} if found else {}
 
 
-def used_tensors(file: GgufFile, names: Mapping[str, str], needed: Iterator[str]) -> dict[str, str]:
+def used_tensors(file: GgufFile, names: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
     """Return Hugging Face name -> GGUF name of a model's tensors.
 
     Args:

@@ -18,7 +18,7 @@ from exporter.model.families import HEAD
 from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
 from exporter.model.gguf_file import GgufFile, grid_warning, open_whole
 from exporter.model.gguf_rope import same_yarn
-from exporter.model.gguf_tokenizer import unpack_tokenizer
+from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, digest_files
 from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
 from exporter.weights.format import Float32
@@ -53,7 +53,8 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     names = used_tensors(file, gguf_names(architecture.layers), [*needed, HEAD])
     tensors = GgufSource(file, names, heads)
     architecture.check_shapes(tensors.shapes(), file.path)
-    return Model(name, origin, folder, file.path, config, architecture, tensors, grid_warning(file))
+    warnings = grid_warning(file) + case_warning(file)
+    return Model(name, origin, folder, file.path, config, architecture, tensors, warnings)
 
 
 def _require_same_rope(file: GgufFile, config: PretrainedConfig, architecture: Architecture) -> None:

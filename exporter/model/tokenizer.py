@@ -1,4 +1,4 @@
-"""Tokenizers: loading, the texts that a runtime's tokenizer is compared on, and what a GGUF source leaves out.
+"""Tokenizers: loading, the texts that a runtime's tokenizer is compared on, and how a GGUF file's names split a text.
 
 A runtime carries its own tokenizer. Whether it is the model's is a matter of fact, settled on the texts and
 conversations of this file.
@@ -12,11 +12,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.errors import InputError, RequestError
 
 Chat = list[dict[str, str]]
+# Classes of transformers that take tokenizer.json as it is. AutoTokenizer prefers the family's class, which may add
+# tokens and a normaliser of its own (Qwen2Tokenizer does both).
+GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 PARITY_CORPUS: tuple[str, ...] = (
     # Latin letters with diacritics; the same letters composed and decomposed.
@@ -178,7 +181,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             next_step="save it with AutoTokenizer.save_pretrained",
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = _loader(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise InputError(
             "the tokenizer cannot be loaded",
@@ -191,6 +194,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "the tokenizer has no fast form", where=folder, got=type(loaded).__name__, expected="a tokenizer.json"
         )
     return loaded
+
+
+def _loader(folder: Path) -> Any:
+    """Return what loads a tokenizer: where the files define it by themselves, no class of the model's family."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    by_itself = settings.get("tokenizer_class") in GENERIC_CLASSES and (folder / "tokenizer.json").is_file()
+    return PreTrainedTokenizerFast if by_itself else AutoTokenizer
 
 
 def _refuse_remote_code(folder: Path) -> None:
@@ -239,29 +250,6 @@ def known_difference(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str 
         return f"the tokenizer normalises such text ({settings['normalizer']['type']}), the runtime does not"
 
     return reason
-
-
-def restore_pretokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer made from a GGUF file the pre-tokenizer that the file names; changes `tokenizer`.
-
-    transformers reads the vocabulary and the merges of a GGUF file, but not `tokenizer.ggml.pre`: it splits
-    every text the way GPT-2 does.
-
-    Args:
-        tokenizer: A byte-level BPE tokenizer.
-        name: The value of `tokenizer.ggml.pre`.
-
-    Raises:
-        InputError: the name is not known.
-    """
-    if name not in PRE_TOKENIZERS:
-        raise InputError(
-            f"the pre-tokenizer {name!r} cannot be rebuilt from a GGUF file",
-            next_step=f"give the model as a Hugging Face folder, or one of these; {did_you_mean(name, PRE_TOKENIZERS)}",
-        )
-    backend: Any = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizer(name)
-    backend.model.ignore_merges = name in WHOLE_WORDS_FIRST
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:

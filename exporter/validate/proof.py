@@ -26,6 +26,7 @@ from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
 from exporter.validate.parity import check_chat_template, check_tokenizer
 from exporter.validate.selftest import SelfTest, make_self_test
+from exporter.validate.source import check_source
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
@@ -43,7 +44,7 @@ class Proof:
         accuracy: Against the original model.
         rounding: Of the artifact against the float model with the artifact's own weights.
         timing: Speed and memory in a process of its own.
-        checks: Of lowering, formats, tokenizer and chat template.
+        checks: Of a GGUF source, lowering, formats, tokenizer and chat template.
         self_test: What the artifact must answer again.
     """
 
@@ -78,6 +79,7 @@ def prove(
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        InputError: the source is a GGUF file that llama.cpp runs as another model.
         RuntimeCrashError: the runtime died of the artifact.
     """
     model = compressed.model
@@ -87,8 +89,9 @@ def prove(
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
+    sourced = check_source(model, original, threads, artifact.folder, progress)
     own, digests = _own_reference(target, artifact, compressed, tokens, progress)
-    checks = [check_weights(digests, compressed), check_stored_types(target, artifact, compressed)]
+    checks = [*sourced, check_weights(digests, compressed), check_stored_types(target, artifact, compressed)]
     _require(checks)
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")

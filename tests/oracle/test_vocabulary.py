@@ -20,7 +20,6 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
     render_chat,
-    restore_pretokenizer,
     token_ids,
 )
 from exporter.targets.child import Child
@@ -349,13 +348,3 @@ def test_onnxruntime_genai_without_files_or_template(smollm: Path, tmp_path: Pat
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(RequestError, match="the folder holds no chat template"):
         GenaiTokenizer(folder).render(PARITY_CHATS[0], True)
-
-
-def test_a_tokenizer_made_from_a_gguf_needs_its_pretokenizer_restored(smollm: Path, tmp_path: Path) -> None:
-    write(smollm, tmp_path / "v.gguf", VOCAB)
-    tokenizer = load_tokenizer(smollm)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    got = LlamaTokenizer(tmp_path / "v.gguf").ids
-    assert check_tokenizer(PARITY_CORPUS, lambda text: token_ids(tokenizer, text), got, "x").status == "failed"
-    restore_pretokenizer(tokenizer, "smollm")
-    assert check_tokenizer(PARITY_CORPUS, lambda text: token_ids(tokenizer, text), got, "x").status == "passed"
