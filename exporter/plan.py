@@ -15,10 +15,9 @@ from exporter.job import Job, Progress, require_no_contradiction
 from exporter.measures import Basis, Check, Pruning, Quantity
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
-from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.needs import build_peak_bytes, cache_bytes, source_check_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
-from exporter.validate.source import source_check_bytes
 from exporter.weights.group import Decision
 
 

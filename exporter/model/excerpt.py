@@ -9,6 +9,13 @@ from exporter.model.model import Model
 from exporter.weights.format import Float32
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# Models of more weights are not run whole in float32.
+WHOLE_PARAMETERS = 1_000_000_000
+
+
+def excerpt_if_large(model: Model) -> Model:
+    """Return a model of up to a billion weights as it is, of a larger one its first and last layer; see `excerpt`."""
+    return model if model.architecture.parameters <= WHOLE_PARAMETERS else excerpt(model)
 
 
 def excerpt(model: Model) -> Model:

@@ -236,12 +236,22 @@ def _scaling(header: Header) -> dict[str, Any]:
         )  # fmt: skip
     # The second is the name that it had before; 0 stands for none.
     factor = header.number("rope.scaling.factor", header.number("rope.scale_linear", 0.0)) or 1.0
-    if kind == "none" or factor == 1:
+    if kind == "yarn":
+        return _yarn(header, factor)
+    # llama.cpp multiplies cosines and sines by it whatever the type, transformers with yarn alone.
+    header.require(f"{header.architecture}.rope.scaling.attn_factor", [1.0])
+    return {} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(header: Header, factor: float) -> dict[str, Any]:
+    """Return what the keys of yarn say; llama.cpp multiplies the paper's factor of cosines and sines by the file's."""
+    attention = header.number("rope.scaling.attn_factor", 1.0)
+    if factor == attention == 1:
         return {}
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
     original = header.whole("rope.scaling.original_context_length", 0) or header.whole("context_length")
-    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    by_paper = 1 + 0.1 * math.log(max(factor, 1))
+    return found if attention == 1 else found | {"attention_factor": attention * by_paper}
 
 
 def _frequency_factors(header: Header, head_dim: int, base: float) -> dict[str, Any]:

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError, did_you_mean
 from exporter.model.gguf_file import GgufFile
-from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts, token_ids
-from exporter.targets.child import Child
-
-if TYPE_CHECKING:
-    from exporter.targets.gguf.source_vocabulary import VocabularyFacts
+from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
+from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts
 
 # Longer tokens are not split into all pairs of parts, whose number grows with the square of the length.
 TOKEN_CHARACTERS_MOST = 1024
@@ -98,8 +96,6 @@ def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
         InputError: the vocabulary is of another kind, damaged, does not fit the embedding, or its rebuilt form gives
             other ids than llama.cpp.
     """
-    from exporter.targets.gguf.source_vocabulary import SourceVocabulary
-
     with Child("llama.cpp", SourceVocabulary, file.path) as child:
         vocabulary = read_file_vocabulary(file, rows)
         try:
@@ -213,7 +209,7 @@ def _template(file: GgufFile) -> str | dict[str, str] | None:
     return {"default": default, **found} if found else default
 
 
-def _wrapped(vocabulary: FileVocabulary, facts: "VocabularyFacts", where: Path) -> PreTrainedTokenizerFast:
+def _wrapped(vocabulary: FileVocabulary, facts: VocabularyFacts, where: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer for transformers; only tokens that llama.cpp takes for special ones are named so."""
     tokens, attributes = vocabulary.tokens, facts.attributes
     ids = _known_special(vocabulary, facts)
@@ -229,13 +225,13 @@ def _wrapped(vocabulary: FileVocabulary, facts: "VocabularyFacts", where: Path) 
     return made
 
 
-def _known_special(vocabulary: FileVocabulary, facts: "VocabularyFacts") -> dict[str, int]:
+def _known_special(vocabulary: FileVocabulary, facts: VocabularyFacts) -> dict[str, int]:
     """Return role -> id; for `llama` those that SentencePiece always had stand in where the file names none."""
     usual = {"bos": facts.bos, "eos": facts.eos} if vocabulary.kind == "llama" else {}
     return {role: i for role, i in usual.items() if i >= 0} | vocabulary.special
 
 
-def build_backend(vocabulary: FileVocabulary, facts: "VocabularyFacts", where: Path) -> Tokenizer:
+def build_backend(vocabulary: FileVocabulary, facts: VocabularyFacts, where: Path) -> Tokenizer:
     """Return the tokenizer that does what llama.cpp does with the vocabulary.
 
     Raises:
@@ -264,7 +260,7 @@ def _byte_level(vocabulary: FileVocabulary) -> Tokenizer:
     return backend
 
 
-def _pieces(vocabulary: FileVocabulary, facts: "VocabularyFacts") -> Tokenizer:
+def _pieces(vocabulary: FileVocabulary, facts: VocabularyFacts) -> Tokenizer:
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     unknown = next((i for i, bits in enumerate(facts.attributes) if bits & UNKNOWN), vocabulary.special.get("unk"))
     unk_token = None if unknown is None else vocabulary.tokens[unknown]
@@ -289,7 +285,7 @@ def _added(text: str, bits: int) -> AddedToken:
     )
 
 
-def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: "VocabularyFacts") -> None:
+def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: VocabularyFacts) -> None:
     """Let BOS and EOS be added where llama.cpp adds them."""
     begin = [(vocabulary.tokens[facts.bos], facts.bos)] if facts.adds_bos and facts.bos >= 0 else []
     end = [(vocabulary.tokens[facts.eos], facts.eos)] if facts.adds_eos and facts.eos >= 0 else []
@@ -315,13 +311,12 @@ def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) 
     Raises:
         InputError: see above.
     """
-    from exporter.targets.gguf.tokenize import Case
-
-    tokenizer = load_tokenizer(folder)
-    texts = parity_texts(tokenizer)
+    # The library's own: transformers may put a class of the family in its place.
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = parity_texts(load_tokenizer(folder))
     if pre_tokenizer in ROUGH_IN_CASE:
         texts = [text for text in texts if not any(sign.isalpha() and not sign.isascii() for sign in text)]
-    cases = [Case(text, True, True, tuple(token_ids(tokenizer, text))) for text in texts]
+    cases = [Case(text, True, True, tuple(tokenizer.encode(text).ids)) for text in texts]
     found = child.call("compare", cases)
     if found.example is None:
         return
@@ -333,7 +328,7 @@ def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) 
     )  # fmt: skip
 
 
-def _ends(vocabulary: FileVocabulary, facts: "VocabularyFacts") -> dict[str, Any]:
+def _ends(vocabulary: FileVocabulary, facts: VocabularyFacts) -> dict[str, Any]:
     """Return ids of BOS and padding, and of all tokens that end a text.
 
     These are the tokens that the file names for it, and its control tokens of which llama.cpp knows by their text.

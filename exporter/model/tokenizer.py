@@ -12,14 +12,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Regex, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from exporter.errors import InputError, RequestError
 
 Chat = list[dict[str, str]]
-# Classes of transformers that take tokenizer.json as it is. AutoTokenizer prefers the family's class, which may add
-# tokens and a normaliser of its own (Qwen2Tokenizer does both).
-GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 PARITY_CORPUS: tuple[str, ...] = (
     # Latin letters with diacritics; the same letters composed and decomposed.
@@ -181,7 +178,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             next_step="save it with AutoTokenizer.save_pretrained",
         )
     try:
-        loaded = _loader(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise InputError(
             "the tokenizer cannot be loaded",
@@ -194,14 +191,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "the tokenizer has no fast form", where=folder, got=type(loaded).__name__, expected="a tokenizer.json"
         )
     return loaded
-
-
-def _loader(folder: Path) -> Any:
-    """Return what loads a tokenizer: where the files define it by themselves, no class of the model's family."""
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    by_itself = settings.get("tokenizer_class") in GENERIC_CLASSES and (folder / "tokenizer.json").is_file()
-    return PreTrainedTokenizerFast if by_itself else AutoTokenizer
 
 
 def _refuse_remote_code(folder: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from exporter.calibrate.text import Tokens
+from exporter.child import Child
 from exporter.compress.compressed import CompressedModel, weights_digest
 from exporter.errors import ExporterError
 from exporter.job import Progress, silent
@@ -20,7 +21,6 @@ from exporter.model.tokenizer import (
     token_ids,
 )
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
-from exporter.model.excerpt import excerpt
+from exporter.model.excerpt import excerpt_if_large
 from exporter.model.gguf_file import open_whole
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact, open_artifact
@@ -18,13 +18,6 @@ NAME = "source.gguf"
 # Two float32 implementations of one model differ by 1e-8 at most; a scaling that is missed, by 1e-4 and more.
 MOST_KL = 1e-6
 WINDOWS = 2
-# Of larger models the first and the last layer are run, with embedding and head.
-WHOLE_PARAMETERS = 1_000_000_000
-
-
-def source_check_bytes(model: Model) -> int:
-    """Return the disk space that the check takes; 0 where the source is no GGUF file."""
-    return 4 * _compared(model).architecture.parameters if model.gguf else 0
 
 
 def check_source(
@@ -50,7 +43,7 @@ def check_source(
     progress("prove: source", 0, 1)
     found = _distance(model, model.gguf, _reference(model, original), threads, folder)
     progress("prove: source", 1, 1)
-    part = "" if _compared(model) is model else ", first and last layer with embedding and head"
+    part = "" if excerpt_if_large(model) is model else ", first and last layer with embedding and head"
     detail = f"KL {found.kl_mean:.1e} of the file in llama.cpp, in float32{part}, against the model as it was read"
     if found.kl_mean > MOST_KL:
         raise InputError(
@@ -63,21 +56,17 @@ def check_source(
     return [Check(name=NAME, status="passed", detail=detail, value=found.kl_mean, limit=MOST_KL, unit="nats")]
 
 
-def _compared(model: Model) -> Model:
-    return model if model.architecture.parameters <= WHOLE_PARAMETERS else excerpt(model)
-
-
 def _reference(model: Model, original: Reference) -> Reference:
     """Return the float reference on the windows that are compared."""
     tokens = original.tokens[:WINDOWS]
-    compared = _compared(model)
+    compared = excerpt_if_large(model)
     if compared is not model:
         return Reference.of(compared, tokens)
     return Reference(tokens, original.hidden[:WINDOWS], original.head)
 
 
 def _distance(model: Model, path: Path, reference: Reference, threads: int, folder: Path) -> Distance:
-    layers = None if _compared(model) is model else model.architecture.layers
+    layers = None if excerpt_if_large(model) is model else model.architecture.layers
     with TemporaryDirectory(prefix=".source.", dir=folder) as scratch:
         written = Path(scratch, "source.gguf")
         write_as_float(open_whole(path), written, layers)

@@ -6,18 +6,18 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from exporter.errors import InputError
 from exporter.model import gguf_tokenizer
 from exporter.model.gguf_file import open_whole
 from exporter.model.gguf_tokenizer import FORMS, case_warning, unpack_tokenizer
 from exporter.model.sources import open_model
-from exporter.model.tokenizer import PARITY_CORPUS, load_tokenizer, pre_tokenizer, render_chat, token_ids
+from exporter.model.tokenizer import PARITY_CORPUS, load_tokenizer, pre_tokenizer, token_ids
 from tests.gguf_files import edited_gguf, float_gguf, lowered
 from tests.models import VOCAB as ROWS
 from tests.models import tiny_model
-from tests.oracle.test_vocabulary import VOCAB, byte_level, save, sentencepiece_like, write
+from tests.oracle.test_vocabulary import TEMPLATE, VOCAB, byte_level, save, sentencepiece_like, write
 
 PIECES = 1300
 
@@ -32,12 +32,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary of SentencePiece's kind as a GGUF file, with a token of three spaces that a user defined."""
+    """A vocabulary of SentencePiece's kind as a GGUF file, with a token that a user defined."""
     root = tmp_path_factory.mktemp("pieces")
-    folder = save(sentencepiece_like(False), root / "hf", unk_token="<unk>")
-    tokenizer = load_tokenizer(folder)
-    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    tokenizer.save_pretrained(folder)
+    backend = sentencepiece_like(False)
+    backend.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    folder = save(backend, root / "hf", unk_token="<unk>")
     write(folder, root / "v.gguf", PIECES)
     return root / "v.gguf"
 
@@ -48,10 +47,11 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return float_gguf(tiny_model(root / "hf"), root / "model.gguf")
 
 
-def unpacked(path: Path, folder: Path, rows: int = VOCAB) -> tuple[Any, dict[str, Any]]:
+def unpacked(path: Path, folder: Path, rows: int = VOCAB) -> tuple[Tokenizer, dict[str, Any]]:
     """Return the tokenizer, compared with llama.cpp, and the ids of special tokens."""
     folder.mkdir()
-    return (unpack_tokenizer(open_whole(path), rows, folder), load_tokenizer(folder))[::-1]
+    special = unpack_tokenizer(open_whole(path), rows, folder)
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), special
 
 
 def refused(path: Path, folder: Path, match: str, rows: int = VOCAB) -> None:
@@ -67,8 +67,8 @@ def test_byte_level_tokens_are_those_of_the_file(plain: Path, tmp_path: Path) ->
     tokenizer, special = unpacked(plain, tmp_path / "made")
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(texts(plain))}
     assert special["eos_token_id"] == [1]
-    assert [token.content for token in tokenizer.added_tokens_decoder.values()] == ["<s>", "</s>"]
-    assert render_chat(tokenizer, [{"role": "user", "content": "x"}], True) == "<s><|user|>\nx</s>\n<|assistant|>\n"
+    assert [token.content for token in tokenizer.get_added_tokens_decoder().values()] == ["<s>", "</s>"]
+    assert (tmp_path / "made" / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
 
 
 @pytest.mark.parametrize("name", [*sorted(FORMS), "llama-v3", "deepseek-r1-qwen", "refact", None])
@@ -76,7 +76,7 @@ def test_every_pre_tokenizer_splits_as_llama_cpp_does(plain: Path, tmp_path: Pat
     keys = {"tokenizer.ggml.pre": name, "tokenizer.ggml.add_bos_token": None}
     path = edited_gguf(plain, tmp_path / "v.gguf", keys)
     tokenizer, _ = unpacked(path, tmp_path / "made")
-    assert token_ids(tokenizer, "a")[:-1] == ([0] if name in ("llama-bpe", "llama-v3", "tekken") else [])
+    assert tokenizer.encode("a").ids[:-1] == ([0] if name in ("llama-bpe", "llama-v3", "tekken") else [])
     assert bool(case_warning(open_whole(path))) is (name in ("tekken", "gpt-4o"))
 
 
@@ -86,7 +86,7 @@ def test_sentencepiece_tokens_are_rebuilt_from_scores(pieces: Path, tmp_path: Pa
     tokenizer, special = unpacked(path, tmp_path / "made", PIECES)
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(texts(path))}
     assert special == {"bos_token_id": 1, "eos_token_id": [2]}
-    ids = token_ids(tokenizer, "Hello\u00e9<tool>x")
+    ids = tokenizer.encode("Hello\u00e9<tool>x").ids
     assert ids[0] == 1
     assert tokenizer.decode(ids[1:]) == "Hello\u00e9<tool>" + ("x" if prefix is False else " x")
 
@@ -94,7 +94,7 @@ def test_sentencepiece_tokens_are_rebuilt_from_scores(pieces: Path, tmp_path: Pa
 def test_eos_is_added_where_the_file_asks_for_it(pieces: Path, tmp_path: Path) -> None:
     keys = {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_bos_token": False}
     tokenizer, _ = unpacked(edited_gguf(pieces, tmp_path / "v.gguf", keys), tmp_path / "made", PIECES)
-    assert token_ids(tokenizer, "a")[-1] == 2 != token_ids(tokenizer, "a")[0]
+    assert tokenizer.encode("a").ids[-1] == 2 != tokenizer.encode("a").ids[0]
 
 
 def test_all_ends_of_a_text_are_told(plain: Path, tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def merges_within(path: Path, tokens: list[str]) -> list[str]:
 
 def test_named_chat_templates_are_kept_and_odd_names_left_out(plain: Path, tmp_path: Path) -> None:
     keys = {f"tokenizer.chat_template.{name}": name for name in ("tool_use", "../../escape")}
-    tokenizer, _ = unpacked(edited_gguf(plain, tmp_path / "v.gguf", keys), tmp_path / "made")
-    assert set(tokenizer.chat_template) == {"default", "tool_use"}
-    assert not list(tmp_path.glob("**/escape*"))
+    unpacked(edited_gguf(plain, tmp_path / "v.gguf", keys), tmp_path / "made")
+    assert [path.name for path in tmp_path.glob("**/*.jinja")] == ["chat_template.jinja", "tool_use.jinja"]
+    assert not list(tmp_path.parent.glob("**/escape*"))
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_no_token_is_invented_for_either_target(model_file: Path, tmp_path: Path
         tokens[1] = "<|endoftext|>"
     path = edited_gguf(model_file, tmp_path / "source.gguf", {"tokenizer.ggml.tokens": tokens})
     with open_model(str(path)) as model:
-        tokenizer = load_tokenizer(model.folder)
+        assert model.architecture.vocab == ROWS
+        tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
         assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
-        assert len(tokenizer) == model.architecture.vocab == ROWS
-        assert ("<|endoftext|>" in tokenizer.get_vocab()) is with_end_of_text
-        longest = [token_ids(tokenizer, text) for text in (*PARITY_CORPUS, "a<|endoftext|>b")]
+        assert ("<|endoftext|>" in tokens) is with_end_of_text
+        longest = [token_ids(load_tokenizer(model.folder), text) for text in (*PARITY_CORPUS, "a<|endoftext|>b")]
         assert max(max(ids, default=0) for ids in longest) < ROWS
     written = lowered(path, tmp_path / "gguf", "gguf", "Q8_0").weights[0]
     assert texts(written) == tokens
@@ -194,12 +194,13 @@ def test_no_token_is_invented_for_either_target(model_file: Path, tmp_path: Path
     assert sorted(held["model"]["vocab"].values()) == list(range(ROWS))
 
 
-def test_a_qwen_file_gets_no_token_or_normaliser_of_the_family(tmp_path: Path) -> None:
-    path = float_gguf(tiny_model(tmp_path / "hf", "qwen2"), tmp_path / "model.gguf")
+def test_a_qwen_file_gets_no_token_or_normaliser_of_the_family(model_file: Path, tmp_path: Path) -> None:
+    qwen = float_gguf(tiny_model(tmp_path / "hf", "qwen2"), tmp_path / "qwen.gguf")
+    path = edited_gguf(qwen, tmp_path / "model.gguf", {"tokenizer.ggml.tokens": texts(model_file)})
     with open_model(str(path)) as model:
-        tokenizer = load_tokenizer(model.folder)
+        tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
         assert "<|endoftext|>" not in tokenizer.get_vocab()
-        assert tokenizer.backend_tokenizer.normalizer is None
+        assert tokenizer.normalizer is None
         settings = json.loads((model.folder / "generation_config.json").read_text(encoding="utf-8"))
         assert settings == {"bos_token_id": 0, "eos_token_id": [1], "pad_token_id": 1}
         assert model.config.eos_token_id == 1

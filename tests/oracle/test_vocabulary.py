@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from exporter.child import Child
 from exporter.errors import InputError, RequestError
 from exporter.model.tokenizer import (
     PARITY_CHATS,
@@ -22,7 +23,6 @@ from exporter.model.tokenizer import (
     render_chat,
     token_ids,
 )
-from exporter.targets.child import Child
 from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
 from exporter.targets.gguf.tokenize import Case, LlamaTokenizer, compare_in_child, llama_tokenize, open_vocabulary
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
