@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exporter.child import Child
 from exporter.errors import InputError, RequestError
+from exporter.model.llama_vocabulary import Case, llama_tokenize, open_vocabulary
 from exporter.model.tokenizer import (
     PARITY_CHATS,
     PARITY_CORPUS,
@@ -24,7 +25,7 @@ from exporter.model.tokenizer import (
     token_ids,
 )
 from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
-from exporter.targets.gguf.tokenize import Case, LlamaTokenizer, compare_in_child, llama_tokenize, open_vocabulary
+from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.validate.parity import check_chat_template, check_tokenizer
