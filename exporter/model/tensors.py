@@ -1,4 +1,4 @@
-"""Lazy tensor sources: safetensors files and GGUF files, opened by memory map and checked before use."""
+"""Lazy tensor sources: safetensors files, opened by memory map and checked before use, and what GGUF files need."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf import GGUFValueType
 from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
@@ -15,6 +16,8 @@ from exporter.weights.format import Float32
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Values of one array in a GGUF header: tokens and merges of the largest vocabularies are some 600,000.
+GGUF_ARRAY_MOST = 1 << 22
 
 
 class TensorSource(Protocol):
@@ -170,42 +173,8 @@ def interleaved_rows(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
 
 
-class GgufSource:
-    """A GGUF file seen under Hugging Face names, dequantised on reading.
-
-    Args:
-        path: The file.
-        reader: The file, opened.
-        layers: Number of decoder layers.
-        heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
-    """
-
-    def __init__(self, path: Path, reader: gguf.GGUFReader, layers: int, heads: dict[str, int]) -> None:
-        self.files = [path]
-        self._heads = heads
-        held = {tensor.name: tensor for tensor in reader.tensors}
-        self._tensors = {hf: held[name] for hf, name in gguf_names(layers).items() if name in held}
-        self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by name; reads no weights."""
-        return dict(self._shapes)
-
-    def read(self, name: str) -> Float32:
-        """Return one tensor as float32, finite."""
-        tensor = self._tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        values = values.reshape(self._shapes[name])
-        for role, heads in self._heads.items():
-            if name.endswith(f"{role}_proj.weight"):
-                restored = np.empty_like(values)
-                restored[interleaved_rows(len(values), heads)] = values
-                values = restored
-        return require_finite(values if values.flags.writeable else values.copy(), name)
-
-
 class QuickGgufReader(gguf.GGUFReader):
-    """gguf's reader without the memory maps of single values, which cost it most of its time."""
+    """gguf's reader without the memory maps of single values, which cost it most of its time, and with bounds."""
 
     def _get(
         self,
@@ -216,6 +185,37 @@ class QuickGgufReader(gguf.GGUFReader):
     ) -> npt.NDArray[Any]:
         order = self.byte_order if override_order is None else override_order
         return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        inner = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        length = int(self._get(orig_offs + 4, np.uint64)[0])
+        if inner == GGUFValueType.ARRAY or length > GGUF_ARRAY_MOST:
+            raise ValueError(f"an array of {length} values of type {inner.name}")
+        start = orig_offs + 12
+        if inner == GGUFValueType.STRING:
+            parts = self._texts(start, length)
+            size = 8 * length + sum(map(len, parts))
+        else:
+            values = self._get(start, self.gguf_scalar_to_np[inner], length)
+            parts, size = list(values.reshape(-1, 1)), values.nbytes
+        return 12 + size, parts, list(range(length)), [GGUFValueType.ARRAY, *([inner] if length else [])]
+
+    def _texts(self, offset: int, count: int) -> list[npt.NDArray[np.uint8]]:
+        """Return the bytes of texts that follow one another, each after its length."""
+        data = self.data.view(np.ndarray)
+        order: Literal["little", "big"] = "little" if self.endianess == gguf.GGUFEndian.LITTLE else "big"
+        found = []
+        for _ in range(count):
+            length = int.from_bytes(data[offset : offset + 8], order)
+            offset += 8 + length
+            if offset > len(data):
+                raise ValueError("a text goes beyond the end of the file")
+            found.append(data[offset - length : offset])
+        return found
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -233,6 +233,13 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise InputError("the GGUF file cannot be opened", where=path, got=error.strerror) from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise InputError(
+                "the GGUF file holds tensors of a type that is not known",
+                where=path,
+                got=error,
+                next_step="give the model in another type, best in F16 or BF16",
+            ) from error
         raise InputError(
             "the GGUF file is truncated or damaged", where=path, got=error, next_step="fetch the file again"
         ) from error

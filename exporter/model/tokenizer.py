@@ -1,4 +1,4 @@
-"""Tokenizers: loading, the texts that a runtime's tokenizer is compared on, and what a GGUF source leaves out.
+"""Tokenizers: loading, the texts that a runtime's tokenizer is compared on, and how a GGUF file's names split a text.
 
 A runtime carries its own tokenizer. Whether it is the model's is a matter of fact, settled on the texts and
 conversations of this file.
@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from exporter.errors import InputError, RequestError, did_you_mean
+from exporter.errors import InputError, RequestError
 
 Chat = list[dict[str, str]]
 
@@ -239,29 +239,6 @@ def known_difference(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str 
         return f"the tokenizer normalises such text ({settings['normalizer']['type']}), the runtime does not"
 
     return reason
-
-
-def restore_pretokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer made from a GGUF file the pre-tokenizer that the file names; changes `tokenizer`.
-
-    transformers reads the vocabulary and the merges of a GGUF file, but not `tokenizer.ggml.pre`: it splits
-    every text the way GPT-2 does.
-
-    Args:
-        tokenizer: A byte-level BPE tokenizer.
-        name: The value of `tokenizer.ggml.pre`.
-
-    Raises:
-        InputError: the name is not known.
-    """
-    if name not in PRE_TOKENIZERS:
-        raise InputError(
-            f"the pre-tokenizer {name!r} cannot be rebuilt from a GGUF file",
-            next_step=f"give the model as a Hugging Face folder, or one of these; {did_you_mean(name, PRE_TOKENIZERS)}",
-        )
-    backend: Any = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizer(name)
-    backend.model.ignore_merges = name in WHOLE_WORDS_FIRST
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exporter.calibrate.text import Tokens
 from exporter.compress.compressed import CompressedModel, weights_digest
 from exporter.job import Progress, silent
 from exporter.measures import Check
-from exporter.model.excerpt import excerpt
+from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.target import Target, load_target
@@ -25,8 +24,6 @@ from exporter.weights.group import Decision, WeightGroup
 
 # Nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
 MOST_KL = 1e-6
-# Of a larger model, the float32 copy holds the first and the last layer only.
-WHOLE_UP_TO_WEIGHTS = 10**9
 
 
 class Decoded:
@@ -65,12 +62,7 @@ def in_float32(decisions: Iterable[Decision]) -> bool:
 
 def float_copy_bytes(model: Model) -> int:
     """Return the size of a model's float32 copy."""
-    return 4 * _part(model).architecture.parameters
-
-
-def _part(model: Model) -> Model:
-    """Return what of a model the copy holds."""
-    return model if model.architecture.parameters <= WHOLE_UP_TO_WEIGHTS else excerpt(model)
+    return 4 * excerpt_if_large(model).architecture.parameters
 
 
 @contextmanager
@@ -89,7 +81,7 @@ def float_copy(
     if in_float32(compressed.decisions.values()):
         yield FloatCopy(artifact, model, True)
         return
-    part = _part(model)
+    part = excerpt_if_large(model)
     with TemporaryDirectory(prefix=".float-", dir=artifact.folder.parent) as scratch:
         written = target.lower_float(part, Path(scratch))
         read = load_target(written.target).read_back(written, part)

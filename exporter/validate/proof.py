@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from exporter.calibrate.text import Tokens
+from exporter.child import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.errors import ExporterError
 from exporter.job import Progress, silent
@@ -19,7 +20,6 @@ from exporter.model.tokenizer import (
     token_ids,
 )
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
@@ -33,6 +33,7 @@ from exporter.validate.lowering import (
 )
 from exporter.validate.parity import check_chat_template, check_tokenizer
 from exporter.validate.selftest import SelfTest, make_self_test
+from exporter.validate.source import check_source
 
 # The runtime's rounding differs little from window to window: the first third of them tells it.
 ROUNDING_SHARE = 3
@@ -48,7 +49,7 @@ class Proof:
         accuracy: Against the original model.
         rounding: Of the artifact against the float model with the artifact's own weights.
         timing: Speed and memory in a process of its own.
-        checks: Of lowering, formats, tokenizer and chat template.
+        checks: Of a GGUF source, lowering, formats, tokenizer and chat template.
         self_test: What the artifact must answer again.
     """
 
@@ -83,6 +84,7 @@ def prove(
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        InputError: the source is a GGUF file that llama.cpp runs as another model.
         RuntimeCrashError: the runtime died of the artifact.
     """
     model = compressed.model
@@ -92,7 +94,9 @@ def prove(
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
-    own, checks = _lowered(target, artifact, compressed, tokens, threads, progress)
+    sourced = check_source(model, original, threads, artifact.folder, progress)
+    own, lowered = _lowered(target, artifact, compressed, tokens, threads, progress)
+    checks = [*sourced, *lowered]
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
         accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))

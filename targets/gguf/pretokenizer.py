@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 from transformers import PreTrainedTokenizerBase
 
 from exporter.errors import InputError
+from exporter.model.llama_vocabulary import Case, Comparison
 from exporter.model.tokenizer import (
     PARITY_CORPUS,
     PRE_TOKENIZERS,
@@ -23,7 +24,7 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
 )
-from exporter.targets.gguf.tokenize import Case, Comparison, compare_in_child
+from exporter.targets.gguf.tokenize import compare_in_child
 from exporter.targets.gguf.vocabulary import (
     Vocabulary,
     add_vocabulary,

@@ -11,7 +11,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from exporter.child import Child
 from exporter.errors import InputError, RequestError
+from exporter.model.llama_vocabulary import Case, llama_tokenize, open_vocabulary
 from exporter.model.tokenizer import (
     PARITY_CHATS,
     PARITY_CORPUS,
@@ -20,12 +22,10 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
     render_chat,
-    restore_pretokenizer,
     token_ids,
 )
-from exporter.targets.child import Child
 from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
-from exporter.targets.gguf.tokenize import Case, LlamaTokenizer, compare_in_child, llama_tokenize, open_vocabulary
+from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.validate.parity import check_chat_template, check_tokenizer
@@ -349,13 +349,3 @@ def test_onnxruntime_genai_without_files_or_template(smollm: Path, tmp_path: Pat
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(RequestError, match="the folder holds no chat template"):
         GenaiTokenizer(folder).render(PARITY_CHATS[0], True)
-
-
-def test_a_tokenizer_made_from_a_gguf_needs_its_pretokenizer_restored(smollm: Path, tmp_path: Path) -> None:
-    write(smollm, tmp_path / "v.gguf", VOCAB)
-    tokenizer = load_tokenizer(smollm)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    got = LlamaTokenizer(tmp_path / "v.gguf").ids
-    assert check_tokenizer(PARITY_CORPUS, lambda text: token_ids(tokenizer, text), got, "x").status == "failed"
-    restore_pretokenizer(tokenizer, "smollm")
-    assert check_tokenizer(PARITY_CORPUS, lambda text: token_ids(tokenizer, text), got, "x").status == "passed"

@@ -18,8 +18,6 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
     render_chat,
-    restore_pretokenizer,
-    token_ids,
 )
 from exporter.validate.parity import check_chat_template, check_tokenizer
 
@@ -91,22 +89,6 @@ def test_a_damaged_tokenizer_config_is_refused(folder: Path, tmp_path: Path, con
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError, match="is not JSON"):
         load_tokenizer(tmp_path)
-
-
-def test_a_restored_pretokenizer_splits_digits_one_by_one(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert len(token_ids(tokenizer, "123456")) < 6
-    restore_pretokenizer(tokenizer, "smollm")
-    assert [tokenizer.decode([token]) for token in token_ids(tokenizer, "123456")] == list("123456")
-    assert not tokenizer.backend_tokenizer.model.ignore_merges
-    restore_pretokenizer(tokenizer, "llama-bpe")
-    assert tokenizer.backend_tokenizer.model.ignore_merges
-
-
-def test_an_unknown_pretokenizer_cannot_be_restored(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"'smollm3' cannot be rebuilt .* did you mean 'smollm'\?"):
-        restore_pretokenizer(load_tokenizer(folder), "smollm3")
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
