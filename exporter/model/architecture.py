@@ -130,6 +130,10 @@ class Architecture:
         }
         return found | {FINAL_NORM: (self.hidden,)}
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of all tensors."""
+        return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+
     def _linear_shape(self, role: str, layer: int) -> tuple[int, int]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         width = self.intermediate[layer]
@@ -149,7 +153,7 @@ class Architecture:
         Raises:
             InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
         """
-        needed = {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+        needed = self.tensors()
         for name, shape in needed.items():
             if name not in held:
                 raise InputError(f"the tensor {name} is missing", where=where, next_step="fetch the model again")
