@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import InputError
+from exporter.model.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 from exporter.toml import shown
 
-MAX_LAYERS = 512
-MAX_WIDTH = 1 << 20
-# Positions are int32 in both runtimes.
-MAX_POSITIONS = (1 << 31) - 1
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 ROPE_TABLES = ("rope_scaling", "rope_parameters")

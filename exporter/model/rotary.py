@@ -34,6 +34,14 @@ def plain_frequencies(config: PretrainedConfig) -> torch.Tensor:
     return torch.as_tensor(1.0 / (config.rope_parameters["rope_theta"] ** exponents))
 
 
+def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return what a reader must know of embeddings that change with the length of a text."""
+    if rotary_kind(config) != "dynamic":
+        return ()
+    beyond = f"beyond {config.max_position_embeddings} positions"
+    return (f"the model scales its rotary embeddings {beyond}, which the artifact, made for no more, never does",)
+
+
 def check_rotary(config: PretrainedConfig, where: object) -> None:
     """Refuse parameters from which no finite frequencies follow.
 

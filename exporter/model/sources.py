@@ -20,6 +20,7 @@ from exporter.model.config import CONFIG, checked_config, load_config, read_conf
 from exporter.model.families import FAMILIES, HEAD
 from exporter.model.model import Model, digest_files
 from exporter.model.recognised import refuse_adapters, refuse_quantised, refuse_quantised_tensors
+from exporter.model.rotary import rotary_notes
 from exporter.model.tensors import GgufSource, open_gguf
 from exporter.model.tokenizer import PRE_TOKENIZERS, restore_pretokenizer
 
@@ -74,8 +75,8 @@ def _open_folder(folder: Path, name: str = "") -> Model:
     tensors = SafetensorsSource(checkpoint)
     architecture.check_shapes(tensors.shapes(), folder)
     name = name or folder.resolve().name
-    origin = f"Hugging Face folder {name}"
-    return Model(name, origin, folder, None, config, architecture, tensors, checkpoint.notes)
+    origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
+    return Model(name, origin, folder, None, config, architecture, tensors, notes)
 
 
 def _folder_config(folder: Path) -> PretrainedConfig:
