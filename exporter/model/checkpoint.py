@@ -232,7 +232,7 @@ def _name_in(name: str, known: Collection[str]) -> str:
 
 def _equal(one: Held, other: Held) -> bool:
     """Return whether two tensors hold the same numbers, read by parts."""
-    if one.shape != other.shape:
+    if one.shape != other.shape or not one.shape:
         return False
     with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
         left, right = first.get_slice(one.name), second.get_slice(other.name)

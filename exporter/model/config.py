@@ -54,6 +54,8 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
+        # Tokenizers and others read the file, too: transformers must take it with its other keys.
+        CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
     except Exception as error:
         # transformers checks what it is given by rules of its own, with exceptions of many kinds.
         reason = next(iter(str(error).splitlines()), repr(error))

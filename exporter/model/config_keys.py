@@ -43,6 +43,8 @@ def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, An
     for key, value in raw.items():
         if key in known:
             _require_kind(key, value, known[key], where)
+        elif key in table["inert"]["kinds"]:
+            _require_kind(key, value, table["inert"]["kinds"][key], where)
         elif not _is_inert(key, table["inert"]):
             _require_harmless(key, value, only, where)
     _check_rope(raw, table["rope"], where)
@@ -50,12 +52,15 @@ def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, An
 
 
 def _is_inert(key: str, inert: Mapping[str, list[str]]) -> bool:
-    return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"])
+    # Names with two underscores are Python's own, not a config's.
+    return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"] if key[:2] != "__")
 
 
 def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
     harmless = (None, only[key]) if key in only else HARMLESS
-    if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless):
+    if not key.startswith("__") and any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
+    ):
         return
     raise InputError(
         f"config.json sets {key!r}{at}, which no target carries",

@@ -15,8 +15,8 @@ WITH_FACTORS = ("llama",)
 # Architectures whose query matrix is square: the heads are together as wide as the residual stream.
 SQUARE = ("qwen2",)
 ELSEWHERE = "use --target onnx, which computes it"
-# Turns within the original context where YaRN begins and ends to slow pairs down; llama.cpp takes these for the families
-# here also where a file states others, and rounds the range.
+# Turns within the original context where YaRN begins and ends to slow pairs down. llama.cpp takes these for all families
+# here, also where a file states others, and rounds the range.
 BETA_FAST, BETA_SLOW = 32.0, 1.0
 # Both compute in float32.
 SAME_FREQUENCY = 1e-4
