@@ -43,7 +43,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     """Return the transformers config of what config.json holds; for errors see `load_config`."""
-    if raw.get("auto_map"):
+    if "auto_map" in raw:
         raise InputError(
             "the model asks to run code of its own (auto_map), which is refused",
             where=where,
