@@ -1,26 +1,33 @@
 """From what the user names to a `Model`: a Hugging Face folder, a hub id, a GGUF file, or `demo`."""
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.errors import MissingDependencyError, RequestError
 from exporter.model.architecture import Architecture
-from exporter.model.families import FAMILIES
+from exporter.model.checkpoint import SafetensorsSource, open_checkpoint
+from exporter.model.config import CONFIG, checked_config, load_config, read_config
+from exporter.model.families import HEAD
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
 from exporter.model.model import Model
-from exporter.model.tensors import SafetensorsSource
+from exporter.model.recognised import refuse_adapters, refuse_quantised, refuse_quantised_tensors
+from exporter.model.rotary import rotary_notes
 
 DEMO = "demo"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "LICENSE*")
+UNTIED = (
+    "config.json ties the head to the embedding, but both are stored and differ: the head is its own, "
+    "as transformers loads it"
+)
 
 
 @contextmanager
@@ -46,47 +53,31 @@ def open_model(source: str) -> Iterator[Model]:
 
 
 def _open_folder(folder: Path, name: str = "") -> Model:
-    config = load_config(folder)
-    architecture = Architecture.of(config, folder / "config.json")
-    tensors = SafetensorsSource(folder)
+    config = _folder_config(folder)
+    architecture = Architecture.of(config, folder / CONFIG)
+    checkpoint = open_checkpoint(folder)
+    refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
+    checkpoint = checkpoint.named_for({*architecture.tensors(), HEAD})
+    if architecture.tied and checkpoint.has_own_head():
+        # transformers ties them all the same only where both are equal.
+        config.tie_word_embeddings = False
+        architecture = replace(architecture, tied=False)
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, UNTIED))
+    elif architecture.tied:
+        checkpoint = checkpoint.tied()
+    tensors = SafetensorsSource(checkpoint)
     architecture.check_shapes(tensors.shapes(), folder)
     name = name or folder.resolve().name
-    return Model(name, f"Hugging Face folder {name}", folder, None, config, architecture, tensors)
+    origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
+    return Model(name, origin, folder, None, config, architecture, tensors, notes)
 
 
-def load_config(folder: Path) -> PretrainedConfig:
-    """Return the transformers config of a folder, without running any code from it.
-
-    Raises:
-        InputError: config.json is missing or broken, asks for remote code, or names an unsupported architecture.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError("the folder holds no config.json", where=folder, next_step="give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        named = raw.get("architectures") or []
-    except (ValueError, AttributeError) as error:
-        raise InputError("config.json is not valid JSON", where=path, got=error) from error
-    if "auto_map" in raw:
-        raise InputError(
-            "the model asks to run code of its own (auto_map), which is refused",
-            where=path,
-            next_step="use a model of an architecture that transformers has built in",
-        )
-    if named and named[0] not in FAMILIES:
-        supported = "one of " + ", ".join(FAMILIES)
-        raise InputError(f"the architecture {named[0]!r} is not supported", where=path, expected=supported)
-    if "quantization_config" in raw:
-        raise InputError(
-            "the weights are already quantised", where=path, next_step="give the model before quantisation"
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return config
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("transformers cannot read the config", where=path, got=reason) from error
+def _folder_config(folder: Path) -> PretrainedConfig:
+    """Return the config of a folder that holds a model of floating-point weights, as far as its JSON files tell."""
+    refuse_adapters(folder)
+    raw = read_config(folder)
+    refuse_quantised(raw, folder / CONFIG)
+    return checked_config(raw, folder / CONFIG)
 
 
 def _open_hub(source: str) -> Model:

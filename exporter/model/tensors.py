@@ -1,6 +1,5 @@
-"""Lazy tensor sources: safetensors files, opened by memory map and checked before use, and what GGUF files need."""
+"""Lazy tensor sources, and what is needed of GGUF files."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -8,7 +7,6 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFValueType
-from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, QK_NORMS, QKV_BIASES, layer_tensor
@@ -49,88 +47,6 @@ def require_finite(values: Float32, name: str) -> Float32:
             next_step="fetch or convert the model again",
         )
     return values
-
-
-class SafetensorsSource:
-    """The safetensors files of a Hugging Face folder, one file or sharded."""
-
-    def __init__(self, folder: Path) -> None:
-        self._where = _shards(folder)
-        self.files = sorted(set(self._where.values()))
-        headers = {file: _header(file) for file in self.files}
-        self._shapes = {name: headers[file][name] for name, file in self._where.items() if name in headers[file]}
-        missing = sorted(set(self._where) - set(self._shapes))
-        if missing:
-            raise InputError(
-                f"the index names a tensor that its shard does not hold: {missing[0]}",
-                where=self._where[missing[0]],
-                next_step="fetch the model again",
-            )
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by name; reads no weights."""
-        return dict(self._shapes)
-
-    def read(self, name: str) -> Float32:
-        """Return one tensor as float32, finite."""
-        with safe_open(self._where[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
-            raise InputError(
-                "the tensor is not of a floating-point type",
-                where=name,
-                got=str(tensor.dtype),
-                expected="float32, float16 or bfloat16",
-                next_step="give the model before quantisation",
-            )
-        return require_finite(tensor.float().numpy(), name)
-
-
-def _shards(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> file, from the index or from the only file's header."""
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if single.is_file():
-            return dict.fromkeys(_header(single), single)
-        raise InputError(
-            "the folder holds no safetensors weights",
-            where=folder,
-            expected=f"{SINGLE} or {INDEX}",
-            next_step="save the model with save_pretrained(safe_serialization=True)",
-        )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            "the index of shards cannot be read", where=index, got=error, next_step="fetch the model again"
-        ) from error
-    for _, file in pairs:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(
-                "the index names a file outside the folder",
-                where=index,
-                got=repr(file),
-                expected="the name of a .safetensors file beside it",
-                next_step="do not use this model",
-            )
-        if not (folder / file).is_file():
-            raise InputError("a shard is missing", where=folder / file, next_step="fetch the model again")
-    return {name: folder / file for name, file in pairs}
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in one safetensors file; the library checks offsets against the file's size."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            "the safetensors file is truncated or damaged",
-            where=file,
-            got=error,
-            next_step="fetch this file again",
-        ) from error
 
 
 GGUF_LINEARS = {

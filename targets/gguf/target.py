@@ -25,7 +25,8 @@ from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
-from exporter.targets.gguf.header import finish_header, frequency_factors, rope, write_header
+from exporter.targets.gguf.carried import require_carried
+from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
@@ -84,12 +85,13 @@ class Gguf:
 
     def carried(self, model: Model) -> Carried:
         """Return the model, filled with channels of zeros where the file has one width for layers of several."""
+        require_carried(model)
         way = carriage(model.architecture)
         return Carried(padded(model) if way.padded else model, way.reason)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
-        rope(model.config)
+        require_carried(model)
         way = carriage(model.architecture)
         if way.padded:
             raise RequestError(

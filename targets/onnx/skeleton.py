@@ -14,10 +14,12 @@ import torch
 from onnxruntime_genai.models import builder as genai_builder
 from onnxruntime_genai.models import builders
 from torch import nn
+from transformers import PretrainedConfig
 
 from exporter.device.memory import ONNX_CHUNK
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
+from exporter.model.rotary import rotary_frequencies
 
 BUILDERS: dict[str, Any] = {
     "LlamaForCausalLM": builders.LlamaModel,
@@ -63,20 +65,54 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
     folder = str(model.folder)
-    with _quiet(), torch.no_grad():
+    config = _shown_to_builder(model)
+    with _quiet(), _configured_by(config), torch.no_grad():
         extra = genai_builder.parse_extra_options(folder, folder, str(scratch), "fp32", "cpu", str(scratch), options)
-        config = extra.pop("hf_details")["hf_config"]
+        del extra["hf_details"]
         extra.pop("_effective_builder_config", None)
 
         kind = BUILDERS[model.architecture.family.architecture]
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
+        builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(
+            model, builder.rope_attrs["cache_length"]
+        )
+        # The builder would take every matrix with as many rows as there are tokens for the head.
+        builder.has_lm_head = lambda module: module is builder.weights.lm_head
         _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
     return Skeleton(builder.model, builder)
+
+
+def _shown_to_builder(model: Model) -> PretrainedConfig:
+    """Return the config without what the builder would make anew: rotary tables, windows that no context exceeds."""
+    config = model.own_config()
+    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    config.layer_types = config.sliding_window = None
+    config.__dict__.pop("original_max_position_embeddings", None)
+    config._name_or_path = str(model.folder)
+    return config
+
+
+@contextlib.contextmanager
+def _configured_by(config: PretrainedConfig) -> Iterator[None]:
+    """Let the builder, which would read config.json anew with all its keys, use the config that was checked."""
+    original = genai_builder.AutoConfig
+    genai_builder.AutoConfig = SimpleNamespace(from_pretrained=lambda *_, **__: config)
+    try:
+        yield
+    finally:
+        genai_builder.AutoConfig = original
+
+
+def _rotary_tables(model: Model, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines as transformers has them, float32 [positions, head width]."""
+    frequencies, factor = rotary_frequencies(model.config)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.carried import require_carried
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
     ALIGNED_FROM_BYTES,
@@ -90,10 +91,12 @@ class Onnx:
 
     def carried(self, model: Model) -> Carried:
         """Return the model as it is."""
+        require_carried(model)
         return Carried(model, "every layer of the graph has its own shapes")
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return the same format for every matrix; a tied embedding and head share one storage."""
+        require_carried(model)
         if type not in self.types():
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
         name = NAMED.get(type, type)

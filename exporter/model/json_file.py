@@ -1,0 +1,89 @@
+"""JSON files of a model folder, whose content is anybody's: read within limits, an object or one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import InputError
+
+# The largest tokenizer.json known has 262,144 tokens and takes 33 MB.
+MAX_BYTES = 256 << 20
+# The files that transformers and tokenizers write nest less than 16 deep.
+MAX_DEPTH = 64
+NEXT_STEP = "mend the file, or fetch it again"
+
+
+def read_json_object(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object that a JSON file holds; of a key given twice the last value counts, as everywhere in Python.
+
+    Args:
+        path: The file.
+        most_bytes: The largest size that is read.
+
+    Raises:
+        InputError: the file is missing, too large, nested too deeply, not UTF-8, or not one JSON object.
+    """
+    text = _text(path, most_bytes)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise _too_deep(path) from error
+    except ValueError as error:
+        raise InputError(f"{path.name} is not valid JSON", where=path, got=error, next_step=NEXT_STEP) from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise InputError(f"{path.name} holds no JSON object", where=path, got=kind, expected="an object in braces")
+    _require_shallow(value, path)
+    if "\\ud" in text or "\\uD" in text:
+        _require_unicode(value, path)
+    return value
+
+
+def read_json_object_if_there(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any] | None:
+    """Return the object that a JSON file holds, or None where there is no such file.
+
+    Raises:
+        InputError: see `read_json_object`.
+    """
+    return read_json_object(path, most_bytes) if path.exists() else None
+
+
+def _text(path: Path, most_bytes: int) -> str:
+    try:
+        if not path.is_file():
+            raise InputError(f"there is no file {path.name}", where=path)
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise InputError(
+                f"{path.name} is too large", where=path, got=f"{size} bytes", expected=f"at most {most_bytes}"
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read", where=path, got=error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name} is not valid UTF-8", where=path, got=error, next_step=NEXT_STEP) from error
+
+
+def _require_shallow(value: dict[str, Any], path: Path) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for parent in level for item in _children(parent) if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise _too_deep(path)
+
+
+def _children(parent: dict[str, Any] | list[Any]) -> Any:
+    return parent.values() if isinstance(parent, dict) else parent
+
+
+def _too_deep(path: Path) -> InputError:
+    return InputError(f"{path.name} is nested too deeply", where=path, expected=f"at most {MAX_DEPTH} levels")
+
+
+def _require_unicode(value: dict[str, Any], path: Path) -> None:
+    """Refuse half a surrogate pair, which an escape can spell but no text holds."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path.name} holds half a surrogate pair", where=path, next_step=NEXT_STEP) from error
