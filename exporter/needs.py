@@ -10,6 +10,7 @@ from exporter.calibrate.layers import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.compress.compressed import is_corrected
 from exporter.job import Job
+from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.recipe import Recipe
 from exporter.weights.group import Decision
@@ -61,6 +62,11 @@ def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
     sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
     return statistics + evaluated + sampling
+
+
+def source_check_bytes(model: Model) -> int:
+    """Return the disk space that a GGUF source takes in float32 while it is checked; 0 for other sources."""
+    return 4 * excerpt_if_large(model).architecture.parameters if model.gguf else 0
 
 
 def _statistics_bytes(model: Model, job: Job) -> int:

@@ -15,7 +15,7 @@ from exporter.job import Job, Progress, require_no_contradiction
 from exporter.measures import Basis, Check, Pruning, Quantity
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
-from exporter.needs import build_peak_bytes, cache_bytes
+from exporter.needs import build_peak_bytes, cache_bytes, source_check_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
 from exporter.validate.text import foresee
@@ -137,8 +137,8 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
         file_bytes=file_bytes,
         runtime_peak_bytes=peak,
         build_peak_bytes=build_peak_bytes(original, job, planned.recipe, decisions, file_bytes, peak),
-        # Coded files stand beside the plain ones until the bundle is complete.
-        disk_bytes=(2 if planned.transport else 1) * file_bytes + (64 << 20),
+        # Coded files stand beside the plain ones until the bundle is complete; a GGUF source is checked before that.
+        disk_bytes=file_bytes + max(file_bytes if planned.transport else 0, source_check_bytes(original)) + (64 << 20),
         cache_bytes=cache_bytes(original, job, planned.recipe),
         checks=(*planned.text_checks, *check_fit(planned.device, file_bytes, quantity, "estimated")),
     )

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.child import Child
 from exporter.registry import folders, load
-from exporter.targets.child import Child
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,9 @@ class Target(Protocol):
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""
 
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32 into an empty folder: what `lower` writes, but for all that rounds."""
+
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that gives a matrix as the runtime decodes it from the artifact's bytes.
 

@@ -2,10 +2,10 @@
 
 from typing import Any, Protocol
 
+from exporter.child import Child
 from exporter.model.chat import Chat, Rendered
 from exporter.registry import folders, load
 from exporter.targets.artifact import Artifact
-from exporter.targets.child import Child
 
 # A vocabulary of 260,000 tokens loads in 2 s.
 LOAD_S = 120.0

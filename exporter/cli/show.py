@@ -150,11 +150,15 @@ def bundle(path: Path) -> None:
             table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
     console.print(table)
     _pruning(facts["pruning"])
-    for note in (*facts["model"]["warnings"], *facts["recipe"]["remarks"]):
-        console.print(f"[yellow]note:[/] {plain(note)}")
+    _notes((*facts["model"]["warnings"], *facts["recipe"]["remarks"]))
     checks(Check.model_validate(check) for check in facts["checks"])
     content, page = facts["content_digest"][:16], path / "report.html"
     console.print(f"bundle [bold]{plain(path)}[/], content {content}, report {plain(page)}")
+
+
+def _notes(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        console.print(f"[yellow]note:[/] {plain(sentence)}")
 
 
 def _pruning(facts: dict[str, Any] | None) -> None:
@@ -194,6 +198,7 @@ def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
     }
     return {
         "model": made.original.name,
+        "warnings": list(made.original.warnings),
         "device": made.device.name,
         "target": made.target.name,
         "recipe": made.recipe.name,
@@ -236,6 +241,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
         counts[key] = counts.get(key, 0) + 1
     for (format, reason), count in counts.items():
         console.print(f"{count:4d} x {format:<8} [dim]{plain(reason)}[/]")
+    _notes(facts["warnings"])
     checks(made.checks)
 
 

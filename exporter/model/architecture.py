@@ -19,6 +19,11 @@ from exporter.weights.group import WeightGroup
 
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 20
+# Positions are int32 in the runtimes.
+MAX_POSITIONS = (1 << 31) - 1
+# Families whose layers have windows or none by `layer_types`; a Mistral's have them all where it has any.
+WINDOWS_BY_LAYER = ("qwen2", "qwen3")
+FULL, SLIDING = "full_attention", "sliding_attention"
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
 
 
@@ -130,6 +135,10 @@ class Architecture:
         }
         return found | {FINAL_NORM: (self.hidden,)}
 
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of all tensors."""
+        return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+
     def _linear_shape(self, role: str, layer: int) -> tuple[int, int]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         width = self.intermediate[layer]
@@ -149,7 +158,7 @@ class Architecture:
         Raises:
             InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
         """
-        needed = {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+        needed = self.tensors()
         for name, shape in needed.items():
             if name not in held:
                 raise InputError(f"the tensor {name} is missing", where=where, next_step="fetch the model again")
@@ -172,10 +181,25 @@ class Architecture:
 
 
 def _context_length(config: PretrainedConfig, where: object) -> int:
-    positions = _whole(config, "max_position_embeddings", where)
-    if getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
+    positions = _whole(config, "max_position_embeddings", where, MAX_POSITIONS)
+    if not _has_window(config, where):
         return positions
-    return min(positions, _whole(config, "sliding_window", where))
+    return min(positions, _whole(config, "sliding_window", where, MAX_POSITIONS))
+
+
+def _has_window(config: PretrainedConfig, where: object) -> bool:
+    """Return whether some layer attends to a window alone, as transformers computes it."""
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or [])
+    by_layer = config.model_type in WINDOWS_BY_LAYER
+    if not kinds <= ({FULL, SLIDING} if by_layer and window is not None else {FULL}):
+        strange = ", ".join(sorted(kinds - {FULL}))
+        raise InputError("layer_types names kinds of attention that do not go together with the rest of config.json",
+                         where=where, got=strange, expected=FULL)  # fmt: skip
+    if by_layer:
+        return SLIDING in kinds
+    # A Llama has no windows of its own: keys that came along with a conversion say so.
+    unused = config.model_type == "llama" and getattr(config, "use_sliding_window", None) is False
+    return window is not None and not unused
 
 
 def _whole(config: PretrainedConfig, key: str, where: object, most: int = MAX_WIDTH, default: int | None = None) -> int:

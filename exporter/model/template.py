@@ -10,10 +10,10 @@ from typing import Any
 import transformers
 
 from exporter.cache import cache_folder, replacing
+from exporter.child import Child
 from exporter.errors import RuntimeCrashError
 from exporter.model.chat import Chat, Rendered, as_taken
 from exporter.model.tokenizer import ModelTokenizer
-from exporter.targets.child import Child
 from exporter.targets.memory_limit import memory_limited
 from exporter.targets.text import LOAD_S, RENDER_BYTES, render
 

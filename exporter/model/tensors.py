@@ -1,13 +1,12 @@
-"""Lazy tensor sources: safetensors files and GGUF files, opened by memory map and checked before use."""
+"""Lazy tensor sources, and what is needed of GGUF files."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from gguf import GGUFValueType
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, QK_NORMS, QKV_BIASES, layer_tensor
@@ -15,6 +14,8 @@ from exporter.weights.format import Float32
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Values of one array in a GGUF header: tokens and merges of the largest vocabularies are some 600,000.
+GGUF_ARRAY_MOST = 1 << 22
 
 
 class TensorSource(Protocol):
@@ -46,88 +47,6 @@ def require_finite(values: Float32, name: str) -> Float32:
             next_step="fetch or convert the model again",
         )
     return values
-
-
-class SafetensorsSource:
-    """The safetensors files of a Hugging Face folder, one file or sharded."""
-
-    def __init__(self, folder: Path) -> None:
-        self._where = _shards(folder)
-        self.files = sorted(set(self._where.values()))
-        headers = {file: _header(file) for file in self.files}
-        self._shapes = {name: headers[file][name] for name, file in self._where.items() if name in headers[file]}
-        missing = sorted(set(self._where) - set(self._shapes))
-        if missing:
-            raise InputError(
-                f"the index names a tensor that its shard does not hold: {missing[0]}",
-                where=self._where[missing[0]],
-                next_step="fetch the model again",
-            )
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by name; reads no weights."""
-        return dict(self._shapes)
-
-    def read(self, name: str) -> Float32:
-        """Return one tensor as float32, finite."""
-        with safe_open(self._where[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
-            raise InputError(
-                "the tensor is not of a floating-point type",
-                where=name,
-                got=str(tensor.dtype),
-                expected="float32, float16 or bfloat16",
-                next_step="give the model before quantisation",
-            )
-        return require_finite(tensor.float().numpy(), name)
-
-
-def _shards(folder: Path) -> dict[str, Path]:
-    """Return tensor name -> file, from the index or from the only file's header."""
-    index, single = folder / INDEX, folder / SINGLE
-    if not index.is_file():
-        if single.is_file():
-            return dict.fromkeys(_header(single), single)
-        raise InputError(
-            "the folder holds no safetensors weights",
-            where=folder,
-            expected=f"{SINGLE} or {INDEX}",
-            next_step="save the model with save_pretrained(safe_serialization=True)",
-        )
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            "the index of shards cannot be read", where=index, got=error, next_step="fetch the model again"
-        ) from error
-    for _, file in pairs:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise InputError(
-                "the index names a file outside the folder",
-                where=index,
-                got=repr(file),
-                expected="the name of a .safetensors file beside it",
-                next_step="do not use this model",
-            )
-        if not (folder / file).is_file():
-            raise InputError("a shard is missing", where=folder / file, next_step="fetch the model again")
-    return {name: folder / file for name, file in pairs}
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in one safetensors file; the library checks offsets against the file's size."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            "the safetensors file is truncated or damaged",
-            where=file,
-            got=error,
-            next_step="fetch this file again",
-        ) from error
 
 
 GGUF_LINEARS = {
@@ -170,42 +89,8 @@ def interleaved_rows(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
 
 
-class GgufSource:
-    """A GGUF file seen under Hugging Face names, dequantised on reading.
-
-    Args:
-        path: The file.
-        reader: The file, opened.
-        layers: Number of decoder layers.
-        heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
-    """
-
-    def __init__(self, path: Path, reader: gguf.GGUFReader, layers: int, heads: dict[str, int]) -> None:
-        self.files = [path]
-        self._heads = heads
-        held = {tensor.name: tensor for tensor in reader.tensors}
-        self._tensors = {hf: held[name] for hf, name in gguf_names(layers).items() if name in held}
-        self._shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by name; reads no weights."""
-        return dict(self._shapes)
-
-    def read(self, name: str) -> Float32:
-        """Return one tensor as float32, finite."""
-        tensor = self._tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        values = values.reshape(self._shapes[name])
-        for role, heads in self._heads.items():
-            if name.endswith(f"{role}_proj.weight"):
-                restored = np.empty_like(values)
-                restored[interleaved_rows(len(values), heads)] = values
-                values = restored
-        return require_finite(values if values.flags.writeable else values.copy(), name)
-
-
 class QuickGgufReader(gguf.GGUFReader):
-    """gguf's reader without the memory maps of single values, which cost it most of its time."""
+    """gguf's reader without the memory maps of single values, which cost it most of its time, and with bounds."""
 
     def _get(
         self,
@@ -216,6 +101,37 @@ class QuickGgufReader(gguf.GGUFReader):
     ) -> npt.NDArray[Any]:
         order = self.byte_order if override_order is None else override_order
         return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        inner = GGUFValueType(self._get(orig_offs, np.uint32)[0])
+        length = int(self._get(orig_offs + 4, np.uint64)[0])
+        if inner == GGUFValueType.ARRAY or length > GGUF_ARRAY_MOST:
+            raise ValueError(f"an array of {length} values of type {inner.name}")
+        start = orig_offs + 12
+        if inner == GGUFValueType.STRING:
+            parts = self._texts(start, length)
+            size = 8 * length + sum(map(len, parts))
+        else:
+            values = self._get(start, self.gguf_scalar_to_np[inner], length)
+            parts, size = list(values.reshape(-1, 1)), values.nbytes
+        return 12 + size, parts, list(range(length)), [GGUFValueType.ARRAY, *([inner] if length else [])]
+
+    def _texts(self, offset: int, count: int) -> list[npt.NDArray[np.uint8]]:
+        """Return the bytes of texts that follow one another, each after its length."""
+        data = self.data.view(np.ndarray)
+        order: Literal["little", "big"] = "little" if self.endianess == gguf.GGUFEndian.LITTLE else "big"
+        found = []
+        for _ in range(count):
+            length = int.from_bytes(data[offset : offset + 8], order)
+            offset += 8 + length
+            if offset > len(data):
+                raise ValueError("a text goes beyond the end of the file")
+            found.append(data[offset - length : offset])
+        return found
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
@@ -233,6 +149,13 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     except OSError as error:
         raise InputError("the GGUF file cannot be opened", where=path, got=error.strerror) from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise InputError(
+                "the GGUF file holds tensors of a type that is not known",
+                where=path,
+                got=error,
+                next_step="give the model in another type, best in F16 or BF16",
+            ) from error
         raise InputError(
             "the GGUF file is truncated or damaged", where=path, got=error, next_step="fetch the file again"
         ) from error

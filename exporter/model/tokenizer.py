@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
-from exporter.errors import InputError, did_you_mean
+from exporter.errors import InputError
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces
 from exporter.model.tokenizer_files import (
@@ -329,29 +329,6 @@ def _writes_spaces(part: Mapping[str, Any]) -> bool:
     """Return whether a part of a normaliser only marks spaces, which runtimes do too."""
     kind: str = part["type"]
     return kind == "Prepend" or (kind == "Replace" and part.get("pattern") == {"String": " "})
-
-
-def restore_pretokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer made from a GGUF file the pre-tokenizer that the file names; changes `tokenizer`.
-
-    transformers reads the vocabulary and the merges of a GGUF file, but not `tokenizer.ggml.pre`: it splits
-    every text the way GPT-2 does.
-
-    Args:
-        tokenizer: A byte-level BPE tokenizer.
-        name: The value of `tokenizer.ggml.pre`.
-
-    Raises:
-        InputError: the name is not known.
-    """
-    if name not in PRE_TOKENIZERS:
-        raise InputError(
-            f"the pre-tokenizer {name!r} cannot be rebuilt from a GGUF file",
-            next_step=f"give the model as a Hugging Face folder, or one of these; {did_you_mean(name, PRE_TOKENIZERS)}",
-        )
-    backend: Any = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizer(name)
-    backend.model.ignore_merges = name in WHOLE_WORDS_FIRST
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:

@@ -121,9 +121,9 @@ def distances(references: list[Reference], logits: Logits, progress: Progress = 
     return [_summed(*measured.flatten(1).numpy()) for measured in found]
 
 
-def distance(reference: Reference, logits: Logits) -> Distance:
+def distance(reference: Reference, logits: Logits, progress: Progress = silent) -> Distance:
     """Compare an artifact's logits with one reference; see `distances`."""
-    return distances([reference], logits)[0]
+    return distances([reference], logits, progress)[0]
 
 
 def _summed(kl: Float64, same: Float64, lead: Float64, loss: Float64) -> Distance:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from exporter.child import Child
 from exporter.confinement.cgroup import LONGEST_PERIOD_US, control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits, device_limits
@@ -17,7 +18,6 @@ from exporter.errors import RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, load_runtime, runtime_of
-from exporter.targets.child import Child
 from exporter.targets.runtime import Timing
 
 if TYPE_CHECKING:  # it brings transformers along, which a run does without

@@ -1,11 +1,10 @@
 """Everything an artifact is asked before it is packed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from exporter.calibrate.text import Tokens
-from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.compress.compressed import CompressedModel
 from exporter.errors import ExporterError
 from exporter.job import Progress, silent
 from exporter.measures import Check
@@ -16,10 +15,17 @@ from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
 from exporter.targets.text import open_text
 from exporter.validate.accuracy import Distance, Reference, dequantised, distances
+from exporter.validate.lowering import (
+    Decoded,
+    check_lowering,
+    check_rounding,
+    check_stored_types,
+    check_weights,
+    float_copy,
+)
 from exporter.validate.selftest import SelfTest, make_self_test
+from exporter.validate.source import check_source
 from exporter.validate.text import check_text
-from exporter.weights.format import Float32
-from exporter.weights.group import WeightGroup
 
 # The runtime's rounding differs little from window to window: the first third of them tells it.
 ROUNDING_SHARE = 3
@@ -35,7 +41,7 @@ class Proof:
         accuracy: Against the original model.
         rounding: Of the artifact against the float model with the artifact's own weights.
         timing: Speed and memory in a process of its own.
-        checks: Of lowering, formats, tokenizer and chat template.
+        checks: Of a GGUF source, lowering, formats, tokenizer and chat template.
         self_test: What the artifact must answer again.
     """
 
@@ -70,6 +76,7 @@ def prove(
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        InputError: the source is a GGUF file that llama.cpp runs as another model.
         RuntimeCrashError: the runtime died of the artifact.
     """
     model = compressed.model
@@ -79,9 +86,9 @@ def prove(
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
-    own, digests = _own_reference(target, artifact, compressed, tokens, progress)
-    checks = [check_weights(digests, compressed), check_stored_types(target, artifact, compressed)]
-    _require(checks)
+    sourced = check_source(model, original, threads, artifact.folder, progress)
+    own, lowered = _lowered(target, artifact, compressed, tokens, threads, progress)
+    checks = [*sourced, *lowered]
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
         accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))
@@ -92,15 +99,24 @@ def prove(
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
 
-def _own_reference(
-    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, progress: Progress
-) -> tuple[Reference, dict[str, str]]:
-    """Return the float model with the artifact's own weights on some windows, and the digests of those weights."""
-    decoded = Decoded(target.read_back(artifact, compressed.rewritten))
+def _lowered(
+    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, threads: int, progress: Progress
+) -> tuple[Reference, list[Check]]:
+    """Return the float model with the artifact's own weights on some windows, and the checks of the lowering."""
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
-    with_its_weights = dequantised(compressed.rewritten, decoded)
-    own = Reference.of(with_its_weights, some, partial(progress, "prove: layers of the artifact"))
-    return own, decoded.digests
+    decoded = Decoded(target.read_back(artifact, compressed.rewritten))
+    layers = partial(progress, "prove: layers of the artifact")
+    with float_copy(target, artifact, compressed, decoded) as copy:
+        expected = Reference.of(copy.model, some, layers)
+        own = expected if copy.whole else Reference.of(dequantised(compressed.rewritten, decoded), some, layers)
+        checks = [
+            check_weights(decoded.digests, compressed),
+            check_stored_types(target, artifact, compressed),
+        ]
+        _require(checks)
+        checks.append(check_lowering(copy, expected, threads, progress))
+    _require(checks)
+    return own, checks
 
 
 def _require(lowered: list[Check]) -> None:
@@ -114,50 +130,8 @@ def _require(lowered: list[Check]) -> None:
             )
 
 
-class Decoded:
-    """Matrices as the runtime decodes them from the artifact's bytes, each digested when it is read."""
-
-    def __init__(self, read: Callable[[WeightGroup], Float32]) -> None:
-        self._read = read
-        self.digests: dict[str, str] = {}
-
-    def __call__(self, group: WeightGroup) -> Float32:
-        """Return a matrix, float32 [rows, columns], rows in the source's order."""
-        weight = self._read(group)
-        self.digests[group.name] = weights_digest(weight)
-        return weight
-
-
-def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check:
-    """Compare the digests of all matrices, decoded from the artifact as its runtime does, with the planned ones."""
-    planned = {name: outcome.planned_sha256 for name, outcome in compressed.outcomes.items()}
-    wrong = [name for name, digest in planned.items() if decoded.get(name) != digest]
-    detail = f"{len(planned) - len(wrong)} of {len(planned)} matrices decode to exactly the planned weights"
-    return _check("lowering.weights", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
-
-
-def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
-    """Compare the formats in the file with those decided on."""
-    stored = target.stored_types(artifact, compressed.rewritten)
-    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
-    detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
-    return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))
-
-
-def check_rounding(rounding: Distance, most_kl: float) -> Check:
-    """Hold the rounding of activations below what a packing error would cost."""
-    detail = f"KL {rounding.kl_mean:.4f} of the artifact against a float model with the artifact's own weights"
-    passed = rounding.kl_mean <= most_kl
-    check = _check("lowering.runtime_rounding", passed, detail)
-    return check.model_copy(update={"value": rounding.kl_mean, "limit": most_kl, "unit": "nats"})
-
-
 def check_parity(artifact: Artifact, model: Model) -> list[Check]:
     """Compare the artifact's tokenizer and chat template with the model's own."""
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
     with open_text(artifact) as child:
         return check_text(child, tokenizer)
-
-
-def _check(name: str, passed: bool, detail: str) -> Check:
-    return Check(name=name, status="passed" if passed else "failed", detail=detail)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporter.cache import cache_folder, replacing
+from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
 from exporter.model.chat import PARITY_CHATS
@@ -17,7 +18,6 @@ from exporter.model.tokenizer import ModelTokenizer, known_difference, load_toke
 from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
 from exporter.report.data import from_json, to_json
 from exporter.targets.artifact import Artifact
-from exporter.targets.child import Child
 from exporter.targets.memory_limit import memory_limited
 from exporter.targets.target import Target
 from exporter.targets.text import LOAD_S, open_text, render

@@ -1,33 +1,14 @@
 """The header of a GGUF file: what llama.cpp must know of a decoder besides its tensors and vocabulary."""
 
-from typing import Any
+import math
 
 import gguf
 import numpy as np
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
+from exporter.model.rotary import rotary_frequencies, rotary_kind
 from exporter.weights.format import Float32
-
-# rope_type in config.json -> whether llama.cpp reads it; "llama3" becomes a tensor of frequency factors.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-
-
-def rope(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the rotary parameters of a transformers config.
-
-    Raises:
-        RequestError: llama.cpp has no such kind of rotary embedding.
-    """
-    parameters = dict(config.rope_parameters or {})
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise RequestError(
-            f"rotary embeddings of type {kind!r} cannot be written to GGUF", expected="one of " + ", ".join(ROPE_TYPES)
-        )
-    return parameters
 
 
 def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> None:
@@ -44,25 +25,35 @@ def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: Pr
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(architecture.vocab)
     writer.add_rope_dimension_count(architecture.head_dim)
-    parameters = rope(config)
+    _write_rope(writer, config)
+    if architecture.context_length < config.max_position_embeddings:
+        writer.add_sliding_window(architecture.context_length)
+
+
+def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    parameters, kind = config.rope_parameters, rotary_kind(config)
     writer.add_rope_freq_base(parameters["rope_theta"])
-    if parameters.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(parameters["factor"])
-    if parameters.get("rope_type") == "yarn":
+    if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_attn_factors(_attention_factor(config))
+
+
+def _attention_factor(config: PretrainedConfig) -> float:
+    """Return what llama.cpp multiplies cosines and sines by, besides the factor that YaRN's paper gives them."""
+    _, factor = rotary_frequencies(config)
+    return factor / (1 + 0.1 * math.log(max(1.0, config.rope_parameters["factor"])))
 
 
 def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Float32]:
     """Return the tensor by which llama.cpp divides rotary frequencies for `llama3` scaling, if there is one."""
-    parameters = rope(config)
-    if parameters.get("rope_type") != "llama3":
+    if rotary_kind(config) != "llama3":
         return {}
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = parameters["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return {"rope_freqs.weight": (plain / scaled.double().numpy()).astype(np.float32)}
+    scaled, _ = rotary_frequencies(config)
+    plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return {"rope_freqs.weight": (plain / scaled.astype(np.float64)).astype(np.float32)}
 
 
 def finish_header(writer: gguf.GGUFWriter) -> None:

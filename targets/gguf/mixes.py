@@ -14,10 +14,10 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
+from exporter.child import Child
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.tensors import gguf_names, open_gguf
-from exporter.targets.child import Child
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise

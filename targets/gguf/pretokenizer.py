@@ -17,8 +17,10 @@ import llama_cpp
 from gguf import GGUFWriter
 
 from exporter.cache import cache_folder, replacing
+from exporter.child import Child
 from exporter.errors import InputError
 from exporter.model.corpus import PARITY_CORPUS
+from exporter.model.llama_vocabulary import Case, Comparison
 from exporter.model.tokenizer import (
     PRE_TOKENIZERS,
     WHOLE_WORDS_FIRST,
@@ -29,8 +31,7 @@ from exporter.model.tokenizer import (
     pre_tokenizer,
 )
 from exporter.model.tokenizer_files import components
-from exporter.targets.child import Child
-from exporter.targets.gguf.tokenize import Case, Comparison, LlamaTokenizer, compare_in_child
+from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary, write_vocabulary_file
 
 # Raised when what is shown of the same vocabulary changes.

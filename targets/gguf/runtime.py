@@ -11,9 +11,9 @@ import numpy as np
 
 from exporter.device.memory import LLAMA_CPP_BATCH
 from exporter.errors import InputError
+from exporter.model.llama_vocabulary import llama_tokenize
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
-from exporter.targets.gguf.tokenize import llama_tokenize
 from exporter.targets.runtime import Timing, resident_bytes
 from exporter.weights.format import Float32
 

@@ -26,8 +26,9 @@ from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf.carried import require_carried
 from exporter.targets.gguf.ends import add_end_tokens
-from exporter.targets.gguf.header import finish_header, frequency_factors, rope, write_header
+from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.pretokenizer import write_vocabulary
@@ -86,12 +87,13 @@ class Gguf:
 
     def carried(self, model: Model) -> Carried:
         """Return the model, filled with channels of zeros where the file has one width for layers of several."""
+        require_carried(model)
         way = carriage(model.architecture)
         return Carried(padded(model) if way.padded else model, way.reason)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
-        rope(model.config)
+        require_carried(model)
         way = carriage(model.architecture)
         if way.padded:
             raise RequestError(
@@ -195,6 +197,10 @@ class Gguf:
         lines = [f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)]
         (folder / MODELFILE).write_text("".join(lines), encoding="utf-8")
         return Artifact(self.name, folder, tuple(folder / file for file in files))
+
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32: matrices in F32, any factors added to them."""
+        return self.lower(CompressedModel(model, self.decide(model, "F32", "rtn"), None), "F32", folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, its factors included."""

@@ -3,111 +3,19 @@
 A bad vocabulary may abort the process: `LlamaTokenizer` and `Comparer` are made to live in a `Child`.
 """
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from exporter.child import Child
 from exporter.errors import InputError, RequestError, RuntimeCrashError
 from exporter.model.chat import Chat, Rendered
-from exporter.targets.child import Child
+from exporter.model.llama_vocabulary import Case, Comparison, compare, llama_tokenize, open_vocabulary
 from exporter.targets.memory_limit import memory_limited
 from exporter.targets.text import RENDER_BYTES
-
-PRE_TOKENIZER_KEY = b"tokenizer.ggml.pre"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One text and its ids by the model's own tokenizer.
-
-    Attributes:
-        text: What is tokenised.
-        add_special: Tokens such as BOS are added as the tokenizer does by itself.
-        parse_special: The text of a special token counts as that token.
-        ids: What the model's own tokenizer gives.
-    """
-
-    text: str
-    add_special: bool
-    parse_special: bool
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How one vocabulary did on all cases.
-
-    Attributes:
-        pre_tokenizer: The name tried, or None for what the file says.
-        different: Number of cases whose ids differ; None if llama.cpp refused the vocabulary or died on it.
-        example: The first case that differs, and the ids it got.
-    """
-
-    pre_tokenizer: str | None
-    different: int | None
-    example: tuple[Case, tuple[int, ...]] | None = None
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _say_nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    """Swallow the log of llama.cpp: what it refuses is told by the result."""
-
-
-@contextmanager
-def open_vocabulary(path: Path, pre_tokenizer: str | None = None) -> Iterator[Any]:
-    """Load only the vocabulary of a GGUF file; yields llama.cpp's pointer to the model without weights.
-
-    Args:
-        path: The file.
-        pre_tokenizer: A name that takes the place of the file's `tokenizer.ggml.pre`.
-
-    Raises:
-        InputError: llama.cpp refuses the vocabulary.
-    """
-    llama_cpp.llama_log_set(_say_nothing, ctypes.c_void_p(0))
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    overrides: Any = (llama_cpp.llama_model_kv_override * 2)()  # the second, empty, ends the list
-    if pre_tokenizer is not None:
-        overrides[0].key = PRE_TOKENIZER_KEY
-        overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-        overrides[0].value.val_str = pre_tokenizer.encode()
-        params.kv_overrides = overrides
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise InputError(
-            "llama.cpp refuses the vocabulary",
-            where=path,
-            got=None if pre_tokenizer is None else f"the pre-tokenizer {pre_tokenizer!r}",
-            next_step="write it again with write_vocabulary",
-        )
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def llama_tokenize(model: Any, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-    """Return the ids that llama.cpp gives to a text.
-
-    Args:
-        model: llama.cpp's pointer to a model, with or without weights.
-        text: Any text.
-        add_special: Add BOS and EOS as the vocabulary says.
-        parse_special: Take the text of a special token for that token.
-    """
-    vocabulary = llama_cpp.llama_model_get_vocab(model)
-    data = text.encode()
-    room = len(data) + 8
-    ids = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocabulary, data, len(data), ids, room, add_special, parse_special)
-    return ids[:count]
 
 
 def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
@@ -177,15 +85,8 @@ class Comparer:
 
     def compare(self, pre_tokenizer: str | None) -> Comparison:
         """Tokenise all cases and count those whose ids differ."""
-        different, example = 0, None
         with open_vocabulary(self._path, pre_tokenizer) as model:
-            for case in self._cases:
-                flags = {"add_special": case.add_special, "parse_special": case.parse_special}
-                got = tuple(llama_tokenize(model, case.text, **flags))
-                if got != case.ids:
-                    different += 1
-                    example = example or (case, got)
-        return Comparison(pre_tokenizer, different, example)
+            return compare(model, pre_tokenizer, self._cases)
 
 
 def compare_in_child(path: Path, names: Sequence[str | None], cases: Sequence[Case]) -> Iterator[Comparison]:

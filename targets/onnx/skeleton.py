@@ -14,11 +14,13 @@ import torch
 from onnxruntime_genai.models import builder as genai_builder
 from onnxruntime_genai.models import builders
 from torch import nn
+from transformers import PretrainedConfig
 
 from exporter.device.memory import ONNX_CHUNK
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
+from exporter.model.rotary import rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.onnx.companions import genai_ids, write_text_files
 
@@ -73,16 +75,22 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
-    folder = str(_checked_folder(model, tokenizer, scratch))
-    with _quiet(), torch.no_grad():
+    config = _shown_to_builder(model, tokenizer)
+    folder = str(_checked_folder(model, config, tokenizer, scratch))
+    with _quiet(), _configured_by(config), torch.no_grad():
         extra = genai_builder.parse_extra_options(folder, folder, str(scratch), "fp32", "cpu", str(scratch), options)
-        config = extra.pop("hf_details")["hf_config"]
+        del extra["hf_details"]
         extra.pop("_effective_builder_config", None)
 
         kind = BUILDERS[model.architecture.family.architecture]
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
+        builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(
+            model, builder.rope_attrs["cache_length"]
+        )
+        # The builder would take every matrix with as many rows as there are tokens for the head.
+        builder.has_lm_head = lambda module: module is builder.weights.lm_head
         _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
@@ -90,18 +98,11 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
     return Skeleton(builder.model, builder, tokenizer)
 
 
-def _checked_folder(model: Model, tokenizer: ModelTokenizer, scratch: Path) -> Path:
-    """Return a folder with what the builder reads besides weights, all of it checked: the model's own may be anything.
-
-    Ids of special tokens are put right by `write_companions`; the builder only wants some.
-    """
+def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelTokenizer, scratch: Path) -> Path:
+    """Return a folder with what the builder reads besides weights, all of it checked: the model's own may be anything."""
     folder = scratch / "checked"
     folder.mkdir()
     write_text_files(tokenizer, model.architecture.context_length, folder)
-    config = model.own_config()
-    ids = genai_ids(model, tokenizer)
-    config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
-    config.eos_token_id = ids["eos_token_id"] or [0]
     config.save_pretrained(folder)
     (folder / GENERATION).write_text(json.dumps(_sampling(model.folder)), encoding="utf-8")
     return folder
@@ -116,6 +117,39 @@ def _sampling(folder: Path) -> dict[str, Any]:
 
 def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0  # type: ignore[operator]
+
+
+def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConfig:
+    """Return the config without what the builder would make anew: rotary tables, windows that no context exceeds.
+
+    Ids of special tokens are put right by `write_companions`; the builder only wants some.
+    """
+    config = model.own_config()
+    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+    config.layer_types = config.sliding_window = None
+    config.__dict__.pop("original_max_position_embeddings", None)
+    ids = genai_ids(model, tokenizer)
+    config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
+    config.eos_token_id = ids["eos_token_id"] or [0]
+    return config
+
+
+@contextlib.contextmanager
+def _configured_by(config: PretrainedConfig) -> Iterator[None]:
+    """Let the builder, which would read config.json anew with all its keys, use the config that was checked."""
+    original = genai_builder.AutoConfig
+    genai_builder.AutoConfig = SimpleNamespace(from_pretrained=lambda *_, **__: config)
+    try:
+        yield
+    finally:
+        genai_builder.AutoConfig = original
+
+
+def _rotary_tables(model: Model, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines as transformers has them, float32 [positions, head width]."""
+    frequencies, factor = rotary_frequencies(model.config)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.carried import require_carried
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
@@ -91,10 +92,12 @@ class Onnx:
 
     def carried(self, model: Model) -> Carried:
         """Return the model as it is."""
+        require_carried(model)
         return Carried(model, "every layer of the graph has its own shapes")
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return the same format for every matrix; a tied embedding and head share one storage."""
+        require_carried(model)
         if type not in self.types():
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
         name = NAMED.get(type, type)
@@ -213,6 +216,10 @@ class Onnx:
                 onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
             skeleton.write_companions(compressed.model, folder, dict(self._rounding.options))
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
+
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32: products of floats, any factors added to their matrices."""
+        return self.lower(CompressedModel(model, self.decide(model, FLOAT, "rtn"), None), FLOAT, folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""

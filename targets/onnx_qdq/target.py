@@ -19,6 +19,7 @@ from exporter.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.carried import require_carried
 from exporter.targets.onnx.graph import DataFile, products
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
@@ -81,6 +82,7 @@ class OnnxQdq(Onnx):
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return int8 with a scale for each row, for every matrix."""
+        require_carried(model)
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
         scheme = TYPES[type]
@@ -117,6 +119,10 @@ class OnnxQdq(Onnx):
             _put_matrices(graph, compressed, scheme, file)
 
         return self._write(compressed, folder, fill, False, False)
+
+    def lower_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32, as the target `onnx` does: no activation is rounded."""
+        return Onnx(self._rounding).lower_float(model, folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.text import Tokens
+from exporter.child import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names
 from exporter.targets.artifact import Artifact
-from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise_parameters
 from exporter.targets.target import load_target
 from exporter.weights.format import Float32

@@ -17,8 +17,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from exporter.calibrate.text import Tokens
+from exporter.child import Child
 from exporter.targets.artifact import Artifact
-from exporter.targets.child import Child
 
 INT8_HEAD = "matmul_mixed_precision=last_matmul:int8"
 # The builder's settings, by what they are called here. Its default algorithm with an int8 head shared with the

@@ -16,7 +16,7 @@ from exporter.model.sources import open_model
 from exporter.targets.artifact import open_artifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Reference, distance
-from exporter.validate.proof import Decoded, check_weights
+from exporter.validate.lowering import Decoded, check_weights
 from tests.models import tiny_model
 
 RANK = 32

@@ -19,7 +19,7 @@ from exporter.model.tensors import interleaved_rows
 from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Reference, dequantised, distance
-from exporter.validate.proof import Decoded, check_stored_types, check_weights
+from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

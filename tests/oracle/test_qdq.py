@@ -33,7 +33,7 @@ from exporter.targets.onnx_qdq.target import TYPES
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Distance, Reference, distance
 from exporter.validate.accuracy import dequantised as with_weights
-from exporter.validate.proof import Decoded, check_rounding, check_stored_types, check_weights
+from exporter.validate.lowering import Decoded, check_rounding, check_stored_types, check_weights
 from exporter.weights.channel import ChannelFormat
 from tests.models import FAMILIES, tiny_model
 

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.layers import LayerStream
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
+from exporter.child import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.targets.artifact import Artifact, load_runtime, open_artifact
-from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
-from exporter.validate.proof import Decoded, check_stored_types, check_weights
+from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -15,15 +15,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from exporter.errors import InputError, RequestError
 from exporter.model.chat import PARITY_CHATS
 from exporter.model.corpus import PARITY_CORPUS
+from exporter.model.llama_vocabulary import Case, llama_tokenize, open_vocabulary
 from exporter.model.tokenizer import (
     WHOLE_WORDS_FIRST,
     load_tokenizer,
     pre_tokenizer,
-    restore_pretokenizer,
 )
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
-from exporter.targets.gguf.tokenize import Case, LlamaTokenizer, compare_in_child, llama_tokenize, open_vocabulary
+from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.text import open_text
@@ -321,17 +321,3 @@ def test_onnxruntime_genai_without_files_or_template(smollm: Path, tmp_path: Pat
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(RequestError, match="the folder holds no chat template"):
         GenaiTokenizer(folder).render_chat(PARITY_CHATS[0], True)
-
-
-def test_a_tokenizer_made_from_a_gguf_needs_its_pretokenizer_restored(smollm: Path, tmp_path: Path) -> None:
-    write(smollm, tmp_path / "v.gguf", VOCAB)
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    got = LlamaTokenizer(tmp_path / "v.gguf").tokenize
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text)["input_ids"])
-
-    assert check_tokenizer(PARITY_CORPUS, ids, got, "x").status == "failed"
-    restore_pretokenizer(tokenizer, "smollm")
-    assert check_tokenizer(PARITY_CORPUS, ids, got, "x").status == "passed"

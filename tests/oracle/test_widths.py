@@ -22,7 +22,7 @@ from exporter.targets.artifact import Artifact, open_artifact
 from exporter.targets.gguf import carriage as carriages
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.target import load_target
-from exporter.validate.proof import Decoded, check_stored_types, check_weights
+from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

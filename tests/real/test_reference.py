@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
+from exporter.child import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.effort import effort
 from exporter.job import Job
@@ -21,7 +22,6 @@ from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import make_plan
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.child import Child
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Distance, Reference, distance

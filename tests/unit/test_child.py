@@ -6,8 +6,8 @@ import signal
 import psutil
 import pytest
 
+from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError
-from exporter.targets.child import Child
 
 
 class Worker:

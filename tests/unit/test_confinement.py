@@ -15,6 +15,7 @@ from statistics import median
 import psutil
 import pytest
 
+from exporter.child import Child
 from exporter.confinement import confinement as confining
 from exporter.confinement import network
 from exporter.confinement.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
@@ -23,7 +24,6 @@ from exporter.confinement.limits import Limits
 from exporter.confinement.watch import proportional_bytes, shared_bytes
 from exporter.cores import available_cores
 from exporter.errors import RequestError, RuntimeCrashError
-from exporter.targets.child import Child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here")
 MB = 1_000_000
@@ -238,7 +238,7 @@ import os, signal, sys, time
 from exporter.confinement.cgroup import control_groups
 from exporter.confinement.confinement import Confined, confined, controlled
 from exporter.confinement.limits import Limits
-from exporter.targets.child import Child
+from exporter.child import Child
 if __name__ == "__main__":
     # What runs the tests in the background has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

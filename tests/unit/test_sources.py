@@ -80,6 +80,8 @@ def test_index_that_names_what_no_shard_holds(folder: Path) -> None:
     path.write_text(json.dumps(index))
     refused(folder, InputError, "names a tensor that its shard does not hold: model.extra")
     path.write_text("[]")
+    refused(folder, InputError, "index.json holds no JSON object")
+    path.write_text("{}")
     refused(folder, InputError, "the index of shards cannot be read")
 
 
@@ -97,14 +99,16 @@ def test_wrong_shape_integers_missing_and_extra(folder: Path) -> None:
     change_tensor(folder, QUERY, lambda tensor: tensor[:-1].contiguous())
     refused(folder, InputError, r"wrong shape; got \[63, 64\], expected \[64, 64\]")
     change_tensor(folder, QUERY, lambda tensor: torch.zeros(64, 64, dtype=torch.int8))
-    refused(folder, InputError, "not of a floating-point type")
+    refused(folder, InputError, f"already quantised; got {QUERY} of type I8")
     change_tensor(folder, QUERY, lambda tensor: torch.zeros(64, 64))
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     held = index["weight_map"].pop(QUERY)
     path.write_text(json.dumps(index))
+    tensors = load_file(folder / held)
+    save_file({name: tensor for name, tensor in tensors.items() if name != QUERY}, folder / held)
     refused(folder, InputError, f"the tensor {QUERY} is missing")
-    tensors = load_file(folder / held) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    tensors |= {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     save_file(tensors, folder / held)
     index["weight_map"] |= {QUERY: held, "model.layers.0.self_attn.q_proj.bias": held}
     path.write_text(json.dumps(index))
@@ -121,6 +125,8 @@ def test_config_that_cannot_be_used(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     refused(folder, InputError, "config.json is not valid JSON")
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    refused(folder, InputError, "no usable 'model_type'; got 'nonsense', expected one of llama")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 65}')
     refused(folder, InputError, "transformers cannot read the config")
     (folder / "config.json").unlink()
     refused(folder, InputError, "the folder holds no config.json")

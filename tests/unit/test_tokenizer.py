@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from exporter.errors import DeadlineError, InputError, RequestError, RuntimeCrashError
 from exporter.model.chat import PARITY_CHATS, Chat, Rendered
@@ -18,7 +18,6 @@ from exporter.model.tokenizer import (
     load_tokenizer,
     parity_texts,
     pre_tokenizer,
-    restore_pretokenizer,
 )
 from exporter.validate.parity import check_chat_template, check_tokenizer
 
@@ -87,22 +86,6 @@ def test_a_damaged_tokenizer_config_is_refused(folder: Path, tmp_path: Path, con
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError, match=f"tokenizer_config.json {said}"):
         load_tokenizer(tmp_path)
-
-
-def test_a_restored_pretokenizer_splits_digits_one_by_one(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert len(tokenizer("123456")["input_ids"]) < 6
-    restore_pretokenizer(tokenizer, "smollm")
-    assert [tokenizer.decode([token]) for token in tokenizer("123456")["input_ids"]] == list("123456")
-    assert not tokenizer.backend_tokenizer.model.ignore_merges
-    restore_pretokenizer(tokenizer, "llama-bpe")
-    assert tokenizer.backend_tokenizer.model.ignore_merges
-
-
-def test_an_unknown_pretokenizer_cannot_be_restored(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"'smollm3' cannot be rebuilt .* did you mean 'smollm'\?"):
-        restore_pretokenizer(AutoTokenizer.from_pretrained(folder), "smollm3")
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

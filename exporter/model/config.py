@@ -1,0 +1,94 @@
+"""config.json of a model folder: checked key by key, then read by transformers without running any code from it."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from exporter.errors import InputError
+from exporter.model.config_keys import honoured
+from exporter.model.families import FAMILIES, Family
+from exporter.model.json_file import read_json_object
+from exporter.model.recognised import no_config
+from exporter.model.rotary import check_rotary
+from exporter.toml import shown
+
+CONFIG = "config.json"
+# The largest config.json known take some 10 kB; those of classifiers with names of thousands of classes about 1 MB.
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, not checked.
+
+    Raises:
+        InputError: it is missing or no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise no_config(folder)
+    return read_json_object(path, MAX_CONFIG_BYTES)
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Return the transformers config of a folder; it holds the keys that change what the model computes, and no others.
+
+    Raises:
+        InputError: config.json is missing or broken, asks for remote code, names an unsupported architecture, or sets
+            what no target carries.
+    """
+    return checked_config(read_config(folder), folder / CONFIG)
+
+
+def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
+    """Return the transformers config of what config.json holds; for errors see `load_config`."""
+    if "auto_map" in raw:
+        raise InputError(
+            "the model asks to run code of its own (auto_map), which is refused",
+            where=where,
+            next_step="use a model of an architecture that transformers has built in",
+        )
+    family = _family(raw, where)
+    keys = deepcopy(honoured(raw, family.model_type, where)) | {"architectures": [family.architecture]}
+    try:
+        config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
+        config.standardize_rope_params()
+        # Tokenizers and others read the file, too: transformers must take it with its other keys.
+        CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
+    except Exception as error:
+        # transformers checks what it is given by rules of its own, with exceptions of many kinds.
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
+    check_rotary(config, where)
+    return config
+
+
+def _family(raw: dict[str, Any], where: object) -> Family:
+    """Return the family that transformers loads for `model_type`; `architectures` may name it or its base model."""
+    by_type = {family.model_type: family for family in FAMILIES.values()}
+    kind, named = raw.get("model_type"), _first(raw.get("architectures"))
+    if named is not None and named not in {name for family in by_type.values() for name in _names_of(family)}:
+        supported = "one of " + ", ".join(FAMILIES)
+        raise InputError(f"the architecture {shown(named)} is not supported", where=where, expected=supported)
+    if not isinstance(kind, str) or kind not in by_type:
+        known = "one of " + ", ".join(by_type)
+        raise InputError("config.json has no usable 'model_type'", where=where, got=shown(kind), expected=known)
+    if named is not None and named not in _names_of(by_type[kind]):
+        raise InputError(
+            f"config.json names the architecture {shown(named)} and the model_type {shown(kind)}",
+            where=where,
+            expected="both of one family",
+            next_step="take both from the model's original config.json",
+        )
+    return by_type[kind]
+
+
+def _first(names: object) -> str | None:
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    return None
+
+
+def _names_of(family: Family) -> tuple[str, str]:
+    return family.architecture, family.architecture.removesuffix("ForCausalLM") + "Model"

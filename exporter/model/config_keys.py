@@ -1,0 +1,145 @@
+"""Which keys of a config.json change what a model computes: the table in `config_keys.toml`, and refusals by it."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from exporter.errors import InputError
+from exporter.model.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
+from exporter.toml import shown
+
+MAX_NAMES = 2 * MAX_LAYERS
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+ROPE_TABLES = ("rope_scaling", "rope_parameters")
+HARMLESS: tuple[object, ...] = (None, False, 0, "", [], {})
+REMOVE = "remove it from config.json if it changes nothing that the model computes"
+
+
+@cache
+def key_table() -> dict[str, Any]:
+    """Return the table."""
+    return tomllib.loads((files("exporter.model") / "config_keys.toml").read_text(encoding="utf-8"))
+
+
+def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, Any]:
+    """Return the keys of a config.json that change what the model computes, all others being harmless.
+
+    Args:
+        raw: The content of the file.
+        family: `model_type` of the family.
+        where: The file, for messages.
+
+    Raises:
+        InputError: a key that changes the function, or may, is not known; or a value is impossible.
+    """
+    table = key_table()
+    known = table["honoured"]
+    only = table["only"] | table["family"].get(family, {}).get("only", {})
+    for key, value in raw.items():
+        if key in known:
+            _require_kind(key, value, known[key], where)
+        elif key in table["inert"]["kinds"]:
+            _require_kind(key, value, table["inert"]["kinds"][key], where)
+        elif not _is_inert(key, table["inert"]):
+            _require_harmless(key, value, only, where)
+    _check_rope(raw, table["rope"], where)
+    return {key: value for key, value in raw.items() if key in known}
+
+
+def _is_inert(key: str, inert: Mapping[str, list[str]]) -> bool:
+    # Names with two underscores are Python's own, not a config's.
+    return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"] if key[:2] != "__")
+
+
+def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
+    harmless = (None, only[key]) if key in only else HARMLESS
+    if not key.startswith("__") and any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
+    ):
+        return
+    raise InputError(
+        f"config.json sets {key!r}{at}, which no target carries",
+        where=where,
+        got=shown(value),
+        expected=shown(only[key]) if key in only else "no such key",
+        next_step=REMOVE,
+    )
+
+
+def _check_rope(raw: Mapping[str, Any], kinds: Mapping[str, Any], where: object) -> None:
+    """Refuse kinds of rotary embeddings, and keys of them, that change the function and are not carried."""
+    for name in ROPE_TABLES:
+        parameters = raw.get(name)
+        if not parameters:
+            continue
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if not isinstance(kind, str) or kind not in kinds:
+            raise InputError(
+                f"rotary embeddings of type {shown(kind)} are not supported", where=where, got=f"{name} in config.json",
+                expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
+            )  # fmt: skip
+        known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
+        only = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
+        for key, value in parameters.items():
+            if key in known:
+                _require_kind(key, value, known[key], where)
+            elif key not in kinds[kind]["inert"]:
+                _require_harmless(key, value, only, where, f" in {name}")
+
+
+def _require_kind(key: str, value: object, kind: str, where: object) -> None:
+    if kind.endswith("?") and value is None:
+        return
+    fits, expected = KINDS[kind.removesuffix("?")]
+    if not fits(value):
+        raise InputError(f"config.json has no usable {key!r}", where=where, got=shown(value), expected=expected)
+
+
+def _whole(least: int, most: int) -> tuple[Callable[[object], bool], str]:
+    def fits(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return fits, f"a whole number from {least} to {most}"
+
+
+def _is_positive(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= MAX_FLOAT32  # type: ignore[operator]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 100
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_NAMES and all(map(_is_name, value))
+
+
+def _is_activation(value: object) -> bool:
+    return isinstance(value, str) and value in key_table()["activations"]
+
+
+def _is_ids(value: object) -> bool:
+    fits, _ = KINDS["id"]
+    return all(map(fits, value)) and len(value) <= MAX_NAMES if isinstance(value, list) else fits(value)
+
+
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "activation": (_is_activation, "an activation that a target computes"),
+    "flag": (lambda value: isinstance(value, bool), "true or false"),
+    "id": _whole(-MAX_POSITIONS, MAX_POSITIONS),
+    "ids": (_is_ids, "a token id or a list of them"),
+    "layers": _whole(1, MAX_LAYERS),
+    "name": (_is_name, "a name"),
+    "names": (_is_names, "a list of names"),
+    "positions": _whole(1, MAX_POSITIONS),
+    "positive": (_is_positive, "a positive number"),
+    "table": (lambda value: isinstance(value, dict), "an object"),
+    "whole": _whole(0, MAX_POSITIONS),
+    "width": _whole(1, MAX_WIDTH),
+}

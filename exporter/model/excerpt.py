@@ -1,0 +1,76 @@
+"""A model cut down to its first and last layer, for checks that need not run a large model whole."""
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from exporter.model.model import Model
+from exporter.weights.format import Float32
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# Models of more weights are not run whole in float32.
+WHOLE_PARAMETERS = 1_000_000_000
+
+
+def excerpt_if_large(model: Model) -> Model:
+    """Return a model of up to a billion weights as it is, of a larger one its first and last layer; see `excerpt`."""
+    return model if model.architecture.parameters <= WHOLE_PARAMETERS else excerpt(model)
+
+
+def excerpt(model: Model) -> Model:
+    """Return the model of a model's first and last layer, its embedding, its final norm and its head.
+
+    Layers are numbered anew, 0 and 1; weights stay lazy. A model of at most two layers is returned as it is.
+    """
+    layers = model.architecture.layers
+    if layers <= 2:
+        return model
+    widths = model.architecture.intermediate
+    config = model.own_config()
+    config.num_hidden_layers = 2
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        config.layer_types = [kinds[0], kinds[-1]]
+    config.intermediate_size = max(widths[0], widths[-1])
+    return replace(
+        model,
+        config=config,
+        architecture=replace(model.architecture, layers=2, intermediate=(widths[0], widths[-1])),
+        tensors=_Excerpt(model),
+        changes=hashlib.sha256(f"{model.changes}:excerpt".encode()).hexdigest(),
+    )
+
+
+def source_name(name: str, layers: int) -> str:
+    """Return what a tensor of an excerpt is called in the whole model.
+
+    Args:
+        name: A tensor's name in the excerpt.
+        layers: Layers of the whole model, more than two.
+    """
+    found = LAYER.fullmatch(name)
+    return f"model.layers.{layers - 1}.{found[2]}" if found and found[1] == "1" else name
+
+
+class _Excerpt:
+    """The tensors of a model's first and last layer, and those outside the layers."""
+
+    def __init__(self, model: Model) -> None:
+        self._source, self._layers = model.tensors, model.architecture.layers
+        self.files: list[Path] = model.tensors.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        found = {}
+        for name, shape in self._source.shapes().items():
+            layer = LAYER.fullmatch(name)
+            if layer is None or layer[1] == "0":
+                found[name] = shape
+            elif int(layer[1]) == self._layers - 1:
+                found[f"model.layers.1.{layer[2]}"] = shape
+        return found
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        return self._source.read(source_name(name, self._layers))

@@ -1,0 +1,314 @@
+"""From the header of a GGUF file to a config.json: every key is read, known to change nothing, or refused by name."""
+
+import math
+import reprlib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from exporter.errors import InputError
+from exporter.model.families import FAMILIES
+from exporter.model.gguf_file import GgufFile
+from exporter.model.gguf_rope import llama3_parameters
+
+KEYS = "gguf_keys.toml"
+EMBEDDING, HEAD, FREQUENCY_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+# What llama.cpp takes where the file has no such key.
+FREQUENCY_BASE = 10000.0
+ROPE_TYPES = ("none", "linear", "yarn")
+# Architectures for which llama.cpp reads the tensor of frequency factors.
+WITH_FREQUENCY_FACTORS = ("llama",)
+HF_FOLDER = "give the model as a Hugging Face folder"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What is known of the keys of one architecture, without its name and dot.
+
+    Attributes:
+        config: `model_type` in config.json.
+        config_with_window: The same for a file with a sliding window.
+        honoured: Keys that config.json must carry.
+        inert: Keys that change nothing.
+        assumed: Key -> values that change nothing.
+    """
+
+    config: str
+    config_with_window: str
+    honoured: frozenset[str]
+    inert: frozenset[str]
+    assumed: Mapping[str, list[Any]]
+
+
+def known_keys() -> tuple[dict[str, Keys], dict[str, list[Any]]]:
+    """Return architecture -> its keys, and values of `general.*` that a model has."""
+    table = tomllib.loads((files("exporter.model") / KEYS).read_text(encoding="utf-8"))
+    general, decoder = table.pop("general")["assumed"], table.pop("decoder")
+    return {name: _keys(decoder, own) for name, own in table.items()}, general
+
+
+def _keys(decoder: dict[str, Any], own: dict[str, Any]) -> Keys:
+    return Keys(
+        config=own["config"],
+        config_with_window=own.get("config_with_window", own["config"]),
+        honoured=frozenset(decoder["honoured"]),
+        inert=frozenset(decoder["inert"] | own.get("inert", {})),
+        assumed=decoder["assumed"] | own.get("assumed", {}),
+    )
+
+
+def read_config(file: GgufFile) -> dict[str, Any]:
+    """Return the config.json of the model in a GGUF file, its special tokens left out.
+
+    Raises:
+        InputError: the architecture is not supported, a key is missing or unusable, or the file has a key or a tensor
+            of frequency factors that would change the model in a way that config.json cannot say.
+    """
+    known, general = known_keys()
+    architecture = file.value("general.architecture")
+    if not isinstance(architecture, str) or architecture not in known:
+        raise InputError(
+            f"the GGUF architecture {architecture!r} is not supported",
+            where=file.path,
+            expected="one of " + ", ".join(sorted(known)),
+        )
+    header = Header(file, architecture)
+    for key, accepted in general.items():
+        header.require(f"general.{key}", accepted)
+    _require_known(header, known[architecture])
+    return _config(header, known[architecture])
+
+
+@dataclass(frozen=True)
+class Header:
+    """The keys of an architecture in one file."""
+
+    file: GgufFile
+    architecture: str
+
+    def require(self, key: str, accepted: list[Any]) -> None:
+        """Refuse a value that is not accepted; `key` is whole.
+
+        Raises:
+            InputError: see above.
+        """
+        value = self.file.value(key)
+        if value is None or any(_equal(value, one) for one in accepted):
+            return
+        raise InputError(
+            f"{key} changes what the model computes, in a way that is not supported",
+            where=self.file.path,
+            got=_shown(value),
+            expected=" or ".join([*(_shown(one) for one in accepted), "no such key"]),
+            next_step=HF_FOLDER,
+        )
+
+    def text(self, key: str, default: str) -> str:
+        """Return a text."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        return default if value is None else self._usable(key, value, isinstance(value, str), "a text")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Return a whole number, which may stand as a list with the same number for each layer."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        value = default if value is None else value
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]
+        usable = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
+        return found
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number, the shortest decimal of a float32."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        value = default if value is None else value
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        return float(str(np.float32(self._usable(key, value, usable, "a finite number"))))
+
+    def _usable(self, key: str, value: Any, usable: bool, expected: str) -> Any:
+        if not usable:
+            raise InputError(
+                f"the GGUF file has no usable '{self.architecture}.{key}'",
+                where=self.file.path,
+                got=_shown(value),
+                expected=expected,
+            )
+        return value
+
+
+def _require_known(header: Header, keys: Keys) -> None:
+    """Refuse keys that are not known, and values that would change the model."""
+    prefix = f"{header.architecture}."
+    for name in header.file.fields:
+        key = name.removeprefix(prefix)
+        if key == name or key in keys.honoured or key in keys.inert:
+            continue
+        if key not in keys.assumed:
+            raise InputError(
+                f"the key {name!r} is not known to change nothing",
+                where=header.file.path,
+                got=_shown(header.file.value(name)),
+                expected="no such key",
+                next_step=HF_FOLDER,
+            )
+        header.require(name, keys.assumed[key])
+
+
+def _config(header: Header, keys: Keys) -> dict[str, Any]:
+    file = header.file
+    if EMBEDDING not in file.tensors or len(file.tensors[EMBEDDING].shape) != 2:
+        raise InputError("the GGUF file holds no embedding", where=file.path, expected=f"the matrix {EMBEDDING}")
+    hidden, heads = header.whole("embedding_length"), header.whole("attention.head_count")
+    head_dim = header.whole("attention.key_length", hidden // max(heads, 1))
+    _require_whole_heads(header, head_dim, hidden // max(heads, 1))
+    window = header.whole("attention.sliding_window", 0)
+    model_type = keys.config_with_window if window else keys.config
+    (architecture,) = (name for name, family in FAMILIES.items() if family.model_type == model_type)
+    layers = header.whole("block_count")
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": header.whole("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": header.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": header.whole("context_length"),
+        "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(header, head_dim),
+        "tie_word_embeddings": HEAD not in file.tensors,
+        "vocab_size": file.shape(EMBEDDING)[0],
+    }
+    if window:
+        config |= {"sliding_window": window}
+        # Qwen names the layers without a window; llama.cpp has no window for any.
+        config |= {"use_sliding_window": True, "max_window_layers": 0} if model_type.startswith("qwen") else {}
+    elif model_type.startswith("qwen"):
+        config |= {"use_sliding_window": False}
+    return config
+
+
+def _require_whole_heads(header: Header, head_dim: int, default: int) -> None:
+    """Refuse widths of values or of the rotary part that are not the head's: llama.cpp stops at them."""
+    widths = {"attention.value_length": default, "rope.dimension_count": head_dim}
+    for key, assumed in widths.items():
+        width = header.whole(key, assumed)
+        if width != head_dim:
+            raise InputError(
+                f"{header.architecture}.{key} is not the width of a head, which is not supported",
+                where=header.file.path,
+                got=width,
+                expected=head_dim,
+                next_step=HF_FOLDER,
+            )
+
+
+def _rope(header: Header, head_dim: int) -> dict[str, Any]:
+    """Return `rope_parameters`."""
+    base = header.number("rope.freq_base", FREQUENCY_BASE)
+    if base <= 1:
+        raise InputError(f"'{header.architecture}.rope.freq_base' is not usable", where=header.file.path, got=base)
+    scaling = _scaling(header)
+    factors = _frequency_factors(header, head_dim, base)
+    if scaling and factors:
+        raise InputError(
+            f"the file scales its rotary embedding twice, by {FREQUENCY_FACTORS} and by keys",
+            where=header.file.path,
+            got=f"rope.scaling.type {scaling['rope_type']!r} with factor {scaling['factor']}",
+            next_step=HF_FOLDER,
+        )
+    return {"rope_theta": base, **({"rope_type": "default"} | scaling | factors)}
+
+
+def _scaling(header: Header) -> dict[str, Any]:
+    """Return what the keys of scaling say, empty for none."""
+    kind = header.text("rope.scaling.type", "linear")
+    if kind not in ROPE_TYPES:
+        raise InputError(
+            f"{header.architecture}.rope.scaling.type is not supported", where=header.file.path, got=repr(kind),
+            expected="one of " + ", ".join(ROPE_TYPES), next_step=HF_FOLDER,
+        )  # fmt: skip
+    # The second is the name that it had before; 0 stands for none.
+    factor = header.number("rope.scaling.factor", header.number("rope.scale_linear", 0.0)) or 1.0
+    if kind == "yarn":
+        return _yarn(header, factor)
+    # llama.cpp multiplies cosines and sines by it whatever the type, transformers with yarn alone.
+    header.require(f"{header.architecture}.rope.scaling.attn_factor", [1.0])
+    return {} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(header: Header, factor: float) -> dict[str, Any]:
+    """Return what the keys of yarn say; llama.cpp multiplies the paper's factor of cosines and sines by the file's."""
+    attention = header.number("rope.scaling.attn_factor", 1.0)
+    if factor == attention == 1:
+        return {}
+    original = header.whole("rope.scaling.original_context_length", 0) or header.whole("context_length")
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    by_paper = 1 + 0.1 * math.log(max(factor, 1))
+    return found if attention == 1 else found | {"attention_factor": attention * by_paper}
+
+
+def _frequency_factors(header: Header, head_dim: int, base: float) -> dict[str, Any]:
+    """Return the parameters of llama3 scaling that the file's tensor of factors follows from, empty for none."""
+    file = header.file
+    if FREQUENCY_FACTORS not in file.tensors:
+        return {}
+    if header.architecture not in WITH_FREQUENCY_FACTORS:
+        raise InputError(
+            f"the GGUF file holds a tensor that {header.architecture!r} does not use: {FREQUENCY_FACTORS}",
+            where=file.path,
+            next_step=HF_FOLDER,
+        )
+    if file.shape(FREQUENCY_FACTORS) != (head_dim // 2,):
+        raise InputError(
+            "the tensor has the wrong shape",
+            where=f"{file.path}: {FREQUENCY_FACTORS}",
+            got=list(file.shape(FREQUENCY_FACTORS)),
+            expected=[head_dim // 2],
+        )
+    found = llama3_parameters(file.decoded(FREQUENCY_FACTORS), base)
+    if found is None:
+        raise InputError(
+            "no parameters of llama3 scaling give the frequency factors of the file",
+            where=f"{file.path}: {FREQUENCY_FACTORS}",
+            next_step=f"{HF_FOLDER}, whose config.json says how its rotary embedding is scaled",
+        )
+    return {"rope_type": "llama3", **found} if found else {}
+
+
+def used_tensors(file: GgufFile, names: Mapping[str, str], needed: Iterable[str]) -> dict[str, str]:
+    """Return Hugging Face name -> GGUF name of a model's tensors.
+
+    Args:
+        file: The file.
+        names: Hugging Face name -> GGUF name of every tensor that a decoder may have.
+        needed: Hugging Face names of the tensors that this one has.
+
+    Raises:
+        InputError: the file holds any other tensor.
+    """
+    used = {hf: names[hf] for hf in needed if names[hf] in file.tensors}
+    extra = sorted(file.tensors.keys() - set(used.values()) - {FREQUENCY_FACTORS})
+    if extra:
+        raise InputError(
+            f"the GGUF file holds a tensor that {file.value('general.architecture')!r} is not known to use: {extra[0]}",
+            where=file.path,
+            got=f"{len(extra)} such tensors",
+            expected="none, since leaving them out would change the model",
+            next_step=HF_FOLDER,
+        )
+    return used
+
+
+def _equal(value: Any, accepted: Any) -> bool:
+    return isinstance(value, bool) is isinstance(accepted, bool) and value == accepted
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)

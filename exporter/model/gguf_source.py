@@ -1,0 +1,123 @@
+"""A GGUF file as a model: config and tokenizer unpacked from its header, its tensors under Hugging Face names."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import transformers
+from transformers import PretrainedConfig
+
+from exporter.cache import cache_folder
+from exporter.errors import InputError
+from exporter.model.architecture import Architecture
+from exporter.model.families import HEAD
+from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
+from exporter.model.gguf_file import GgufFile, grid_warning, open_whole
+from exporter.model.gguf_rope import same_yarn
+from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
+from exporter.model.model import Model, digest_files
+from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
+from exporter.weights.format import Float32
+
+# Raised when what is unpacked from a GGUF file changes.
+METADATA_VERSION = 2
+LoadConfig = Callable[[Path], PretrainedConfig]
+
+
+def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig) -> Model:
+    """Open a GGUF file as a model; config and tokenizer are unpacked into the cache.
+
+    Args:
+        path: The file, or any part of a split one.
+        origin: Where it came from, for people.
+        name: Short name of the model.
+        load_config: Reads the config of a Hugging Face folder.
+
+    Raises:
+        InputError: the file is damaged, of an unsupported kind, or holds what would be lost.
+    """
+    file = open_whole(path)
+    made = read_config(file)
+    folder = _metadata_folder(file, made)
+    config = load_config(folder)
+    architecture = Architecture.of(config, file.path)
+    _require_same_rope(file, config, architecture)
+    interleaved = architecture.family.rotary_interleaved_in_gguf
+    heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
+    needed = [group.name for group in architecture.groups()] + list(architecture.vectors())
+    # A file may hold a head of its own where the config says that the embedding serves as one, and the other way round.
+    names = used_tensors(file, gguf_names(architecture.layers), [*needed, HEAD])
+    tensors = GgufSource(file, names, heads)
+    architecture.check_shapes(tensors.shapes(), file.path)
+    warnings = grid_warning(file) + case_warning(file)
+    return Model(name, origin, folder, file.path, config, architecture, tensors, warnings)
+
+
+def _require_same_rope(file: GgufFile, config: PretrainedConfig, architecture: Architecture) -> None:
+    if config.rope_parameters["rope_type"] == "yarn" and not same_yarn(config, architecture.head_dim):
+        raise InputError(
+            "llama.cpp and transformers compute other frequencies for this yarn scaling",
+            where=file.path,
+            got={key: value for key, value in config.rope_parameters.items() if value is not None},
+            next_step=HF_FOLDER,
+        )
+
+
+def _metadata_folder(file: GgufFile, config: Mapping[str, Any]) -> Path:
+    """Return a folder with config and tokenizer of a GGUF file, made once for each file and kept."""
+    digest = digest_files(file.paths)[:32]
+    kept = cache_folder("gguf") / f"{METADATA_VERSION}-{transformers.__version__}-{digest}"
+    if not kept.is_dir():
+        with TemporaryDirectory(prefix=".", dir=kept.parent) as scratch:
+            made = Path(scratch, "made")
+            made.mkdir()
+            _unpack(file, config, made)
+            # Another process may have been faster; what it made is the same.
+            with suppress(OSError):
+                made.rename(kept)
+    return kept
+
+
+def _unpack(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json, generation_config.json and the tokenizer into a folder."""
+    _write(folder / "config.json", config)
+    special = unpack_tokenizer(file, config["vocab_size"], folder)
+    ends = special.get("eos_token_id", [])
+    _write(folder / "config.json", {**config, **special, **({"eos_token_id": ends[0]} if ends else {})})
+    _write(folder / "generation_config.json", special)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class GgufSource:
+    """The tensors of a GGUF file under Hugging Face names, dequantised on reading.
+
+    Args:
+        file: The file.
+        names: Hugging Face name -> GGUF name.
+        heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
+    """
+
+    def __init__(self, file: GgufFile, names: Mapping[str, str], heads: Mapping[str, int]) -> None:
+        self.files = list(file.paths)
+        self._file, self._names, self._heads = file, names, heads
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        return {hf: self._file.shape(name) for hf, name in self._names.items()}
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        values = self._file.decoded(self._names[name])
+        for role, heads in self._heads.items():
+            if name.endswith(f"{role}_proj.weight"):
+                restored = np.empty_like(values)
+                restored[interleaved_rows(len(values), heads)] = values
+                values = restored
+        return require_finite(values if values.flags.writeable else values.copy(), name)

@@ -1,0 +1,61 @@
+"""Rotary embeddings as transformers computes them: the frequencies, and the factor of their cosines and sines."""
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from exporter.errors import InputError
+from exporter.weights.format import Float32
+
+
+def rotary_kind(config: PretrainedConfig) -> str:
+    """Return the kind of rotary embeddings, `default` for those without scaling."""
+    kind: str = config.rope_parameters["rope_type"]
+    return kind
+
+
+def rotary_frequencies(config: PretrainedConfig) -> tuple[Float32, float]:
+    """Return the angle by which one position turns each pair, float32 [head width / 2], and the factor of both tables.
+
+    For `dynamic` those up to `max_position_embeddings`: its scaling begins beyond them.
+    """
+    kind = rotary_kind(config)
+    if kind == "default":
+        return plain_frequencies(config).numpy(), 1.0
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    return frequencies.numpy(), float(factor)
+
+
+def plain_frequencies(config: PretrainedConfig) -> torch.Tensor:
+    """Return the frequencies without any scaling, float32 [head width / 2]."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return torch.as_tensor(1.0 / (config.rope_parameters["rope_theta"] ** exponents))
+
+
+def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return what a reader must know of embeddings that change with the length of a text."""
+    if rotary_kind(config) != "dynamic":
+        return ()
+    beyond = f"beyond {config.max_position_embeddings} positions"
+    return (f"the model scales its rotary embeddings {beyond}, which the artifact, made for no more, never does",)
+
+
+def check_rotary(config: PretrainedConfig, where: object) -> None:
+    """Refuse parameters from which no finite frequencies follow.
+
+    Raises:
+        InputError: see above.
+    """
+    try:
+        frequencies, factor = rotary_frequencies(config)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise InputError("the rotary embeddings cannot be computed", where=where, got=repr(error)) from error
+    if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and 0 < factor < np.inf):
+        raise InputError(
+            "the rotary embeddings cannot be computed",
+            where=where,
+            got=f"frequencies from {frequencies.min()} to {frequencies.max()} and a factor of {factor}",
+            expected="positive numbers",
+        )

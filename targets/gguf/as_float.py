@@ -1,0 +1,56 @@
+"""A GGUF file written anew in float32, all its own keys and tensors kept: what llama.cpp is asked about a source."""
+
+from contextlib import closing
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGUFValueType
+
+from exporter.model.gguf_file import GgufFile
+from exporter.targets.gguf.header import finish_header
+from exporter.targets.gguf.vocabulary import copy_fields
+
+# What the new file has no use for, or states of its own.
+LEFT_OUT = ("GGUF.", "split.", "general.architecture", "general.file_type", "general.alignment")
+
+
+def write_as_float(file: GgufFile, path: Path, layers: int | None = None) -> None:
+    """Decode every tensor by gguf's library and write it in float32, beside all keys of the file.
+
+    Args:
+        file: The file.
+        path: Receives the new file, which is not split.
+        layers: Layers of the model, where only the first and the last are written; None for all.
+    """
+    names = _names(file, layers)
+    architecture = file.value("general.architecture")
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        own = [field for name, field in file.fields.items() if not name.startswith(LEFT_OUT)]
+        counts = f"{architecture}.block_count"
+        copy_fields(writer, [_cut(field, layers) for field in own if layers is None or field.name != counts])
+        if layers is not None:
+            writer.add_block_count(2)
+        for name, new in names.items():
+            shape = file.shape(name)
+            writer.add_tensor_info(new, shape, np.dtype(np.float32), 4 * file.tensors[name].n_elements)
+        finish_header(writer)
+        for name in names:
+            writer.write_tensor_data(file.decoded(name))
+
+
+def _names(file: GgufFile, layers: int | None) -> dict[str, str]:
+    """Return the name of each tensor that is kept, and its new name."""
+    if layers is None:
+        return {name: name for name in file.tensors}
+    last = f"blk.{layers - 1}."
+    kept = [name for name in file.tensors if not name.startswith("blk.") or name.startswith(("blk.0.", last))]
+    return {name: name.replace(last, "blk.1.", 1) if name.startswith(last) else name for name in kept}
+
+
+def _cut(field: gguf.ReaderField, layers: int | None) -> gguf.ReaderField:
+    """Return a field; of numbers for each layer those of the first and the last."""
+    of_layers = field.types[0] == GGUFValueType.ARRAY and field.types[-1] != GGUFValueType.STRING
+    if layers is None or not of_layers or len(field.data) != layers or field.name.startswith("tokenizer."):
+        return field
+    return field._replace(data=[field.data[0], field.data[-1]])

@@ -1,0 +1,55 @@
+"""Model folders that are changed in one way, and their float32 artifacts held against transformers."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from exporter.compress.compressed import CompressedModel
+from exporter.model.sources import open_model
+from exporter.targets.artifact import open_artifact
+from exporter.targets.target import load_target
+from exporter.validate.accuracy import divergence
+
+TOKENS = np.random.default_rng(0).integers(2, 300, 120).tolist()
+Tensors = dict[str, torch.Tensor]
+
+
+def edit(folder: Path, name: str = "config.json", **changes: object) -> Path:
+    """Change keys of a JSON file; `...` takes a key away."""
+    path = folder / name
+    changed: dict[str, Any] = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Change the tensors of a folder with one file of weights."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return folder
+
+
+def transformers_logits(folder: Path) -> np.ndarray:
+    """Return what transformers computes for the tokens in float32, [tokens, vocab]."""
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        logits: np.ndarray = whole(torch.tensor([TOKENS])).logits[0].numpy()
+    return logits
+
+
+def float_kl(folder: Path, target: str) -> float:
+    """Return the mean KL of the float32 artifact in its real runtime against transformers."""
+    made = load_target(target)
+    with open_model(str(folder)) as model, tempfile.TemporaryDirectory() as out:
+        decisions = made.decide(made.carried(model).model, "F32", "rtn")
+        artifact = made.lower(CompressedModel(model, decisions, None), "F32", Path(out))
+        with open_artifact(artifact, 128, 1, exact=True) as child:
+            got = child.call("logits", TOKENS, 0)
+    return float(divergence(transformers_logits(folder), got).mean())
