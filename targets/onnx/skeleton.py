@@ -99,7 +99,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
 
 
 def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelTokenizer, scratch: Path) -> Path:
-    """Return a folder with what the builder reads besides weights, all of it checked: the model's own may be anything."""
+    """Return a folder with what the builder reads besides weights, checked: the model's own may be anything."""
     folder = scratch / "checked"
     folder.mkdir()
     write_text_files(tokenizer, model.architecture.context_length, folder)
