@@ -261,9 +261,13 @@ def foretell(
 
     Methods of single matrices, by name, stand in for the one that a decision names.
     """
-    storages = [Storage.of(one) for one in decisions]
-    choices = _choices(storages, job, model, decisions[0].method, statistics, progress, methods)
-    return [replace(decision, predicted_kl=choice.kl) for decision, (choice,) in zip(decisions, choices, strict=True)]
+    predicted: dict[str, float] = {}
+    for method in dict.fromkeys(one.method for one in decisions):
+        some = [one for one in decisions if one.method == method]
+        storages = [Storage.of(one) for one in some]
+        choices = _choices(storages, job, model, method, statistics, progress, methods)
+        predicted |= {one.group.name: choice.kl for one, (choice,) in zip(some, choices, strict=True)}
+    return [replace(one, predicted_kl=predicted[one.group.name]) for one in decisions]
 
 
 def _choices(

@@ -47,7 +47,7 @@ def build_peak_bytes(
     widest = max(site_columns(model).values())
     encoding = int(MATRIX_COPIES * matrix)
     factoring = FACTOR_SQUARES * 4 * widest**2
-    comparing = _comparing_bytes(model, job, file_bytes, runtime_peak_bytes)
+    comparing = _comparing_bytes(model, job, max(file_bytes, float_copy_bytes(model)), runtime_peak_bytes)
     rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
     encoded = _corrected_bytes(model, job, decisions) + max(factoring, encoding)
     return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
@@ -64,9 +64,9 @@ def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     return statistics + evaluated + sampling
 
 
-def source_check_bytes(model: Model) -> int:
-    """Return the disk space that a GGUF source takes in float32 while it is checked; 0 for other sources."""
-    return 4 * excerpt_if_large(model).architecture.parameters if model.gguf else 0
+def float_copy_bytes(model: Model) -> int:
+    """Return the disk space of the float32 copy that the source, and then the artifact, is checked by."""
+    return 4 * excerpt_if_large(model).architecture.parameters
 
 
 def _statistics_bytes(model: Model, job: Job) -> int:
@@ -94,7 +94,7 @@ def _corrected_bytes(model: Model, job: Job, decisions: Sequence[Decision]) -> i
 
 
 def _comparing_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
-    """Return two heads, hidden states, the mapped artifact, logits on both sides, and the runtime."""
+    """Return two heads, hidden states, the mapped artifact or its float copy, logits on both sides, and the runtime."""
     shape = model.architecture
     heads = 2 * 4 * shape.vocab * shape.hidden
     hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden

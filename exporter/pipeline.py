@@ -31,6 +31,9 @@ from exporter.validate.arm64 import settle
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.proof import prove
 
+# The context of Llama 3.1 to 3.3: what most models for long texts were made for.
+MOST_POSITIONS_UNASKED = 131_072
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -44,8 +47,9 @@ class Bundle:
 
 def plan(job: Job) -> tuple[Plan, dict[str, float]]:
     """Say what `build` would do and need, and the seconds of each stage; reads no weights."""
-    with open_model(job.source) as model:
-        job = fitted(job, model)
+    with open_model(job.source) as opened:
+        job = fitted(job, opened)
+        model = for_context(opened, job.context)
         planned, budget = planned_within(job, model)
         return planned, stage_seconds(planned, job, [] if budget is None else budget.storages)
 
@@ -84,6 +88,16 @@ def fitted(job: Job, model: Model) -> Job:
     return replace(job, window=min(job.window, longest))
 
 
+def for_context(model: Model, context: int) -> Model:
+    """Return the model for no more positions than are usual, or than are asked for: tables of positions take room."""
+    longest, bounded = model.architecture.context_length, max(context, MOST_POSITIONS_UNASKED)
+    if longest <= bounded:
+        return model
+    note = f"the artifact is made for {bounded:,} of the model's {longest:,} positions; --context asks for more"
+    architecture = replace(model.architecture, context_length=bounded)
+    return replace(model, architecture=architecture, warnings=(*model.warnings, note))
+
+
 def build(job: Job, progress: Progress = silent) -> Bundle:
     """Compress, lower, prove and pack a model for a device.
 
@@ -103,6 +117,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         with stages.stage("open"):
             model = opened.enter_context(open_model(job.source))
         job = fitted(job, model)
+        model = for_context(model, job.context)
         with stages.stage("plan"):
             planned, budget = planned_within(job, model)
             if job.save_pruned is not None:

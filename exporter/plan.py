@@ -6,6 +6,7 @@ from functools import partial
 
 from exporter.calibrate.statistics import Statistics
 from exporter.coding.chunk import Profile
+from exporter.compress.compressed import check_methods
 from exporter.compress.equalise import Rewritten
 from exporter.compress.method import MatrixMethod
 from exporter.device.fit import check_fit
@@ -15,7 +16,7 @@ from exporter.job import Job, Progress, require_no_contradiction
 from exporter.measures import Basis, Check, Pruning, Quantity
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
-from exporter.needs import build_peak_bytes, cache_bytes, source_check_bytes
+from exporter.needs import build_peak_bytes, cache_bytes, float_copy_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
 from exporter.validate.text import foresee
@@ -127,6 +128,7 @@ def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
 def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str) -> Plan:
     """Return the plan with other decisions and all that follows from them, under a name for their mix."""
     target, model, original = planned.target, planned.model, planned.original
+    check_methods(decisions)
     file_bytes = target.estimated_file_bytes(model, decisions)
     peak = target.estimated_peak(model, decisions, job.context).bytes
     quantity = Quantity(value=float(peak), unit="bytes", basis="estimated")
@@ -138,7 +140,7 @@ def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str
         runtime_peak_bytes=peak,
         build_peak_bytes=build_peak_bytes(original, job, planned.recipe, decisions, file_bytes, peak),
         # Coded files stand beside the plain ones until the bundle is complete; a GGUF source is checked before that.
-        disk_bytes=file_bytes + max(file_bytes if planned.transport else 0, source_check_bytes(original)) + (64 << 20),
+        disk_bytes=file_bytes + max(file_bytes if planned.transport else 0, float_copy_bytes(original)) + (64 << 20),
         cache_bytes=cache_bytes(original, job, planned.recipe),
         checks=(*planned.text_checks, *check_fit(planned.device, file_bytes, quantity, "estimated")),
     )

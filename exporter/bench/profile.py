@@ -1,12 +1,15 @@
 """A device's profile with what was measured on it, as a user's own TOML file."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from exporter.bench.cycle import Outcome
 from exporter.device import point
 from exporter.device.profile import DeviceProfile, device_names, load_device
+from exporter.device.workload import is_known_format
 from exporter.errors import RequestError
+from exporter.report.data import Report
 from exporter.toml import shown
 
 SOURCE = "edge-exporter bench"
@@ -43,13 +46,24 @@ def base_of(outcome: Outcome, device: str | None) -> DeviceProfile:
     return load_device(name)
 
 
+def format_of(report: Report) -> str:
+    """Return the format that a bundle's speed is predicted by: its scheme, or what takes most of the model's bytes."""
+    scheme = report.recipe.scheme
+    if is_known_format(scheme):
+        return scheme
+    taken: Counter[str] = Counter()
+    for row in report.tensors:
+        taken[row.format.partition("+")[0]] += row.stored_bytes
+    return taken.most_common(1)[0][0] if taken else scheme
+
+
 def _run(outcome: Outcome) -> dict[str, Any]:
     measured, head = outcome.measured, outcome.row_head
     row = {
         "backend": "cpu",
         "runtime": measured.runtime,
         "model": outcome.subject.report.model.name,
-        "format": outcome.subject.report.recipe.scheme,
+        "format": format_of(outcome.subject.report),
         "file_bytes": head.size_bytes,
         "parameters": head.parameters,
         "decode_tokens_per_s": measured.decode.tokens_per_s,

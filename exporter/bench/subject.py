@@ -12,7 +12,7 @@ from exporter.measures import Check
 from exporter.report.data import Report, from_json
 from exporter.targets.artifact import Artifact
 from exporter.use import open_bundle
-from exporter.validate.selftest import SelfTest
+from exporter.validate.selftest import UNSURE, SelfTest
 
 CONFIG = "model/genai_config.json"
 
@@ -68,6 +68,8 @@ class Subject:
     def check(self, answers: Answers) -> Check:
         """Compare what a device answered to the self-test with what was answered when the bundle was made."""
         test = self.self_test
+        if not test.positions:
+            return Check(name="selftest", status="not run", detail=UNSURE)
         given = list(zip(answers.tokens, answers.logits, strict=False))
         right = sum(
             token == expected and abs(logit - value) <= test.tolerance

@@ -34,11 +34,11 @@ class Outcome:
     Attributes:
         planned_sha256: SHA-256 of the planned weights, float32, rows in the source's order.
         output_error: Relative squared error of the outputs on the calibration text (of the weights where the
-            inputs were not observed).
+            inputs were not observed); None where the outputs are all zero.
     """
 
     planned_sha256: str
-    output_error: float
+    output_error: float | None
 
 
 class CompressedModel:
@@ -188,6 +188,24 @@ def with_factors(decisions: list[Decision], low_rank: LowRank, roles: Collection
     ]
     check_formats(changed)
     return changed
+
+
+def check_methods(decisions: list[Decision]) -> None:
+    """Refuse methods that choose no codes in the formats decided on, and formats that need what is not observed.
+
+    Raises:
+        RequestError: the first of them.
+    """
+    for name, format in dict.fromkeys((one.method, one.format) for one in decisions):
+        load_method(name, EFFORTS["balanced"]).require(format)
+    for one in decisions:
+        if one.group.site == "tokens" and getattr(one.format, "needs_importance", False):
+            raise RequestError(
+                f"{one.format.name} needs the importance of inputs, and rows that are looked up have none",
+                where=one.group.name,
+                expected="another type for the embedding",
+                next_step="choose a named mix such as IQ2_M, or another type",
+            )
 
 
 def check_formats(decisions: list[Decision]) -> None:

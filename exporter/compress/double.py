@@ -23,7 +23,7 @@ from exporter.effort import Effort
 from exporter.model.model import Model
 from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
 from exporter.weights.group import WeightGroup
-from exporter.weights.stepped import LARGEST_CODE, encode_steps, stored_steps
+from exporter.weights.stepped import LARGEST_CODE, encode_steps, scale_type, stored_steps
 
 DEFAULT_BITS = 3.8
 # Half of the inputs' loudness goes into the weights: a row has one step and codes of 8 bits, so that the weights of a
@@ -56,6 +56,14 @@ class Double:
     def of_rows(self, rows: NDArray[np.int64]) -> "Double":
         """Return the method for some rows of its matrix."""
         return self if self.roots is None else replace(self, roots=self.roots[rows])
+
+    def require(self, format: WeightFormat) -> None:
+        """Refuse all but symmetric formats of 8 bits.
+
+        Raises:
+            RequestError: the format is another.
+        """
+        scale_type(format)
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix.

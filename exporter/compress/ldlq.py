@@ -52,6 +52,9 @@ class Ldlq:
         self._last: tuple[Site, Float32, Float32] | None = None
         self._foretold: tuple[Site, Float32, Float32, dict[int, tuple[Float32, Float32]]] | None = None
 
+    def require(self, format: WeightFormat) -> None:
+        """Refuse nothing: it chooses codes in every format."""
+
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix; without statistics of its inputs this is round to nearest."""
         rows, columns = weight.shape

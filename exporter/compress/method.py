@@ -47,6 +47,13 @@ class Method(Protocol):
 
     name: str
 
+    def require(self, format: WeightFormat) -> None:
+        """Refuse a format that the method chooses no codes in.
+
+        Raises:
+            RequestError: see above.
+        """
+
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix.
 
@@ -96,14 +103,17 @@ def load_method(name: str, effort: Effort) -> Method:
     return method
 
 
-def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float:
-    """Return E|Dx|^2 / E|Wx|^2 of the change D = planned - W: the relative squared output error."""
+def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float | None:
+    """Return E|Dx|^2 / E|Wx|^2 of the change D = planned - W: the relative squared output error.
+
+    It is None where E|Wx|^2 is zero: the matrix is, or its inputs always were.
+    """
     error = size = 0.0
     for first in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
         error += _outputs_squared(planned[rows] - weight[rows], second_moment)
         size += _outputs_squared(weight[rows], second_moment)
-    return float(np.float64(error) / size)
+    return error / size if size > 0 else None
 
 
 def _outputs_squared(weight: Float32, second_moment: Float32 | None) -> float:

@@ -13,6 +13,9 @@ class RoundToNearest:
 
     name = "rtn"
 
+    def require(self, format: WeightFormat) -> None:
+        """Refuse nothing: it chooses codes in every format."""
+
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix with the format's reference quantiser and llama.cpp's importance."""
         data = format.encode_rows(weight, None if site is None else site.squares)

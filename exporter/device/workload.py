@@ -94,6 +94,11 @@ def backend_name(text: str) -> str:
     return name
 
 
+def is_known_format(text: str) -> bool:
+    """Say whether `format_family` knows a format."""
+    return any(re.match(pattern, text.strip().upper()) for pattern, _, _ in FORMATS)
+
+
 def format_family(text: str) -> Family:
     """Return the family of a format, named as its runtime names it.
 

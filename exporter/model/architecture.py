@@ -55,6 +55,7 @@ class Architecture:
     vocab: int
     tied: bool
     context_length: int
+    window: int | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig, where: object) -> "Architecture":
@@ -74,6 +75,8 @@ class Architecture:
         layers = _whole(config, "num_hidden_layers", where, MAX_LAYERS)
         heads = _whole(config, "num_attention_heads", where)
         hidden = _whole(config, "hidden_size", where)
+        positions = _whole(config, "max_position_embeddings", where, MAX_POSITIONS)
+        window = _window(config, where)
         architecture = cls(
             family=FAMILIES[named],
             layers=layers,
@@ -84,7 +87,8 @@ class Architecture:
             head_dim=_whole(config, "head_dim", where, default=hidden // heads),
             vocab=_whole(config, "vocab_size", where),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
-            context_length=_context_length(config, where),
+            context_length=positions if window is None else window,
+            window=window,
         )
         if heads % architecture.kv_heads or architecture.head_dim % 2:
             raise InputError(
@@ -180,11 +184,12 @@ class Architecture:
             )
 
 
-def _context_length(config: PretrainedConfig, where: object) -> int:
-    positions = _whole(config, "max_position_embeddings", where, MAX_POSITIONS)
+def _window(config: PretrainedConfig, where: object) -> int | None:
+    """Return the positions that some layer attends to, where they are fewer than the model was made for."""
     if not _has_window(config, where):
-        return positions
-    return min(positions, _whole(config, "sliding_window", where, MAX_POSITIONS))
+        return None
+    window = _whole(config, "sliding_window", where, MAX_POSITIONS)
+    return window if window < config.max_position_embeddings else None
 
 
 def _has_window(config: PretrainedConfig, where: object) -> bool:

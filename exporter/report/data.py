@@ -52,7 +52,7 @@ class TensorRow(Document):
         stored_bytes: Bytes in the model file.
         bits_per_weight: Stored bits for each weight, scales and padding included.
         weight_error: Relative squared error of the planned weights under the second moments of the inputs;
-            None where it was not computed.
+            None where the outputs are all zero.
     """
 
     name: str

@@ -60,11 +60,6 @@ def in_float32(decisions: Iterable[Decision]) -> bool:
     return all(decision.stored_as == "F32" for decision in decisions)
 
 
-def float_copy_bytes(model: Model) -> int:
-    """Return the size of a model's float32 copy."""
-    return 4 * excerpt_if_large(model).architecture.parameters
-
-
 @contextmanager
 def float_copy(
     target: Target, artifact: Artifact, compressed: CompressedModel, decoded: Decoded

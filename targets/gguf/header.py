@@ -26,8 +26,8 @@ def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: Pr
     writer.add_vocab_size(architecture.vocab)
     writer.add_rope_dimension_count(architecture.head_dim)
     _write_rope(writer, config)
-    if architecture.context_length < config.max_position_embeddings:
-        writer.add_sliding_window(architecture.context_length)
+    if architecture.window is not None:
+        writer.add_sliding_window(architecture.window)
 
 
 def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:

@@ -127,6 +127,7 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     config = model.own_config()
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
     config.layer_types = config.sliding_window = None
+    config.max_position_embeddings = model.architecture.context_length
     config.__dict__.pop("original_max_position_embeddings", None)
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]

@@ -152,7 +152,7 @@ class Onnx:
     def _vectors_and_rotary(self, model: Model) -> int:
         shape = model.architecture
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
-        return vectors + 2 * 4 * int(model.config.max_position_embeddings) * shape.head_dim // 2
+        return vectors + 2 * 4 * shape.context_length * shape.head_dim // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return matrices, vectors, rotary tables and the graph."""

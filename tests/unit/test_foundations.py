@@ -10,9 +10,11 @@ import pytest
 
 from exporter.cache import cache_folder, replacing
 from exporter.calibrate.text import Windows, file_windows, spread_windows
+from exporter.compress.method import relative_error
 from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError, did_you_mean
 from exporter.model.tokenizer import load_tokenizer
 from exporter.registry import load, names
+from exporter.validate.selftest import make_self_test, run_self_test
 from tests.models import tiny_model
 
 
@@ -113,3 +115,16 @@ def test_texts_that_cannot_be_used(tmp_path: Path, windows: Callable[[Path, Any,
         windows(latin, tokenizer, 4, 32)
     with pytest.raises(RequestError, match="there is no such text file"):
         windows(tmp_path / "none.txt", tokenizer, 4, 32)
+
+
+@pytest.mark.parametrize("moment", [None, np.zeros((4, 4), np.float32)])
+def test_the_error_of_what_puts_out_nothing_is_unknown(moment: np.ndarray | None) -> None:
+    zero, one = np.zeros((3, 4), np.float32), np.ones((3, 4), np.float32)
+    assert relative_error(zero if moment is None else one, zero, moment) is None
+    assert relative_error(one, zero, None) == 1.0
+
+
+def test_a_self_test_without_positions_is_not_run() -> None:
+    test = make_self_test(lambda tokens: np.zeros((len(tokens), 8), np.float32), 8, 0)
+    assert test.positions == ()
+    assert run_self_test(test, lambda tokens: np.zeros((len(tokens), 8), np.float32)).status == "not run"
