@@ -30,6 +30,7 @@ from exporter.steps.step import Observe
 from exporter.validate.arm64 import settle
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.proof import prove
+from exporter.validate.text import foresee
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
 MOST_POSITIONS_UNASKED = 131_072
@@ -55,8 +56,16 @@ def plan(job: Job) -> tuple[Plan, dict[str, float]]:
 
 
 def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
-    """Return the plan for a source, within the limits that the job names; reads no weights."""
-    return within_limits(make_plan(model, job), job)
+    """Return the plan for a source, within the limits that the job names; reads no weights.
+
+    Raises:
+        RequestError: what is asked for does not go together, or the target cannot carry the model.
+        InputError: the tokenizer cannot be used, or the target cannot carry it.
+    """
+    planned = make_plan(model, job)
+    foreseen = foresee(model, planned.target)
+    noted = replace(planned, original=model.noting(foreseen.notes), text_checks=foreseen.checks)
+    return within_limits(noted, job)
 
 
 def within_limits(planned: Plan, job: Job) -> tuple[Plan, Budget | None]:

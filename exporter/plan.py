@@ -19,7 +19,6 @@ from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes, float_copy_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
-from exporter.validate.text import foresee
 from exporter.weights.group import Decision
 
 
@@ -93,7 +92,6 @@ def make_plan(model: Model, job: Job) -> Plan:
 
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
-        InputError: the tokenizer cannot be used, or the target cannot carry it.
     """
     recipe = NO_RECIPE if job.recipe is None else load_recipe(job.recipe)
     require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
@@ -104,10 +102,8 @@ def make_plan(model: Model, job: Job) -> Plan:
             "--transport and the recipe's step transport contradict each other", where=job.recipe,
             next_step="leave out --transport",
         )  # fmt: skip
-    foreseen = foresee(model, target)
-    model = model.noting(foreseen.notes)
     transport = recipe.transport or job.transport
-    planned = Plan(model, model, device, target, recipe, text_checks=foreseen.checks, transport=transport)
+    planned = Plan(model, model, device, target, recipe, transport=transport)
     return with_model(planned, job, recipe.outlined(model), "estimated")
 
 

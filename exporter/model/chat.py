@@ -4,6 +4,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from exporter.child import Child
+
+# A vocabulary of 260,000 tokens loads in 2 s.
+LOAD_S = 120.0
+# A chat is rendered in milliseconds, 10 MB of template in one second.
+RENDER_S = 10.0
+# What a template may take beyond the vocabulary.
+RENDER_BYTES = 512 << 20
+
 # Messages with `role` and `content`, a text or a list of parts.
 Chat = list[dict[str, Any]]
 
@@ -112,3 +121,14 @@ def _forms(chat: Chat, may_add: bool) -> Iterator[tuple[str, Chat]]:
 
 def _in_parts(chat: Chat) -> Chat:
     return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in chat]
+
+
+def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
+    """Return a chat as the child's runtime renders it.
+
+    Raises:
+        RequestError: the artifact holds no chat template.
+        RuntimeCrashError: the runtime died of the template, or took too long; the child is gone.
+    """
+    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
+    return rendered

@@ -12,10 +12,9 @@ import transformers
 from exporter.cache import cache_folder, replacing
 from exporter.child import Child
 from exporter.errors import RuntimeCrashError
-from exporter.model.chat import Chat, Rendered, as_taken
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import LOAD_S, RENDER_BYTES, Chat, Rendered, as_taken, render
 from exporter.model.tokenizer import ModelTokenizer
-from exporter.targets.memory_limit import memory_limited
-from exporter.targets.text import LOAD_S, RENDER_BYTES, render
 
 # Raised when the same template gives another opening.
 VERSION = 1

@@ -6,21 +6,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pydantic import ValidationError
+
 from exporter.cache import cache_folder, replacing
 from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
-from exporter.model.chat import PARITY_CHATS
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import LOAD_S, PARITY_CHATS, render
 from exporter.model.ends import FILES, special_ids
 from exporter.model.model import Model, digest_files
 from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts
 from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
-from exporter.report.data import from_json, to_json
 from exporter.targets.artifact import Artifact
-from exporter.targets.memory_limit import memory_limited
 from exporter.targets.target import Target
-from exporter.targets.text import LOAD_S, open_text, render
+from exporter.targets.text import open_text
 from exporter.validate.parity import check_chat_template, check_tokenizer
 
 # Raised when the same files would be judged in another way.
@@ -50,12 +51,12 @@ def foresee(model: Model, target: Target) -> Foreseen:
     """
     path = cache_folder("texts") / f"{_key(model, target)}.json"
     try:
-        return from_json(Foreseen, path.read_bytes(), path)
-    except (FileNotFoundError, InputError):
+        return Foreseen.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
         with TemporaryDirectory() as scratch:
             found = _foreseen(model, target, Path(scratch))
         with replacing(path) as partial_file:
-            partial_file.write_text(to_json(found), encoding="utf-8")
+            partial_file.write_text(found.model_dump_json(), encoding="utf-8")
         return found
 
 
