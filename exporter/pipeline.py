@@ -127,10 +127,10 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
             model = opened.enter_context(open_model(job.source))
         job = fitted(job, model)
         model = for_context(model, job.context)
+        if job.save_pruned is not None:
+            require_new(job.save_pruned)
         with stages.stage("plan"):
             planned, budget = planned_within(job, model)
-            if job.save_pruned is not None:
-                require_new(job.save_pruned)
         staging = opened.enter_context(staging_folder(output, planned.disk_bytes))
         return _build(job, planned, budget, staging, stages, progress)
 
