@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
@@ -14,7 +14,9 @@ from exporter.child import Child
 from exporter.errors import RuntimeCrashError
 from exporter.memory_limit import memory_limited
 from exporter.model.chat import LOAD_S, RENDER_BYTES, Chat, Rendered, as_taken, render
-from exporter.model.tokenizer import ModelTokenizer
+
+if TYPE_CHECKING:  # it brings torch along, which a child does without
+    from exporter.model.tokenizer import ModelTokenizer
 
 # Raised when the same template gives another opening.
 VERSION = 1
@@ -57,7 +59,7 @@ class TemplateRenderer:
             return Rendered.refused(error)
 
 
-def open_renderer(tokenizer: ModelTokenizer, fixed_clock: bool = False) -> Child:
+def open_renderer(tokenizer: "ModelTokenizer", fixed_clock: bool = False) -> Child:
     """Start a child that serves `render_chat` by the tokenizer's template.
 
     Raises:
@@ -85,7 +87,7 @@ class Opening:
     reason: str = ""
 
 
-def chat_opening(tokenizer: ModelTokenizer) -> Opening:
+def chat_opening(tokenizer: "ModelTokenizer") -> Opening:
     """Return how a chat opens by the tokenizer's template, found out once for each template and kept in the cache."""
     decisive = (VERSION, transformers.__version__, tokenizer.template, tokenizer.names)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
@@ -97,7 +99,7 @@ def chat_opening(tokenizer: ModelTokenizer) -> Opening:
     return Opening(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _opening(tokenizer: ModelTokenizer) -> Opening:
+def _opening(tokenizer: "ModelTokenizer") -> Opening:
     try:
         with open_renderer(tokenizer, fixed_clock=True) as child:
             taken = as_taken(lambda chat: render(child, chat, False), [{"role": "user", "content": PROBE}])

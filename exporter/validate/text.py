@@ -12,13 +12,13 @@ from exporter.cache import cache_folder, replacing
 from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
-from exporter.memory_limit import memory_limited
 from exporter.model.chat import LOAD_S, PARITY_CHATS, render
 from exporter.model.ends import FILES, special_ids
 from exporter.model.model import Model, digest_files
 from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts
 from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
+from exporter.model.trial import try_to_load
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import Target
 from exporter.targets.text import open_text
@@ -27,8 +27,6 @@ from exporter.validate.parity import check_chat_template, check_tokenizer
 # Raised when the same files would be judged in another way.
 VERSION = 1
 LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", "onnxruntime-genai")
-# The largest tokenizers known, of 262,144 tokens, load in 3 s and take 1 GiB.
-TRY_BYTES = 8 << 30
 
 
 class Foreseen(Document):
@@ -95,16 +93,11 @@ def _try(model: Model) -> None:
     Raises:
         InputError: it cannot be loaded, or its library dies of it.
     """
-    with Child("the tokenizer", _load, model.folder, model.architecture.vocab) as child:
+    with Child("the tokenizer", try_to_load, model.folder, model.architecture.vocab) as child:
         try:
             child.result(LOAD_S)
         except RuntimeCrashError as error:
             raise InputError("the tokenizer cannot be used", where=model.folder, got=error) from error
-
-
-def _load(folder: Path, rows: int) -> None:
-    with memory_limited(TRY_BYTES):
-        load_tokenizer(folder, rows)
 
 
 def _opened(artifact: Artifact, model: Model) -> Child:
