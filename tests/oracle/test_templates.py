@@ -12,7 +12,6 @@ from exporter.pipeline import plan
 from tests.models import TEMPLATE, tiny_model
 
 LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
-)
 SYSTEM_FIRST = (
     "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
 )
