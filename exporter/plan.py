@@ -1,6 +1,6 @@
 """What a job would do and need, said before a weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +18,6 @@ from exporter.model.model import Model
 from exporter.needs import build_peak_bytes, cache_bytes, source_check_bytes
 from exporter.recipe import NO_RECIPE, Recipe, load_recipe
 from exporter.targets.target import Carried, Target, load_target
-from exporter.validate.text import foresee
 from exporter.weights.group import Decision
 
 
@@ -92,7 +91,6 @@ def make_plan(model: Model, job: Job) -> Plan:
 
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
-        InputError: the tokenizer cannot be used, or the target cannot carry it.
     """
     recipe = NO_RECIPE if job.recipe is None else load_recipe(job.recipe)
     require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
@@ -103,10 +101,7 @@ def make_plan(model: Model, job: Job) -> Plan:
             "--transport and the recipe's step transport contradict each other", where=job.recipe,
             next_step="leave out --transport",
         )  # fmt: skip
-    foreseen = foresee(model, target)
-    model = model.noting(foreseen.notes)
-    transport = recipe.transport or job.transport
-    planned = Plan(model, model, device, target, recipe, text_checks=foreseen.checks, transport=transport)
+    planned = Plan(model, model, device, target, recipe, transport=recipe.transport or job.transport)
     return with_model(planned, job, recipe.outlined(model), "estimated")
 
 
@@ -122,6 +117,12 @@ def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
         decisions = encoding.decide(carried.model, target)
         planned = with_decisions(replace(planned, method=encoding.method), job, decisions, encoding.method)
     return planned if model is planned.original else replace(planned, pruning=_pruning(planned, model, carried, basis))
+
+
+def with_text(planned: Plan, checks: Sequence[Check], notes: Iterable[str]) -> Plan:
+    """Return the plan with what is known of the artifact's text."""
+    original = planned.original.noting(notes)
+    return replace(planned, original=original, text_checks=tuple(checks), checks=(*checks, *planned.checks))
 
 
 def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str) -> Plan:

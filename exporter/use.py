@@ -14,11 +14,11 @@ from exporter.device.profile import load_device
 from exporter.errors import InputError, RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
-from exporter.model.chat import as_taken
+from exporter.model.chat import as_taken, render
 from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, open_artifact, runs_coded
 from exporter.targets.runtime import Residence
-from exporter.targets.text import open_text, render
+from exporter.targets.text import open_text
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.selftest import SelfTest, run_self_test
 

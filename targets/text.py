@@ -3,16 +3,9 @@
 from typing import Any, Protocol
 
 from exporter.child import Child
-from exporter.model.chat import Chat, Rendered
+from exporter.model.chat import LOAD_S, Chat, Rendered
 from exporter.registry import folders, load
 from exporter.targets.artifact import Artifact
-
-# A vocabulary of 260,000 tokens loads in 2 s.
-LOAD_S = 120.0
-# A chat is rendered in milliseconds, 10 MB of template in one second.
-RENDER_S = 10.0
-# What a template may take beyond the vocabulary.
-RENDER_BYTES = 512 << 20
 
 
 class TextRuntime(Protocol):
@@ -57,14 +50,3 @@ def open_text(artifact: Artifact) -> Child:
         child.close()
         raise
     return child
-
-
-def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
-    """Return a chat as the child's runtime renders it.
-
-    Raises:
-        RequestError: the artifact holds no chat template.
-        RuntimeCrashError: the runtime died of the template, or took too long; the child is gone.
-    """
-    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
-    return rendered

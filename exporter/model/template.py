@@ -5,17 +5,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
-
-import transformers
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from exporter.cache import cache_folder, replacing
 from exporter.child import Child
 from exporter.errors import RuntimeCrashError
-from exporter.model.chat import Chat, Rendered, as_taken
-from exporter.model.tokenizer import ModelTokenizer
-from exporter.targets.memory_limit import memory_limited
-from exporter.targets.text import LOAD_S, RENDER_BYTES, render
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import LOAD_S, RENDER_BYTES, Chat, Rendered, as_taken, render
+
+if TYPE_CHECKING:  # the renderer's process does without its libraries
+    from exporter.model.tokenizer import ModelTokenizer
 
 # Raised when the same template gives another opening.
 VERSION = 1
@@ -58,7 +58,7 @@ class TemplateRenderer:
             return Rendered.refused(error)
 
 
-def open_renderer(tokenizer: ModelTokenizer, fixed_clock: bool = False) -> Child:
+def open_renderer(tokenizer: "ModelTokenizer", fixed_clock: bool = False) -> Child:
     """Start a child that serves `render_chat` by the tokenizer's template.
 
     Raises:
@@ -86,9 +86,9 @@ class Opening:
     reason: str = ""
 
 
-def chat_opening(tokenizer: ModelTokenizer) -> Opening:
+def chat_opening(tokenizer: "ModelTokenizer") -> Opening:
     """Return how a chat opens by the tokenizer's template, found out once for each template and kept in the cache."""
-    decisive = (VERSION, transformers.__version__, tokenizer.template, tokenizer.names)
+    decisive = (VERSION, version("transformers"), tokenizer.template, tokenizer.names)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder("templates") / f"{key}.json"
     if not path.is_file():
@@ -98,7 +98,7 @@ def chat_opening(tokenizer: ModelTokenizer) -> Opening:
     return Opening(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _opening(tokenizer: ModelTokenizer) -> Opening:
+def _opening(tokenizer: "ModelTokenizer") -> Opening:
     try:
         with open_renderer(tokenizer, fixed_clock=True) as child:
             taken = as_taken(lambda chat: render(child, chat, False), [{"role": "user", "content": PROBE}])

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
-from exporter.errors import InputError
+from exporter.child import Child
+from exporter.errors import InputError, RuntimeCrashError
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import LOAD_S
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces
 from exporter.model.tokenizer_files import (
@@ -39,8 +41,13 @@ from exporter.model.tokenizer_files import (
 )
 from exporter.model.tokenizer_notes import different, not_held, without_row
 
+if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer does without
+    from transformers import PreTrainedTokenizerBase
+
 # Names of other templates than the default become names of files and keys.
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# The largest tokenizers known, of 262,144 tokens, take 1 GiB.
+LOAD_BYTES = 8 << 30
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -186,8 +193,36 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
     return replace(made, notes=(*made.notes, *different(made.source, type(loaded).__name__, texts, differing)))
 
 
-def _by_transformers(folder: Path) -> PreTrainedTokenizerBase:
+def try_tokenizer(folder: Path) -> None:
+    """Use a tokenizer of anybody's in a child process, before this process does.
+
+    Raises:
+        InputError: it cannot be used, or its library dies of it, or takes too long.
+    """
+    with Child("the tokenizer", _use_within_limits, folder) as child:
+        try:
+            child.result(LOAD_S)
+        except RuntimeCrashError as error:
+            raise InputError("the tokenizer cannot be used", where=folder, got=error) from error
+
+
+def _use_within_limits(folder: Path) -> None:
+    files = read_tokenizer_files(folder)
+    with memory_limited(LOAD_BYTES), readable("the tokenizer cannot be used", folder):
+        if files.definition is not None:
+            library = _library(files.definition)
+            for text in PARITY_CORPUS:
+                library.encode(text)
+        elif (folder / PIECES).is_file():
+            pieces = read_pieces(folder / PIECES, {}, None)
+            for text in PARITY_CORPUS:
+                pieces.ids(text)
+
+
+def _by_transformers(folder: Path) -> "PreTrainedTokenizerBase":
     """Return what transformers makes of the files."""
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+
     with readable("the tokenizer cannot be loaded", folder):
         # The rest of config.json is of no concern to a tokenizer.
         kind = model_type(folder)
@@ -283,7 +318,7 @@ def _described(defined: _Defined, names: dict[str, Any], templates: dict[str, st
     )
 
 
-def _templates(loaded: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
+def _templates(loaded: "PreTrainedTokenizerBase", folder: Path) -> dict[str, str]:
     given: Any = loaded.chat_template
     named = {"default": given} if isinstance(given, str) else given or {}
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):

@@ -12,10 +12,9 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from exporter.child import Child
 from exporter.errors import InputError, RequestError, RuntimeCrashError
-from exporter.model.chat import Chat, Rendered
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import RENDER_BYTES, Chat, Rendered
 from exporter.model.llama_vocabulary import Case, Comparison, compare, llama_tokenize, open_vocabulary
-from exporter.targets.memory_limit import memory_limited
-from exporter.targets.text import RENDER_BYTES
 
 
 def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:

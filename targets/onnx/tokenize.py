@@ -7,9 +7,8 @@ import numpy as np
 import onnxruntime_genai
 
 from exporter.errors import InputError, RequestError
-from exporter.model.chat import Chat, Rendered
-from exporter.targets.memory_limit import memory_limited
-from exporter.targets.text import RENDER_BYTES
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import RENDER_BYTES, Chat, Rendered
 
 TEMPLATE = "chat_template.jinja"
 
