@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # The largest tokenizers known, of 262,144 tokens, take 1 GiB.
 LOAD_BYTES = 8 << 30
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -242,7 +243,10 @@ def _of_definition(
     known = {*texts_of_vocabulary(definition), *(token["content"] for token in added_tokens(definition))}
     more = [vars(token) for token in extra if token.content not in known]
     listed = definition | {"added_tokens": [*added_tokens(definition), *more]}
-    first = _library(listed)
+    first: Any = _library(listed)
+    # What a file may leave out, and readers of it look for.
+    kind = type(first.model).__name__
+    listed = dict.fromkeys(PARTS) | listed | {"model": {"type": kind} | definition["model"]}
     for token in more:
         require_id(token["content"], first.token_to_id(token["content"]), token["id"], folder / SETTINGS)
     # The library counts added tokens by itself, whatever their ids in the file.
@@ -344,6 +348,8 @@ def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
     Neither llama.cpp nor onnxruntime-genai normalises Unicode for BPE: text that the tokenizer's normaliser would
     change (Qwen composes letters and accents) reaches the model as it is. Signs for spaces are another matter.
     """
+    if tokenizer.pieces is not None:
+        return tokenizer.pieces.changes
     settings = tokenizer.definition.get("normalizer")
     changing = [part for part in components(settings) if not _writes_spaces(part)]
     if not changing:

@@ -89,10 +89,11 @@ def _foreseen(model: Model, target: Target, scratch: Path) -> Foreseen:
 def _opened(artifact: Artifact, model: Model) -> Child:
     try:
         return open_text(artifact)
-    except RuntimeCrashError as error:
+    except (InputError, RuntimeCrashError) as error:
         raise InputError(
-            f"the runtime of the target {artifact.target} dies of the tokenizer or the chat template",
-            where=model.folder, got=error, next_step="choose another target, or take the chat template away",
+            f"the runtime of the target {artifact.target} cannot load the tokenizer with its chat template",
+            where=model.folder, got=str(error).replace(str(artifact.folder), "").lstrip("/: "),
+            next_step="choose another target, or take the chat template away",
         ) from error  # fmt: skip
 
 

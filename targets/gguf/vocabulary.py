@@ -150,7 +150,7 @@ def _is_byte_level(settings: dict[str, Any], folder: Path) -> bool:
         where=folder,
         got=f"{model['type']} with byte_level={byte_level} and byte_fallback={bool(model.get('byte_fallback'))}",
         expected="byte-level BPE, or BPE with byte fallback",
-        next_step="lower the model to onnx instead",
+        next_step="lower the model to onnx instead" if model["type"] == "BPE" else "use a model with a BPE tokenizer",
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import InputError
 from exporter.model.ends import SpecialIds, special_ids
 from exporter.model.model import Model
 from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer, load_tokenizer
@@ -66,8 +67,19 @@ def _padding(found: SpecialIds) -> int:
 
 
 def write_text_alone(model: Model, folder: Path) -> None:
-    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there."""
+    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there.
+
+    Raises:
+        InputError: onnxruntime-genai has no tokenizer of the kind.
+    """
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    kind = tokenizer.definition["model"]["type"]
+    if kind != "BPE":
+        # It reads Unigram under the names of some classes, but without byte fallback and without BOS.
+        raise InputError(
+            "onnxruntime-genai has no such tokenizer", where=model.folder / tokenizer.source, got=kind, expected="BPE",
+            next_step="use a model with a BPE tokenizer",
+        )  # fmt: skip
     write_text_files(tokenizer, model.architecture.context_length, folder)
     facts = {"type": model.architecture.family.model_type, "vocab_size": model.architecture.vocab}
     facts |= {"context_length": model.architecture.context_length}
