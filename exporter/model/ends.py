@@ -35,7 +35,7 @@ class SpecialIds:
 
 def ends_written(ends: Iterable[int]) -> str:
     """Return ids of end tokens as a GGUF file has them: as text, since llama.cpp hands out no lists."""
-    return ",".join(map(str, ends))
+    return ",".join(map(str, ends)) or "none"
 
 
 def ends_read(text: str) -> list[int]:

@@ -29,12 +29,12 @@ from exporter.model.tokenizer_files import (
     TokenizerFiles,
     added_tokens,
     components,
+    ids_of_vocabulary,
     is_id,
     model_type,
     read_tokenizer_files,
     readable,
     require_id,
-    texts_of_vocabulary,
     to_text,
     too_many_tokens,
     within_rows,
@@ -186,7 +186,8 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
             built: Any = loaded.backend_tokenizer
             defined = _of_definition(VOCABULARY, json.loads(built.to_str()), (), folder, rows)
         else:
-            defined = _of_definition(TOKENIZER, files.definition, tuple(files.added.values()), folder, rows)
+            extra = _named_in_vocabulary(files.definition, names) | dict(files.added)
+            defined = _of_definition(TOKENIZER, files.definition, tuple(extra.values()), folder, rows)
         _require_ends(defined, rows, folder)
         made = _described(defined, names, _templates(loaded, folder), folder)
         texts = parity_texts(made)
@@ -236,11 +237,17 @@ def _by_transformers(folder: Path) -> "PreTrainedTokenizerBase":
     return loaded
 
 
+def _named_in_vocabulary(definition: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Added]:
+    """Return the special tokens that the settings name and the vocabulary holds: a text may name them."""
+    ids = ids_of_vocabulary(definition)
+    return {text: Added(ids[text], text) for text in _texts(names) if text in ids}
+
+
 def _of_definition(
     source: str, definition: dict[str, Any], extra: tuple[Added, ...], folder: Path, rows: int | None
 ) -> _Defined:
     """Return the tokenizer of a tokenizer.json and of the tokens that other files add to it."""
-    known = {*texts_of_vocabulary(definition), *(token["content"] for token in added_tokens(definition))}
+    known = {token["content"] for token in added_tokens(definition)}
     more = [vars(token) for token in extra if token.content not in known]
     listed = definition | {"added_tokens": [*added_tokens(definition), *more]}
     first: Any = _library(listed)
