@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from exporter.cache import cache_folder, replacing
@@ -30,7 +31,7 @@ class TemplateRenderer:
     Args:
         template: The template.
         names: What it may know of the special tokens: name -> text.
-        fixed_clock: Let the time stand still.
+        fixed_clock: Let the time stand still, in all of this process's templates.
     """
 
     title = "the chat template in transformers"
@@ -39,10 +40,12 @@ class TemplateRenderer:
     def __init__(self, template: str, names: Mapping[str, Any], fixed_clock: bool) -> None:
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
+        from transformers.utils import chat_template_utils
 
         self._template, self._names = template, dict(names)
         if fixed_clock:
-            self._names["strftime_now"] = CLOCK.strftime
+            # Functions are not handed to a template; this one takes the time from here.
+            chat_template_utils.datetime = SimpleNamespace(now=lambda: CLOCK)
         # The vocabulary does not matter.
         self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
