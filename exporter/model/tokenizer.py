@@ -6,7 +6,6 @@ build another tokenizer of the same files, and where it does, the notes say so.
 
 import json
 import random
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,13 +38,11 @@ from exporter.model.tokenizer_files import (
     too_many_tokens,
     within_rows,
 )
-from exporter.model.tokenizer_notes import different, not_held, without_row
+from exporter.model.tokenizer_notes import DEFAULT, TEMPLATE_NAME, different, not_held, on_templates, without_row
 
 if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer does without
     from transformers import PreTrainedTokenizerBase
 
-# Names of other templates than the default become names of files and keys.
-TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # The largest tokenizers known, of 262,144 tokens, take 1 GiB.
 LOAD_BYTES = 8 << 30
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -117,7 +114,7 @@ class ModelTokenizer:
     @property
     def template(self) -> str | None:
         """The chat template that is used where none is named."""
-        return self.templates.get("default")
+        return self.templates.get(DEFAULT)
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
@@ -189,7 +186,8 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
             extra = _named_in_vocabulary(files.definition, names) | dict(files.added)
             defined = _of_definition(TOKENIZER, files.definition, tuple(extra.values()), folder, rows)
         _require_ends(defined, rows, folder)
-        made = _described(defined, names, _templates(loaded, folder), folder)
+        templates = _templates(loaded, folder)
+        made = _described(defined, names, templates, folder)
         texts = parity_texts(made)
         differing = [text for text in texts if list(loaded(text, verbose=False)["input_ids"]) != made.ids(text)]
     return replace(made, notes=(*made.notes, *different(made.source, type(loaded).__name__, texts, differing)))
@@ -324,14 +322,14 @@ def _described(defined: _Defined, names: dict[str, Any], templates: dict[str, st
         roles={role: number for role, number in roles.items() if number is not None},
         names=names,
         special_ids=frozenset(special) | (defined.pieces.special_ids if defined.pieces else frozenset()),
-        templates=templates,
-        notes=(*without_row(defined.left_out), *not_held(missing, defined.source)),
+        templates={name: text for name, text in templates.items() if TEMPLATE_NAME.fullmatch(name)},
+        notes=(*without_row(defined.left_out), *not_held(missing, defined.source), *on_templates(templates)),
     )
 
 
 def _templates(loaded: "PreTrainedTokenizerBase", folder: Path) -> dict[str, str]:
     given: Any = loaded.chat_template
-    named = {"default": given} if isinstance(given, str) else given or {}
+    named = {DEFAULT: given} if isinstance(given, str) else given or {}
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
         raise InputError("the chat template is no text", where=folder / SETTINGS, got=type(given).__name__)
     return dict(named)

@@ -8,11 +8,11 @@ from typing import Any
 from exporter.errors import InputError
 from exporter.model.ends import SpecialIds, special_ids
 from exporter.model.model import Model
-from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer, load_tokenizer
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.model.tokenizer_files import SETTINGS, TOKENIZER, to_text
+from exporter.model.tokenizer_notes import DEFAULT
 from exporter.targets.onnx.tokenize import TEMPLATE
 
-DEFAULT = "default"
 OTHER_TEMPLATES = "additional_chat_templates"
 # Where a tokenizer has no pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
 WHOLE = {"type": "Split", "pattern": {"Regex": "[\\s\\S]+"}, "behavior": "Isolated", "invert": False}
@@ -35,7 +35,7 @@ def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Pat
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
     for name, text in tokenizer.templates.items():
-        if name != DEFAULT and TEMPLATE_NAME.fullmatch(name):
+        if name != DEFAULT:
             (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
             (folder / OTHER_TEMPLATES / f"{name}.jinja").write_text(text, encoding="utf-8")
     if tokenizer.template is not None:

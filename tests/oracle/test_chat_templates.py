@@ -162,6 +162,8 @@ def test_templates_in_the_real_runtime(tmp_path: Path, monkeypatch: pytest.Monke
 def test_other_templates_are_carried_by_name_where_there_is_a_place(tmp_path: Path, target: str) -> None:
     folder, made = tiny_model(tmp_path / "model"), tmp_path / "made"
     _, artifact = checked(folder, {"default": TEMPLATE, "tool_use": "t", "../x": "no"}, target, made)
+    note = "chat templates whose names cannot be names of files are left out: '../x'"
+    assert load_tokenizer(folder, VOCAB).notes == (note,)
     if target == "gguf":
         fields = gguf.GGUFReader(artifact.weights[0]).fields
         assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
