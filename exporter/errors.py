@@ -39,7 +39,8 @@ class ExporterError(Exception):
     ) -> None:
         sentence = what if where is None else f"{where}: {what}"
         if got is not None:
-            sentence += f"; got {got}"
+            # What another sentence said may be part of this one.
+            sentence += f"; got {str(got).removesuffix('.')}"
         if expected is not None:
             sentence += f", expected {expected}" if got is not None else f"; expected {expected}"
         if next_step is not None:

@@ -22,7 +22,7 @@ from exporter.model.folder import require_new, save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan import Plan, make_plan, with_decisions, with_model
+from exporter.plan import Plan, make_plan, with_decisions, with_model, with_text
 from exporter.report.data import Measurements, Report
 from exporter.sampling import sampled_windows, sampling_notes
 from exporter.stages import Stages, keep_freed_memory
@@ -59,13 +59,12 @@ def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
     """Return the plan for a source, within the limits that the job names; reads no weights.
 
     Raises:
-        RequestError: what is asked for does not go together, or the target cannot carry the model.
         InputError: the tokenizer cannot be used, or the target cannot carry it.
+        RequestError: see `make_plan` and `feasible_budget`.
     """
     planned = make_plan(model, job)
     foreseen = foresee(model, planned.target)
-    noted = replace(planned, original=model.noting(foreseen.notes), text_checks=foreseen.checks)
-    return within_limits(noted, job)
+    return within_limits(with_text(planned, foreseen.checks, foreseen.notes), job)
 
 
 def within_limits(planned: Plan, job: Job) -> tuple[Plan, Budget | None]:

@@ -1,6 +1,6 @@
 """What a job would do and need, said before a weight is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -102,8 +102,7 @@ def make_plan(model: Model, job: Job) -> Plan:
             "--transport and the recipe's step transport contradict each other", where=job.recipe,
             next_step="leave out --transport",
         )  # fmt: skip
-    transport = recipe.transport or job.transport
-    planned = Plan(model, model, device, target, recipe, transport=transport)
+    planned = Plan(model, model, device, target, recipe, transport=recipe.transport or job.transport)
     return with_model(planned, job, recipe.outlined(model), "estimated")
 
 
@@ -119,6 +118,12 @@ def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
         decisions = encoding.decide(carried.model, target)
         planned = with_decisions(replace(planned, method=encoding.method), job, decisions, encoding.method)
     return planned if model is planned.original else replace(planned, pruning=_pruning(planned, model, carried, basis))
+
+
+def with_text(planned: Plan, checks: Sequence[Check], notes: Iterable[str]) -> Plan:
+    """Return the plan with what is known of the artifact's text."""
+    original = planned.original.noting(notes)
+    return replace(planned, original=original, text_checks=tuple(checks), checks=(*checks, *planned.checks))
 
 
 def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str) -> Plan:

@@ -98,7 +98,7 @@ def answer(
     artifact = open_bundle(bundle, may_be_coded=True)
     if tokens_per_s is not None and not artifact.coded:
         raise RequestError("the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode")
-    text = _as_chat(artifact, prompt) if chat else prompt
+    text = as_chat(artifact, prompt) if chat else prompt
     with open_artifact(artifact, 2048, threads) as child:
         given = child.call("tokenize", text)
         if tokens_per_s is not None:
@@ -107,7 +107,7 @@ def answer(
         return Answer(made.strip(), child.call("residence") if artifact.coded else None)
 
 
-def _as_chat(artifact: Artifact, prompt: str) -> str:
+def as_chat(artifact: Artifact, prompt: str) -> str:
     """Return what a user says as the artifact's template renders it, apart from the model: a template may be anything.
 
     Raises:

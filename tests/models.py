@@ -94,3 +94,25 @@ def tensor_digests(path: Path) -> dict[str, tuple[str, str]]:
     """Return the type and the SHA-256 of the data of every tensor of a GGUF file, by gguf's own reader."""
     tensors = gguf.GGUFReader(path).tensors
     return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}
+
+
+def counting_model(folder: Path, eos: int | None = 1) -> Path:
+    """Write a model in which the token after each is the next one, and after the last the first.
+
+    Args:
+        folder: Where.
+        eos: The token that its tokenizer calls its end; None for none.
+    """
+    tiny_model(folder, tied=False, layers=1)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 1e-4) if "proj" in name else parameter.fill_(1)
+        tokens = torch.nn.functional.normalize(torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(0)))
+        model.model.embed_tokens.weight.copy_(tokens)
+        model.lm_head.weight.copy_(tokens.roll(1, 0))
+    model.save_pretrained(folder)
+    tokenizer = _tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None if eos is None else tokenizer.convert_ids_to_tokens(eos)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -6,13 +6,6 @@ from typing import Any
 
 from exporter.child import Child
 
-# A vocabulary of 260,000 tokens loads in 2 s.
-LOAD_S = 120.0
-# A chat is rendered in milliseconds, 10 MB of template in one second.
-RENDER_S = 10.0
-# What a template may take beyond the vocabulary.
-RENDER_BYTES = 512 << 20
-
 # Messages with `role` and `content`, a text or a list of parts.
 Chat = list[dict[str, Any]]
 
@@ -37,6 +30,12 @@ PARITY_CHATS: tuple[Chat, ...] = (
     [{"role": "user", "content": ""}],
     [{"role": "user", "content": "ends with an answer"}, {"role": "assistant", "content": "Yes."}],
 )
+# A vocabulary of 260,000 tokens loads in 2 s.
+LOAD_S = 120.0
+# A chat is rendered in milliseconds, by 10 MB of template in one second.
+RENDER_S = 10.0
+# What a template may take.
+RENDER_BYTES = 512 << 20
 SYSTEM = {"role": "system", "content": "You are brief."}
 REASON_CHARACTERS = 200
 
@@ -61,6 +60,22 @@ class Rendered:
 
 
 Render = Callable[[Chat], Rendered]
+
+
+def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
+    """Return a chat as a child renders it that serves `render_chat`.
+
+    Args:
+        child: Serves `exporter.targets.text.TextRuntime` or `exporter.model.template.TemplateRenderer`.
+        chat: Messages with `role` and `content`.
+        prompt: Ask for the start of an answer at the end.
+
+    Raises:
+        RequestError: there is no chat template.
+        RuntimeCrashError: the child died of the template, or was ended since it took too long.
+    """
+    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
+    return rendered
 
 
 @dataclass(frozen=True)
@@ -121,14 +136,3 @@ def _forms(chat: Chat, may_add: bool) -> Iterator[tuple[str, Chat]]:
 
 def _in_parts(chat: Chat) -> Chat:
     return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in chat]
-
-
-def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
-    """Return a chat as the child's runtime renders it.
-
-    Raises:
-        RequestError: the artifact holds no chat template.
-        RuntimeCrashError: the runtime died of the template, or took too long; the child is gone.
-    """
-    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
-    return rendered

@@ -1,5 +1,6 @@
 """The special tokens of a model: where its texts begin and end, by all files that say so."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from exporter.model.json_file import read_json_object_if_there
 from exporter.model.tokenizer_files import is_id
 from exporter.toml import shown
 
+# The key of a GGUF file of ours: llama.cpp has three keys for tokens that end a text, and takes some texts for ends.
+GGUF_KEY = "edge_exporter.end_tokens"
+ID = re.compile("[0-9]{1,9}")
 FILES = ("config.json", "generation_config.json")
 # -1 and null stand for none, in files of many models.
 NONE = (None, -1)
@@ -27,6 +31,16 @@ class SpecialIds:
     roles: dict[str, int]
     ends: tuple[int, ...]
     notes: tuple[str, ...]
+
+
+def ends_written(ends: Iterable[int]) -> str:
+    """Return ids of end tokens as a GGUF file has them: as text, since llama.cpp hands out no lists."""
+    return ",".join(map(str, ends)) or "none"
+
+
+def ends_read(text: str) -> list[int]:
+    """Return the ids of end tokens that a text of a GGUF file states."""
+    return list(map(int, ID.findall(text)))
 
 
 def special_ids(folder: Path, named: Mapping[str, int], rows: int) -> SpecialIds:

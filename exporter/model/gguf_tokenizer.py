@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError, did_you_mean
+from exporter.model.ends import GGUF_KEY, ends_read
 from exporter.model.gguf_file import GgufFile
 from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
 from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts
@@ -106,7 +107,7 @@ def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
             ) from error
         _wrapped(vocabulary, facts, file.path).save_pretrained(folder)
         _require_equal(child, folder, vocabulary.pre_tokenizer, file.path)
-    return _ends(vocabulary, facts)
+    return _ends(vocabulary, facts, file.value(GGUF_KEY))
 
 
 def read_file_vocabulary(file: GgufFile, rows: int) -> FileVocabulary:
@@ -328,13 +329,16 @@ def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) 
     )  # fmt: skip
 
 
-def _ends(vocabulary: FileVocabulary, facts: VocabularyFacts) -> dict[str, Any]:
+def _ends(vocabulary: FileVocabulary, facts: VocabularyFacts, stated: object) -> dict[str, Any]:
     """Return ids of BOS and padding, and of all tokens that end a text.
 
-    These are the tokens that the file names for it, and its control tokens of which llama.cpp knows by their text.
+    These are the tokens that the file names for it, and its control tokens of which llama.cpp knows by their text; in a
+    file of ours, those that it states.
     """
     ids = _known_special(vocabulary, facts)
     own = [ids[role] for role in ("eos", "eot", "eom") if role in ids]
     found: dict[str, Any] = {f"{role}_token_id": ids[role] for role in ("bos", "pad") if role in ids}
     ends = list(dict.fromkeys([*own, *(i for i in facts.ends if i in vocabulary.control)]))
+    if isinstance(stated, str):
+        ends = [i for i in ends_read(stated) if i < len(vocabulary.tokens)]
     return found | ({"eos_token_id": ends} if ends else {})

@@ -62,17 +62,36 @@ class Pieces:
         named = {number for number, kind in enumerate(self.types) if kind not in (NORMAL, USER_DEFINED)}
         return frozenset(named | {token.id for token in self.added.values() if token.special})
 
+    def changes(self, text: str) -> str | None:
+        """Return how SentencePiece changes a text besides marking its spaces, which runtimes do too, or None."""
+        parts = [part for part, _ in self._parts(text)]
+        if any(self.processor.normalize(part) != self._marked(part) for part in parts):
+            kind = self.proto.normalizer_spec.name or "a table of its own"
+            return f"SentencePiece normalises such text ({kind}), the runtime does not"
+        if SPACE in text and any(SPACE in piece.piece for piece in self.proto.pieces if piece.type == USER_DEFINED):
+            return f"runtimes look for spaces that users defined as pieces before {SPACE} stands for a space"
+        return None
+
+    def _marked(self, text: str) -> str:
+        return (SPACE if self.prepends_space and text else "") + text.replace(" ", SPACE)
+
     def ids(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text; `special` says whether added tokens are recognised in it."""
-        if not special or not self.added:
+        if not special:
             return list(self.processor.encode(text))
         found: list[int] = []
+        for part, token in self._parts(text):
+            found += self.processor.encode(part)
+            found += [] if token is None else [token.id]
+        return found
+
+    def _parts(self, text: str) -> Iterator[tuple[str, Added | None]]:
+        """Yield each part of a text with the added token that follows it; none follows the last."""
         end = 0
-        for match in self._pattern.finditer(text):
-            found += self.processor.encode(text[end : match.start()])
-            found.append(self._longest_first[(match.lastindex or 1) - 1].id)
+        for match in self._pattern.finditer(text) if self.added else ():
+            yield text[end : match.start()], self._longest_first[(match.lastindex or 1) - 1]
             end = match.end()
-        return found + list(self.processor.encode(text[end:]))
+        yield text[end:], None
 
     @cached_property
     def _longest_first(self) -> list[Added]:

@@ -5,9 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-import transformers
 
 from exporter.cache import cache_folder, replacing
 from exporter.child import Child
@@ -15,7 +15,7 @@ from exporter.errors import RuntimeCrashError
 from exporter.memory_limit import memory_limited
 from exporter.model.chat import LOAD_S, RENDER_BYTES, Chat, Rendered, as_taken, render
 
-if TYPE_CHECKING:  # it brings torch along, which a child does without
+if TYPE_CHECKING:  # the renderer's process does without its libraries
     from exporter.model.tokenizer import ModelTokenizer
 
 # Raised when the same template gives another opening.
@@ -31,7 +31,7 @@ class TemplateRenderer:
     Args:
         template: The template.
         names: What it may know of the special tokens: name -> text.
-        fixed_clock: Let the time stand still.
+        fixed_clock: Let the time stand still, in all of this process's templates.
     """
 
     title = "the chat template in transformers"
@@ -40,10 +40,13 @@ class TemplateRenderer:
     def __init__(self, template: str, names: Mapping[str, Any], fixed_clock: bool) -> None:
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
+        from transformers.utils import chat_template_utils
 
         self._template, self._names = template, dict(names)
         if fixed_clock:
-            self._names["strftime_now"] = CLOCK.strftime
+            # Functions are not handed to a template; this one takes the time from here.
+            module: Any = chat_template_utils
+            module.datetime = SimpleNamespace(now=lambda: CLOCK)
         # The vocabulary does not matter.
         self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
@@ -89,7 +92,7 @@ class Opening:
 
 def chat_opening(tokenizer: "ModelTokenizer") -> Opening:
     """Return how a chat opens by the tokenizer's template, found out once for each template and kept in the cache."""
-    decisive = (VERSION, transformers.__version__, tokenizer.template, tokenizer.names)
+    decisive = (VERSION, version("transformers"), tokenizer.template, tokenizer.names)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder("templates") / f"{key}.json"
     if not path.is_file():

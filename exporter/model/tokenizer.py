@@ -6,16 +6,17 @@ build another tokenizer of the same files, and where it does, the notes say so.
 
 import json
 import random
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
-from exporter.errors import InputError
+from exporter.child import Child
+from exporter.errors import InputError, RuntimeCrashError
+from exporter.memory_limit import memory_limited
+from exporter.model.chat import LOAD_S
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces
 from exporter.model.tokenizer_files import (
@@ -27,20 +28,24 @@ from exporter.model.tokenizer_files import (
     TokenizerFiles,
     added_tokens,
     components,
+    ids_of_vocabulary,
     is_id,
     model_type,
     read_tokenizer_files,
     readable,
     require_id,
-    texts_of_vocabulary,
     to_text,
     too_many_tokens,
     within_rows,
 )
-from exporter.model.tokenizer_notes import different, not_held, without_row
+from exporter.model.tokenizer_notes import DEFAULT, TEMPLATE_NAME, different, not_held, on_templates, without_row
 
-# Names of other templates than the default become names of files and keys.
-TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer does without
+    from transformers import PreTrainedTokenizerBase
+
+# The largest tokenizers known, of 262,144 tokens, take 1 GiB.
+LOAD_BYTES = 8 << 30
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -109,7 +114,7 @@ class ModelTokenizer:
     @property
     def template(self) -> str | None:
         """The chat template that is used where none is named."""
-        return self.templates.get("default")
+        return self.templates.get(DEFAULT)
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
@@ -178,16 +183,46 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
             built: Any = loaded.backend_tokenizer
             defined = _of_definition(VOCABULARY, json.loads(built.to_str()), (), folder, rows)
         else:
-            defined = _of_definition(TOKENIZER, files.definition, tuple(files.added.values()), folder, rows)
+            extra = _named_in_vocabulary(files.definition, names) | dict(files.added)
+            defined = _of_definition(TOKENIZER, files.definition, tuple(extra.values()), folder, rows)
         _require_ends(defined, rows, folder)
-        made = _described(defined, names, _templates(loaded, folder), folder)
+        templates = _templates(loaded, folder)
+        made = _described(defined, names, templates, folder)
         texts = parity_texts(made)
         differing = [text for text in texts if list(loaded(text, verbose=False)["input_ids"]) != made.ids(text)]
     return replace(made, notes=(*made.notes, *different(made.source, type(loaded).__name__, texts, differing)))
 
 
-def _by_transformers(folder: Path) -> PreTrainedTokenizerBase:
+def try_tokenizer(folder: Path) -> None:
+    """Use a tokenizer of anybody's in a child process, before this process does.
+
+    Raises:
+        InputError: it cannot be used, or its library dies of it, or takes too long.
+    """
+    with Child("the tokenizer", _use_within_limits, folder) as child:
+        try:
+            child.result(LOAD_S)
+        except RuntimeCrashError as error:
+            raise InputError("the tokenizer cannot be used", where=folder, got=error) from error
+
+
+def _use_within_limits(folder: Path) -> None:
+    files = read_tokenizer_files(folder)
+    with memory_limited(LOAD_BYTES), readable("the tokenizer cannot be used", folder):
+        if files.definition is not None:
+            library = _library(files.definition)
+            for text in PARITY_CORPUS:
+                library.encode(text)
+        elif (folder / PIECES).is_file():
+            pieces = read_pieces(folder / PIECES, {}, None)
+            for text in PARITY_CORPUS:
+                pieces.ids(text)
+
+
+def _by_transformers(folder: Path) -> "PreTrainedTokenizerBase":
     """Return what transformers makes of the files."""
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
+
     with readable("the tokenizer cannot be loaded", folder):
         # The rest of config.json is of no concern to a tokenizer.
         kind = model_type(folder)
@@ -200,14 +235,23 @@ def _by_transformers(folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
+def _named_in_vocabulary(definition: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Added]:
+    """Return the special tokens that the settings name and the vocabulary holds: a text may name them."""
+    ids = ids_of_vocabulary(definition)
+    return {text: Added(ids[text], text) for text in _texts(names) if text in ids}
+
+
 def _of_definition(
     source: str, definition: dict[str, Any], extra: tuple[Added, ...], folder: Path, rows: int | None
 ) -> _Defined:
     """Return the tokenizer of a tokenizer.json and of the tokens that other files add to it."""
-    known = {*texts_of_vocabulary(definition), *(token["content"] for token in added_tokens(definition))}
+    known = {token["content"] for token in added_tokens(definition)}
     more = [vars(token) for token in extra if token.content not in known]
     listed = definition | {"added_tokens": [*added_tokens(definition), *more]}
-    first = _library(listed)
+    first: Any = _library(listed)
+    # What a file may leave out, and readers of it look for.
+    kind = type(first.model).__name__
+    listed = dict.fromkeys(PARTS) | listed | {"model": {"type": kind} | definition["model"]}
     for token in more:
         require_id(token["content"], first.token_to_id(token["content"]), token["id"], folder / SETTINGS)
     # The library counts added tokens by itself, whatever their ids in the file.
@@ -278,14 +322,14 @@ def _described(defined: _Defined, names: dict[str, Any], templates: dict[str, st
         roles={role: number for role, number in roles.items() if number is not None},
         names=names,
         special_ids=frozenset(special) | (defined.pieces.special_ids if defined.pieces else frozenset()),
-        templates=templates,
-        notes=(*without_row(defined.left_out), *not_held(missing, defined.source)),
+        templates={name: text for name, text in templates.items() if TEMPLATE_NAME.fullmatch(name)},
+        notes=(*without_row(defined.left_out), *not_held(missing, defined.source), *on_templates(templates)),
     )
 
 
-def _templates(loaded: PreTrainedTokenizerBase, folder: Path) -> dict[str, str]:
+def _templates(loaded: "PreTrainedTokenizerBase", folder: Path) -> dict[str, str]:
     given: Any = loaded.chat_template
-    named = {"default": given} if isinstance(given, str) else given or {}
+    named = {DEFAULT: given} if isinstance(given, str) else given or {}
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
         raise InputError("the chat template is no text", where=folder / SETTINGS, got=type(given).__name__)
     return dict(named)
@@ -309,6 +353,8 @@ def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
     Neither llama.cpp nor onnxruntime-genai normalises Unicode for BPE: text that the tokenizer's normaliser would
     change (Qwen composes letters and accents) reaches the model as it is. Signs for spaces are another matter.
     """
+    if tokenizer.pieces is not None:
+        return tokenizer.pieces.changes
     settings = tokenizer.definition.get("normalizer")
     changing = [part for part in components(settings) if not _writes_spaces(part)]
     if not changing:

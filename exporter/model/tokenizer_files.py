@@ -155,7 +155,7 @@ def within_rows(definition: dict[str, Any], rows: int | None, where: object) -> 
     added = added_tokens(definition)
     beyond = {token["content"] for token in added if not is_id(token["id"], rows)}
     model = definition["model"]
-    held = _numbered(model["vocab"])
+    held = ids_of_vocabulary(definition)
     _require_rows({text: number for text, number in held.items() if text not in beyond}, rows, where)
     if not beyond:
         return Cut(definition, ())
@@ -171,13 +171,9 @@ def added_tokens(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(definition.get("added_tokens") or ())
 
 
-def texts_of_vocabulary(definition: Mapping[str, Any]) -> list[str]:
-    """Return the texts of the vocabulary itself of a tokenizer.json."""
-    return list(_numbered(definition["model"]["vocab"]))
-
-
-def _numbered(vocabulary: Any) -> dict[str, int]:
-    """Return text -> id; Unigram lists its tokens with their scores."""
+def ids_of_vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
+    """Return text -> id of the vocabulary itself of a tokenizer.json; Unigram lists its tokens with their scores."""
+    vocabulary = definition["model"]["vocab"]
     if isinstance(vocabulary, dict):
         return vocabulary
     return {entry[0]: number for number, entry in enumerate(vocabulary)}

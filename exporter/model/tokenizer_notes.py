@@ -1,7 +1,11 @@
 """Sentences on a tokenizer that a reader of the results must know."""
 
+import re
 from collections.abc import Iterable, Sequence
 
+DEFAULT = "default"
+# Names of other templates than the default become names of files and keys.
+TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAMED, EXAMPLES = 8, 3
 
 
@@ -20,6 +24,24 @@ def not_held(texts: Iterable[str], source: str) -> tuple[str, ...]:
     return (
         f"special tokens that the tokenizer's settings name but {source} does not hold are left out: {_listed(named)}",
     )
+
+
+def on_templates(names: Iterable[str]) -> tuple[str, ...]:
+    """Say which of several chat templates are not carried, and where none of them is the one that is used."""
+    given = list(names)
+    odd = [name for name in given if not TEMPLATE_NAME.fullmatch(name)]
+    return (
+        *([f"chat templates whose names cannot be names of files are left out: {_listed(odd)}"] if odd else []),
+        *(
+            [f"none of the chat templates is the default, so none is used: {_listed(given)}"]
+            if _no_default(given)
+            else []
+        ),
+    )
+
+
+def _no_default(names: Sequence[str]) -> bool:
+    return bool(names) and DEFAULT not in names
 
 
 def different(source: str, made: str, texts: Sequence[str], differing: Sequence[str]) -> tuple[str, ...]:

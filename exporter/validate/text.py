@@ -6,19 +6,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pydantic import ValidationError
-
 from exporter.cache import cache_folder, replacing
 from exporter.child import Child
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
 from exporter.model.chat import LOAD_S, PARITY_CHATS, render
-from exporter.model.ends import FILES, special_ids
+from exporter.model.ends import special_ids
 from exporter.model.model import Model, digest_files
 from exporter.model.template import open_renderer
-from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts
+from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts, try_tokenizer
 from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
-from exporter.model.trial import try_to_load
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import Target
 from exporter.targets.text import open_text
@@ -48,21 +45,23 @@ def foresee(model: Model, target: Target) -> Foreseen:
         InputError: the tokenizer cannot be used, or the target cannot carry it.
     """
     path = cache_folder("texts") / f"{_key(model, target)}.json"
-    try:
-        return Foreseen.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    if not path.is_file():
         with TemporaryDirectory() as scratch:
             found = _foreseen(model, target, Path(scratch))
         with replacing(path) as partial_file:
             partial_file.write_text(found.model_dump_json(), encoding="utf-8")
-        return found
+    return Foreseen.model_validate_json(path.read_bytes())
 
 
 def _key(model: Model, target: Target) -> str:
-    names = (TOKENIZER, SETTINGS, PIECES, *OTHER_JSON, *TEXTS, *FILES)
-    files = digest_files(sorted(path for name in names for path in model.folder.glob(name)))
-    decisive = (VERSION, files, model.architecture.vocab, model.gguf is None, target.name, *map(_version, LIBRARIES))
-    return hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
+    """Return a digest of all that the answer depends on: of the model's configuration, the special tokens alone."""
+    found = sorted(
+        path for name in (TOKENIZER, SETTINGS, PIECES, *OTHER_JSON, *TEXTS) for path in model.folder.glob(name)
+    )
+    special = special_ids(model.folder, {}, model.architecture.vocab)
+    kind, rows = model.architecture.family.model_type, model.architecture.vocab
+    decisive = (VERSION, target.name, kind, rows, model.gguf is None, digest_files(found), special)
+    return hashlib.sha256(repr((decisive, *map(_version, LIBRARIES))).encode()).hexdigest()[:32]
 
 
 def _version(library: str) -> str:
@@ -74,7 +73,7 @@ def _version(library: str) -> str:
 
 def _foreseen(model: Model, target: Target, scratch: Path) -> Foreseen:
     if model.gguf is None:
-        _try(model)
+        try_tokenizer(model.folder)
     artifact = target.lower_text(model, scratch)
     if artifact is None:
         return Foreseen()
@@ -87,26 +86,14 @@ def _foreseen(model: Model, target: Target, scratch: Path) -> Foreseen:
     return Foreseen(checks=tuple(checks), notes=(*tokenizer.notes, *special.notes, *ends))
 
 
-def _try(model: Model) -> None:
-    """Load a tokenizer of anybody's in a child process before this one does.
-
-    Raises:
-        InputError: it cannot be loaded, or its library dies of it.
-    """
-    with Child("the tokenizer", try_to_load, model.folder, model.architecture.vocab) as child:
-        try:
-            child.result(LOAD_S)
-        except RuntimeCrashError as error:
-            raise InputError("the tokenizer cannot be used", where=model.folder, got=error) from error
-
-
 def _opened(artifact: Artifact, model: Model) -> Child:
     try:
         return open_text(artifact)
-    except RuntimeCrashError as error:
+    except (InputError, RuntimeCrashError) as error:
         raise InputError(
-            f"the runtime of the target {artifact.target} dies of the tokenizer or the chat template",
-            where=model.folder, got=error, next_step="choose another target, or take the chat template away",
+            f"the runtime of the target {artifact.target} cannot load the tokenizer with its chat template",
+            where=model.folder, got=str(error).replace(str(artifact.folder), "").lstrip("/: "),
+            next_step="choose another target, or take the chat template away",
         ) from error  # fmt: skip
 
 

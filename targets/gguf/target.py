@@ -19,7 +19,7 @@ from exporter.device.memory import Peak, host_features, llama_cpp_peak, llama_cp
 from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
-from exporter.model.ends import special_ids
+from exporter.model.ends import GGUF_KEY, ends_written, special_ids
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
 from exporter.model.widths import padded
@@ -27,7 +27,6 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.carried import require_carried
-from exporter.targets.gguf.ends import add_end_tokens
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
@@ -308,7 +307,7 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
         ends: Sequence[int] = special_ids(model.folder, {}, model.architecture.vocab).ends
     else:
         ends = write_vocabulary(writer, model.folder, model.architecture.vocab).ends
-    add_end_tokens(writer, ends)
+    writer.add_string(GGUF_KEY, ends_written(ends))
 
 
 TARGET = Gguf()

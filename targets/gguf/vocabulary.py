@@ -13,10 +13,10 @@ from exporter.errors import InputError
 from exporter.model.ends import special_ids
 from exporter.model.sentencepiece_file import SPACE, Pieces
 from exporter.model.tensors import open_gguf
-from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer
+from exporter.model.tokenizer import ModelTokenizer
 from exporter.model.tokenizer_files import components
+from exporter.model.tokenizer_notes import DEFAULT
 
-DEFAULT = "default"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -150,7 +150,7 @@ def _is_byte_level(settings: dict[str, Any], folder: Path) -> bool:
         where=folder,
         got=f"{model['type']} with byte_level={byte_level} and byte_fallback={bool(model.get('byte_fallback'))}",
         expected="byte-level BPE, or BPE with byte fallback",
-        next_step="lower the model to onnx instead",
+        next_step="lower the model to onnx instead" if model["type"] == "BPE" else "use a model with a BPE tokenizer",
     )
 
 
@@ -196,7 +196,7 @@ def _special(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> Specia
         add_bos=tokenizer.before[:1] == (ids.get("bos"),),
         add_eos=tokenizer.after[-1:] == (ids.get("eos"),),
         ends=found.ends,
-        templates={name: text for name, text in tokenizer.templates.items() if TEMPLATE_NAME.fullmatch(name)},
+        templates=tokenizer.templates,
     )
 
 

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import InputError
 from exporter.model.ends import SpecialIds, special_ids
 from exporter.model.model import Model
-from exporter.model.tokenizer import TEMPLATE_NAME, ModelTokenizer, load_tokenizer
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.model.tokenizer_files import SETTINGS, TOKENIZER, to_text
+from exporter.model.tokenizer_notes import DEFAULT
 from exporter.targets.onnx.tokenize import TEMPLATE
 
-DEFAULT = "default"
 OTHER_TEMPLATES = "additional_chat_templates"
 # Where a tokenizer has no pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
 WHOLE = {"type": "Split", "pattern": {"Regex": "[\\s\\S]+"}, "behavior": "Isolated", "invert": False}
@@ -34,7 +35,7 @@ def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Pat
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
     for name, text in tokenizer.templates.items():
-        if name != DEFAULT and TEMPLATE_NAME.fullmatch(name):
+        if name != DEFAULT:
             (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
             (folder / OTHER_TEMPLATES / f"{name}.jinja").write_text(text, encoding="utf-8")
     if tokenizer.template is not None:
@@ -66,8 +67,19 @@ def _padding(found: SpecialIds) -> int:
 
 
 def write_text_alone(model: Model, folder: Path) -> None:
-    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there."""
+    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there.
+
+    Raises:
+        InputError: onnxruntime-genai has no tokenizer of the kind.
+    """
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    kind = tokenizer.definition["model"]["type"]
+    if kind != "BPE":
+        # It reads Unigram under the names of some classes, but without byte fallback and without BOS.
+        raise InputError(
+            "onnxruntime-genai has no such tokenizer", where=model.folder / tokenizer.source, got=kind, expected="BPE",
+            next_step="use a model with a BPE tokenizer",
+        )  # fmt: skip
     write_text_files(tokenizer, model.architecture.context_length, folder)
     facts = {"type": model.architecture.family.model_type, "vocab_size": model.architecture.vocab}
     facts |= {"context_length": model.architecture.context_length}
