@@ -18,8 +18,10 @@ from exporter.compress.compressed import is_corrected, weights_digest
 from exporter.compress.method import load_method, relative_error
 from exporter.job import Job
 from exporter.model.model import Model
+from exporter.needs import float_copy_bytes
 from exporter.plan import Plan
 from exporter.validate.proof import DECODE_TOKENS, REPEATS, ROUNDING_SHARE
+from exporter.validate.source import WINDOWS as SOURCE_WINDOWS
 from exporter.weights.format import WeightFormat
 from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision
@@ -71,8 +73,17 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
         + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
         + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
         + evaluation * prompt
-        + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS,
+        + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS
+        + _copying(model, job, evaluation / ROUNDING_SHARE * prompt)
+        + (_copying(original, job, SOURCE_WINDOWS * job.window * prompt) if original.gguf else 0.0),
     }
+
+
+def _copying(model: Model, job: Job, running_s: float) -> float:
+    """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
+    weights = float_copy_bytes(model) / 4
+    share = weights / model.architecture.parameters
+    return CHILD_SECONDS + weights * 1e-9 * _encode_nanoseconds("rtn", ggml_format("F32"), job) + share * running_s
 
 
 def _statistics(model: Model, job: Job, layer_flops_per_s: float, windows: int | None = None) -> float:
