@@ -30,6 +30,7 @@ from exporter.steps.step import Observe
 from exporter.validate.arm64 import settle
 from exporter.validate.emulation import Emulation, emulate
 from exporter.validate.proof import prove
+from exporter.validate.source import check_source
 from exporter.validate.text import foresee
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
@@ -139,6 +140,8 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
     with stages.stage("calibration text"):
         calibration, evaluation = texts(job, original, progress)
         original = original.noting(sampling_notes(original, calibration, evaluation))
+    with stages.stage("check the source"):
+        sourced = check_source(original, evaluation.tokens, job.threads, staging, progress)
 
     def observe(model: Model, text: Windows = calibration) -> Statistics:
         return collect(model, text, job.seed, partial(progress, "statistics: layers"))
@@ -191,6 +194,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
     if planned.transport is not None:
         with stages.stage("code for transport"):
             coded = code_beside(artifact.weights, planned.transport, progress)
+    proof = replace(proof, checks=sourced + proof.checks)
     report, measurements = describe(
         job, planned, compressed, artifact, proof, emulation, coded, calibration, evaluation, stages
     )

@@ -26,7 +26,6 @@ from exporter.validate.lowering import (
     float_copy,
 )
 from exporter.validate.selftest import SelfTest, make_self_test
-from exporter.validate.source import check_source
 from exporter.validate.text import check_text
 
 # The runtime's rounding differs little from window to window: the first third of them tells it.
@@ -89,9 +88,7 @@ def prove(
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
-    sourced = check_source(model, original, threads, artifact.folder, progress)
-    own, lowered = _lowered(target, artifact, compressed, tokens, threads, progress)
-    checks = [*sourced, *lowered]
+    own, checks = _lowered(target, artifact, compressed, tokens, threads, progress)
     with open_artifact(artifact, tokens.shape[1], threads) as child:
         logits = partial(child.call, "logits")
         accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))

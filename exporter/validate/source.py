@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from exporter.calibrate.layers import Progress as LayerProgress
+from exporter.calibrate.text import Tokens
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
@@ -21,13 +23,13 @@ WINDOWS = 2
 
 
 def check_source(
-    model: Model, original: Reference, threads: int, folder: Path, progress: Progress = silent
-) -> list[Check]:
+    model: Model, tokens: Tokens, threads: int, folder: Path, progress: Progress = silent
+) -> tuple[Check, ...]:
     """Compare the model as it was read with what llama.cpp makes of the file, written anew in float32.
 
     Args:
         model: The source.
-        original: Its float reference on the evaluation windows.
+        tokens: Evaluation windows, int64 [windows, length]; the model's answers stay in the cache for the proof.
         threads: Threads of llama.cpp.
         folder: Has room for the file in float32, which goes afterwards.
         progress: Called with what is done, steps done and their total.
@@ -39,10 +41,11 @@ def check_source(
         InputError: both differ, or llama.cpp cannot run the file.
     """
     if model.gguf is None:
-        return []
-    progress("prove: source", 0, 1)
-    found = _distance(model, model.gguf, _reference(model, original), threads, folder)
-    progress("prove: source", 1, 1)
+        return ()
+    reference = _reference(model, tokens, partial(progress, "check the source: layers"))
+    progress("check the source: llama.cpp", 0, 1)
+    found = _distance(model, model.gguf, reference, threads, folder)
+    progress("check the source: llama.cpp", 1, 1)
     part = "" if excerpt_if_large(model) is model else ", first and last layer with embedding and head"
     detail = f"KL {found.kl_mean:.1e} of the file in llama.cpp, in float32{part}, against the model as it was read"
     if found.kl_mean > MOST_KL:
@@ -53,16 +56,16 @@ def check_source(
             expected=f"at most {MOST_KL:.0e}",
             next_step="give the model as a Hugging Face folder, and please report this with the file's name",
         )
-    return [Check(name=NAME, status="passed", detail=detail, value=found.kl_mean, limit=MOST_KL, unit="nats")]
+    return (Check(name=NAME, status="passed", detail=detail, value=found.kl_mean, limit=MOST_KL, unit="nats"),)
 
 
-def _reference(model: Model, original: Reference) -> Reference:
+def _reference(model: Model, tokens: Tokens, progress: LayerProgress) -> Reference:
     """Return the float reference on the windows that are compared."""
-    tokens = original.tokens[:WINDOWS]
     compared = excerpt_if_large(model)
     if compared is not model:
-        return Reference.of(compared, tokens)
-    return Reference(tokens, original.hidden[:WINDOWS], original.head)
+        return Reference.of(compared, tokens[:WINDOWS], progress)
+    original = Reference.of_original(model, tokens, progress)
+    return Reference(tokens[:WINDOWS], original.hidden[:WINDOWS], original.head)
 
 
 def _distance(model: Model, path: Path, reference: Reference, threads: int, folder: Path) -> Distance:

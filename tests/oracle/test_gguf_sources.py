@@ -16,7 +16,7 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.needs import float_copy_bytes
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.validate.accuracy import Reference, divergence
+from exporter.validate.accuracy import divergence
 from exporter.validate.source import check_source
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
 from tests.models import tensor_digests, tiny_model
@@ -37,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def checked(path: Path, folder: Path) -> float:
     """Return the KL that llama.cpp finds; raise where a source is refused."""
     with open_model(str(path)) as model:
-        (check,) = check_source(model, Reference.of(model, TOKENS), 1, folder)
+        (check,) = check_source(model, TOKENS, 1, folder)
         assert not list(folder.glob(".source*"))
         return float(check.value or 0)
 
@@ -129,7 +129,7 @@ def test_the_check_sees_a_rotary_embedding_that_was_lost(files: dict[str, Path],
         config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         wrong = replace(model, config=config)
         with pytest.raises(InputError, match=r"source\.gguf: the GGUF file is not read as the model .* got KL"):
-            check_source(wrong, Reference.of(wrong, TOKENS), 1, tmp_path)
+            check_source(wrong, TOKENS, 1, tmp_path)
     assert not list(tmp_path.glob(".source*"))
 
 
@@ -148,7 +148,7 @@ def test_of_a_large_model_the_first_and_last_layer_are_checked(
     keys = {"llama.feed_forward_length": [96] * 4, **{f"llama.{key}": value for key, value in YARN.items()}}
     path = edited_gguf(files["deep"], tmp_path / "source.gguf", keys)
     with open_model(str(path)) as model:
-        (check,) = check_source(model, Reference.of(model, TOKENS), 1, tmp_path)
+        (check,) = check_source(model, TOKENS, 1, tmp_path)
         assert "first and last layer" in check.detail
         assert float_copy_bytes(model) < 4 * model.architecture.parameters
 
@@ -156,7 +156,7 @@ def test_of_a_large_model_the_first_and_last_layer_are_checked(
             return 1.01 * model.read(name) if name == "model.layers.3.mlp.up_proj.weight" else model.read(name)
 
         with pytest.raises(InputError, match=r"source\.gguf"):
-            check_source(replace(model, tensors=Changed(model, damaged)), Reference.of(model, TOKENS), 1, tmp_path)
+            check_source(replace(model, tensors=Changed(model, damaged)), TOKENS, 1, tmp_path)
 
 
 class Changed:
