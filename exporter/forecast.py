@@ -55,13 +55,12 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     evaluation = job.evaluation_windows * job.window
     token, before = _token_flops(model, job.window), _token_flops(original, job.window)
     prompt = token / (PROMPT_SHARE * flops_per_s)
-    # The original's own answers, which the check of a GGUF source leaves in the cache.
-    answering = evaluation * before / (LAYERS_SHARE * flops_per_s)
-    checking = _copying(original, job, SOURCE_WINDOWS * job.window * prompt)
+    checked = SOURCE_WINDOWS * job.window
+    checking = _copying(original, job, checked * (before / (LAYERS_SHARE * flops_per_s) + prompt))
     return {
         "open": OPEN_SECONDS,
         "calibration text": _sampling(original, job, before / (SAMPLING_SHARE * flops_per_s)),
-        **({"check the source": answering + checking} if original.gguf else {}),
+        **({"check the source": checking} if original.gguf else {}),
         **_rewriting(planned, _statistics(original, job, layer_flops_per_s), flops_per_s),
         "statistics": _statistics(model, job, layer_flops_per_s),
         "allocate": _prediction(storages, job, flops_per_s),
@@ -74,8 +73,7 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
         + REPEATS * DECODE_TOKENS * planned.file_bytes / DECODED_BYTES_PER_SECOND
-        + (0.0 if original.gguf else answering)
-        + evaluation * token / ROUNDING_SHARE / (LAYERS_SHARE * flops_per_s)
+        + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
         + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
         + evaluation * prompt
         + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exporter.calibrate.layers import Progress as LayerProgress
 from exporter.calibrate.text import Tokens
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.job import Progress, silent
@@ -29,7 +28,7 @@ def check_source(
 
     Args:
         model: The source.
-        tokens: Evaluation windows, int64 [windows, length]; the model's answers stay in the cache for the proof.
+        tokens: Evaluation windows, int64 [windows, length]; the first ones are enough.
         threads: Threads of llama.cpp.
         folder: Has room for the file in float32, which goes afterwards.
         progress: Called with what is done, steps done and their total.
@@ -42,7 +41,8 @@ def check_source(
     """
     if model.gguf is None:
         return ()
-    reference = _reference(model, tokens, partial(progress, "check the source: layers"))
+    # Not from the cache: it is this reading that is checked.
+    reference = Reference.of(excerpt_if_large(model), tokens[:WINDOWS], partial(progress, "check the source: layers"))
     progress("check the source: llama.cpp", 0, 1)
     found = _distance(model, model.gguf, reference, threads, folder)
     progress("check the source: llama.cpp", 1, 1)
@@ -57,15 +57,6 @@ def check_source(
             next_step="give the model as a Hugging Face folder, and please report this with the file's name",
         )
     return (Check(name=NAME, status="passed", detail=detail, value=found.kl_mean, limit=MOST_KL, unit="nats"),)
-
-
-def _reference(model: Model, tokens: Tokens, progress: LayerProgress) -> Reference:
-    """Return the float reference on the windows that are compared."""
-    compared = excerpt_if_large(model)
-    if compared is not model:
-        return Reference.of(compared, tokens[:WINDOWS], progress)
-    original = Reference.of_original(model, tokens, progress)
-    return Reference(tokens[:WINDOWS], original.hidden[:WINDOWS], original.head)
 
 
 def _distance(model: Model, path: Path, reference: Reference, threads: int, folder: Path) -> Distance:
