@@ -20,7 +20,8 @@ from exporter.job import Job
 from exporter.model.model import Model
 from exporter.needs import float_copy_bytes
 from exporter.plan import Plan
-from exporter.validate.proof import DECODE_TOKENS, REPEATS, ROUNDING_SHARE
+from exporter.validate.prompt import DECODE_TOKENS
+from exporter.validate.proof import REPEATS, ROUNDING_SHARE
 from exporter.validate.source import WINDOWS as SOURCE_WINDOWS
 from exporter.weights.format import WeightFormat
 from exporter.weights.ggml import ggml_format

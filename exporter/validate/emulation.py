@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
-
 from exporter.child import Child
 from exporter.confinement.cgroup import LONGEST_PERIOD_US, control_groups
 from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
@@ -21,11 +19,11 @@ from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
 from exporter.targets.artifact import Artifact, load_runtime, runtime_of
 from exporter.targets.runtime import Timing
+from exporter.validate.prompt import DECODE_TOKENS, prompt_for
 
 if TYPE_CHECKING:  # it brings transformers along, which a run does without
     from exporter.calibrate.text import Tokens
 
-DECODE_TOKENS = 32
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
 # Beyond the one period that a run may begin and end in the middle of.
 SHARE_TOLERANCE = 0.15
@@ -110,8 +108,7 @@ def run_within(
     reason = hindrance()
     if reason is not None:
         return Emulation(tuple(Check(name=name, status="not run", detail=reason) for name in NAMES))
-    # A text that is shorter than the context is read again: speed does not depend on what is read.
-    prompt = np.resize(tokens, context - DECODE_TOKENS - 1).tolist()
+    prompt = prompt_for(tokens, context)
     progress("emulate: limits", 0, 1)
     with confined_child(runtime_of(artifact.target).title, limits, artifact.weights) as (child, confinement):
         try:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
 from exporter.calibrate.text import Tokens
 from exporter.compress.compressed import CompressedModel
 from exporter.errors import ExporterError
@@ -25,12 +23,12 @@ from exporter.validate.lowering import (
     check_weights,
     float_copy,
 )
+from exporter.validate.prompt import DECODE_TOKENS, prompt_for
 from exporter.validate.selftest import SelfTest, make_self_test
 from exporter.validate.text import check_text
 
 # The runtime's rounding differs little from window to window: the first third of them tells it.
 ROUNDING_SHARE = 3
-DECODE_TOKENS = 32
 REPEATS = 3
 
 
@@ -82,8 +80,7 @@ def prove(
     """
     model = compressed.model
     with open_artifact(artifact, context, threads) as child:
-        # A text that is shorter than the context is read again: speed does not depend on what is read.
-        prompt = np.resize(tokens, context - DECODE_TOKENS - 1).tolist()
+        prompt = prompt_for(tokens, context)
         progress("prove: speed", 0, 1)
         timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)

@@ -6,17 +6,23 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exporter import pipeline
-from exporter.budget import Budget, cost_of_speed
+from exporter.bench.profile import format_of
+from exporter.budget import Budget, cost_of_speed, foretell
+from exporter.calibrate.statistics import collect
+from exporter.calibrate.text import Windows
 from exporter.compress.allocate import Choice, Limits, Storage
 from exporter.device.speed import Cpu
+from exporter.device.workload import format_family
 from exporter.effort import EFFORTS
 from exporter.errors import RequestError
-from exporter.job import Job
+from exporter.job import Job, silent
 from exporter.model.sources import open_model
 from exporter.targets.target import load_target
+from exporter.validate.prompt import DECODE_TOKENS, prompt_for
 from exporter.weights.ggml import ggml_format
 from tests.models import FAMILIES, tiny_model
 
@@ -64,6 +70,8 @@ def test_a_budget_is_kept_and_spent(
     assert len({row.format for row in bundle.report.tensors}) > 1
     assert all("predicted to add KL" in row.reason for row in bundle.report.tensors)
     assert bundle.report.recipe.scheme == f"at most {most:,} bytes{named}"
+    # What a measurement is written down as must be a format that a prediction knows.
+    assert format_family(format_of(bundle.report))
 
 
 def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[..., Job], tmp_path: Path) -> None:
@@ -187,3 +195,26 @@ def test_an_unknown_effort_is_refused_before_any_work(job: Callable[..., Job]) -
     for start in (pipeline.build, pipeline.plan):
         with pytest.raises(RequestError, match=r"unknown effort 'bold'; .*balanced"):
             start(job(effort="bold"))
+
+
+def test_each_matrix_is_predicted_by_its_own_method(job: Callable[..., Job]) -> None:
+    asked, target = job(), load_target("gguf")
+    tokens = np.random.default_rng(0).integers(2, 200, (4, 48))
+    with open_model(asked.source) as model:
+        statistics = collect(model, Windows.of(tokens, "file", 0), 0, lambda done, total: None)
+        by_method = {
+            method: foretell(target.decide(model, "Q4_0", method), asked, model, statistics, silent)
+            for method in ("rtn", "ldlq")
+        }
+        mixed = [by_method["rtn" if at % 2 else "ldlq"][at] for at in range(len(by_method["rtn"]))]
+        again = foretell([replace(one, predicted_kl=None) for one in mixed], asked, model, statistics, silent)
+    assert [one.predicted_kl for one in again] == [one.predicted_kl for one in mixed]
+    assert by_method["rtn"][1].predicted_kl != by_method["ldlq"][1].predicted_kl
+
+
+@pytest.mark.parametrize("context", [64, 128, 4096])
+def test_a_prompt_fills_the_context_whatever_the_text(context: int) -> None:
+    tokens = np.arange(2 * 48).reshape(2, 48)
+    prompt = prompt_for(tokens, context)
+    assert len(prompt) == context - DECODE_TOKENS - 1
+    assert prompt == [at % 96 for at in range(len(prompt))]
