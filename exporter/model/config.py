@@ -15,7 +15,7 @@ from exporter.model.rotary import check_rotary
 from exporter.toml import shown
 
 CONFIG = "config.json"
-# The largest config.json known take some 10 kB; those of classifiers with names of thousands of classes about 1 MB.
+# A config.json that names 20,000 classes takes about 1 MB.
 MAX_CONFIG_BYTES = 16 << 20
 
 

@@ -63,7 +63,7 @@ def _require_harmless(key: str, value: object, only: Mapping[str, object], where
     ):
         return
     raise InputError(
-        f"config.json sets {key!r}{at}, which no target carries",
+        f"config.json sets {shown(key)}{at}, which no target carries",
         where=where,
         got=shown(value),
         expected=shown(only[key]) if key in only else "no such key",
@@ -97,7 +97,7 @@ def _require_kind(key: str, value: object, kind: str, where: object) -> None:
         return
     fits, expected = KINDS[kind.removesuffix("?")]
     if not fits(value):
-        raise InputError(f"config.json has no usable {key!r}", where=where, got=shown(value), expected=expected)
+        raise InputError(f"config.json has no usable {shown(key)}", where=where, got=shown(value), expected=expected)
 
 
 def _whole(least: int, most: int) -> tuple[Callable[[object], bool], str]:
@@ -130,6 +130,7 @@ def _is_ids(value: object) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "absent": (lambda value: False, "no such key"),
     "activation": (_is_activation, "an activation that a target computes"),
     "flag": (lambda value: isinstance(value, bool), "true or false"),
     "id": _whole(-MAX_POSITIONS, MAX_POSITIONS),

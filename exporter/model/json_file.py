@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.errors import InputError
 
-# The largest tokenizer.json known has 262,144 tokens and takes 33 MB.
+# A tokenizer.json of 262,144 tokens takes 33 MB.
 MAX_BYTES = 256 << 20
 # The files that transformers and tokenizers write nest less than 16 deep.
 MAX_DEPTH = 64
