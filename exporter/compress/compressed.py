@@ -1,7 +1,7 @@
 """A compressed model: decisions, and the encoded matrices that follow from them, made one at a time."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ from exporter.errors import RequestError
 from exporter.model.families import EMBEDDING, LINEARS
 from exporter.model.model import Model
 from exporter.stages import give_back_freed_memory
-from exporter.weights.format import EncodedMatrix, Float32, LowRank
+from exporter.weights.format import EncodedMatrix, Float32, LowRank, WeightFormat
 from exporter.weights.group import Decision
 
 DIGESTED_ROWS_AT_ONCE = 1024
@@ -208,8 +208,12 @@ def check_methods(decisions: list[Decision]) -> None:
             )
 
 
-def check_formats(decisions: list[Decision]) -> None:
+def check_formats(decisions: list[Decision], others: Iterable[WeightFormat] = ()) -> None:
     """Refuse formats that cannot hold their matrices.
+
+    Args:
+        decisions: One for each weight group.
+        others: Formats of which one that holds them all may be chosen instead.
 
     Raises:
         RequestError: a matrix's width does not fit its format, or its factors fit neither it nor their format.
@@ -220,12 +224,17 @@ def check_formats(decisions: list[Decision]) -> None:
                 f"{decision.format.name} cannot hold rows of {decision.group.columns} weights",
                 where=decision.group.name,
                 expected=f"a multiple of {decision.format.block_columns}",
-                next_step="choose another type",
+                next_step=_other_type({one.group.columns for one in decisions}, others),
             )
     with_low_rank = [(one, one.low_rank) for one in decisions if one.low_rank is not None]
     # The narrowest first: what it is told to take, all others can.
     for decision, low_rank in sorted(with_low_rank, key=lambda pair: min(pair[0].group.rows, pair[0].group.columns)):
         _check_factors(decision, low_rank)
+
+
+def _other_type(widths: Collection[int], formats: Iterable[WeightFormat]) -> str:
+    fitting = [format.name for format in formats if all(map(format.fits, widths))]
+    return f"choose another type, such as {fitting[0]}" if fitting else "choose a type for floats, or another target"
 
 
 def _check_factors(decision: Decision, low_rank: LowRank) -> None:

@@ -104,7 +104,7 @@ class Onnx:
         format: WeightFormat = ggml_format(FLOAT) if name == FLOAT else matmulnbits_format(name)
         reason = f"{type} for every matrix" + (f"; {self._rounding.reason}" if name != FLOAT else "")
         decisions = [Decision(group, method, format, reason) for group in model.groups()]
-        check_formats(decisions)
+        check_formats(decisions, [*map(matmulnbits_format, matmulnbits_formats()), ggml_format(FLOAT)])
         return decisions
 
     def storages(self, model: Model) -> list[Storage]:
