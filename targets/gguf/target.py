@@ -102,7 +102,7 @@ class Gguf:
         if type not in self.types():
             raise RequestError(f"unknown GGUF type {type!r}", next_step=did_you_mean(type, self.types()))
         decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
-        check_formats(decisions, map(ggml_format, reversed(ALPHABET)))
+        check_formats(decisions, map(ggml_format, (*reversed(ALPHABET), "F16")))
         return decisions
 
     def _mixed(self, model: Model, mix: str, method: str) -> list[Decision]:
