@@ -86,7 +86,8 @@ def _copying(model: Model, job: Job, running_s: float) -> float:
     """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
     weights = float_copy_bytes(model) / 4
     share = weights / model.architecture.parameters
-    return CHILD_SECONDS + weights * 1e-9 * _encode_nanoseconds("rtn", ggml_format("F32"), job) + share * running_s
+    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", ggml_format("F32"), job)
+    return CHILD_SECONDS + weights * 1e-9 * nanoseconds + share * running_s
 
 
 def _statistics(model: Model, job: Job, layer_flops_per_s: float, windows: int | None = None) -> float:

@@ -17,7 +17,7 @@ from exporter.measures import Check
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact, open_artifact
-from exporter.targets.target import Target, load_target
+from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distance
 from exporter.weights.format import Float32
 from exporter.weights.group import Decision, WeightGroup
@@ -46,7 +46,7 @@ class FloatCopy:
 
     Attributes:
         artifact: What was written; the artifact itself where it is in float32 already.
-        model: The float model that it must compute, its matrices read from the copy's bytes.
+        model: The float model that it must compute, its matrices as the runtime decodes them from the artifact.
         whole: It holds every layer, not the first and the last only.
     """
 
@@ -78,9 +78,7 @@ def float_copy(
         return
     part = excerpt_if_large(model)
     with TemporaryDirectory(prefix=".float-", dir=artifact.folder.parent) as scratch:
-        written = target.lower_float(part, Path(scratch))
-        read = load_target(written.target).read_back(written, part)
-        yield FloatCopy(written, dequantised(part, read), part is model)
+        yield FloatCopy(target.lower_float(part, Path(scratch)), part, part is model)
 
 
 def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress: Progress = silent) -> Check:
