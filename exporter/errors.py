@@ -12,7 +12,6 @@ Each message is one sentence: where, what failed, what was got, what was expecte
 """
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class ExporterError(Exception):
@@ -81,6 +80,8 @@ class DeadlineError(RuntimeCrashError):
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 100) -> str:
     """Return the next step for a name that is not known: the nearest name, and at most so many of those there are."""
+    from difflib import get_close_matches  # here, for child processes start sooner without it
+
     names = sorted(known)
     by_case = {name.casefold(): name for name in names}
     near = get_close_matches(wrong.casefold(), by_case, n=1, cutoff=0.6)
