@@ -86,7 +86,6 @@ def limited(limits: Limits, method: str) -> Iterator[tuple[Child, Confinement]]:
         if method == "grouped" and set(held.groups) != set(controlled(limits)):
             pytest.skip("no control group may be made here")
         child.make(Worker, MOST_S)
-        child.ready()
         yield child, held
 
 
@@ -190,9 +189,9 @@ CUT = """
 import os
 from exporter.child import network
 from tests.unit.test_confinement import Worker
+print(Worker().reach({port}))
 if {user} is not None:
     os.setuid({user})
-print(Worker().reach({port}))
 print(network.{method}())
 print(Worker().reach({port}))
 """
