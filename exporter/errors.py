@@ -8,11 +8,31 @@
     └── RuntimeCrashError    70  a runtime died in its child process
         └── DeadlineError        it was ended, since it took too long
 
-Each message is one sentence: where, what failed, what was got, what was expected, the next step.
+Each message is one sentence: where, what failed, what was got, what was expected, the next step. It is printable.
 """
 
+import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+
+# What a terminal obeys, or what hides or turns the text around it: control characters, C1 too, Unicode's marks and
+# overrides of direction, its separators of lines, and halves of surrogates.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def printable(text: object, kept: str = "") -> str:
+    """Return a text as a terminal may have it: what is not printed but obeyed is escaped, as JSON escapes it.
+
+    Args:
+        text: Any text, from anybody.
+        kept: Characters that stay as they are, such as line ends.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        sign = found[0]
+        return sign if sign in kept else SHORT.get(sign, f"\\u{ord(sign):04x}")
+
+    return UNPRINTABLE.sub(escaped, str(text))
 
 
 class ExporterError(Exception):
@@ -46,7 +66,7 @@ class ExporterError(Exception):
         if next_step is not None:
             sentence += f"; {next_step}"
         # A message that came through a pipe from a child process ends with its stop already.
-        super().__init__(sentence.removesuffix(".") + ".")
+        super().__init__(printable(sentence).removesuffix(".") + ".")
 
 
 class CheckError(ExporterError):
@@ -81,6 +101,8 @@ class DeadlineError(RuntimeCrashError):
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 100) -> str:
     """Return the next step for a name that is not known: the nearest name, and at most so many of those there are."""
+    from difflib import get_close_matches  # here, for child processes start sooner without it
+
     names = sorted(known)
     by_case = {name.casefold(): name for name in names}
     near = get_close_matches(wrong.casefold(), by_case, n=1, cutoff=0.6)

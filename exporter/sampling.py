@@ -17,7 +17,7 @@ from exporter.compress.compressed import CompressedModel
 from exporter.job import Job, Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
-from exporter.targets.artifact import open_artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 
 QUICK_TYPE = "Q8_0"
@@ -52,10 +52,10 @@ def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progres
     with TemporaryDirectory(prefix=".", dir=cache_folder("samples")) as scratch:
         compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
         artifact = target.lower(compressed, QUICK_TYPE, Path(scratch))
-        with open_artifact(artifact, job.window, job.threads, sequences=len(openings)) as child:
+        with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.
             for length in range(64, job.window + 64, 64):
-                texts = child.call("sample", texts, min(length, job.window), job.seed)
+                texts = opened.sample(texts, min(length, job.window), job.seed)
                 progress("sample: tokens", min(length, job.window), job.window)
     return np.array(texts)

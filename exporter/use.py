@@ -1,7 +1,6 @@
 """Using a finished bundle: talking to it and testing it."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,8 @@ from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.chat import as_taken, render
 from exporter.report.data import from_json
-from exporter.targets.artifact import Artifact, open_artifact, runs_coded
+from exporter.targets.artifact import Artifact, runs_coded
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Residence
 from exporter.targets.text import open_text
 from exporter.validate.emulation import Emulation, emulate
@@ -99,12 +99,12 @@ def answer(
     if tokens_per_s is not None and not artifact.coded:
         raise RequestError("the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode")
     text = as_chat(artifact, prompt) if chat else prompt
-    with open_artifact(artifact, 2048, threads) as child:
-        given = child.call("tokenize", text)
+    with OpenedArtifact(artifact, 2048, threads) as opened:
+        given = opened.tokenize(text)
         if tokens_per_s is not None:
-            child.call("keep_up", tokens_per_s)
-        made: str = child.call("text", child.call("generate", given, tokens))
-        return Answer(made.strip(), child.call("residence") if artifact.coded else None)
+            opened.keep_up(tokens_per_s)
+        made = opened.text(opened.generate(given, tokens))
+        return Answer(made.strip(), opened.residence() if artifact.coded else None)
 
 
 def as_chat(artifact: Artifact, prompt: str) -> str:
@@ -132,8 +132,8 @@ def self_test(bundle: Path, threads: int) -> Check:
     artifact = open_bundle(bundle, may_be_coded=True)
     path = bundle / "selftest.json"
     test = from_json(SelfTest, path.read_bytes(), path)
-    with open_artifact(artifact, max(64, len(test.prompt)), threads) as child:
-        return run_self_test(test, partial(child.call, "logits"))
+    with OpenedArtifact(artifact, max(64, len(test.prompt)), threads) as opened:
+        return run_self_test(test, opened.logits)
 
 
 def emulate_bundle(

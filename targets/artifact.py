@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.child import Child
 from exporter.registry import folders, load
 
 
@@ -33,25 +32,6 @@ class Artifact:
 def target_names() -> list[str]:
     """Return the names of the targets."""
     return folders("exporter.targets", "target.py")
-
-
-def open_artifact(artifact: Artifact, context: int, threads: int, exact: bool = False, sequences: int = 1) -> Child:
-    """Load an artifact in a child process that serves `exporter.targets.runtime.Runtime`.
-
-    Args:
-        artifact: What to load.
-        context: Tokens a sequence may have.
-        threads: Threads to compute with.
-        exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
-        sequences: Sequences sampled at once.
-    """
-    runtime = coded_runtime_of(artifact.target) if artifact.coded else runtime_of(artifact.target)
-    return Child(runtime.title, runtime, artifact, context, threads, exact, sequences)
-
-
-def load_runtime(artifact: Artifact, context: int, threads: int) -> object:
-    """Load an artifact in this process, to be served by it; see `open_artifact`."""
-    return runtime_of(artifact.target)(artifact, context, threads, False, 1)
 
 
 def runtime_of(target: str) -> Any:

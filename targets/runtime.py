@@ -76,10 +76,9 @@ class Runtime(Protocol):
     """A loaded artifact inside a child process. Token ids are lists of int throughout."""
 
     title: str
-    serves: bool
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
-        """Load an artifact; see `open_artifact`."""
+        """Load an artifact; see `exporter.targets.opened.OpenedArtifact`."""
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
@@ -95,6 +94,21 @@ class Runtime(Protocol):
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, special tokens left out."""
+
+
+class SamplingRuntime(Runtime, Protocol):
+    """A runtime that continues several texts at once."""
+
+    def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
+        """Continue several texts at once, at temperature 1, to `length` tokens each.
+
+        A call whose texts begin with what the last call returned goes on from its keys and values.
+
+        Args:
+            texts: One list of tokens for each sequence of the context.
+            length: Tokens that each text has in the end.
+            seed: Seed of the noise; token and position decide the draw, not the number of calls.
+        """
 
 
 class CodedRuntime(Runtime, Protocol):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from exporter.compress.compressed import CompressedModel
 from exporter.model.sources import open_model
-from exporter.targets.artifact import open_artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import divergence
 
@@ -50,6 +50,6 @@ def float_kl(folder: Path, target: str) -> float:
     with open_model(str(folder)) as model, tempfile.TemporaryDirectory() as out:
         decisions = made.decide(made.carried(model).model, "F32", "rtn")
         artifact = made.lower(CompressedModel(model, decisions, None), "F32", Path(out))
-        with open_artifact(artifact, 128, 1, exact=True) as child:
-            got = child.call("logits", TOKENS, 0)
+        with OpenedArtifact(artifact, 128, 1, exact=True) as child:
+            got = child.logits(TOKENS, 0)
     return float(divergence(transformers_logits(folder), got).mean())

@@ -103,9 +103,9 @@ def _print(outcome: "Outcome", format: Format) -> None:
     from exporter.cli import show
 
     if format == "llama-bench-json":
-        print(llama_bench.to_json(outcome.row_head, outcome.measured))
+        show.line(llama_bench.to_json(outcome.row_head, outcome.measured))
     elif format == "llama-bench-md":
-        print(llama_bench.to_markdown(outcome.row_head, outcome.measured))
+        show.line(llama_bench.to_markdown(outcome.row_head, outcome.measured))
     else:
         facts = _facts(outcome)
         show.document(facts, format == "json", lambda: _show(outcome, facts))

@@ -58,8 +58,8 @@ def setup(
     facts = {"folder": str(found.folder), "cores": names, "lacking": lacking}
 
     def people() -> None:
-        print(f"{found.folder}: ready for {', '.join(names)}")
+        show.line(f"{found.folder}: ready for {', '.join(names)}")
         if lacking:
-            print(f"not for GGUF files: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
+            show.line(f"not for GGUF files: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
 
     show.document(facts, as_json, people)

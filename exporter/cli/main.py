@@ -17,7 +17,7 @@ from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
 from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on, require_bundle
 from exporter.cores import available_cores
-from exporter.errors import ExporterError, RequestError
+from exporter.errors import ExporterError, RequestError, printable
 
 app = typer.Typer(
     name="edge-exporter",
@@ -255,7 +255,8 @@ def unpack(
     if (file / "manifest.json").is_file():
         with show.progress(enabled=not as_json) as progress:
             unpack_bundle(file, output, progress)
-        show.document({"bundle": str(output)}, as_json, lambda: print(f"{output}: every byte as its manifest lists it"))
+        sentence = f"{output}: every byte as its manifest lists it"
+        show.document({"bundle": str(output)}, as_json, lambda: show.line(sentence))
         return
     if not file.is_file():
         raise RequestError("there is no such file", where=file)
@@ -267,7 +268,7 @@ def unpack(
         mib = 1 << 20
         original = restore_file(file, restored, lambda done, total: progress("unpack: MiB", done // mib, total // mib))
     facts = {"file": str(restored), "bytes": original.size, "sha256": original.sha256.hex()}
-    show.document(facts, as_json, lambda: print(f"{restored}: {original.size:,} bytes"))
+    show.document(facts, as_json, lambda: show.line(f"{restored}: {original.size:,} bytes"))
 
 
 def main() -> Never:
@@ -291,7 +292,7 @@ def main() -> Never:
     except OSError as error:
         _end(f"{_named(error)}: {error.strerror}; check the path, its permissions and the disk's free space", 2)
     except Exception:
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), kept="\n"), file=sys.stderr)
         _end("this is a fault of edge-exporter, not of your input: please report it with the lines above", 70)
 
 
@@ -318,7 +319,7 @@ def _end(sentence: str, code: int) -> Never:
     if "--json" in sys.argv:
         print(json.dumps({"error": sentence, "exit_code": code}), file=sys.stderr)
     else:
-        print(f"edge-exporter: {sentence}", file=sys.stderr)
+        print(f"edge-exporter: {printable(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -94,7 +94,9 @@ def calibrate(
     profile = calibrated(load_device(device), runs, output.name.removesuffix(".toml"))
     write_profile(profile, output)
     facts = {"profile": str(output), "device": profile.name, "measured": len(profile.measured)}
-    show.document(facts, as_json, lambda: print(f"{output}: {len(profile.measured)} timed runs; use it as --device"))
+    show.document(
+        facts, as_json, lambda: show.line(f"{output}: {len(profile.measured)} timed runs; use it as --device")
+    )
 
 
 def _show(prediction: "Prediction") -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from exporter.bundle.verify import read_manifest
-from exporter.errors import InputError
+from exporter.errors import InputError, printable
 from exporter.measures import Check, Pruning
 from exporter.report.data import Measurements, Report, from_json, merged
 from exporter.report.figures import pruned
@@ -64,7 +64,7 @@ def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
 
     def advance(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
+            tasks[stage] = bars.add_task(plain(stage), total=total)
         bars.update(tasks[stage], completed=done)
 
     with bars:
@@ -84,20 +84,26 @@ def _logged(now: Callable[[], float] = time.monotonic) -> Callable[[str, int, in
             return
         told[stage] = math.inf if over else at
         left = f", about {taken / done * (total - done):.0f} s left" if done and not over else ""
-        print(f"{stage:<22} {done}/{total}, {taken:.0f} s{left}", file=sys.stderr, flush=True)
+        line(f"{printable(stage):<22} {done}/{total}, {taken:.0f} s{left}", sys.stderr)
 
     return advance
 
 
 def plain(value: object) -> str:
-    """Return text that came from outside as the terminal may see it: no markup, no control characters."""
-    return escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
+    """Return text that came from outside as rich may print it: without markup, and printable."""
+    return escape(printable(value))
+
+
+def line(text: object, file: TextIO | None = None) -> None:
+    """Print text as it is, its lines kept, without colours."""
+    print(printable(text, kept="\n\t"), file=file, flush=True)
 
 
 def document(facts: object, as_json: bool, show: Callable[[], None]) -> None:
     """Print facts as JSON, or call what prints them for people."""
     if as_json:
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
+        # What JSON lets pass raw is escaped as well, and then is the same JSON.
+        line(json.dumps(facts, indent=1, ensure_ascii=False))
     else:
         show()
 
@@ -112,13 +118,13 @@ def answer_facts(prompt: str, answer: "Answer") -> dict[str, object]:
 
 def answer(answer: "Answer") -> None:
     """Print what a bundle answered; what coded weights take goes to the error stream."""
-    print(answer.text)
+    line(answer.text)
     took = answer.residence
     if took is not None:
         size = f"{figure(took.resident_bytes, 'bytes')} for {figure(took.weight_bytes, 'bytes')} of weights"
         speed = "" if took.tokens_per_s is None else f", {took.tokens_per_s:.3g} tokens/s"
         parts = f"{took.coded_parts} parts coded, {took.plain_parts} plain"
-        print(f"in memory: {size}, {parts}{speed} (measured)", file=sys.stderr)
+        line(f"in memory: {size}, {parts}{speed} (measured)", sys.stderr)
 
 
 def bundle_facts(bundle: Path) -> dict[str, object]:
@@ -147,13 +153,17 @@ def bundle(path: Path) -> None:
     for key, title in FIGURES:
         quantity = _at(facts, key)
         if quantity is not None:
-            table.add_row(title, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
+            table.add_row(title, _figure(quantity), f"[dim]{plain(quantity['basis'])}[/]")
     console.print(table)
     _pruning(facts["pruning"])
     _notes((*facts["model"]["warnings"], *facts["recipe"]["remarks"]))
     checks(Check.model_validate(check) for check in facts["checks"])
     content, page = facts["content_digest"][:16], path / "report.html"
-    console.print(f"bundle [bold]{plain(path)}[/], content {content}, report {plain(page)}")
+    console.print(f"bundle [bold]{plain(path)}[/], content {plain(content)}, report {plain(page)}")
+
+
+def _figure(quantity: dict[str, Any]) -> str:
+    return plain(figure(quantity["value"], quantity["unit"]))
 
 
 def _notes(sentences: Iterable[str]) -> None:
@@ -224,8 +234,8 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
     """Print a plan."""
     facts: dict[str, Any] = plan_facts(made, seconds)
     console.print(
-        f"[bold]{plain(made.original.name)}[/] for {plain(made.device.title)}: {made.target.name}, "
-        f"{plain(made.scheme)} by {made.method}"
+        f"[bold]{plain(made.original.name)}[/] for {plain(made.device.title)}: {plain(made.target.name)}, "
+        f"{plain(made.scheme)} by {plain(made.method)}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes", "build_seconds"):
@@ -240,7 +250,7 @@ def plan(made: "Plan", seconds: dict[str, float]) -> None:
         key = (decision.stored_as, decision.reason)
         counts[key] = counts.get(key, 0) + 1
     for (format, reason), count in counts.items():
-        console.print(f"{count:4d} x {format:<8} [dim]{plain(reason)}[/]")
+        console.print(f"{count:4d} x {plain(format):<8} [dim]{plain(reason)}[/]")
     _notes(facts["warnings"])
     checks(made.checks)
 
@@ -249,7 +259,7 @@ def quantities(facts: dict[str, Any]) -> None:
     """Print named quantities."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, quantity in facts.items():
-        table.add_row(name, figure(quantity["value"], quantity["unit"]), f"[dim]{quantity['basis']}[/]")
+        table.add_row(plain(name), _figure(quantity), f"[dim]{plain(quantity['basis'])}[/]")
     console.print(table)
 
 
@@ -260,7 +270,7 @@ def comparison(facts: list[dict[str, Any]]) -> None:
     for key, title in FIGURES:
         found = [_at(one, key) for one in facts]
         if any(found):
-            table.add_row(title, *(figure(one["value"], one["unit"]) if one else "" for one in found))
+            table.add_row(title, *(_figure(one) if one else "" for one in found))
     console.print(table)
     if len({one["accuracy"]["text_digest"] for one in facts}) > 1:
         console.print("[yellow]note:[/] accuracy was measured on different texts and does not compare")
@@ -289,5 +299,5 @@ def tensors(facts: dict[str, Any]) -> None:
     table = Table("tensor", "format", "shape", "bytes", box=None)
     for tensor in facts["tensors"]:
         shape = "x".join(map(str, tensor["shape"]))
-        table.add_row(plain(tensor["name"]), tensor["format"], shape, str(tensor["bytes"]))
+        table.add_row(plain(tensor["name"]), plain(tensor["format"]), shape, str(tensor["bytes"]))
     console.print(table)

@@ -1,1 +1,1 @@
-"""A process under a device's limits: memory, cores, CPU share, time, and no network."""
+"""A process under a device's limits: memory, cores, CPU share and time."""

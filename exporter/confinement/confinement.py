@@ -1,57 +1,15 @@
-"""A child process under limits: made, held to them, and looked at from outside."""
+"""A child process under a device's limits: held to them, and looked at from outside."""
 
-import ctypes
 import os
-import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import process_time
-from typing import Any
 
 from exporter.confinement.cgroup import ControlGroup, Controller
 from exporter.confinement.limits import Limits
-from exporter.confinement.network import cut_network
 from exporter.confinement.watch import DutyCycle, Watch
-
-PR_SET_PDEATHSIG = 1
-
-
-class Confined:
-    """What the child process serves: it gives up the network first, then loads an object and passes calls on to it."""
-
-    serves = True
-
-    def __init__(self, parent: int) -> None:
-        _end_with(parent)
-        self._methods = cut_network()
-        self._served: Any = None
-
-    def network_methods(self) -> list[str]:
-        """Return how the network was taken away; empty where it was not."""
-        return self._methods
-
-    def load(self, factory: Callable[..., object], *args: object) -> None:
-        """Make the object that is confined."""
-        self._served = factory(*args)
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU time that the process has used, all threads together."""
-        return process_time()
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the object has under that name."""
-        return getattr(self._served, name)
-
-
-def _end_with(parent: int) -> None:
-    """Let the system end this process when its parent dies, even where it stands still at the time."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from exporter.child import Child
+from exporter.child.process import Child
 
 # Messages with `role` and `content`, a text or a list of parts.
 Chat = list[dict[str, Any]]
@@ -34,8 +34,8 @@ PARITY_CHATS: tuple[Chat, ...] = (
 LOAD_S = 120.0
 # A chat is rendered in milliseconds, by 10 MB of template in one second.
 RENDER_S = 10.0
-# What a template may take.
-RENDER_BYTES = 512 << 20
+# A tokenizer or a chat template may take so much beyond its library: a vocabulary of 262,000 tokens takes 230 MB.
+TEXT_BYTES = 512 << 20
 SYSTEM = {"role": "system", "content": "You are brief."}
 REASON_CHARACTERS = 200
 
@@ -62,11 +62,26 @@ class Rendered:
 Render = Callable[[Chat], Rendered]
 
 
+class Renderer(Protocol):
+    """What renders chats, inside a child process."""
+
+    def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
+        """Return a chat as a template renders it.
+
+        Args:
+            chat: Messages with `role` and `content`.
+            prompt: Ask for the start of an answer at the end.
+
+        Raises:
+            RequestError: there is no chat template.
+        """
+
+
 def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
-    """Return a chat as a child renders it that serves `render_chat`.
+    """Return a chat as a child renders it that made a `Renderer`.
 
     Args:
-        child: Serves `exporter.targets.text.TextRuntime` or `exporter.model.template.TemplateRenderer`.
+        child: Made by `exporter.targets.text.open_text` or `exporter.model.template.open_renderer`.
         chat: Messages with `role` and `content`.
         prompt: Ask for the start of an answer at the end.
 
@@ -74,8 +89,7 @@ def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
         RequestError: there is no chat template.
         RuntimeCrashError: the child died of the template, or was ended since it took too long.
     """
-    rendered: Rendered = child.call("render_chat", chat, prompt, timeout_s=RENDER_S)
-    return rendered
+    return child.call(Renderer.render_chat, RENDER_S, chat, prompt)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import InputError, RuntimeCrashError, did_you_mean
+from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.ends import GGUF_KEY, ends_read
 from exporter.model.gguf_file import GgufFile
 from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
@@ -97,10 +98,11 @@ def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
         InputError: the vocabulary is of another kind, damaged, does not fit the embedding, or its rebuilt form gives
             other ids than llama.cpp.
     """
-    with Child("llama.cpp", SourceVocabulary, file.path) as child:
+    with Child("llama.cpp", TEXT_BYTES) as child:
+        child.make(SourceVocabulary, LOAD_S, file.path)
         vocabulary = read_file_vocabulary(file, rows)
         try:
-            facts = child.call("facts")
+            facts = child.call(SourceVocabulary.facts, LOAD_S)
         except (InputError, RuntimeCrashError) as error:
             raise InputError(
                 "llama.cpp cannot load the vocabulary", where=file.path, next_step="use a file that llama.cpp loads"
@@ -318,7 +320,7 @@ def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) 
     if pre_tokenizer in ROUGH_IN_CASE:
         texts = [text for text in texts if not any(sign.isalpha() and not sign.isascii() for sign in text)]
     cases = [Case(text, True, True, tuple(tokenizer.encode(text).ids)) for text in texts]
-    found = child.call("compare", cases)
+    found = child.call(SourceVocabulary.compare, LOAD_S, cases)
     if found.example is None:
         return
     case, by_llama_cpp = found.example

@@ -145,9 +145,7 @@ class VocabularyFacts:
 
 
 class SourceVocabulary:
-    """The vocabulary of a GGUF file as llama.cpp has it; serves a `Child`."""
-
-    serves = True
+    """The vocabulary of a GGUF file as llama.cpp has it, made to live in a `Child`."""
 
     def __init__(self, path: Path) -> None:
         self._opened = open_vocabulary(path)

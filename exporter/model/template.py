@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from exporter.cache import cache_folder, replacing
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import RuntimeCrashError
-from exporter.memory_limit import memory_limited
-from exporter.model.chat import LOAD_S, RENDER_BYTES, Chat, Rendered, as_taken, render
+from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered, as_taken, render
 
 if TYPE_CHECKING:  # the renderer's process does without its libraries
     from exporter.model.tokenizer import ModelTokenizer
@@ -26,7 +25,7 @@ CLOCK = datetime(2024, 7, 26)
 
 
 class TemplateRenderer:
-    """A chat template in transformers; serves a `Child`.
+    """A chat template in transformers, made to live in a `Child`.
 
     Args:
         template: The template.
@@ -35,9 +34,8 @@ class TemplateRenderer:
     """
 
     title = "the chat template in transformers"
-    serves = True
 
-    def __init__(self, template: str, names: Mapping[str, Any], fixed_clock: bool) -> None:
+    def __init__(self, template: str | None, names: Mapping[str, Any], fixed_clock: bool) -> None:
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
         from transformers.utils import chat_template_utils
@@ -53,24 +51,24 @@ class TemplateRenderer:
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
         """Return a chat as transformers renders it; see `exporter.targets.text.TextRuntime`."""
         try:
-            with memory_limited(RENDER_BYTES):
-                text = self._tokenizer.apply_chat_template(
-                    chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt, **self._names
-                )
+            text = self._tokenizer.apply_chat_template(
+                chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt, **self._names
+            )
             return Rendered(str(text))
         except Exception as error:  # a template may end in any
             return Rendered.refused(error)
 
 
 def open_renderer(tokenizer: "ModelTokenizer", fixed_clock: bool = False) -> Child:
-    """Start a child that serves `render_chat` by the tokenizer's template.
+    """Start a child that makes a `Renderer` by the tokenizer's template.
 
     Raises:
         RuntimeCrashError: it died.
     """
-    child = Child(TemplateRenderer.title, TemplateRenderer, tokenizer.template, tokenizer.names, fixed_clock)
+    child = Child(TemplateRenderer.title, TEXT_BYTES)
     try:
-        child.result(LOAD_S)
+        child.make(TemplateRenderer, LOAD_S, tokenizer.template, tokenizer.names, fixed_clock)
+        child.ready()
     except BaseException:
         child.close()
         raise

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import InputError, RuntimeCrashError
-from exporter.memory_limit import memory_limited
 from exporter.model.chat import LOAD_S
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces
@@ -43,8 +42,8 @@ from exporter.model.tokenizer_notes import DEFAULT, TEMPLATE_NAME, different, no
 if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer does without
     from transformers import PreTrainedTokenizerBase
 
-# The largest tokenizers known, of 262,144 tokens, take 1 GiB.
-LOAD_BYTES = 8 << 30
+# The largest tokenizers known, of 262,144 tokens, take 1 GiB as the exporter reads them.
+LOAD_BYTES = 2 << 30
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 # How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
@@ -199,16 +198,21 @@ def try_tokenizer(folder: Path) -> None:
     Raises:
         InputError: it cannot be used, or its library dies of it, or takes too long.
     """
-    with Child("the tokenizer", _use_within_limits, folder) as child:
+    with Child("the tokenizer", LOAD_BYTES) as child:
         try:
-            child.result(LOAD_S)
+            child.run(use_tokenizer, LOAD_S, folder)
         except RuntimeCrashError as error:
             raise InputError("the tokenizer cannot be used", where=folder, got=error) from error
 
 
-def _use_within_limits(folder: Path) -> None:
+def use_tokenizer(folder: Path) -> None:
+    """Use a tokenizer in this process.
+
+    Raises:
+        InputError: it cannot be used.
+    """
     files = read_tokenizer_files(folder)
-    with memory_limited(LOAD_BYTES), readable("the tokenizer cannot be used", folder):
+    with readable("the tokenizer cannot be used", folder):
         if files.definition is not None:
             library = _library(files.definition)
             for text in PARITY_CORPUS:

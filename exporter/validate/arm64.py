@@ -25,8 +25,9 @@ from exporter.device.profile import DeviceProfile
 from exporter.errors import ExporterError, MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Emulated, Run, Setting, emulated_target
+from exporter.targets.opened import OpenedArtifact
 from exporter.validate.accuracy import divergence
 from exporter.validate.emulation import Emulation
 from exporter.weights.format import Float32
@@ -150,9 +151,8 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
 
 
 def _logits_here(artifact: Artifact, tokens: list[int], exact: bool) -> Float32:
-    with open_artifact(artifact, len(tokens), THREADS, exact) as child:
-        logits: Float32 = child.call("logits", tokens)
-    return logits
+    with OpenedArtifact(artifact, len(tokens), THREADS, exact) as opened:
+        return opened.logits(tokens)
 
 
 def choose(losses: Mapping[str, Loss], limit: float, candidates: Mapping[str, Setting], current: Setting) -> str:

@@ -1,6 +1,5 @@
 """What an artifact does on the build machine under a device's limits: the stage that `--emulate` adds."""
 
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,17 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from exporter.child import Child
+from exporter.child.network import cut_network
+from exporter.child.process import Child
+from exporter.child.serve import cpu_seconds
 from exporter.confinement.cgroup import LONGEST_PERIOD_US, control_groups
-from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
+from exporter.confinement.confinement import Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits, device_limits
 from exporter.cores import available_cores
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check, Quantity, Status
-from exporter.targets.artifact import Artifact, load_runtime, runtime_of
-from exporter.targets.runtime import Timing
+from exporter.targets.artifact import Artifact, runtime_of
+from exporter.targets.opened import memory_bytes
+from exporter.targets.runtime import Runtime, Timing
 from exporter.validate.prompt import DECODE_TOKENS, prompt_for
 
 if TYPE_CHECKING:  # it brings transformers along, which a run does without
@@ -27,6 +29,8 @@ if TYPE_CHECKING:  # it brings transformers along, which a run does without
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
 # Beyond the one period that a run may begin and end in the middle of.
 SHARE_TOLERANCE = 0.15
+# Beyond the time that a run may take, after which it is ended in any case.
+SLACK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,17 +72,20 @@ def emulate(
 
 
 @contextmanager
-def confined_child(title: str, limits: Limits, files: Collection[Path] = ()) -> Iterator[tuple[Child, Confinement]]:
-    """Start a child process under limits; what it is to run is loaded with its method `load`.
+def confined_child(
+    title: str, memory_bytes: int, limits: Limits, files: Collection[Path] = ()
+) -> Iterator[tuple[Child, Confinement]]:
+    """Start a child process under a device's limits.
 
     Args:
         title: What runs, for messages.
+        memory_bytes: Most memory that it may ask for; see `Child`.
         limits: The limits.
         files: Files whose pages count in full, whoever else maps them.
     """
     with (
         control_groups(controlled(limits)) as groups,
-        Child(title, Confined, os.getpid()) as child,
+        Child(title, memory_bytes) as child,
         confined(child.process_id, limits, groups, files) as confinement,
     ):
         yield child, confinement
@@ -110,7 +117,8 @@ def run_within(
         return Emulation(tuple(Check(name=name, status="not run", detail=reason) for name in NAMES))
     prompt = prompt_for(tokens, context)
     progress("emulate: limits", 0, 1)
-    with confined_child(runtime_of(artifact.target).title, limits, artifact.weights) as (child, confinement):
+    title, most_bytes = runtime_of(artifact.target).title, memory_bytes(artifact, context)
+    with confined_child(title, most_bytes, limits, artifact.weights) as (child, confinement):
         try:
             run = _run(child, artifact, limits, prompt, context)
             failure = ""
@@ -129,11 +137,13 @@ def run_within(
 
 
 def _run(child: Child, artifact: Artifact, limits: Limits, prompt: list[int], context: int) -> Run:
-    methods = child.call("network_methods")
-    child.call("load", load_runtime, artifact, context, limits.usable_cores)
-    started, used = time.perf_counter(), child.call("cpu_seconds")
-    timing = child.call("measure", prompt, DECODE_TOKENS, 1)
-    return Run(timing, time.perf_counter() - started, child.call("cpu_seconds") - used, tuple(methods))
+    seconds = limits.timeout_s + SLACK_S
+    child.make(runtime_of(artifact.target), seconds, artifact, context, limits.usable_cores, False, 1)
+    child.ready()
+    methods = child.run(cut_network, seconds)
+    started, used = time.perf_counter(), child.run(cpu_seconds, seconds)
+    timing = child.call(Runtime.measure, seconds, prompt, DECODE_TOKENS, 1)
+    return Run(timing, time.perf_counter() - started, child.run(cpu_seconds, seconds) - used, tuple(methods))
 
 
 def _failure(confinement: Confinement, error: RuntimeCrashError) -> str:

@@ -16,7 +16,8 @@ from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import Target
 from exporter.validate.accuracy import Distance, Reference, dequantised, distance
 from exporter.weights.format import Float32
@@ -93,8 +94,8 @@ def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress:
     Returns:
         The check `lowering`: its value is the mean KL in nats.
     """
-    with open_artifact(copy.artifact, expected.tokens.shape[1], threads, exact=True) as child:
-        found = distance(expected, partial(child.call, "logits"), partial(progress, "prove: windows in float32"))
+    with OpenedArtifact(copy.artifact, expected.tokens.shape[1], threads, exact=True) as opened:
+        found = distance(expected, opened.logits, partial(progress, "prove: windows in float32"))
     layers = "every layer" if copy.whole else "the first and the last layer"
     return Check(
         name="lowering",

@@ -10,7 +10,8 @@ from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
 from exporter.targets.text import open_text
@@ -79,19 +80,18 @@ def prove(
         RuntimeCrashError: the runtime died of the artifact.
     """
     model = compressed.model
-    with open_artifact(artifact, context, threads) as child:
+    with OpenedArtifact(artifact, context, threads) as opened:
         prompt = prompt_for(tokens, context)
         progress("prove: speed", 0, 1)
-        timing = child.call("measure", prompt, DECODE_TOKENS, REPEATS)
+        timing = opened.measure(prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
     own, checks = _lowered(target, artifact, compressed, tokens, threads, progress)
-    with open_artifact(artifact, tokens.shape[1], threads) as child:
-        logits = partial(child.call, "logits")
-        accuracy, rounding = distances([original, own], logits, partial(progress, "prove: windows"))
+    with OpenedArtifact(artifact, tokens.shape[1], threads) as opened:
+        accuracy, rounding = distances([original, own], opened.logits, partial(progress, "prove: windows"))
         checks.append(check_rounding(rounding, target.most_rounding_kl))
         _require(checks)
-        self_test = make_self_test(logits, model.architecture.vocab, 0)
+        self_test = make_self_test(opened.logits, model.architecture.vocab, 0)
     checks += check_parity(artifact, model)
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 

@@ -11,8 +11,9 @@ from exporter.measures import Check
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.gguf_file import open_whole
 from exporter.model.model import Model
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.as_float import write_as_float
+from exporter.targets.opened import OpenedArtifact
 from exporter.validate.accuracy import Distance, Reference, distance
 
 NAME = "source.gguf"
@@ -66,8 +67,8 @@ def _distance(model: Model, path: Path, reference: Reference, threads: int, fold
         write_as_float(open_whole(path), written, layers)
         artifact = Artifact("gguf", written.parent, (written,))
         try:
-            with open_artifact(artifact, reference.tokens.shape[1], threads, exact=True) as child:
-                return distance(reference, partial(child.call, "logits"))
+            with OpenedArtifact(artifact, reference.tokens.shape[1], threads, exact=True) as opened:
+                return distance(reference, opened.logits)
         except (InputError, RuntimeCrashError) as error:
             raise InputError(
                 "llama.cpp cannot run the GGUF file, so nothing tells whether it is read right",

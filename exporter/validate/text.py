@@ -1,13 +1,12 @@
 """What runtimes make of text: asked before a build of what the artifact will say, and after it of what it says."""
 
 import hashlib
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporter.cache import cache_folder, replacing
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
 from exporter.model.chat import LOAD_S, PARITY_CHATS, render
@@ -18,7 +17,7 @@ from exporter.model.tokenizer import ModelTokenizer, known_difference, load_toke
 from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import Target
-from exporter.targets.text import open_text
+from exporter.targets.text import TextRuntime, open_text
 from exporter.validate.parity import check_chat_template, check_tokenizer
 
 # Raised when the same files would be judged in another way.
@@ -79,7 +78,7 @@ def _foreseen(model: Model, target: Target, scratch: Path) -> Foreseen:
         return Foreseen()
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
     with _opened(artifact, model) as child:
-        by_itself: list[int] = child.call("ends")
+        by_itself = child.call(TextRuntime.ends, LOAD_S)
         checks = check_text(child, tokenizer)
     special = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
     ends = _ends_notes(child.title, tokenizer, special.ends, by_itself)
@@ -119,7 +118,11 @@ def check_text(child: Child, tokenizer: ModelTokenizer) -> list[Check]:
     """Compare tokenizer and chat template of an artifact, in a child of `open_text`, with the model's own."""
     runtime = child.title.lower().replace(" ", "-")
     texts, known = parity_texts(tokenizer), known_difference(tokenizer)
-    checks = [check_tokenizer(texts, tokenizer.ids, partial(child.call, "tokenize", timeout_s=LOAD_S), runtime, known)]
+
+    def ids(text: str) -> list[int]:
+        return child.call(TextRuntime.tokenize, LOAD_S, text)
+
+    checks = [check_tokenizer(texts, tokenizer.ids, ids, runtime, known)]
     if tokenizer.template is not None:
         checks.append(_check_template(child, tokenizer, tokenizer.template, runtime))
     return checks

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.tensors import gguf_names, open_gguf
@@ -28,6 +28,8 @@ MIXES = (
     "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
     "IQ3_M", "IQ4_NL", "IQ4_XS", "F16", "BF16", "F32",
 )  # fmt: skip
+# Two rows of each matrix take milliseconds, and as much memory as the widest two rows.
+QUANTISE_S, QUANTISE_BYTES = 300.0, 1 << 30
 
 
 def mix_types(
@@ -48,8 +50,8 @@ def mix_types(
         skeleton, quantised = Path(scratch, "skeleton.gguf"), Path(scratch, "quantised.gguf")
         widths = _write_skeleton(skeleton, architecture, config)
         uniform = {name: np.ones(widths[name], np.float32) for name in important if name in widths}
-        with Child("llama.cpp's quantiser", quantise, skeleton, quantised, mix, uniform) as child:
-            status, log = child.result()
+        with Child("llama.cpp's quantiser", QUANTISE_BYTES) as child:
+            status, log = child.run(quantise, QUANTISE_S, skeleton, quantised, mix, uniform)
         if status:
             raise RequestError(f"llama.cpp refuses the mix {mix} for this model", got=log)
         return {tensor.name: tensor.tensor_type.name for tensor in open_gguf(quantised).tensors}

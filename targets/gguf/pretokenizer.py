@@ -17,8 +17,9 @@ import llama_cpp
 from gguf import GGUFWriter
 
 from exporter.cache import cache_folder, replacing
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import InputError
+from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.llama_vocabulary import Case, Comparison
 from exporter.model.tokenizer import (
@@ -107,8 +108,9 @@ def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "vocabulary.gguf"
         write_vocabulary_file(file, vocabulary)
-        with Child("llama.cpp", LlamaTokenizer, file) as child:
-            known = child.call("ends")
+        with Child("llama.cpp", TEXT_BYTES) as child:
+            child.make(LlamaTokenizer, LOAD_S, file)
+            known = child.call(LlamaTokenizer.ends, LOAD_S)
     left = [number for number in vocabulary.special.ends if number not in known]
     return dict(zip(("eot", "eom"), left, strict=False))
 

@@ -38,7 +38,6 @@ class LlamaCpp:
     """
 
     title = "llama.cpp"
-    serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
         (path,) = (file for file in artifact.weights if file.name != ADAPTER_FILE)
@@ -116,15 +115,7 @@ class LlamaCpp:
         return token in self._ends
 
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
-        """Continue several texts at once, at temperature 1, to `length` tokens each.
-
-        A call whose texts begin with what the last call returned goes on from its keys and values.
-
-        Args:
-            texts: One list of tokens for each sequence of the context.
-            length: Tokens that each text has in the end.
-            seed: Seed of the noise; token and position decide the draw, not the number of calls.
-        """
+        """Continue several texts at once; see `exporter.targets.runtime.SamplingRuntime`."""
         if texts != self._sampled:
             self._forget()
             self._position = 0

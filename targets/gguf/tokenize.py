@@ -10,10 +10,9 @@ from typing import Any
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import InputError, RequestError, RuntimeCrashError
-from exporter.memory_limit import memory_limited
-from exporter.model.chat import RENDER_BYTES, Chat, Rendered
+from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered
 from exporter.model.llama_vocabulary import Case, Comparison, compare, llama_tokenize, open_vocabulary
 
 
@@ -49,9 +48,7 @@ def _token_text(vocabulary: Any, token: int) -> str:
 
 
 class LlamaTokenizer:
-    """The tokenizer and chat template of a GGUF file, without its weights; serves a `Child`."""
-
-    serves = True
+    """The tokenizer and chat template of a GGUF file, without its weights."""
 
     def __init__(self, path: Path) -> None:
         self._opened = open_vocabulary(path)
@@ -63,8 +60,7 @@ class LlamaTokenizer:
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
         """Return a chat rendered by the file's template; see `llama_render_chat`."""
-        with memory_limited(RENDER_BYTES):
-            return llama_render_chat(self._model, chat, prompt)
+        return llama_render_chat(self._model, chat, prompt)
 
     def ends(self) -> list[int]:
         """Return the ids at which llama.cpp ends a text: those of the file's keys, and texts that it knows."""
@@ -74,9 +70,7 @@ class LlamaTokenizer:
 
 
 class Comparer:
-    """Compares the vocabulary of one file, under several pre-tokenizers, with given ids; serves a `Child`."""
-
-    serves = True
+    """Compares the vocabulary of one file, under several pre-tokenizers, with given ids."""
 
     def __init__(self, path: Path, cases: Sequence[Case]) -> None:
         self._path = path
@@ -92,11 +86,12 @@ def compare_in_child(path: Path, names: Sequence[str | None], cases: Sequence[Ca
     """Compare one pre-tokenizer after the other, and go on after one that llama.cpp refuses or dies on."""
     remaining = list(names)
     while remaining:
-        with Child("llama.cpp", Comparer, path, cases) as child:
+        with Child("llama.cpp", TEXT_BYTES) as child:
+            child.make(Comparer, LOAD_S, path, cases)
             while remaining:
                 name = remaining.pop(0)
                 try:
-                    yield child.call("compare", name)
+                    yield child.call(Comparer.compare, LOAD_S, name)
                 except InputError:
                     yield Comparison(name, None)
                 except RuntimeCrashError:

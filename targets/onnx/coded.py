@@ -54,7 +54,6 @@ class CodedOnnxRuntime(DecoderFolder):
     """
 
     title = "ONNX Runtime on coded weights"
-    serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
         super().__init__(artifact, sequences)

@@ -29,7 +29,6 @@ class OnnxRuntime(DecoderFolder):
     """
 
     title = "ONNX Runtime"
-    serves = True
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
         super().__init__(artifact, sequences)

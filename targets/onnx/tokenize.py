@@ -7,14 +7,13 @@ import numpy as np
 import onnxruntime_genai
 
 from exporter.errors import InputError, RequestError
-from exporter.memory_limit import memory_limited
-from exporter.model.chat import RENDER_BYTES, Chat, Rendered
+from exporter.model.chat import Chat, Rendered
 
 TEMPLATE = "chat_template.jinja"
 
 
 class GenaiTokenizer:
-    """The tokenizer and chat template of a folder for onnxruntime-genai; serves a `Child`.
+    """The tokenizer and chat template of a folder for onnxruntime-genai, made to live in a `Child`.
 
     Args:
         folder: Holds genai_config.json, tokenizer.json and tokenizer_config.json; the ONNX graph is not read.
@@ -22,8 +21,6 @@ class GenaiTokenizer:
     Raises:
         InputError: onnxruntime-genai cannot read the tokenizer.
     """
-
-    serves = True
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -60,8 +57,7 @@ class GenaiTokenizer:
         if not self._has_template():
             raise RequestError("the folder holds no chat template", where=self._folder)
         try:
-            with memory_limited(RENDER_BYTES):
-                text = self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt)
+            text = self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt)
             return Rendered(str(text))
         except Exception as error:  # a template may end in any
             return Rendered.refused(error)

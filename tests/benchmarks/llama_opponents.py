@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.text import Tokens
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
@@ -140,8 +140,8 @@ def quantised(source: Path, folder: Path, asked: str, importance: dict[str, Floa
     """
     folder.mkdir()
     path = folder / "model.gguf"
-    with Child("llama.cpp's quantiser", _quantise, source, path, asked, importance) as child:
-        assert child.result() == 0
+    with Child("llama.cpp's quantiser", 8 << 30) as child:
+        assert child.run(_quantise, 3600, source, path, asked, importance) == 0
     return Artifact("gguf", folder, (path,))
 
 

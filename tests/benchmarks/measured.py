@@ -9,7 +9,8 @@ from typing import Any
 
 from exporter.cache import replacing
 from exporter.cores import available_cores
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.validate.accuracy import Reference, distance
 
 THREADS = available_cores()
@@ -52,19 +53,19 @@ def by_turns(artifacts: Sequence[Artifact], prompt: list[int], decode: int, load
     for _ in range(loads):
         with ExitStack() as opened:
             children = [
-                opened.enter_context(open_artifact(one, len(prompt) + decode + 1, THREADS)) for one in artifacts
+                opened.enter_context(OpenedArtifact(one, len(prompt) + decode + 1, THREADS)) for one in artifacts
             ]
             # Until the last one is loaded, none has the cores to itself.
             for child in children:
-                child.result()
-            found += [[child.call("measure", prompt, decode, 1) for child in children] for _ in range(rounds)]
+                child.ready()
+            found += [[child.measure(prompt, decode, 1) for child in children] for _ in range(rounds)]
     return found
 
 
 def measured(original: Reference, artifact: Artifact, name: str, kind: str, predicted: float | None = None) -> Row:
     """Compare an artifact with the original on its windows, and print the row."""
-    with open_artifact(artifact, original.tokens.shape[1], THREADS) as child:
-        found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
+    with OpenedArtifact(artifact, original.tokens.shape[1], THREADS) as child:
+        found = distance(original, child.logits)
     row = Row(name, kind, artifact.target, artifact.file_bytes, found.kl_mean, found.top1_agreement, predicted)
     print(
         f"  {kind:9} {row.target:4} {row.file_bytes:11,} bytes  KL {row.kl_mean:.4f}  {row.top1:.1%}  {name}",

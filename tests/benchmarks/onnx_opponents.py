@@ -17,7 +17,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from exporter.calibrate.text import Tokens
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.targets.artifact import Artifact
 
 INT8_HEAD = "matmul_mixed_precision=last_matmul:int8"
@@ -78,8 +78,8 @@ def with_own_quantiser(floats: Path, base: Artifact, folder: Path, algorithm: st
         windows: Calibration text, int64 [windows, length].
     """
     made = folder.with_name(f"{folder.name}-matrices.onnx")
-    with Child("onnxruntime's quantiser", _quantise, floats, made, algorithm, windows[:GPTQ_WINDOWS]) as child:
-        child.result()
+    with Child("onnxruntime's quantiser", 8 << 30) as child:
+        child.run(_quantise, 3600, floats, made, algorithm, windows[:GPTQ_WINDOWS])
     donor = onnx.load_model(str(made))
     model = onnx.load_model(str(base.weights[0]))
     given = {node.output[0]: node for node in donor.graph.node if node.op_type == "MatMulNBits"}

@@ -26,7 +26,8 @@ from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Distance, Reference, dequantised, distance
 from exporter.weights.format import Float32
@@ -113,8 +114,8 @@ class Bench:
     def speed(self, row: Row) -> None:
         """Print how quickly an artifact runs."""
         prompt = self._tokens.reshape(-1)[:PROMPT].tolist()
-        with open_artifact(self._artifacts[row.name], 2 * PROMPT, THREADS) as child:
-            timing = child.call("measure", prompt, 32, 5)
+        with OpenedArtifact(self._artifacts[row.name], 2 * PROMPT, THREADS) as child:
+            timing = child.measure(prompt, 32, 5)
         speeds = f"prefill {timing.prefill_tokens_per_s:6.0f}, decode {timing.decode_tokens_per_s:6.1f} tokens/s"
         print(f"  {speeds}, {timing.peak_bytes:,} bytes at most  {row.name}", flush=True)
 
@@ -126,8 +127,8 @@ class Bench:
         folder.mkdir()
         compressed = CompressedModel(model or self.model, decisions, self._statistics)
         artifact = self._artifacts[f"{target} {name}"] = made.lower(compressed, "mixed", folder)
-        with open_artifact(artifact, WINDOW, THREADS) as child:
-            found = distance(self._original, lambda tokens, first: child.call("logits", tokens, first))
+        with OpenedArtifact(artifact, WINDOW, THREADS) as child:
+            found = distance(self._original, child.logits)
         layers = [one for one in decisions if one.group.layer is not None]
         bits = 8 * sum(one.stored_bytes for one in layers) / sum(one.group.size for one in layers)
         return self._row(f"{target} {name}", bits, found)

@@ -31,7 +31,8 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, open_gguf
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
@@ -105,10 +106,10 @@ def linear_bits(world: World, path: Path, scratch: Path) -> float:
 def hits(world: World, artifact: Artifact) -> tuple[float, float, float]:
     """Return mean KL, same first token, and how often the text's next token is the artifact's first."""
     half, right, count = WINDOW // 2, 0, 0
-    with open_artifact(artifact, WINDOW, THREADS) as child:
-        found = distance(world.original, lambda tokens, first: child.call("logits", tokens, first))
+    with OpenedArtifact(artifact, WINDOW, THREADS) as child:
+        found = distance(world.original, child.logits)
         for tokens in world.evaluation.tokens:
-            first = child.call("logits", tokens.tolist(), half).argmax(-1)
+            first = child.logits(tokens.tolist(), half).argmax(-1)
             right += int((first[: WINDOW - half - 1] == tokens[half + 1 :]).sum())
             count += WINDOW - half - 1
     return found.kl_mean, found.top1_agreement, right / count
@@ -174,26 +175,26 @@ def test_weights_stay_coded_in_memory(world: World, tmp_path: Path) -> None:
     code_beside(coarse.weights, "small", silent)
     coded = replace(coarse, weights=tuple(path.with_name(path.name + SUFFIX) for path in coarse.weights), coded=True)
     prompt = world.evaluation.tokens[0, :PROMPT].tolist()
-    with open_artifact(plain, WINDOW, THREADS) as child:
-        whole = child.call("measure", prompt, DECODE, 1)
-    with open_artifact(coarse, WINDOW, THREADS) as child:
-        expected = child.call("logits", prompt)
-    with open_artifact(coded, WINDOW, THREADS) as child:
-        timing, took = child.call("measure", prompt, DECODE, 1), child.call("residence")
+    with OpenedArtifact(plain, WINDOW, THREADS) as child:
+        whole = child.measure(prompt, DECODE, 1)
+    with OpenedArtifact(coarse, WINDOW, THREADS) as child:
+        expected = child.logits(prompt)
+    with OpenedArtifact(coded, WINDOW, THREADS) as child:
+        timing, took = child.measure(prompt, DECODE, 1), child.residence()
         share = grown(timing) / grown(whole)
         print(f"\nplain: {plain.file_bytes:,} bytes, process {grown(whole):,}, {whole}")
         print(f"coded: {coded.file_bytes:,} bytes, process {grown(timing):,}, {share:.3f} of plain; {took}, {timing}")
         speeds = {}
         for times in FLOORS:
             floor = times * timing.decode_tokens_per_s
-            child.call("keep_up", floor)
-            speeds[floor] = child.call("measure", prompt, DECODE, 1).decode_tokens_per_s
-            took = child.call("residence")
+            child.keep_up(floor)
+            speeds[floor] = child.measure(prompt, DECODE, 1).decode_tokens_per_s
+            took = child.residence()
             print(
                 f"floor {floor:.2f}: {speeds[floor]:.2f} tokens/s, {took.resident_bytes / grown(whole):.3f} of plain, "
                 f"{took.plain_parts} parts plain"
             )
-        assert np.array_equal(child.call("logits", prompt), expected)
+        assert np.array_equal(child.logits(prompt), expected)
     assert share <= 0.6
     assert all(speed >= floor for floor, speed in speeds.items())
 

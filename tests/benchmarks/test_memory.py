@@ -11,7 +11,7 @@ import pytest
 
 from exporter.compress.compressed import CompressedModel
 from exporter.model.sources import open_model
-from exporter.targets.artifact import open_artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 
 CONTEXTS = (512, 2048, 8192)
@@ -32,8 +32,8 @@ def test_the_peak_is_foretold_within_a_tenth(tmp_path: Path, target: str, type: 
     ratios = []
     for context, expected in zip(CONTEXTS, foretold, strict=True):
         prompt = np.random.default_rng(0).integers(20, vocabulary, context - DECODED - 1).tolist()
-        with open_artifact(artifact, context, 1) as child:
-            measured = child.call("measure", prompt, DECODED, 1).peak_bytes
+        with OpenedArtifact(artifact, context, 1) as child:
+            measured = child.measure(prompt, DECODED, 1).peak_bytes
         ratios.append(expected / measured)
         print(f"\n{target} {type} {context:5}: foretold {expected / 1e6:6.1f} MB, {ratios[-1]:.3f} of what it took")
     assert all(abs(ratio - 1) <= MOST_OFF for ratio in ratios), ratios

@@ -25,7 +25,8 @@ from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.recipe import recipe_names
 from exporter.report.data import Report
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import Target
 from exporter.validate.accuracy import Reference, dequantised, distance
 from exporter.validate.proof import ROUNDING_SHARE, Proof, prove
@@ -133,8 +134,8 @@ def rounding_in_8_bits(target: Target, model: Model, tokens: Tokens) -> float:
     with TemporaryDirectory() as scratch:
         artifact = target.lower(CompressedModel(model, target.decide(model, type, "rtn"), None), type, Path(scratch))
         own = Reference.of(dequantised(model, target.read_back(artifact, model)), tokens)
-        with open_artifact(artifact, WINDOW, THREADS) as child:
-            return distance(own, lambda some, first: child.call("logits", some, first)).kl_mean
+        with OpenedArtifact(artifact, WINDOW, THREADS) as child:
+            return distance(own, child.logits).kl_mean
 
 
 def row(name: str, kind: str, report: Report, in_8_bits: float | None) -> Row:

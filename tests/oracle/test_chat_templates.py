@@ -9,16 +9,16 @@ import gguf
 import pytest
 
 from exporter.calibrate.sample import notes, opening_ids
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import DeadlineError, RequestError, RuntimeCrashError
 from exporter.measures import Check
-from exporter.model.chat import Rendered
+from exporter.model.chat import LOAD_S, TEXT_BYTES, Rendered
 from exporter.model.sources import open_model
 from exporter.model.template import TemplateRenderer
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.tokenize import LlamaTokenizer
-from exporter.targets.gguf.vocabulary import Vocabulary, read_vocabulary, write_vocabulary_file
+from exporter.targets.gguf.vocabulary import read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.companions import write_text_files
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.target import load_target
@@ -63,12 +63,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Renderers:
-    """Render by any template: in transformers, or in a runtime whose files are written for it; serves a `Child`."""
+    """Render by any template: in transformers, or in a runtime whose files are written for it, in a `Child`."""
 
-    serves = True
-
-    def __init__(self, vocabulary: Vocabulary, scratch: Path) -> None:
-        self._vocabulary, self._scratch = vocabulary, scratch
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self._vocabulary = read_vocabulary(load_tokenizer(folder, VOCAB), folder, VOCAB)
+        self._scratch = scratch
 
     def transformers(self, template: str) -> Rendered:
         return TemplateRenderer(template, {}, False).render_chat(CHAT, True)
@@ -94,27 +93,34 @@ def start(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     settings = {"model": {"type": "llama", "vocab_size": VOCAB, "context_length": 512} | ids}
     (scratch / "genai_config.json").write_text(json.dumps(settings))
-    return lambda: Child("the renderers", Renderers, read_vocabulary(tokenizer, folder, VOCAB), scratch)
+
+    def started() -> Child:
+        child = Child("the renderers", TEXT_BYTES)
+        child.make(Renderers, LOAD_S, folder, scratch)
+        return child
+
+    return started
 
 
 @pytest.mark.parametrize("by", ["transformers", "gguf", "onnx"])
 def test_templates_are_taken_refused_or_ended_by_force(start: Start, by: str) -> None:
+    render = getattr(Renderers, by)
     with start() as child:
-        child.result()
+        child.ready()
         for name, template in REFUSED.items():
-            rendered = child.call(by, template, timeout_s=20)
+            rendered = child.call(render, 20, template)
             assert rendered.text is None and 0 < len(rendered.reason) <= 200, name
         for name, (template, expected) in TAKEN.items():
-            assert child.call(by, template, timeout_s=20) == Rendered(expected), name
+            assert child.call(render, 20, template) == Rendered(expected), name
         if by != "onnx":
-            assert "recursion" in child.call(by, RECURSION, timeout_s=20).reason
+            assert "recursion" in child.call(render, 20, RECURSION).reason
         with pytest.raises(DeadlineError, match=r"did not answer within 0\.5 s, and was ended"):
-            child.call(by, LOOPS, timeout_s=0.5)
+            child.call(render, 0.5, LOOPS)
 
 
 def test_a_runtime_may_die_of_a_template(start: Start) -> None:
     with start() as child, pytest.raises(RuntimeCrashError, match="signal SIGSEGV"):
-        child.call("onnx", RECURSION, timeout_s=20)
+        child.call(Renderers.onnx, 20, RECURSION)
 
 
 def checked(folder: Path, templates: dict[str, str], target: str, scratch: Path) -> tuple[Check, Artifact]:

@@ -13,7 +13,7 @@ from exporter.compress.compressed import CompressedModel, with_factors
 from exporter.compress.double import doubled, in_scaled_channels
 from exporter.compress.rate import in_even_columns, rated
 from exporter.model.sources import open_model
-from exporter.targets.artifact import open_artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Reference, distance
 from exporter.validate.lowering import Decoded, check_weights
@@ -85,8 +85,8 @@ def test_methods_with_steps_are_carried_by_the_targets(
         for decision in decisions:
             decoded(decision.group)
         assert check_weights(decoded.digests, compressed).status == "passed"
-        with open_artifact(artifact, 64, 1) as child:
-            found = distance(Reference.of(model, TOKENS), lambda t, f: child.call("logits", t, f))
+        with OpenedArtifact(artifact, 64, 1) as child:
+            found = distance(Reference.of(model, TOKENS), child.logits)
         assert found.kl_mean < 0.05
 
 

@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_no_process(world: Path) -> None:
     children: list[psutil.Process] = []
     while not children and time.monotonic() < until:
         time.sleep(0.1)
-        children = [one for one in psutil.Process(running.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+        children = [one for one in psutil.Process(running.pid).children() if "child.serve" in " ".join(one.cmdline())]
     time.sleep(0.5)
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == 130
@@ -152,7 +152,7 @@ def test_ctrl_c_leaves_no_process(world: Path) -> None:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[emulation.Confinement, Run]]:
     """A confinement of this very process, and a run that is made up."""
-    with emulation.confined_child("nothing", Limits(100 * MB, cores=1, cpu_share=0.5)) as (_, confinement):
+    with emulation.confined_child("nothing", 100 * MB, Limits(100 * MB, cores=1, cpu_share=0.5)) as (_, confinement):
         yield confinement, Run(emulation.Timing(1, 1, 1, 1, 1, 1), wall_s=2, cpu_s=1, network_methods=("seccomp",))
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from exporter.model.ends import special_ids
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.text import foresee
 from tests.models import VOCAB, counting_model
@@ -72,8 +73,8 @@ def test_texts_end_where_transformers_ends_them(tmp_path: Path, variant: str) ->
 
 
 def generated(artifact: Artifact, prompts: Sequence[int]) -> list[list[int]]:
-    with open_artifact(artifact, 32, 1) as child:
-        return [child.call("generate", [prompt], COUNT) for prompt in prompts]
+    with OpenedArtifact(artifact, 32, 1) as child:
+        return [child.generate([prompt], COUNT) for prompt in prompts]
 
 
 def assert_gguf_is_a_source_with_the_same_ends(

@@ -16,7 +16,8 @@ from exporter.errors import InputError, RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import interleaved_rows
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
 from exporter.validate.accuracy import Reference, dequantised, distance
 from exporter.validate.lowering import Decoded, check_stored_types, check_weights
@@ -68,8 +69,8 @@ def kl_to_own_weights(model: Model, artifact: Artifact, planned: Artifact | None
     """Return the KL of an artifact in its runtime from a float model with its own weights, or with another's."""
     weights = load_target(artifact.target).read_back(planned or artifact, model)
     own = Reference.of(dequantised(model, weights), TOKENS)
-    with open_artifact(artifact, 64, 1, exact=True) as child:
-        return distance(own, lambda tokens, first: child.call("logits", tokens, first)).kl_mean
+    with OpenedArtifact(artifact, 64, 1, exact=True) as child:
+        return distance(own, child.logits).kl_mean
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -167,7 +168,7 @@ def test_an_adapter_that_llama_cpp_refuses_is_an_error(model: Model, statistics:
     artifact, _ = lower(model, statistics, tmp_path / "artifact", "gguf", 8)
     path = artifact.folder / "adapter.gguf"
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_c"))
-    with pytest.raises(InputError, match="cannot load the adapter"), open_artifact(artifact, 64, 1) as child:
+    with pytest.raises(InputError, match="cannot load the adapter"), OpenedArtifact(artifact, 64, 1) as child:
         child.result()
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from exporter.compress.compressed import CompressedModel
 from exporter.errors import RequestError
 from exporter.model.sources import open_model
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 
@@ -73,9 +74,9 @@ def test_the_cast_is_folded_and_the_logits_are_those_of_float32_scales(tmp_path:
     plain = with_float32_scales(artifact, tmp_path / "plain")
     logits, greedy = {}, {}
     for kind in (artifact, plain):
-        with open_artifact(kind, 128, 1) as child:
-            logits[kind.folder.name] = child.call("logits", TOKENS)
-            greedy[kind.folder.name] = child.call("generate", TOKENS[:8], 16)
+        with OpenedArtifact(kind, 128, 1) as child:
+            logits[kind.folder.name] = child.logits(TOKENS)
+            greedy[kind.folder.name] = child.generate(TOKENS[:8], 16)
     np.testing.assert_array_equal(logits["artifact"], logits["plain"])
     assert greedy["artifact"] == greedy["plain"]
 

@@ -15,7 +15,8 @@ from exporter.model import excerpt, gguf_source
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.needs import float_copy_bytes
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.validate.accuracy import divergence
 from exporter.validate.source import check_source
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
@@ -43,8 +44,8 @@ def checked(path: Path, folder: Path) -> float:
 
 
 def llama_cpp_logits(path: Path) -> np.ndarray:
-    with open_artifact(Artifact("gguf", path.parent, (path,)), 160, 1, exact=True) as child:
-        return np.asarray(child.call("logits", TOKENS[0].tolist(), 80))
+    with OpenedArtifact(Artifact("gguf", path.parent, (path,)), 160, 1, exact=True) as child:
+        return np.asarray(child.logits(TOKENS[0].tolist(), 80))
 
 
 def changes_the_function(one: Path, other: Path) -> bool:
@@ -117,8 +118,8 @@ def test_a_gguf_file_of_a_scaled_model_is_lowered_to_both_targets(tmp_path: Path
     expected = llama_cpp_logits(first)
     for target in ("gguf", "onnx"):
         artifact = lowered(first, tmp_path / target, target, "F32")
-        with open_artifact(artifact, 160, 1, exact=True) as child:
-            got = np.asarray(child.call("logits", TOKENS[0].tolist(), 80))
+        with OpenedArtifact(artifact, 160, 1, exact=True) as child:
+            got = np.asarray(child.logits(TOKENS[0].tolist(), 80))
         assert divergence(expected, got).mean() < 1e-9
 
 

@@ -10,9 +10,9 @@ import pytest
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
 from exporter.model.sources import open_model
-from exporter.targets.artifact import open_artifact
 from exporter.targets.onnx.kernels import ALPHABET, THROUGHPUT
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.weights.matmulnbits import matmulnbits_formats
 from tests.models import tiny_model
@@ -57,9 +57,9 @@ def test_the_artifact_carries_what_was_decided_for_the_device(tmp_path: Path, de
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
     levels = [a.i for node in products for a in node.attribute if a.name == "accuracy_level"]
     assert levels == [4] * len(products)
-    with open_artifact(artifact, 64, 1) as child:
-        assert np.isfinite(child.call("logits", [5, 6, 7])).all()
-        assert child.call("generate", [5, 6, 7], 4)
+    with OpenedArtifact(artifact, 64, 1) as child:
+        assert np.isfinite(child.logits([5, 6, 7])).all()
+        assert child.generate([5, 6, 7], 4)
 
 
 def test_every_device_has_its_rounding() -> None:

@@ -26,10 +26,11 @@ from exporter.effort import EFFORTS
 from exporter.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.onnx_qdq.graph import parameters
 from exporter.targets.onnx_qdq.readback import dequantised
 from exporter.targets.onnx_qdq.target import TYPES
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Distance, Reference, distance
 from exporter.validate.accuracy import dequantised as with_weights
@@ -72,8 +73,8 @@ def decoded(artifact: Artifact, model: Model) -> Decoded:
 
 
 def measured(reference: Reference, artifact: Artifact) -> Distance:
-    with open_artifact(artifact, 64, 1, exact=True) as child:
-        return distance(reference, lambda tokens, first: child.call("logits", tokens, first))
+    with OpenedArtifact(artifact, 64, 1, exact=True) as child:
+        return distance(reference, child.logits)
 
 
 def test_int8_channel_decodes_as_the_runtime_does_and_a_flipped_bit_is_seen() -> None:

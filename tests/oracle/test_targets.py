@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.layers import LayerStream
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.text import Windows
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, interleaved_rows
-from exporter.targets.artifact import Artifact, load_runtime, open_artifact
+from exporter.targets.artifact import Artifact, runtime_of
 from exporter.targets.gguf.quantise import quantise
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Reference, distance
 from exporter.validate.lowering import Decoded, check_stored_types, check_weights
@@ -40,8 +41,8 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
 
 
 def kl(model: Model, artifact: Artifact) -> float:
-    with open_artifact(artifact, 64, 1, exact=True) as child:
-        return distance(Reference.of(model, TOKENS), lambda tokens, first: child.call("logits", tokens, first)).kl_mean
+    with OpenedArtifact(artifact, 64, 1, exact=True) as child:
+        return distance(Reference.of(model, TOKENS), child.logits).kl_mean
 
 
 def test_kernels_that_crash_are_named_before_they_do(
@@ -51,7 +52,7 @@ def test_kernels_that_crash_are_named_before_they_do(
         artifact, _ = lower(model, tmp_path / "artifact", "gguf", "F32")
     for info, told in ((b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True), (b"CPU : AVX2 = 1 | ", False)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
-        load_runtime(artifact, 64, 1)
+        runtime_of(artifact.target)(artifact, 64, 1, False, 1)
         assert ("CFLAGS=-mno-amx-int8" in capfd.readouterr().err) is told
 
 
@@ -67,8 +68,8 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
         torch.testing.assert_close(streamed.logits(1, slice(0, 48)), expected[1], rtol=0, atol=2e-5)
         artifact, _ = lower(model, tmp_path / "artifact", target, "F32")
         assert kl(model, artifact) < 1e-6
-        with open_artifact(artifact, 64, 1) as child:
-            greedy = child.call("generate", TOKENS[0, :8].tolist(), 32)
+        with OpenedArtifact(artifact, 64, 1) as child:
+            greedy = child.generate(TOKENS[0, :8].tolist(), 32)
     prompt = torch.from_numpy(TOKENS[:1, :8])
     made = whole.generate(prompt, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(prompt))[0, 8:]
     ids = made.tolist()
@@ -128,8 +129,8 @@ def test_named_mixes_are_those_of_llama_cpp(
         names = gguf_names(model.architecture.layers)
         importance = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     stock = tmp_path / "stock.gguf"
-    with Child("llama.cpp", quantise, floats.weights[0], stock, mix, importance) as child:
-        assert child.result() == (0, "")
+    with Child("llama.cpp", 1 << 30) as child:
+        assert child.run(quantise, 120, floats.weights[0], stock, mix, importance) == (0, "")
     assert tensor_digests(ours) == tensor_digests(stock)
 
 

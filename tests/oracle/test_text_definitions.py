@@ -18,7 +18,7 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer, parity_texts
 from exporter.targets.target import load_target
-from exporter.targets.text import open_text
+from exporter.targets.text import TextRuntime, open_text
 from exporter.validate.text import check_text, foresee
 from tests.models import TEXT, VOCAB, tiny_model
 
@@ -62,7 +62,7 @@ def by_runtime(model: Model, target: str, folder: Path, texts: list[str]) -> lis
     artifact = load_target(target).lower_text(model, folder)
     assert artifact is not None
     with open_text(artifact) as child:
-        return [child.call("tokenize", text) for text in texts]
+        return [child.call(TextRuntime.tokenize, 60, text) for text in texts]
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import padded, selected
 from exporter.plan import zero_bytes
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf import carriage as carriages
 from exporter.targets.gguf.carriage import carriage
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, tiny_model
@@ -57,8 +58,8 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
 
 
 def logits(artifact: Artifact) -> np.ndarray:
-    with open_artifact(artifact, 64, 1, exact=True) as child:
-        return np.stack([child.call("logits", tokens.tolist(), 0) for tokens in TOKENS])
+    with OpenedArtifact(artifact, 64, 1, exact=True) as child:
+        return np.stack([child.logits(tokens.tolist(), 0) for tokens in TOKENS])
 
 
 def whole(folder: Path) -> np.ndarray:

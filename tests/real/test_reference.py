@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.effort import effort
 from exporter.job import Job
@@ -21,8 +21,9 @@ from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
 from exporter.plan import make_plan
-from exporter.targets.artifact import Artifact, open_artifact
+from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.quantise import quantise
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.validate.accuracy import Distance, Reference, distance
 from tests.models import tensor_digests
@@ -68,8 +69,8 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str, stati
 
 
 def measure(original: Reference, artifact: Artifact, name: str, exact: bool = False) -> Distance:
-    with open_artifact(artifact, WINDOW, 2, exact) as child:
-        found = distance(original, lambda tokens, first: child.call("logits", tokens, first))
+    with OpenedArtifact(artifact, WINDOW, 2, exact) as child:
+        found = distance(original, child.logits)
     agreement = f"same first token {found.top1_agreement:.1%}, where sure {found.confident_agreement:.1%}"
     print(f"\n{name}: {artifact.file_bytes:,} bytes, KL {found.kl_mean:.4g}, {agreement}, {found.tokens} tokens")
     return found
@@ -137,8 +138,8 @@ def test_float32_artifacts_are_the_model(
     half = Reference(original.tokens[:4], original.hidden[:4], original.head)
     assert measure(half, artifact, f"{target} F32", exact=True).kl_mean < 1e-6
     prompt = load_tokenizer(folder).ids("The capital of France is")
-    with open_artifact(artifact, WINDOW, 2, exact=True) as child:
-        greedy = child.call("generate", prompt, 32)
+    with OpenedArtifact(artifact, WINDOW, 2, exact=True) as child:
+        greedy = child.generate(prompt, 32)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([prompt])
     made = whole.generate(ids, max_new_tokens=32, do_sample=False, attention_mask=torch.ones_like(ids))[
@@ -156,8 +157,8 @@ def test_named_mixes_are_those_of_llama_cpp(
     observed = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     importance = {name: values for name, values in observed.items() if values is not None}
     stock = tmp_path / "stock.gguf"
-    with Child("llama.cpp's quantiser", quantise, floats.weights[0], stock, mix, importance) as child:
-        assert child.result() == (0, "")
+    with Child("llama.cpp's quantiser", 8 << 30) as child:
+        assert child.run(quantise, 3600, floats.weights[0], stock, mix, importance) == (0, "")
     assert len(tensor_digests(ours)) == 272
     assert tensor_digests(ours) == tensor_digests(stock)
 

@@ -15,11 +15,12 @@ from statistics import median
 import psutil
 import pytest
 
-from exporter.child import Child
+from exporter.child import network
+from exporter.child.network import cut_network
+from exporter.child.process import Child
 from exporter.confinement import confinement as confining
-from exporter.confinement import network
 from exporter.confinement.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
-from exporter.confinement.confinement import Confined, Confinement, confined, controlled, hindrance
+from exporter.confinement.confinement import Confinement, confined, controlled, hindrance
 from exporter.confinement.limits import Limits
 from exporter.confinement.watch import proportional_bytes, shared_bytes
 from exporter.cores import available_cores
@@ -28,6 +29,7 @@ from exporter.errors import RequestError, RuntimeCrashError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here")
 MB = 1_000_000
 METHODS = ["watched", "grouped"]
+MOST_S, MOST_BYTES = 60.0, 1 << 40
 OTHERS = {"unprivileged": 65534}
 
 
@@ -50,8 +52,11 @@ class Worker:
         self._kept.append(mmap.mmap(-1, size))
         return size
 
-    def cores(self) -> set[int]:
-        return os.sched_getaffinity(0)
+    def cores(self) -> list[int]:
+        return sorted(os.sched_getaffinity(0))
+
+    def stand_still(self) -> None:
+        time.sleep(10_000)
 
     def work(self, seconds: float) -> tuple[int, float, float]:
         """Return turns of a loop, CPU seconds, and seconds in all."""
@@ -69,45 +74,40 @@ class Worker:
             return str(error)
         return "connected"
 
-    def cut(self, method: str, user: int | None) -> list[str]:
-        if user is not None:
-            os.setuid(user)
-        return network.cut_network() if method == "all" else [str(getattr(network, method)())]
-
 
 @contextmanager
-def limited(limits: Limits, method: str, load: bool = True) -> Iterator[tuple[Child, Confinement]]:
+def limited(limits: Limits, method: str) -> Iterator[tuple[Child, Confinement]]:
     """Confine a worker by the watcher and by stopping alone, or in control groups as well."""
     with (
         control_groups(controlled(limits) if method == "grouped" else {}) as groups,
-        Child("worker", Confined, os.getpid()) as child,
+        Child("worker", MOST_BYTES) as child,
         confined(child.process_id, limits, groups) as held,
     ):
         if method == "grouped" and set(held.groups) != set(controlled(limits)):
             pytest.skip("no control group may be made here")
-        if load:
-            child.call("load", Worker)
+        child.make(Worker, MOST_S)
         yield child, held
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_too_much_memory_ends_the_process(method: str) -> None:
     with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
-        assert child.call("hold", 40 * MB) == 40 * MB
+        assert child.call(Worker.hold, MOST_S, 40 * MB) == 40 * MB
         assert not held.out_of_memory
         with pytest.raises(RuntimeCrashError, match="SIGKILL"):
-            child.call("hold", 400 * MB)
+            child.call(Worker.hold, MOST_S, 400 * MB)
         assert held.out_of_memory
 
 
 def test_a_control_group_alone_ends_it_too() -> None:
-    with control_groups({"memory": 100 * MB}) as groups, Child("worker", Confined, os.getpid()) as child:
+    with control_groups({"memory": 100 * MB}) as groups, Child("worker", MOST_BYTES) as child:
         if not groups:
             pytest.skip("no control group may be made here")
-        child.call("load", Worker)
+        child.make(Worker, MOST_S)
+        child.ready()
         assert groups["memory"].add(child.process_id)
         with pytest.raises(RuntimeCrashError, match="SIGKILL"):
-            child.call("hold", 400 * MB)
+            child.call(Worker.hold, MOST_S, 400 * MB)
         assert groups["memory"].killed
 
 
@@ -116,14 +116,14 @@ def test_mapped_pages_count_and_reserved_ones_do_not(method: str, tmp_path: Path
     file = tmp_path / "weights"
     file.write_bytes(os.urandom(1 << 20) * 200)
     with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
-        assert child.call("reserve", 10_000 * MB)
+        assert child.call(Worker.reserve, MOST_S, 10_000 * MB)
         time.sleep(0.1)
-        assert child.call("hold", MB) == MB
+        assert child.call(Worker.hold, MOST_S, MB) == MB
         assert 5 * MB < held.watch.peak_bytes < 60 * MB
         with pytest.raises(RuntimeCrashError):
-            child.call("map", file)
+            child.call(Worker.map, MOST_S, file)
             time.sleep(1)
-            child.call("hold", MB)
+            child.call(Worker.hold, MOST_S, MB)
         assert held.out_of_memory
 
 
@@ -133,7 +133,7 @@ def test_pages_of_the_artifact_count_in_full_whoever_else_maps_them(tmp_path: Pa
     worker = Worker()
     worker.map(file)
     with limited(Limits(), "watched") as (child, _):
-        child.call("map", file)
+        child.call(Worker.map, MOST_S, file)
         shared = shared_bytes(child.process_id, [file])
         assert shared == pytest.approx(32 << 20, rel=0.02)
         assert proportional_bytes(child.process_id) + shared > 64 << 20
@@ -143,10 +143,10 @@ def test_pages_of_the_artifact_count_in_full_whoever_else_maps_them(tmp_path: Pa
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_never_ends_is_ended(method: str, share: float) -> None:
-    with limited(Limits(cpu_share=share, timeout_s=2), method, load=False) as (child, held):
+    with limited(Limits(cpu_share=share, timeout_s=2), method) as (child, held):
         started = time.monotonic()
         with pytest.raises(RuntimeCrashError, match="SIGKILL"):
-            child.call("load", time.sleep, 10_000)
+            child.call(Worker.stand_still, MOST_S)
         assert time.monotonic() - started < 20
         assert (held.watch.ended, held.out_of_memory) == ("time", False)
 
@@ -165,7 +165,7 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
         limited(Limits(cores=1), "watched") as (free, _),
         limited(Limits(cores=1, cpu_share=0.5), method) as (slow, held),
     ):
-        both = [(free.call("work", 0.2), slow.call("work", 0.2)) for _ in range(30)]
+        both = [(free.call(Worker.work, MOST_S, 0.2), slow.call(Worker.work, MOST_S, 0.2)) for _ in range(30)]
     as_quick = median((slow_turns / slow_cpu) / (turns / cpu) for (turns, cpu, _), (slow_turns, slow_cpu, _) in both)
     granted = median(cpu / wall for (_, cpu, wall), _ in both)
     speed = as_quick * median(cpu / wall for _, (_, cpu, wall) in both)
@@ -180,8 +180,21 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
 
 def test_cores_are_those_that_are_granted() -> None:
     with limited(Limits(cores=1), "watched") as (child, _):
-        assert len(child.call("cores")) == 1
+        assert len(child.call(Worker.cores, MOST_S)) == 1
     assert Limits(cores=200).usable_cores == available_cores()
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+CUT = """
+import os
+from exporter.child import network
+from tests.unit.test_confinement import Worker
+print(Worker().reach({port}))
+if {user} is not None:
+    os.setuid({user})
+print(network.{method}())
+print(Worker().reach({port}))
+"""
 
 
 @pytest.mark.parametrize("user", [None, OTHERS["unprivileged"]])
@@ -189,38 +202,36 @@ def test_cores_are_those_that_are_granted() -> None:
 def test_either_method_cuts_the_network(method: str, says: str, user: int | None) -> None:
     if user is not None and os.geteuid():
         pytest.skip("only root can become another user")
-    with socket.create_server(("127.0.0.1", 0)) as server, Child("worker", Open) as child:
-        port = server.getsockname()[1]
-        assert child.call("reach", port) == "connected"
-        if child.call("cut", method, user) == ["False"]:
-            pytest.skip(f"{method} is not to be had here")
-        assert says in child.call("reach", port)
-
-
-class Open(Worker):
-    """A worker that keeps the network."""
-
-    serves = True
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = CUT.format(user=user, method=method, port=server.getsockname()[1])
+        made = subprocess.run(
+            [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True
+        )
+    before, cut, after = made.stdout.splitlines()
+    assert before == "connected"
+    if cut == "False":
+        pytest.skip(f"{method} is not to be had here")
+    assert says in after
 
 
 def test_a_socket_call_inside_fails() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, limited(Limits(), "watched") as (child, _):
-        assert child.call("network_methods") != []
-        assert child.call("reach", server.getsockname()[1]) != "connected"
+        assert child.run(cut_network, MOST_S) != []
+        assert child.call(Worker.reach, MOST_S, server.getsockname()[1]) != "connected"
 
 
 def test_without_a_method_the_network_is_not_said_to_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_leave", lambda: False)
     monkeypatch.setattr(network, "_refuse_sockets", lambda: False)
     monkeypatch.setattr(network, "reaches_network", lambda: False)
-    assert network.cut_network() == []
+    cut = cut_network.__wrapped__
+    assert cut() == []
     monkeypatch.setattr(network, "_leave", lambda: True)
-    assert network.cut_network() == ["network namespace"]
+    assert cut() == ["network namespace"]
     monkeypatch.setattr(network, "reaches_network", lambda: True)
-    assert network.cut_network() == []
-    monkeypatch.setattr(network.platform, "machine", lambda: "s390x")
+    assert cut() == []
     monkeypatch.undo()
-    monkeypatch.setattr(network.platform, "machine", lambda: "s390x")
+    monkeypatch.setattr(network, "ARCHITECTURES", {})
     assert not network._refuse_sockets()
 
 
@@ -236,18 +247,20 @@ def texts() -> tuple[str, str]:
 PROGRAM = """
 import os, signal, sys, time
 from exporter.confinement.cgroup import control_groups
-from exporter.confinement.confinement import Confined, confined, controlled
+from exporter.confinement.confinement import confined, controlled
 from exporter.confinement.limits import Limits
-from exporter.child import Child
+from exporter.child.process import Child
+from tests.unit.test_confinement import Worker
 if __name__ == "__main__":
     # What runs the tests in the background has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     limits = Limits(memory_bytes=500_000_000, cpu_share=0.5)
-    with control_groups(controlled(limits)) as groups, Child("worker", Confined, os.getpid()) as child:
+    with control_groups(controlled(limits)) as groups, Child("worker", 1 << 40) as child:
         with confined(child.process_id, limits, {"memory": groups["memory"]} if groups else {}):
-            child.result()
+            child.make(Worker, 60)
+            child.ready()
             print(child.process_id, flush=True)
-            child.call("load", time.sleep, 10_000)
+            child.call(Worker.stand_still, 60)
 """
 
 
@@ -255,9 +268,8 @@ if __name__ == "__main__":
 def test_nothing_is_left_when_the_exporter_ends_early(number: signal.Signals, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
-        [sys.executable, program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, program], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as running:
         assert running.stdout is not None
         worker = psutil.Process(int(running.stdout.readline()))
@@ -275,8 +287,8 @@ def test_nothing_is_left_when_the_exporter_ends_early(number: signal.Signals, tm
 
 
 def test_a_child_whose_parent_is_gone_ends(tmp_path: Path) -> None:
-    with Child("worker", Confined, 1) as child, pytest.raises(RuntimeCrashError, match="exit code 1"):
-        child.result()
+    program = "from exporter.child.serve import serve; serve(0, 1, 1)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 1
 
 
 V1 = """\

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from exporter.child import Child
+from exporter.child.process import Child
 from exporter.errors import ExporterError, InputError
+from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.ends import special_ids
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer, try_tokenizer
@@ -89,9 +90,7 @@ def ends_well(folder: Path, scratch: Path) -> bool:
 
 
 class Genai:
-    """Load and use the text of a folder; serves a `Child`."""
-
-    serves = True
+    """Load and use the text of a folder, in a `Child`."""
 
     def use(self, folder: Path) -> None:
         GenaiText(Artifact("onnx", folder, ())).tokenize("hello <|im_end|> world")
@@ -102,12 +101,13 @@ def test_files_of_any_content(folder: Path, tmp_path: Path, name: str) -> None:
     copy, scratch = Path(shutil.copytree(folder, tmp_path / "model")), tmp_path / "scratch"
     content, chance = json.loads((folder / name).read_text()), random.Random(name)
     made = 0
-    with Child("onnxruntime-genai", Genai) as child:
+    with Child("onnxruntime-genai", TEXT_BYTES) as child:
+        child.make(Genai, LOAD_S)
         for _ in range(MUTATIONS):
             (copy / name).write_text(json.dumps(mutated(content, chance)))
             if ends_well(copy, scratch):
                 made += 1
-                child.call("use", scratch, timeout_s=20)
+                child.call(Genai.use, 20, scratch)
     # transformers does not look into special_tokens_map.json where tokenizer_config.json says as much.
     assert made > 0 and (made < MUTATIONS or name == "special_tokens_map.json")
     for damaged in NOT_OBJECTS:

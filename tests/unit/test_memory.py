@@ -25,7 +25,7 @@ from exporter.device.memory import (
 )
 from exporter.errors import RequestError
 from exporter.model.sources import open_model
-from exporter.targets.artifact import open_artifact
+from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from exporter.weights.format import WeightFormat
 from exporter.weights.ggml import ggml_format
@@ -114,8 +114,8 @@ def test_small_models_take_what_is_foretold(tmp_path: Path, target: str, type: s
         peak = made.estimated_peak(model, decisions, 1024)
     assert peak.cache_bytes == 2 * 1024 * 2 * 2 * 16 * (2 if target == "gguf" else 4)
     prompt = np.random.default_rng(0).integers(2, VOCAB - 20, 990).tolist()
-    with open_artifact(artifact, 1024, 1) as child:
-        timing = child.call("measure", prompt, 4, 1)
+    with OpenedArtifact(artifact, 1024, 1) as child:
+        timing = child.measure(prompt, 4, 1)
     overhead = LLAMA_CPP if target == "gguf" else ONNXRUNTIME
     assert peak.process_bytes >= overhead.process_bytes
     # The child imports what started the tests besides; the pages of libraries differ by some 25 MB from run to run.
@@ -131,9 +131,9 @@ def test_prompts_in_chunks_end_in_the_same_text(tmp_path: Path) -> None:
         (tmp_path / "made").mkdir()
         artifact = made.lower(CompressedModel(model, made.decide(model, "F32", "rtn"), None), "F32", tmp_path / "made")
     prompt = np.random.default_rng(0).integers(2, VOCAB - 20, 300).tolist()
-    with open_artifact(artifact, 400, 1) as child:
-        last = child.call("logits", prompt, len(prompt) - 1)
-        made_in_chunks = child.call("generate", prompt, 1)
+    with OpenedArtifact(artifact, 400, 1) as child:
+        last = child.logits(prompt, len(prompt) - 1)
+        made_in_chunks = child.generate(prompt, 1)
     assert made_in_chunks == [int(last[-1].argmax())] or int(last[-1].argmax()) == 1
 
 

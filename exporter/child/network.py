@@ -6,10 +6,10 @@ Both need no privilege where the system allows user namespaces and seccomp; each
 import ctypes
 import errno
 import os
-import platform
 import socket
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -25,10 +25,12 @@ X32_CALLS = 0x40000000
 NOWHERE = ("192.0.2.1", 9)
 
 
+@cache
 def cut_network() -> list[str]:
     """Take the network away from this process for good, and return the methods that did it; none where none works.
 
-    The process must have one thread; threads and processes that it starts later have no network either.
+    It is done once; later calls return the same. The process must have one thread; threads and processes that it starts
+    later have no network either.
     """
     if sys.platform != "linux":
         return []
@@ -70,9 +72,9 @@ class _Program(ctypes.Structure):
 
 def _refuse_sockets() -> bool:
     """Let socket() fail with EPERM from here on, Unix sockets included: a daemon behind one may have a network."""
-    if platform.machine() not in ARCHITECTURES:
+    if os.uname().machine not in ARCHITECTURES:
         return False
-    architecture, socket_call = ARCHITECTURES[platform.machine()]
+    architecture, socket_call = ARCHITECTURES[os.uname().machine]
     instructions = (
         (LOAD, 0, 0, 4),  # seccomp_data.arch
         (JUMP_IF_EQUAL, 0, 5, architecture),

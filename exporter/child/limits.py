@@ -1,0 +1,56 @@
+"""Limits that a child process puts on itself before it does its work."""
+
+import ctypes
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from exporter.cores import available_cores
+
+PR_SET_PDEATHSIG = 1
+
+
+def end_with(parent: int) -> None:
+    """Let the system end this process when its parent dies, even where it stands still at the time."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def leave_no_core() -> None:
+    """Let the system write no image of this process where it dies."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Let this process write to no more than so many bytes of memory beyond what it has, nor to more than there are.
+
+    The limit is that of data: the address space is no measure, since runtimes map files and reserve more than they use.
+    Only Linux holds a process to it.
+    """
+    if sys.platform != "linux":
+        return
+    page = os.sysconf("SC_PAGESIZE")
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * page
+    _lower(resource.RLIMIT_DATA, min(held + more_bytes, os.sysconf("SC_PHYS_PAGES") * page))
+
+
+def limit_cpu(seconds: float) -> None:
+    """Let the system end this process once it has used all its cores for so many seconds from now."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    # Whole seconds; the parent's deadline comes first.
+    allowed = math.ceil(time.process_time() + seconds * available_cores()) + 1
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, most))
+
+
+def _lower(limit: int, most: int) -> None:
+    before = [one for one in resource.getrlimit(limit) if one != resource.RLIM_INFINITY]
+    lowest = min([most, *before])
+    resource.setrlimit(limit, (lowest, lowest))

@@ -1,0 +1,83 @@
+"""What runs in a child process: it gives up the network, then answers one request after the other."""
+
+import importlib
+import operator
+import time
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from exporter.child.limits import end_with, leave_no_core, limit_cpu, limit_memory
+from exporter.child.messages import Arrays, Json, Room, kind_of, receive, send
+from exporter.child.network import cut_network
+from exporter.errors import ExporterError, RuntimeCrashError
+
+# The parent is trusted, and the memory of this process limited.
+REQUEST = Room(header=1 << 30, arrays=1 << 33)
+
+
+def serve(descriptor: int, parent: int, memory_bytes: int) -> None:
+    """Answer requests until the pipe is closed.
+
+    Args:
+        descriptor: This end of the pipe.
+        parent: Process id of the parent.
+        memory_bytes: Most memory beyond what the libraries take that the first request needs.
+    """
+    end_with(parent)
+    cut_network()
+    leave_no_core()
+    server = _Server(memory_bytes)
+    while True:
+        try:
+            header, arrays = receive(descriptor, REQUEST)
+            send(descriptor, *server.answer(header, arrays))
+        except (EOFError, OSError):
+            return
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time that this process has used, all threads together."""
+    return time.process_time()
+
+
+class _Server:
+    def __init__(self, memory_bytes: int) -> None:
+        self._memory_bytes: int | None = memory_bytes
+        self._made: object = None
+
+    def answer(self, request: Json, arrays: Arrays) -> tuple[Json, Arrays]:
+        """Return a message that holds what was asked for, or an error."""
+        try:
+            limit_cpu(request["seconds"])
+            return self._done(request, arrays)
+        except ExporterError as error:
+            return _failed(error)
+        except MemoryError:
+            return _failed(RuntimeCrashError("it needs more memory than it may use"))
+        except Exception as error:
+            return _failed(RuntimeCrashError(f"{type(error).__name__}: {error}".rstrip(".")))
+
+    def _done(self, request: Json, arrays: Arrays) -> tuple[Json, Arrays]:
+        function, answered = self._function(request["module"], request["name"]), Arrays()
+        makes = isinstance(function, type)
+        hints = get_type_hints(function.__init__ if makes else function)
+        given = {name: kind_of(hints[name]).unpack(data, arrays) for name, data in request["arguments"].items()}
+        value = function(**given)
+        if makes:
+            self._made, value = value, None
+        return {"value": kind_of(None if makes else hints["return"]).pack(value, answered)}, answered
+
+    def _function(self, module: str | None, name: str) -> Callable[..., Any]:
+        """Return a method of what was made, or a function or class of a module."""
+        if module is None:
+            method: Callable[..., Any] = getattr(self._made, name)
+            return method
+        function: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module(module))
+        if self._memory_bytes is not None:
+            limit_memory(self._memory_bytes)
+            self._memory_bytes = None
+        return function
+
+
+def _failed(error: ExporterError) -> tuple[Json, Arrays]:
+    return {"error": type(error).__name__, "message": str(error)}, Arrays()
