@@ -10,7 +10,7 @@ from exporter.errors import InputError, RequestError
 from exporter.memory_limit import memory_limited
 from exporter.model.chat import RENDER_BYTES, Chat, Rendered
 
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 class GenaiTokenizer:
