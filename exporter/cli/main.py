@@ -254,7 +254,8 @@ def unpack(
     from exporter.cli import show
     from exporter.coding.container import original_of, restore_file
 
-    if (file / "manifest.json").is_file():
+    if file.is_dir():
+        require_bundle(file)
         with show.progress(enabled=not as_json) as progress:
             unpack_bundle(file, output, progress)
         show.document({"bundle": str(output)}, as_json, lambda: print(f"{output}: every byte as its manifest lists it"))
