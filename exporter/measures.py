@@ -18,6 +18,8 @@ class Document(BaseModel):
 
 D = TypeVar("D", bound=Document)
 MOST_SHOWN = 200
+# The report on 126 layers has 15,000 commas.
+MOST_COMMAS = 1 << 16
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # No number of things or bytes is larger, and every program holds it.
 Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -27,8 +29,15 @@ def from_json(kind: type[D], text: str | bytes, where: object) -> D:
     """Parse a document of the given kind from untrusted text.
 
     Raises:
-        InputError: the text is not JSON, or not of the kind's schema.
+        InputError: the text is not JSON, has very many values, or is not of the kind's schema.
     """
+    # Each value takes a hundred bytes, and errors quote them.
+    commas = text.count(",") if isinstance(text, str) else text.count(b",")
+    if commas > MOST_COMMAS:
+        raise InputError(
+            f"not a {kind.__name__} document: it has too many values", where=where, got=f"{commas:,} commas",
+            expected=f"at most {MOST_COMMAS:,}",
+        )  # fmt: skip
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:

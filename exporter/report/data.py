@@ -12,6 +12,7 @@ from pydantic import FailFast, Field, model_validator
 from exporter.coding.chunk import Profile
 from exporter.measures import Check, Count, Document, Pruning, Quantity, Status
 
+Sentences = Annotated[tuple[str, ...], FailFast()]
 Verdict = Literal["passed", "failed", "incomplete"]
 
 
@@ -32,7 +33,7 @@ class ModelFacts(Document):
     architecture: str
     parameters: Count
     digest: str
-    warnings: tuple[str, ...] = ()
+    warnings: Sentences = ()
 
 
 class TensorRow(Document):
@@ -141,7 +142,7 @@ class Recipe(Document):
     seed: Count
     context: Count
     transport: Profile | None = None
-    remarks: tuple[str, ...] = ()
+    remarks: Sentences = ()
 
 
 class DeviceCheck(Document):

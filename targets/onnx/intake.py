@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from exporter.coding.container import original_of, restored_chunks
@@ -23,9 +23,10 @@ from exporter.targets.onnx.settings import (
 )
 from exporter.targets.onnx.tokenize import OTHER_TEMPLATES, TEMPLATE
 
-# A settings file of ours has some 2 kB; a graph of 126 layers, the most of any model known, has 2.2 MB.
-MOST_SETTINGS_BYTES, MOST_GRAPH_BYTES = 1 << 20, 8 << 20
-MOST_PARTS = 50_000
+# A settings file of ours has some 2 kB; a graph of 126 layers, the most of any model known, has 2.2 MB. What is parsed
+# can take a hundred times as much memory.
+MOST_SETTINGS_BYTES, MOST_GRAPH_BYTES = 1 << 20, 4 << 20
+MOST_PARTS, MOST_ATTRIBUTES = 50_000, 64
 # Operators that compute, and do nothing else: none loads a library, reads a file, or holds a graph of its own.
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset({
@@ -38,7 +39,13 @@ OPERATORS: dict[str, frozenset[str]] = {
         "SkipSimplifiedLayerNormalization",
     }),
 }  # fmt: skip
-GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+# What these may hold besides; the rest of what ONNX knows is for code, and for what runtimes are told.
+FIELDS: dict[type[Message], frozenset[str]] = {
+    ModelProto: frozenset({"ir_version", "opset_import", "producer_name", "producer_version", "graph"}),
+    GraphProto: frozenset({"name", "node", "initializer", "input", "output", "value_info"}),
+    NodeProto: frozenset({"name", "op_type", "domain", "input", "output", "attribute"}),
+    AttributeProto: frozenset({"name", "type", "f", "i", "s", "t", "floats", "ints", "strings"}),
+}
 PLACE = {"location", "offset", "length"}
 NEXT_STEP = "get the bundle again"
 
@@ -101,11 +108,12 @@ def require_known(model: ModelProto, data_bytes: int, where: Path) -> None:
     Raises:
         InputError: it has an operator, a function, a nested graph or another place of data that no graph of ours has.
     """
-    graph = model.graph
+    graph, size = model.graph, model.ByteSize()
+    _require(size <= MOST_GRAPH_BYTES, where, "the graph is too large", size, f"at most {MOST_GRAPH_BYTES:,} bytes")
     parts = len(graph.node) + len(graph.initializer) + len(graph.input) + len(graph.output) + len(graph.value_info)
     _require(parts <= MOST_PARTS, where, "the graph has too many parts", parts, f"at most {MOST_PARTS:,}")
-    more = len(model.functions) + len(model.training_info) + len(graph.sparse_initializer) + len(model.metadata_props)
-    _require(not more, where, "the graph has functions, training steps, sparse tensors or entries for a runtime")
+    _require_fields(model, where)
+    _require_fields(graph, where)
     domains = {opset.domain for opset in model.opset_import}
     _require(domains <= set(OPERATORS), where, "the graph has operators of another domain", sorted(domains)[:4])
     for node in graph.node:
@@ -115,18 +123,30 @@ def require_known(model: ModelProto, data_bytes: int, where: Path) -> None:
 
 
 def _require_operator(node: NodeProto, where: Path) -> None:
-    known = node.op_type in OPERATORS.get(node.domain, ()) and not node.overload
+    _require_fields(node, where)
+    known = node.op_type in OPERATORS.get(node.domain, ())
     _require(known, where, "the graph has an operator that is not known here", f"{node.domain}:{node.op_type}"[:80])
+    count = len(node.attribute)
+    _require(count <= MOST_ATTRIBUTES, where, "an operator of the graph has too many attributes", count)
     for attribute in node.attribute:
-        plain = attribute.type not in GRAPHS and not attribute.HasField("g") and not attribute.graphs
-        _require(plain, where, "an operator of the graph holds a graph of its own", node.op_type)
-        inside = not attribute.HasField("t") or attribute.t.data_location == TensorProto.DEFAULT
-        inside = inside and not attribute.tensors and not attribute.ref_attr_name
+        _require_fields(attribute, where)
+        inside = not attribute.HasField("t") or not _is_elsewhere(attribute.t)
         _require(inside, where, "an operator of the graph takes its values from elsewhere", node.op_type)
 
 
+def _require_fields(message: Message, where: Path) -> None:
+    """Refuse what no graph of ours has: functions, graphs within operators, entries for a runtime, and so on."""
+    known = FIELDS[type(message)]
+    more = next((field.name for field, _ in message.ListFields() if field.name not in known), None)
+    _require(more is None, where, f"the graph has another form of {type(message).__name__}", more, "no such field")
+
+
+def _is_elsewhere(tensor: TensorProto) -> bool:
+    return tensor.data_location != TensorProto.DEFAULT or bool(tensor.external_data)
+
+
 def _require_place(tensor: TensorProto, data_bytes: int, where: Path) -> None:
-    if tensor.data_location == TensorProto.DEFAULT and not tensor.external_data:
+    if not _is_elsewhere(tensor):
         return
     place = {entry.key: entry.value for entry in tensor.external_data}
     plain = len(place) == len(tensor.external_data) and set(place) == PLACE and place["location"] == DATA_FILE
