@@ -1,7 +1,5 @@
 """Using a finished bundle: talking to it and testing it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from exporter.bundle.opening import UNPACK, opened_bundle, shipped
 from exporter.bundle.reading import read_document, read_manifest
 from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
-from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.errors import RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.chat import as_taken, render
@@ -68,7 +66,7 @@ def answer(
         RequestError: a chat is asked of a model without a chat template that takes it, a speed of a bundle that is not
             coded, or more than the machine can do.
     """
-    with opened_bundle(bundle, may_be_coded=True, check=check) as artifact, blaming(bundle):
+    with opened_bundle(bundle, may_be_coded=True, check=check) as artifact:
         if tokens_per_s is not None and not artifact.coded:
             raise RequestError(
                 "the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode"
@@ -80,22 +78,6 @@ def answer(
                 child.call("keep_up", tokens_per_s)
             made: str = child.call("text", child.call("generate", given, tokens))
             return Answer(made.strip(), child.call("residence") if artifact.coded else None)
-
-
-@contextmanager
-def blaming(bundle: Path) -> Iterator[None]:
-    """Say of a runtime that dies of a bundle that the bundle is bad: the runtime ran when it was made.
-
-    Raises:
-        InputError: see above.
-    """
-    try:
-        yield
-    except RuntimeCrashError as error:
-        raise InputError(
-            "the bundle's model cannot be run", where=bundle, got=error,
-            next_step="see edge-exporter verify, and get the bundle again",
-        ) from error  # fmt: skip
 
 
 def as_chat(artifact: Artifact, prompt: str) -> str:
@@ -127,7 +109,6 @@ def self_test(bundle: Path, threads: int) -> Check:
         return Check(name="selftest", status="not run", detail=f"the bundle's model is coded: {UNPACK}")
     with (
         opened_bundle(bundle, may_be_coded=True, check=False) as artifact,
-        blaming(bundle),
         open_artifact(artifact, max(64, len(test.prompt)), threads) as child,
     ):
         return run_self_test(test, partial(child.call, "logits"))
@@ -159,7 +140,7 @@ def emulate_bundle(
         RequestError: a limit is impossible.
     """
     profile = load_device(device)
-    with opened_bundle(bundle) as artifact, blaming(bundle):
+    with opened_bundle(bundle) as artifact:
         granted = device_limits(profile, artifact.file_bytes)
         limits = Limits(
             granted.memory_bytes if memory_bytes is None else memory_bytes,

@@ -13,7 +13,7 @@ from exporter.bundle.digests import read_listed, require_listed, require_sizes
 from exporter.bundle.manifest import FileEntry, Manifest, places_of, standing_for
 from exporter.bundle.reading import read_manifest, unreadable
 from exporter.coding.container import original_of
-from exporter.errors import InputError, RequestError
+from exporter.errors import ExporterError, InputError, RequestError, RuntimeCrashError
 from exporter.private import private_folder
 from exporter.targets.artifact import Artifact, runs_coded
 from exporter.targets.intake import Read, intake_of
@@ -45,7 +45,8 @@ def opened_bundle(bundle: Path, may_be_coded: bool = False, check: bool = True) 
         check: Compare the model's files with the SHA-256 that the manifest lists, not only their sizes.
 
     Raises:
-        InputError: a file is missing, is not as listed, or asks a runtime for what no bundle of ours does.
+        InputError: a file is missing, is not as listed, or asks a runtime for what no bundle of ours does; or what is
+            done in the block finds fault with the bundle, or kills a runtime.
         RequestError: one is coded.
     """
     manifest = read_manifest(bundle)
@@ -57,7 +58,19 @@ def opened_bundle(bundle: Path, may_be_coded: bool = False, check: bool = True) 
     if check:
         require_listed(bundle, (file.standing for file in files if _name(file.entry) is not None))
     with admitted(bundle, manifest, files) as artifact:
-        yield artifact
+        try:
+            yield artifact
+        except (InputError, RuntimeCrashError) as error:
+            raise _of_the_bundle(error, artifact, bundle) from error
+
+
+def _of_the_bundle(error: ExporterError, artifact: Artifact, bundle: Path) -> InputError:
+    """Return an error with the bundle's own paths. What a runtime dies of is the bundle's fault: it ran once."""
+    said = str(error).replace(str(artifact.folder), str(bundle / MODEL))
+    if isinstance(error, InputError):
+        return InputError(said)
+    next_step = "see edge-exporter verify, and get the bundle again"
+    return InputError("the bundle's model cannot be run", where=bundle, got=said, next_step=next_step)
 
 
 def shipped(bundle: Path, manifest: Manifest) -> list[Shipped]:
