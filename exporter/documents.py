@@ -9,17 +9,18 @@ from pathlib import Path
 import psutil
 
 from exporter import __version__
-from exporter.bundle.manifest import Header, Provenance
+from exporter.bundle.manifest import Header, Provenance, presentable
 from exporter.calibrate.text import Windows
 from exporter.coding.container import CodedSize
 from exporter.compress.compressed import CompressedModel
-from exporter.device.fit import check_fit
+from exporter.device.fit import FILE_SIZE, check_fit
 from exporter.job import Job
 from exporter.measures import Basis, Check, Quantity
 from exporter.model.model import Model
 from exporter.plan import Plan
 from exporter.report.data import (
     Accuracy,
+    DeviceCheck,
     HostFacts,
     Measurements,
     Memory,
@@ -36,7 +37,7 @@ from exporter.report.data import (
 from exporter.report.html import render_html
 from exporter.stages import Stages
 from exporter.targets.artifact import Artifact
-from exporter.validate.emulation import Emulation
+from exporter.validate.emulation import NEVER_FAILING, Emulation
 from exporter.validate.proof import Proof
 from exporter.validate.selftest import SelfTest
 
@@ -62,6 +63,7 @@ def describe(
 ) -> tuple[Report, Measurements]:
     """Return report and measurements of a finished job."""
     model = compressed.model
+    measurements = _measurements(plan, artifact, proof, emulation, stages)
     recipe = Recipe(
         scheme=plan.scheme,
         method=plan.method,
@@ -83,9 +85,14 @@ def describe(
         size=_size(artifact, coded, model),
         accuracy=_accuracy(proof, evaluation, compressed),
         checks=proof.checks,
+        device_checks=tuple(
+            DeviceCheck.of(check, exact=check.name == FILE_SIZE)
+            for check in measurements.checks
+            if check.name not in NEVER_FAILING
+        ),
         tensors=_rows(compressed),
     )
-    return report, _measurements(plan, artifact, proof, emulation, stages)
+    return report, measurements
 
 
 def _measured(value: float, unit: str, basis: Basis = "measured") -> Quantity:
@@ -211,7 +218,7 @@ def header(job: Job, model: Model, report: Report) -> Header:
     """Return what the manifest says besides its files."""
     versions = library_versions()
     return Header(
-        name=model.name,
+        name=presentable(model.name),
         target=report.target,
         device=report.device,
         runtime={name: versions[name] for name in RUNTIMES.get(report.target, ()) if name in versions},

@@ -1,8 +1,10 @@
-"""Numbers that say how they are known, and checks against limits."""
+"""Documents that are read strictly, numbers that say how they are known, and checks against limits."""
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.errors import InputError
 
 Basis = Literal["measured", "emulated", "estimated", "published"]
 Status = Literal["passed", "failed", "not run"]
@@ -12,6 +14,40 @@ class Document(BaseModel):
     """Base of all that is written to or read from a file: strict, frozen, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+D = TypeVar("D", bound=Document)
+MOST_SHOWN = 200
+# The report on 126 layers has 15,000 commas.
+MOST_COMMAS = 1 << 16
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# No number of things or bytes is larger, and every program holds it.
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+
+
+def from_json(kind: type[D], text: str | bytes, where: object) -> D:
+    """Parse a document of the given kind from untrusted text.
+
+    Raises:
+        InputError: the text is not JSON, has very many values, or is not of the kind's schema.
+    """
+    # Each value takes a hundred bytes, and errors quote them.
+    commas = text.count(",") if isinstance(text, str) else text.count(b",")
+    if commas > MOST_COMMAS:
+        raise InputError(
+            f"not a {kind.__name__} document: it has too many values", where=where, got=f"{commas:,} commas",
+            expected=f"at most {MOST_COMMAS:,}",
+        )  # fmt: skip
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])[:MOST_SHOWN]
+        raise InputError(
+            f"not a {kind.__name__} document: {key or 'the text'}: {first['msg']}",
+            where=where,
+            next_step="get the bundle again, or use the version of edge-exporter that made it",
+        ) from error
 
 
 class Quantity(Document):

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from exporter.bundle.manifest import FileEntry, Manifest, places_of, standing_for
-from exporter.bundle.verify import read_manifest
+from exporter.bundle.manifest import SELFTEST
+from exporter.bundle.opening import UNPACK, opened_bundle, shipped
+from exporter.bundle.reading import read_document, read_manifest
 from exporter.confinement.limits import Limits, device_limits
 from exporter.device.profile import load_device
-from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.errors import RequestError, RuntimeCrashError
 from exporter.job import Progress, silent
 from exporter.measures import Check
 from exporter.model.chat import as_taken, render
-from exporter.report.data import from_json
 from exporter.targets.artifact import Artifact, runs_coded
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Residence
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # it brings transformers along
     from exporter.calibrate.text import Tokens
 
 WITHOUT_CHAT = "leave out --chat"
-UNPACK = "restore it with edge-exporter unpack"
 
 
 @dataclass(frozen=True)
@@ -42,44 +41,14 @@ class Answer:
     residence: Residence | None
 
 
-def open_bundle(bundle: Path, may_be_coded: bool = False) -> Artifact:
-    """Return the artifact of a bundle whose files have the sizes that its manifest states.
-
-    Args:
-        bundle: The bundle's folder.
-        may_be_coded: Take coded files as they are, where the target runs them.
-
-    Raises:
-        InputError: a file is missing or truncated.
-        RequestError: one is coded.
-    """
-    manifest = read_manifest(bundle)
-    files = _standing(bundle, manifest)
-    coded = [file.path for entry, file in files if file is not entry]
-    if coded and not (may_be_coded and runs_coded(manifest.target)):
-        raise RequestError("the bundle's model is coded", where=bundle / coded[0], next_step=UNPACK)
-    for _, file in files:
-        path = bundle / file.path
-        size = path.stat().st_size if path.is_file() else None
-        if size != file.size:
-            raise InputError("a file of the bundle is missing or truncated", where=path, got=size, expected=file.size)
-    weights = tuple(bundle / file.path for _, file in files if file.role == "model")
-    if coded and len(coded) < len(weights):
-        raise RequestError(
-            "only some of the model's files are coded", where=bundle, got=", ".join(coded), next_step=UNPACK
-        )
-    return Artifact(manifest.target, bundle / "model", weights, bool(coded))
-
-
-def _standing(bundle: Path, manifest: Manifest) -> list[tuple[FileEntry, FileEntry]]:
-    """Return every file of a bundle, and what stands for it."""
-    places = (place for entry in manifest.files for place in places_of(entry))
-    present = {place for place in places if (bundle / place).is_file()}
-    return [(entry, standing_for(entry, present)) for entry in manifest.files]
-
-
 def answer(
-    bundle: Path, prompt: str, tokens: int, chat: bool, threads: int, tokens_per_s: float | None = None
+    bundle: Path,
+    prompt: str,
+    tokens: int,
+    chat: bool,
+    threads: int,
+    tokens_per_s: float | None = None,
+    check: bool = True,
 ) -> Answer:
     """Return the bundle's greedy continuation of a prompt; a coded one is decoded as it runs, where its target can.
 
@@ -90,21 +59,25 @@ def answer(
         chat: Put the prompt into the model's chat template.
         threads: Threads of the runtime.
         tokens_per_s: Of a coded bundle, keep as many weights plain as generating so fast takes.
+        check: Compare the model's files with the manifest first.
 
     Raises:
+        InputError: a file of the bundle is not as its manifest lists it, or no runtime takes it.
         RequestError: a chat is asked of a model without a chat template that takes it, a speed of a bundle that is not
             coded, or more than the machine can do.
     """
-    artifact = open_bundle(bundle, may_be_coded=True)
-    if tokens_per_s is not None and not artifact.coded:
-        raise RequestError("the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode")
-    text = as_chat(artifact, prompt) if chat else prompt
-    with OpenedArtifact(artifact, 2048, threads) as opened:
-        given = opened.tokenize(text)
-        if tokens_per_s is not None:
-            opened.keep_up(tokens_per_s)
-        made = opened.text(opened.generate(given, tokens))
-        return Answer(made.strip(), opened.residence() if artifact.coded else None)
+    with opened_bundle(bundle, may_be_coded=True, check=check) as artifact:
+        if tokens_per_s is not None and not artifact.coded:
+            raise RequestError(
+                "the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode"
+            )
+        text = as_chat(artifact, prompt) if chat else prompt
+        with OpenedArtifact(artifact, 2048, threads) as opened:
+            given = opened.tokenize(text)
+            if tokens_per_s is not None:
+                opened.keep_up(tokens_per_s)
+            made = opened.text(opened.generate(given, tokens))
+            return Answer(made.strip(), opened.residence() if artifact.coded else None)
 
 
 def as_chat(artifact: Artifact, prompt: str) -> str:
@@ -125,14 +98,19 @@ def as_chat(artifact: Artifact, prompt: str) -> str:
 
 
 def self_test(bundle: Path, threads: int) -> Check:
-    """Run the bundle's self-test in its own runtime; a coded bundle may have to be unpacked for that."""
+    """Run the self-test of a bundle that was verified in its own runtime; a coded one may have to be unpacked for that.
+
+    Raises:
+        InputError: it is no self-test of ours, or the bundle's model cannot be run.
+    """
     manifest = read_manifest(bundle)
-    if any(file is not entry for entry, file in _standing(bundle, manifest)) and not runs_coded(manifest.target):
+    test = read_document(bundle, SELFTEST, SelfTest)
+    if any(file.coded for file in shipped(bundle, manifest)) and not runs_coded(manifest.target):
         return Check(name="selftest", status="not run", detail=f"the bundle's model is coded: {UNPACK}")
-    artifact = open_bundle(bundle, may_be_coded=True)
-    path = bundle / "selftest.json"
-    test = from_json(SelfTest, path.read_bytes(), path)
-    with OpenedArtifact(artifact, max(64, len(test.prompt)), threads) as opened:
+    with (
+        opened_bundle(bundle, may_be_coded=True, check=False) as artifact,
+        OpenedArtifact(artifact, max(64, len(test.prompt)), threads) as opened,
+    ):
         return run_self_test(test, opened.logits)
 
 
@@ -162,15 +140,15 @@ def emulate_bundle(
         RequestError: a limit is impossible.
     """
     profile = load_device(device)
-    artifact = open_bundle(bundle)
-    granted = device_limits(profile, artifact.file_bytes)
-    limits = Limits(
-        granted.memory_bytes if memory_bytes is None else memory_bytes,
-        granted.cores if cores is None else cores,
-        cpu_share,
-        granted.timeout_s if timeout_s is None else timeout_s,
-    )
-    return emulate(artifact, profile, _some_ids(context)[None], context, progress, limits)
+    with opened_bundle(bundle) as artifact:
+        granted = device_limits(profile, artifact.file_bytes)
+        limits = Limits(
+            granted.memory_bytes if memory_bytes is None else memory_bytes,
+            granted.cores if cores is None else cores,
+            cpu_share,
+            granted.timeout_s if timeout_s is None else timeout_s,
+        )
+        return emulate(artifact, profile, _some_ids(context)[None], context, progress, limits)
 
 
 def _some_ids(count: int) -> "Tokens":

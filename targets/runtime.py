@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+from exporter.errors import InputError
 from exporter.targets.artifact import Artifact
 from exporter.weights.format import Float32
 
@@ -123,6 +124,17 @@ class CodedRuntime(Runtime, Protocol):
 
     def residence(self) -> Residence:
         """Return what the process took at most since the floor was set."""
+
+
+def require_tokens(tokens: list[int], vocab: int) -> None:
+    """Refuse ids that a model of so many tokens does not have.
+
+    Raises:
+        InputError: there is one.
+    """
+    wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+    if wrong is not None:
+        raise InputError("the model has no such token", got=wrong, expected=f"0 to {vocab - 1:,}")
 
 
 def resident_bytes() -> int:

@@ -94,23 +94,23 @@ class Outcome:
         )
 
 
-def measure_here(bundle: Path, settings: Settings, device: str | None) -> Outcome:
+def measure_here(bundle: Path, settings: Settings, device: str | None, check: bool = True) -> Outcome:
     """Measure a bundle on this machine, in processes of its own.
 
     Args:
         bundle: Its folder.
         settings: What is timed; threads of 0 leave the number to the profile or the cores.
         device: The profile of this machine; None asks nothing of its instructions.
+        check: Compare the model's files with the manifest first.
     """
-    subject = subject_of(bundle)
-    engine = Probe(subject, sys.executable, bundle.resolve())
-    with TemporaryDirectory(prefix="edge-exporter-") as folder:
+    with subject_of(bundle, check) as subject, TemporaryDirectory(prefix="edge-exporter-") as folder:
+        engine = Probe(subject, sys.executable, subject.loaded.folder.parent.resolve())
         place = Workplace(Here(), folder)
         machine = read_machine(place.connection)
-        check = _instructions(subject, machine, device, strict=device is not None)
+        instructions = _instructions(subject, machine, device, strict=device is not None)
         place.fill(engine.parcels(), _ignored)
         settings = _with_threads(settings, machine, device)
-        return _outcome(subject, engine, place, machine, settings, (check,), 0)
+        return _outcome(subject, engine, place, machine, settings, (instructions,), 0)
 
 
 def measure_on(bundle: Path, remote: Remote, settings: Settings, device: str | None, progress: Progress) -> Outcome:
@@ -123,7 +123,14 @@ def measure_on(bundle: Path, remote: Remote, settings: Settings, device: str | N
         device: The device's profile; None takes it for the bundle's where it has its instructions.
         progress: Called with what is done, steps done and their total.
     """
-    subject = subject_of(bundle)
+    # Bytes are compared as they are sent.
+    with subject_of(bundle, check=False) as subject:
+        return _measure_on(subject, remote, settings, device, progress)
+
+
+def _measure_on(
+    subject: Subject, remote: Remote, settings: Settings, device: str | None, progress: Progress
+) -> Outcome:
     engine: Engine = Probe(subject, remote.python)
     if remote.binary is not None or remote.address.scheme == "adb":
         engine = LlamaBench(subject, remote.binary)
@@ -134,7 +141,7 @@ def measure_on(bundle: Path, remote: Remote, settings: Settings, device: str | N
         engine.require(place.connection)
         parcels = [*subject.parcels(), *engine.parcels()]
         sent = place.fill(parcels, _counted(progress, sum(parcel.size for parcel in parcels)))
-        found = f"{len(parcels)} files on the device have the SHA-256 that the bundle lists"
+        found = f"{len(parcels)} files on the device have the SHA-256 of those that were sent"
         checks = (Check(name="bytes", status="passed", detail=found), check)
         return _outcome(subject, engine, place, machine, _with_threads(settings, machine, device), checks, sent)
 

@@ -14,7 +14,7 @@ from exporter.bench.subject import Subject
 from exporter.bundle.manifest import sha256_of
 from exporter.device.connect.connection import Answer, Connection
 from exporter.device.connect.workplace import Parcel, Workplace
-from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError
 from exporter.measures import Check
 
 PROBE = Path(__file__).with_name("probe.py")
@@ -129,7 +129,9 @@ class Probe:
         job = shlex.quote(json.dumps(self._job(place, settings)))
         place.run(f"printf %s {job} > {JOB}")
         answer = place.work(f"{self._python} {PROBE.name} {command} {JOB}", settings.limit_s)
-        _require_end(answer, place.connection)
+        # Here a model that cannot be run at all is a bad one; elsewhere it may be the device.
+        local = self._folder is not None and command == "selftest"
+        _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
     def _job(self, place: Workplace, settings: Settings) -> dict[str, object]:
@@ -232,8 +234,8 @@ class LlamaBench:
         return rows
 
 
-def _require_end(answer: Answer, connection: Connection) -> None:
-    """Refuse a program that did not end well."""
+def _require_end(answer: Answer, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
+    """Refuse a program that did not end well; one that failed by itself with the kind of error that is named."""
     where, code = connection.where, answer.code
     if code == SIGNALLED + SIGILL:
         raise RequestError(
@@ -247,7 +249,7 @@ def _require_end(answer: Answer, connection: Connection) -> None:
             next_step="its memory was probably full: close other programs there, or build a smaller bundle",
         )  # fmt: skip
     if code:
-        raise RequestError(
+        raise kind(
             "the measuring program failed on the device", where=where, got=answer.last_words,
             next_step="run the same by hand there with --keep, or see edge-exporter verify here",
         )  # fmt: skip

@@ -1,17 +1,19 @@
 """A bundle as it is measured: its files, its self-test, and what is said of it beside the results."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.bench.results import Answers
-from exporter.bundle.manifest import Manifest, sha256_of
-from exporter.bundle.verify import read_manifest
+from exporter.bundle.digests import not_as_listed
+from exporter.bundle.manifest import REPORT, SELFTEST, Manifest, sha256_of
+from exporter.bundle.opening import opened_bundle
+from exporter.bundle.reading import read_document, read_manifest
 from exporter.device.connect.workplace import Parcel
-from exporter.errors import InputError
 from exporter.measures import Check
-from exporter.report.data import Report, from_json
+from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
-from exporter.use import open_bundle
 from exporter.validate.selftest import UNSURE, SelfTest
 
 CONFIG = "model/genai_config.json"
@@ -24,7 +26,8 @@ class Subject:
     Attributes:
         bundle: Its folder.
         manifest: What it lists.
-        artifact: What a runtime loads.
+        artifact: The model's files as they lie in it.
+        loaded: The same as a runtime may load them.
         report: What the build found.
         self_test: What it must answer.
     """
@@ -32,13 +35,15 @@ class Subject:
     bundle: Path
     manifest: Manifest
     artifact: Artifact
+    loaded: Artifact
     report: Report
     self_test: SelfTest
 
     @property
     def model_files(self) -> list[str]:
         """Paths below the bundle of what a runtime reads to compute."""
-        return [one.path for one in self.manifest.files if one.role == "model" or one.path == CONFIG]
+        config = [CONFIG] if (self.loaded.folder / Path(CONFIG).name).is_file() else []
+        return [*config, *(f"model/{path.name}" for path in self.loaded.weights)]
 
     @property
     def has_adapter(self) -> bool:
@@ -46,23 +51,19 @@ class Subject:
         return any(path.endswith("adapter.gguf") for path in self.model_files)
 
     def parcels(self) -> list[Parcel]:
-        """Return the model's files as they are sent.
+        """Return the model's files as they are sent: settings as they were written anew, all else as it is listed.
 
         Raises:
             InputError: one of them is not as the manifest lists it.
         """
         made = []
-        for entry in self.manifest.files:
-            if entry.path not in self.model_files:
-                continue
-            path = self.bundle / entry.path
-            _, digest = sha256_of(path)
-            if digest != entry.sha256:
-                raise InputError(
-                    "the file is not the one that the manifest lists", where=path, got=f"SHA-256 {digest}",
-                    expected=entry.sha256, next_step="see edge-exporter verify, and get the bundle again",
-                )  # fmt: skip
-            made.append(Parcel(path, entry.path, entry.size, entry.sha256))
+        for name in self.model_files:
+            path = self.loaded.folder / Path(name).name
+            made.append(Parcel(path, name, *sha256_of(path)))
+        listed = {entry.path: entry.sha256 for entry in self.manifest.files}
+        for parcel in made:
+            if parcel.name != CONFIG and parcel.sha256 != listed[parcel.name]:
+                raise not_as_listed(self.bundle / parcel.name, parcel.sha256, listed[parcel.name])
         return made
 
     def check(self, answers: Answers) -> Check:
@@ -80,16 +81,24 @@ class Subject:
         return Check(name="selftest", status="passed" if passed else "failed", detail=detail)
 
 
-def subject_of(bundle: Path) -> Subject:
-    """Return a bundle as it is measured.
+@contextmanager
+def subject_of(bundle: Path, check: bool = True) -> Iterator[Subject]:
+    """Give a bundle as it is measured, as long as the block lasts.
+
+    Args:
+        bundle: Its folder.
+        check: Compare the model's files with the manifest first.
 
     Raises:
-        InputError: a file of it is missing, truncated or no such document.
+        InputError: a file of it is missing, not as listed, or no such document.
         RequestError: its model is coded.
     """
-    artifact, manifest = open_bundle(bundle), read_manifest(bundle)
-    report, test = bundle / "report.json", bundle / "selftest.json"
-    return Subject(
-        bundle, manifest, artifact, from_json(Report, report.read_bytes(), report),
-        from_json(SelfTest, test.read_bytes(), test),
-    )  # fmt: skip
+    manifest = read_manifest(bundle)
+    report, test = read_document(bundle, REPORT, Report), read_document(bundle, SELFTEST, SelfTest)
+    vocab = next((row.rows for row in report.tensors if row.role == "embedding"), None)
+    if vocab is not None:
+        test.require_below(vocab, bundle / SELFTEST)
+    with opened_bundle(bundle, check=check) as loaded:
+        folder = bundle / "model"
+        artifact = replace(loaded, folder=folder, weights=tuple(folder / path.name for path in loaded.weights))
+        yield Subject(bundle, manifest, artifact, loaded, report, test)

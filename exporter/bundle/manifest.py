@@ -5,12 +5,12 @@ import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, FailFast, Field, field_validator, model_validator
 
 from exporter.coding.container import SUFFIX
-from exporter.measures import Document
+from exporter.measures import Count, Document, Sha256
 from exporter.report.data import Recipe, canonical_json
 
 MANIFEST = "manifest.json"
@@ -49,26 +49,72 @@ MODEL_ROLES: dict[str, Role] = {
 CHUNK_BYTES = 1 << 20
 
 
+MOST_FILES = 1000
+MOST_PART_BYTES, MOST_PATH_BYTES, MOST_PARTS = 255, 1024, 16
+MOST_NAME = 255
+# Windows keeps these for devices, whatever follows a dot.
+WINDOWS_DEVICES = frozenset(
+    {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+    | {f"{name}{n}" for name in ("COM", "LPT") for n in "0123456789¹²³"}
+)
+UNPORTABLE = frozenset('\\:<>"|?*')
+
+
 def _portable(path: str) -> str:
-    """Return a path if it names the same file below the bundle on every system.
+    """Return a path if it names the same file below the bundle on every system, and can be no program's option.
 
     Raises:
         ValueError: it does not; pydantic turns it into its own error.
     """
-    if not path or any(character in path for character in "\\:") or not path.isprintable():
-        raise ValueError("a path must be printable, without backslash or colon")
-    for part in path.split("/"):
+    if not path.isprintable() or UNPORTABLE & set(path):
+        raise ValueError(f"a path must be printable, without any of {' '.join(sorted(UNPORTABLE))}")
+    parts = path.split("/")
+    for part in parts:
         # Windows drops a dot or space at the end of a name, so such a name can stand for another file.
         if part in {"", ".", ".."} or part[-1] in ". ":
             raise ValueError("a path must be relative, without '.', '..' or empty parts")
+        if part.startswith("-"):
+            raise ValueError("a path must have no part that begins with a hyphen")
+        if part.partition(".")[0].rstrip(" ").upper() in WINDOWS_DEVICES:
+            raise ValueError(f"a path must have no part that Windows keeps for a device, such as {part[:20]!r}")
+        if len(part.encode()) > MOST_PART_BYTES:
+            raise ValueError(f"a path must have parts of at most {MOST_PART_BYTES} bytes")
+    if len(path.encode()) > MOST_PATH_BYTES or len(parts) > MOST_PARTS:
+        raise ValueError(f"a path must have at most {MOST_PATH_BYTES:,} bytes and {MOST_PARTS} parts")
     return path
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it must be printable text on one line")
+    return text
+
+
+def presentable(name: str) -> str:
+    """Return the name of a folder, which may be any, as a bundle can have it for its title."""
+    return "".join(sign if sign.isprintable() else "?" for sign in name)[:MOST_NAME] or "?"
+
+
+def _no_path(name: str) -> str:
+    if "/" in name or "\\" in name:
+        raise ValueError("it must be a name, not a path")
+    return name
+
+
+PortablePath = Annotated[str, AfterValidator(_portable)]
+Title = Annotated[str, Field(min_length=1, max_length=MOST_NAME), AfterValidator(_printable)]
+TargetName = Annotated[str, Field(pattern="^[a-z0-9]+(-[a-z0-9]+)*$", max_length=32)]
+# A user's own profile is named by its file.
+DeviceName = Annotated[Title, AfterValidator(_no_path)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]*$", max_length=64)]
+Versions = Annotated[dict[Word, Word], Field(max_length=64)]
 
 
 class CodedForm(Document):
     """Size and SHA-256 in hex of the coded file that a bundle is shipped with in place of a file; see `places_of`."""
 
-    size: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Count
+    sha256: Sha256
 
 
 class FileEntry(Document):
@@ -76,17 +122,30 @@ class FileEntry(Document):
 
     Attributes:
         path: Below the bundle, with `/` between parts.
-        role: What it serves.
+        role: What it serves; it follows from the path.
         size: Its bytes.
         sha256: In hex.
         coded: What may stand in its place until the bundle is unpacked; None where it is shipped as it is.
     """
 
-    path: Annotated[str, AfterValidator(_portable)]
+    path: PortablePath
     role: Role
-    size: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Count
+    sha256: Sha256
     coded: CodedForm | None = None
+
+    @model_validator(mode="after")
+    def _of_its_place(self) -> Self:
+        if self.role != role_of(self.path):
+            raise ValueError(f"its place makes it a file of the role {role_of(self.path)}, not {self.role}")
+        if self.coded is not None:
+            _portable(self.path + SUFFIX)
+        return self
+
+    @classmethod
+    def of(cls, path: str, size: int, sha256: str, coded: CodedForm | None = None) -> Self:
+        """Return the entry of a file in its place."""
+        return cls(path=path, role=role_of(path), size=size, sha256=sha256, coded=coded)
 
 
 class Provenance(Document):
@@ -100,11 +159,11 @@ class Provenance(Document):
         threads: Number of threads that they were computed with.
     """
 
-    exporter: str
-    versions: dict[str, str]
-    model_digest: str
-    instruction_set: str
-    threads: Annotated[int, Field(ge=1)]
+    exporter: Word
+    versions: Versions
+    model_digest: Word
+    instruction_set: Word
+    threads: Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class Header(Document):
@@ -119,20 +178,28 @@ class Header(Document):
         provenance: What made the bundle.
     """
 
-    name: str
-    target: str
-    device: str
-    runtime: dict[str, str]
+    name: Title
+    target: TargetName
+    device: DeviceName
+    runtime: Versions
     recipe: Recipe
     provenance: Provenance
 
 
 class Manifest(Header):
-    """manifest.json: the header, every other file of the bundle, and the content digest."""
+    """manifest.json: the header, every other file of the bundle, and the digests.
 
-    schema_version: Literal[1] = 1
-    files: tuple[FileEntry, ...]
-    content_digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    Attributes:
+        schema_version: 1 is that of version 0.1.0, which has no `evidence_digest`.
+        files: Every other file, in order of their paths.
+        content_digest: See `content_digest`.
+        evidence_digest: See `evidence_digest`.
+    """
+
+    schema_version: Literal[1, 2] = 2
+    files: Annotated[tuple[FileEntry, ...], Field(max_length=MOST_FILES), FailFast()]
+    content_digest: Sha256
+    evidence_digest: Annotated[Sha256 | None, Field(exclude_if=lambda digest: digest is None)] = None
 
     @field_validator("files")
     @classmethod
@@ -145,12 +212,21 @@ class Manifest(Header):
             seen[folded] = path
         return files
 
+    @model_validator(mode="after")
+    def _of_its_version(self) -> Self:
+        if (self.evidence_digest is None) != (self.schema_version == 1):
+            raise ValueError("a manifest has an evidence digest from schema version 2 on")
+        return self
+
     @classmethod
     def of(cls, header: Header, files: Iterable[FileEntry]) -> "Manifest":
-        """Return the manifest of a header and files, in order of their paths, with its content digest."""
+        """Return the manifest of a header and files, in order of their paths, with its digests."""
         ordered = tuple(sorted(files, key=lambda entry: entry.path))
         facts = {name: getattr(header, name) for name in Header.model_fields}
-        return cls(**facts, files=ordered, content_digest=content_digest(header, ordered))
+        return cls(
+            **facts, files=ordered, content_digest=content_digest(header, ordered),
+            evidence_digest=evidence_digest(ordered),
+        )  # fmt: skip
 
 
 def places_of(entry: FileEntry) -> list[str]:
@@ -168,14 +244,14 @@ def standing_for(entry: FileEntry, present: Collection[str]) -> FileEntry:
     path = entry.path + SUFFIX
     if entry.coded is None or entry.path in present or path not in present:
         return entry
-    return FileEntry(path=path, role=entry.role, size=entry.coded.size, sha256=entry.coded.sha256)
+    return FileEntry.of(path, entry.coded.size, entry.coded.sha256)
 
 
 def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
-def content_digest(header: Header, files: Iterable[FileEntry]) -> str:
+def content_digest(header: Header, files: Iterable[FileEntry], schema_version: int = 2) -> str:
     """Return the SHA-256, in hex, over what the same job gives again.
 
     That is the header and the entries of all files but measurements.json and report.html.
@@ -185,8 +261,23 @@ def content_digest(header: Header, files: Iterable[FileEntry]) -> str:
         "files": [
             entry.model_dump() for entry in sorted(files, key=lambda entry: entry.path) if entry.path not in VOLATILE
         ],
-        "schema_version": 1,
+        "schema_version": schema_version,
     }
+    return _digest(content)
+
+
+def evidence_digest(files: Iterable[FileEntry]) -> str:
+    """Return the SHA-256, in hex, over the entries of measurements.json and report.html, which no two jobs share."""
+    return _digest(
+        [
+            {"path": entry.path, "size": entry.size, "sha256": entry.sha256}
+            for entry in sorted(files, key=lambda entry: entry.path)
+            if entry.path in VOLATILE
+        ]
+    )
+
+
+def _digest(content: object) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -232,11 +323,16 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> tuple
         path: A regular file.
         advance: Called with the number of bytes of each piece.
     """
-    size, digest = 0, hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
-            size += len(piece)
-            if advance is not None:
-                advance(len(piece))
+        return sha256_read(file, advance)
+
+
+def sha256_read(file: BinaryIO, advance: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """Return the size and the SHA-256 of what is left of an open file; see `sha256_of`."""
+    size, digest = 0, hashlib.sha256()
+    while piece := file.read(CHUNK_BYTES):
+        digest.update(piece)
+        size += len(piece)
+        if advance is not None:
+            advance(len(piece))
     return size, digest.hexdigest()

@@ -8,8 +8,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from exporter.bundle.digests import require_listed, require_sizes
 from exporter.bundle.manifest import MANIFEST, files_below
-from exporter.bundle.verify import read_manifest, verify_bundle
+from exporter.bundle.opening import require_original, shipped
+from exporter.bundle.reading import read_manifest, unreadable
+from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import move_into_place, staging_folder
 from exporter.coding.chunk import Profile
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
@@ -49,20 +52,29 @@ def unpack_bundle(bundle: Path, output: Path, progress: Progress) -> None:
         InputError: the bundle is damaged, or what its coded files restore to is not what its manifest lists.
     """
     manifest = read_manifest(bundle)
-    present, strange = files_below(bundle)
-    coded = {entry.path for entry in manifest.files if entry.coded and entry.path + SUFFIX in present}
+    try:
+        files = shipped(bundle, manifest)
+        _, strange = files_below(bundle)
+    except OSError as error:
+        raise unreadable(bundle, error) from error
+    coded = [file for file in files if file.coded]
     if not coded:
         raise RequestError("nothing of the bundle is coded", where=bundle, next_step="use it as it is")
     if strange:
         raise InputError("neither a file nor a folder", where=bundle / strange[0], next_step="get the bundle again")
+    # Nothing is written before it is known how much: a coded file may stand for any number of bytes.
+    require_sizes(bundle, (file.standing for file in files))
+    require_listed(bundle, (file.standing for file in coded))
+    for file in coded:
+        require_original(bundle, file)
     with staging_folder(output, sum(entry.size for entry in manifest.files)) as staging:
-        for entry in manifest.files:
-            place = staging / entry.path
+        for file in files:
+            place = staging / file.entry.path
             place.parent.mkdir(parents=True, exist_ok=True)
-            if entry.path in coded:
-                restore_file(bundle / (entry.path + SUFFIX), place, _of_file(place.name, progress))
-            elif entry.path in present:
-                shutil.copyfile(bundle / entry.path, place)
+            if file.coded:
+                restore_file(bundle / file.standing.path, place, _of_file(place.name, progress))
+            else:
+                shutil.copyfile(bundle / file.entry.path, place)
         shutil.copyfile(bundle / MANIFEST, staging / MANIFEST)
         for check in verify_bundle(staging):
             if check.status == "failed":

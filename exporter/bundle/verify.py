@@ -4,69 +4,41 @@ A bundle is hostile until checked: nothing outside its folder is opened, no link
 """
 
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import TypeVar
 
 from exporter.bundle.manifest import (
-    MANIFEST,
     MEASUREMENTS,
     REPORT,
+    REPORT_PAGE,
+    SELFTEST,
     UNLISTED,
     FileEntry,
     Manifest,
     content_digest,
+    evidence_digest,
     files_below,
     sha256_of,
     standing_for,
 )
-from exporter.coding.container import check_file, original_of
-from exporter.errors import InputError
-from exporter.measures import Check
-from exporter.report.data import Measurements, Report, from_json, to_json
+from exporter.bundle.opening import Shipped, admitted, require_original, shipped
+from exporter.bundle.reading import read_document, read_manifest, unreadable
+from exporter.coding.container import check_file
+from exporter.errors import ExporterError, InputError
+from exporter.measures import Check, Document
+from exporter.report.data import Measurements, Report, disagreements
+from exporter.validate.selftest import SelfTest
 
-MAX_DOCUMENT_BYTES = 64 << 20
+# The check of what a runtime is given.
+MODEL = "model"
+NOT_WHOLE = Check(name=MODEL, status="not run", detail="not every file is as it is listed")
+D = TypeVar("D", bound=Document)
+
 Progress = Callable[[int, int], None]
 
 
-def read_manifest(bundle: Path) -> Manifest:
-    """Read the manifest of a bundle.
-
-    Raises:
-        InputError: there is none, or it is too large, not of the schema, names a path that is not strictly below
-            the bundle, or is not spelled as this tool spells it.
-    """
-    path = bundle / MANIFEST
-    text = _read(path)
-    manifest = from_json(Manifest, text, path)
-    # One spelling only: no key is given twice, and no two programs can read it differently.
-    if to_json(manifest).encode() != text:
-        raise InputError("the manifest was changed after it was written", where=path, next_step="get the bundle again")
-    return manifest
-
-
-def _read(path: Path) -> bytes:
-    """Return the bytes of a document of a bundle."""
-    if path.is_symlink() or not path.is_file():
-        raise InputError("no such file", where=path, next_step="check that the path is a complete bundle")
-    try:
-        size = path.stat().st_size
-        if size > MAX_DOCUMENT_BYTES:
-            raise InputError(
-                "the document is too large",
-                where=path,
-                got=f"{size:,} bytes",
-                expected=f"at most {MAX_DOCUMENT_BYTES:,} bytes",
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError("cannot be read", where=path, got=error.strerror, next_step="check its permissions and the disk")
-
-
 def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]:
-    """Check a bundle: every listed file, plain or coded, nothing unlisted, no links, content digest and documents.
+    """Check a bundle: every listed file, plain or coded, nothing unlisted, no links, digests, documents, settings.
 
     Args:
         bundle: Folder of the bundle; nothing in it is changed.
@@ -83,22 +55,25 @@ def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]
     try:
         present, strange = files_below(bundle)
     except OSError as error:
-        raise _unreadable(bundle, error) from error
+        raise unreadable(bundle, error) from error
+    there = frozenset(present)
+    files = list(_check_files(bundle, manifest.files, there, progress))
+    whole = all(check.status == "passed" for check in files)
     return [
-        *_check_files(bundle, manifest.files, frozenset(present), progress),
-        _check_unlisted(manifest, present),
+        *files,
+        _check_unlisted(manifest, there),
         _check_no_links(strange),
-        _check_content_digest(manifest),
-        _check_report(bundle, manifest),
-        _check_measurements(bundle),
+        *_check_digests(manifest),
+        *_check_documents(bundle, manifest),
+        _check_model(bundle, manifest) if whole else NOT_WHOLE,
     ]
 
 
 def _check_files(
     bundle: Path, files: Iterable[FileEntry], present: frozenset[str], progress: Progress | None
 ) -> Iterable[Check]:
-    entries = [(entry, standing_for(entry, present)) for entry in files]
-    total = sum(standing.size for _, standing in entries)
+    shipped = [Shipped(entry, standing_for(entry, present)) for entry in files]
+    total = sum(file.standing.size for file in shipped)
     done = 0
 
     def advance(read_bytes: int) -> None:
@@ -107,21 +82,20 @@ def _check_files(
         if progress is not None:
             progress(done, total)
 
-    for entry, standing in entries:
-        check = _check_file(bundle, standing, standing.path in present, advance)
+    for file in shipped:
+        check = _check_file(bundle, file.standing, file.standing.path in present, advance)
         yield check
-        if standing is not entry and check.status == "passed":
-            yield _check_restored(bundle, standing, entry)
+        if file.coded and check.status == "passed":
+            yield _check_restored(bundle, file)
 
 
-def _check_restored(bundle: Path, coded: FileEntry, entry: FileEntry) -> Check:
+def _check_restored(bundle: Path, file: Shipped) -> Check:
     """Restore a coded file, without keeping it, and compare it with what is listed."""
+    entry = file.entry
     name = f"file {entry.path}"
     try:
-        stated = original_of(bundle / coded.path)
-        if (stated.name, stated.size) != (PurePosixPath(entry.path).name, entry.size):
-            return _check(name, f"its coded form is that of {stated.name!r}, {stated.size:,} bytes")
-        digest = check_file(bundle / coded.path).sha256.hex()
+        require_original(bundle, file)
+        digest = check_file(bundle / file.standing.path).sha256.hex()
     except InputError as error:
         return _check(name, str(error))
     except OSError as error:
@@ -159,8 +133,8 @@ def _check(name: str, wrong: str, more: str = "", passed: str = "") -> Check:
     return Check(name=name, status="passed", detail=passed)
 
 
-def _check_unlisted(manifest: Manifest, present: list[str]) -> Check:
-    extra = set(present) - {standing_for(entry, present).path for entry in manifest.files} - UNLISTED
+def _check_unlisted(manifest: Manifest, present: frozenset[str]) -> Check:
+    extra = present - {standing_for(entry, present).path for entry in manifest.files} - UNLISTED
     wrong = "files that the manifest does not list" if extra else ""
     return _check("no unlisted file", wrong, _some(extra), passed="every file is listed")
 
@@ -175,25 +149,49 @@ def _some(paths: Iterable[str]) -> str:
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
-def _check_content_digest(manifest: Manifest) -> Check:
-    digest = content_digest(manifest, manifest.files)
-    wrong = "" if digest == manifest.content_digest else "the manifest was changed"
-    return _check("content digest", wrong, f"got {digest}, expected {manifest.content_digest}", passed=digest)
+def _check_digests(manifest: Manifest) -> list[Check]:
+    version = manifest.schema_version
+    note = "" if version > 1 else f"; {MEASUREMENTS} and {REPORT_PAGE} are under no digest in schema version 1"
+    content = content_digest(manifest, manifest.files, version)
+    checks = [_check_digest("content digest", content, manifest.content_digest, note)]
+    if manifest.evidence_digest is not None:
+        evidence = evidence_digest(manifest.files)
+        checks.append(_check_digest("evidence digest", evidence, manifest.evidence_digest))
+    return checks
 
 
-def _check_report(bundle: Path, manifest: Manifest) -> Check:
+def _check_digest(name: str, digest: str, expected: str, note: str = "") -> Check:
+    wrong = "" if digest == expected else "the manifest was changed"
+    return _check(name, wrong, f"got {digest}, expected {expected}", passed=digest + note)
+
+
+def _check_documents(bundle: Path, manifest: Manifest) -> list[Check]:
+    report, of_report = _read(bundle, REPORT, Report)
+    measurements, of_measurements = _read(bundle, MEASUREMENTS, Measurements)
+    _, of_self_test = _read(bundle, SELFTEST, SelfTest)
+    if report is not None:
+        same = (report.device, report.target, report.recipe) == (manifest.device, manifest.target, manifest.recipe)
+        wrong = "" if same else "it reports on another device, target or recipe than the manifest's"
+        of_report = _check(REPORT, wrong, passed=f"{len(report.checks)} checks, {len(report.tensors)} tensors")
+    if report is not None and measurements is not None:
+        differing = disagreements(report, measurements)
+        wrong = f"it does not agree with {REPORT}" if differing else ""
+        of_measurements = _check(MEASUREMENTS, wrong, _some(differing), passed=f"made {measurements.created}")
+    return [of_report, of_measurements, of_self_test]
+
+
+def _read(bundle: Path, name: str, kind: type[D]) -> tuple[D | None, Check]:
     try:
-        report = from_json(Report, _read(bundle / REPORT), REPORT)
+        return read_document(bundle, name, kind), _check(name, "", passed="of its schema")
     except InputError as error:
-        return _check(REPORT, str(error))
-    same = (report.device, report.target, report.recipe) == (manifest.device, manifest.target, manifest.recipe)
-    wrong = "" if same else "it reports on another device, target or recipe than the manifest's"
-    return _check(REPORT, wrong, passed=f"{len(report.checks)} checks, {len(report.tensors)} tensors")
+        return None, _check(name, str(error))
 
 
-def _check_measurements(bundle: Path) -> Check:
+def _check_model(bundle: Path, manifest: Manifest) -> Check:
+    """Check that the model's files ask nothing of a runtime that those of this tool do not."""
     try:
-        measurements = from_json(Measurements, _read(bundle / MEASUREMENTS), MEASUREMENTS)
-    except InputError as error:
-        return _check(MEASUREMENTS, str(error))
-    return _check(MEASUREMENTS, "", passed=f"made {measurements.created}")
+        with admitted(bundle, manifest, shipped(bundle, manifest)) as artifact:
+            found = f"what {artifact.target} loads is numbers, text and known settings alone"
+            return _check(MODEL, "", passed=found)
+    except ExporterError as error:
+        return _check(MODEL, str(error))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Header, Manifest, files_below, role_of, sha256_of
+from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Header, Manifest, files_below, sha256_of
 from exporter.cache import require_space
 from exporter.coding.container import SUFFIX
 from exporter.errors import ExporterError, RequestError
@@ -124,8 +124,9 @@ def move_into_place(staging: Path, output: Path) -> None:
 
 
 def _entries(folder: Path) -> list[FileEntry]:
-    entries, paths = [], _only_files(folder)
-    for path in paths:
+    entries, listed = [], _only_files(folder)
+    paths = frozenset(listed)
+    for path in listed:
         if path.endswith(SUFFIX) and path.removesuffix(SUFFIX) in paths:
             continue
         coded = None
@@ -133,7 +134,7 @@ def _entries(folder: Path) -> list[FileEntry]:
             size, digest = sha256_of(folder / (path + SUFFIX))
             coded = CodedForm(size=size, sha256=digest)
         size, digest = sha256_of(folder / path)
-        entries.append(FileEntry(path=path, role=role_of(path), size=size, sha256=digest, coded=coded))
+        entries.append(FileEntry.of(path, size, digest, coded))
     return entries
 
 

@@ -1,12 +1,13 @@
 """What several commands take, and how they end where a check failed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from exporter.errors import CheckError, RequestError
+from exporter.errors import CheckError, InputError, RequestError
 
 if TYPE_CHECKING:
     from exporter.measures import Check
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+NoCheckOption = Annotated[
+    bool, typer.Option("--no-check", help="Load the model's files without comparing them with the manifest.")
+]
 
 
 def require_bundle(path: Path) -> None:
     """Raise where a path is no bundle."""
-    if not (path / "manifest.json").is_file():
+    if not path.is_dir():
         raise RequestError("this is no bundle", where=path, expected="a folder with manifest.json")
+    if not os.path.lexists(path / "manifest.json"):
+        raise InputError("this is no bundle", where=path, expected="a folder with manifest.json")
 
 
 def fail_on(checks: "Sequence[Check]") -> None:

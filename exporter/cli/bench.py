@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from exporter.cli.arguments import BundleArgument, fail_on, require_bundle
+from exporter.cli.arguments import BundleArgument, NoCheckOption, fail_on, require_bundle
 from exporter.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def bench(
     profile: Annotated[
         Path | None, typer.Option("--profile", help="A new TOML: the device's profile with this run as [[measured]].")
     ] = None,
+    no_check: NoCheckOption = False,
     format: Annotated[Format, typer.Option("--format", help="How results are printed.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
@@ -67,7 +68,7 @@ def bench(
     }  # fmt: skip
     if on is None:
         _refuse_without_on(remote_options)
-        outcome = measure_here(bundle, settings, device)
+        outcome = measure_here(bundle, settings, device, not no_check)
     else:
         with show.progress(enabled=format == "text" and not as_json) as progress:
             outcome = measure_on(bundle, _remote(on, **_named(remote_options)), settings, device, progress)

@@ -15,7 +15,7 @@ from exporter.cli import bench as benching
 from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
-from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on, require_bundle
+from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, NoCheckOption, fail_on, require_bundle
 from exporter.cores import available_cores
 from exporter.errors import ExporterError, RequestError, printable
 
@@ -79,7 +79,7 @@ CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model writes its own.")
 ]
 EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF-8 text to measure accuracy on.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all that is random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of all that is random.")]
 ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads that runtimes use on this machine.")]
 EmulateOption = Annotated[
@@ -178,6 +178,7 @@ def run(
         float | None,
         typer.Option("--min-decode", min=1e-3, help="Of a coded bundle: weights are kept plain for so many tokens/s."),
     ] = None,
+    no_check: NoCheckOption = False,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:
@@ -185,7 +186,8 @@ def run(
     from exporter.cli import show
     from exporter.use import answer
 
-    given = answer(bundle, prompt, tokens, chat, threads, min_decode)
+    require_bundle(bundle)
+    given = answer(bundle, prompt, tokens, chat, threads, min_decode, not no_check)
     show.document(show.answer_facts(prompt, given), as_json, lambda: show.answer(given))
 
 
@@ -252,7 +254,8 @@ def unpack(
     from exporter.cli import show
     from exporter.coding.container import original_of, restore_file
 
-    if (file / "manifest.json").is_file():
+    if file.is_dir():
+        require_bundle(file)
         with show.progress(enabled=not as_json) as progress:
             unpack_bundle(file, output, progress)
         sentence = f"{output}: every byte as its manifest lists it"

@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from exporter.bundle.verify import read_manifest
+from exporter.bundle.manifest import MEASUREMENTS, REPORT, REPORT_PAGE
+from exporter.bundle.reading import read_document, read_manifest
 from exporter.errors import InputError, printable
 from exporter.measures import Check, Pruning
-from exporter.report.data import Measurements, Report, from_json, merged
+from exporter.report.data import Measurements, Report, merged
 from exporter.report.figures import pruned
 from exporter.report.figures import text as figure
 
@@ -130,16 +131,14 @@ def answer(answer: "Answer") -> None:
 def bundle_facts(bundle: Path) -> dict[str, object]:
     """Return report, measurements and manifest of a bundle as one JSON-able object."""
     manifest = read_manifest(bundle)
-    report = from_json(Report, _bytes(bundle / "report.json"), bundle / "report.json")
-    measurements = from_json(Measurements, _bytes(bundle / "measurements.json"), bundle / "measurements.json")
-    return {**merged(report, measurements), "path": bundle.name, "content_digest": manifest.content_digest}
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError("a file of the bundle cannot be read", where=path, got=error.strerror) from error
+    report = read_document(bundle, REPORT, Report)
+    measurements = read_document(bundle, MEASUREMENTS, Measurements)
+    return {
+        **merged(report, measurements),
+        "path": bundle.name,
+        "content_digest": manifest.content_digest,
+        "evidence_digest": manifest.evidence_digest,
+    }
 
 
 def bundle(path: Path) -> None:
@@ -158,8 +157,10 @@ def bundle(path: Path) -> None:
     _pruning(facts["pruning"])
     _notes((*facts["model"]["warnings"], *facts["recipe"]["remarks"]))
     checks(Check.model_validate(check) for check in facts["checks"])
-    content, page = facts["content_digest"][:16], path / "report.html"
-    console.print(f"bundle [bold]{plain(path)}[/], content {plain(content)}, report {plain(page)}")
+    digests = (
+        f"content {facts['content_digest'][:16]}, evidence {(facts['evidence_digest'] or 'without a digest')[:16]}"
+    )
+    console.print(f"bundle [bold]{plain(path)}[/], {plain(digests)}, report {plain(path / REPORT_PAGE)}")
 
 
 def _figure(quantity: dict[str, Any]) -> str:

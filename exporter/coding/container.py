@@ -40,6 +40,8 @@ _CHECKSUM = struct.Struct("<I")
 _CHUNK = struct.Struct("<III")
 # Layout and tables of a chunk that does not shrink at all.
 _MOST_PAYLOAD = 2 * MOST_CHUNK_BYTES
+# Weights become a tenth at the very best. More than this is nothing but repetition, and may be meant to fill the disk.
+MOST_RATIO, UNSUSPECTED_BYTES = 1000, 64 << 20
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
 
@@ -301,6 +303,12 @@ def _read_header(file: BinaryIO, coded: Path) -> Original:
         raise _damaged(coded, error) from error
     if zlib.crc32(fixed + name) != checksum:
         raise _damaged(coded, "the checksum of the header is wrong")
+    most = max(UNSUSPECTED_BYTES, MOST_RATIO * os.fstat(file.fileno()).st_size)
+    if size > most:
+        raise InputError(
+            "the coded file claims to stand for more than any model does", where=coded, got=f"{size:,} bytes",
+            expected=f"at most {most:,} bytes", next_step="get it from somebody whom you trust",
+        )  # fmt: skip
     return Original(_plain_name(name, coded), size, sha256)
 
 

@@ -8,6 +8,7 @@ from exporter.errors import ExporterError
 from exporter.measures import Basis, Check, Quantity
 
 UNIT = "bytes"
+FILE_SIZE = "device.file_size"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # A Raspberry Pi 5 pages its weights once they come within 0.3 to 0.5 GB of its RAM (nyunai/edge-llm-leaderboard).
@@ -73,7 +74,7 @@ def _file_size(profile: DeviceProfile, file_bytes: int, basis: Basis) -> Check:
     rule = f"what one app may use, {_known(limit)}"
     # A file of the whole limit leaves no room for the cache and the buffers.
     most = math.ceil(limit.value) - 1
-    return _check("device.file_size", f"a model of {_size(file_bytes)} ({basis})", file_bytes, rule, most, advice)
+    return _check(FILE_SIZE, f"a model of {_size(file_bytes)} ({basis})", file_bytes, rule, most, advice)
 
 
 def _check(name: str, what: str, value: float, rule: str, limit: float, advice: str = "") -> Check:

@@ -4,17 +4,16 @@
 """
 
 import json
-from typing import Annotated, Literal, TypeVar
+from collections import Counter
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import FailFast, Field, model_validator
 
 from exporter.coding.chunk import Profile
-from exporter.errors import InputError
-from exporter.measures import Check, Document, Pruning, Quantity
+from exporter.measures import Check, Count, Document, Pruning, Quantity, Status
 
+Sentences = Annotated[tuple[str, ...], FailFast()]
 Verdict = Literal["passed", "failed", "incomplete"]
-Count = Annotated[int, Field(ge=0)]
-D = TypeVar("D", bound=Document)
 
 
 class ModelFacts(Document):
@@ -34,7 +33,7 @@ class ModelFacts(Document):
     architecture: str
     parameters: Count
     digest: str
-    warnings: tuple[str, ...] = ()
+    warnings: Sentences = ()
 
 
 class TensorRow(Document):
@@ -140,16 +139,49 @@ class Recipe(Document):
     effort: str
     calibration: TextFacts
     evaluation: TextFacts
-    seed: int
+    seed: Count
     context: Count
     transport: Profile | None = None
-    remarks: tuple[str, ...] = ()
+    remarks: Sentences = ()
+
+
+class DeviceCheck(Document):
+    """What of a check in measurements.json is the same from run to run.
+
+    Attributes:
+        name: Its name.
+        status: How it ended.
+        limit: What it was held to.
+        unit: Of limit and value.
+        value: What was compared, where that is exact; None where it was measured and differs from run to run.
+    """
+
+    name: str
+    status: Status
+    limit: float | None
+    unit: str
+    value: float | None
+
+    @classmethod
+    def of(cls, check: Check, exact: bool) -> "DeviceCheck":
+        """Return what of a check is the same from run to run; its value only where that is exact."""
+        value = check.value if exact else None
+        return cls(name=check.name, status=check.status, limit=check.limit, unit=check.unit, value=value)
+
+    def agrees_with(self, check: Check) -> bool:
+        """Return whether a check says the same."""
+        return self == DeviceCheck.of(check, exact=self.value is not None)
 
 
 class Report(Document):
-    """report.json: what the same job gives again, byte for byte."""
+    """report.json: what the same job gives again, byte for byte.
 
-    schema_version: Literal[1] = 1
+    Attributes:
+        schema_version: 1 is that of version 0.1.0, which has no `device_checks`.
+        device_checks: The checks of measurements.json, so that the content digest covers how they ended.
+    """
+
+    schema_version: Literal[1, 2] = 2
     model: ModelFacts
     device: str
     device_title: str
@@ -158,8 +190,15 @@ class Report(Document):
     pruning: Pruning | None = None
     size: Size
     accuracy: Accuracy
-    checks: tuple[Check, ...]
-    tensors: tuple[TensorRow, ...]
+    checks: Annotated[tuple[Check, ...], FailFast()]
+    device_checks: Annotated[tuple[DeviceCheck, ...], FailFast(), Field(exclude_if=lambda rows: not rows)] = ()
+    tensors: Annotated[tuple[TensorRow, ...], FailFast()]
+
+    @model_validator(mode="after")
+    def _of_its_version(self) -> Self:
+        if self.schema_version == 1 and self.device_checks:
+            raise ValueError("schema version 1 has no device checks")
+        return self
 
     @property
     def passed(self) -> bool:
@@ -218,11 +257,11 @@ class Measurements(Document):
     schema_version: Literal[1] = 1
     speed: Speed
     memory: Memory
-    stages: tuple[StageTime, ...]
+    stages: Annotated[tuple[StageTime, ...], FailFast()]
     host: HostFacts
     versions: dict[str, str]
     created: str
-    checks: tuple[Check, ...] = ()
+    checks: Annotated[tuple[Check, ...], FailFast()] = ()
     emulation: dict[str, Quantity] = Field(default_factory=dict)
 
 
@@ -232,6 +271,15 @@ def verdict(checks: tuple[Check, ...]) -> Verdict:
     if "failed" in states:
         return "failed"
     return "passed" if states == {"passed"} else "incomplete"
+
+
+def disagreements(report: Report, measurements: Measurements) -> list[str]:
+    """Return the names of checks that measurements.json tells more than once, or otherwise than report.json."""
+    told = {check.name: check for check in measurements.checks}
+    counts = Counter(check.name for check in measurements.checks)
+    wrong = {name for name, count in counts.items() if count > 1}
+    wrong |= {one.name for one in report.device_checks if one.name not in told or not one.agrees_with(told[one.name])}
+    return sorted(wrong)
 
 
 def merged(report: Report, measurements: Measurements) -> dict[str, object]:
@@ -253,21 +301,3 @@ def to_json(document: Document) -> str:
 def canonical_json(value: object) -> str:
     """Return the only spelling of a JSON-able value; see `to_json`."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def from_json(kind: type[D], text: str | bytes, where: object) -> D:
-    """Parse a document of the given kind from untrusted text.
-
-    Raises:
-        InputError: the text is not JSON, or not of the kind's schema.
-    """
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"not a {kind.__name__} document: {key or 'the text'}: {first['msg']}",
-            where=where,
-            next_step="get the bundle again, or use the version of edge-exporter that made it",
-        ) from error

@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # it brings transformers along, which a run does without
     from exporter.calibrate.text import Tokens
 
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
+# Whether these could be run depends on what else the machine does.
+NEVER_FAILING = frozenset({"emulation.cpu", "emulation.network"})
 # Beyond the one period that a run may begin and end in the middle of.
 SHARE_TOLERANCE = 0.15
 # Beyond the time that a run may take, after which it is ended in any case.

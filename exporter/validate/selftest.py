@@ -1,9 +1,12 @@
 """The self-test that travels in a bundle: what the artifact answered when it was made."""
 
 from collections.abc import Callable
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from exporter.errors import InputError
 from exporter.measures import Check, Document
 from exporter.weights.format import Float32
 
@@ -17,22 +20,54 @@ UNSURE = "the artifact was sure of no token of the prompt when the bundle was ma
 Logits = Callable[[list[int]], Float32]
 
 
+MOST_TOKENS = 64
+MOST_ID = 1 << 24
+MOST_LOGIT = 1e6
+
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_ID)], ...], Field(max_length=MOST_TOKENS)]
+Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT)]
+
+
 class SelfTest(Document):
     """A prompt of token ids and what must come of it; the ids are random, so that no private text travels.
 
     Attributes:
-        prompt: Token ids.
-        positions: Positions whose first token leads by more than 0.5 nats; elsewhere rounding may decide.
+        prompt: Token ids, at least one.
+        positions: Positions in it, ascending, whose first token leads by more than 0.5 nats; elsewhere rounding may
+            decide.
         expected: The first token at each of these positions.
         logits: Its logit there.
-        tolerance: Most that such a logit may differ by.
+        tolerance: Most that such a logit may differ by: `TOLERANCE`.
     """
 
-    prompt: tuple[int, ...]
-    positions: tuple[int, ...]
-    expected: tuple[int, ...]
-    logits: tuple[float, ...]
+    prompt: Annotated[TokenIds, Field(min_length=1)]
+    positions: TokenIds
+    expected: TokenIds
+    logits: Annotated[tuple[Logit, ...], Field(max_length=MOST_TOKENS)]
     tolerance: float
+
+    @model_validator(mode="after")
+    def _is_of_ours(self) -> Self:
+        if self.tolerance != TOLERANCE:
+            raise ValueError(f"the tolerance must be {TOLERANCE:g}, not {self.tolerance:g}")
+        if not len(self.positions) == len(self.expected) == len(self.logits):
+            raise ValueError("each position must have an expected token and its logit")
+        if list(self.positions) != sorted({at for at in self.positions if at < len(self.prompt)}):
+            raise ValueError(f"positions must ascend, below the prompt's {len(self.prompt)} tokens")
+        return self
+
+    def require_below(self, vocab: int, where: object) -> None:
+        """Refuse ids that a model of so many tokens does not have.
+
+        Raises:
+            InputError: there is one.
+        """
+        most = max((*self.prompt, *self.expected))
+        if most >= vocab:
+            raise InputError(
+                "the self-test has a token that the model has not", where=where, got=most, expected=f"below {vocab:,}",
+                next_step="get the bundle again",
+            )  # fmt: skip
 
 
 def make_self_test(logits: Logits, vocab: int, seed: int) -> SelfTest:

@@ -14,7 +14,7 @@ from exporter.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
-from exporter.targets.runtime import Timing, resident_bytes
+from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
@@ -88,6 +88,7 @@ class LlamaCpp:
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
+        require_tokens(tokens, self._vocab_size)
         self._forget()
         if first:
             self._prefill(tokens[:first])

@@ -30,6 +30,7 @@ from exporter.targets.gguf.carried import require_carried
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
 from exporter.targets.gguf.kernels import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
+from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_vocabulary
@@ -39,7 +40,6 @@ from exporter.weights.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.weights.group import Decision, WeightGroup
 
 MODEL_FILE = "model.gguf"
-MODELFILE = "Modelfile"
 
 
 # From which `storages` chooses: the types that llama.cpp computes with quickly, from 2 to 8 bits.
@@ -193,8 +193,7 @@ class Gguf:
                 adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.rewritten, with_factors)))
             _write_gguf(opened.enter_context(replacing(folder / MODEL_FILE)), compressed, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
-        lines = [f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False)]
-        (folder / MODELFILE).write_text("".join(lines), encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile(files), encoding="utf-8")
         return Artifact(self.name, folder, tuple(folder / file for file in files))
 
     def lower_float(self, model: Model, folder: Path) -> Artifact:

@@ -25,7 +25,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.onnx.segments import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
 from exporter.targets.onnx.share import PlainShare
-from exporter.targets.runtime import Residence, Timing, resident_bytes
+from exporter.targets.runtime import Residence, Timing, require_tokens, resident_bytes
 from exporter.weights.format import Bytes, Float32
 
 Values = dict[str, NDArray[Any]]
@@ -112,6 +112,7 @@ class CodedOnnxRuntime(DecoderFolder):
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
+        require_tokens(tokens, self._vocab)
         return self._forward(tokens, self._nothing(), first)[0]
 
     def generate(self, tokens: list[int], count: int) -> list[int]:

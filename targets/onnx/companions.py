@@ -1,6 +1,7 @@
 """The files beside a graph that say how text becomes tokens, and what tokens mean."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from exporter.errors import InputError
 from exporter.model.ends import SpecialIds, special_ids
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
-from exporter.model.tokenizer_files import SETTINGS, TOKENIZER, to_text
+from exporter.model.tokenizer_files import TOKENIZER, to_text
 from exporter.model.tokenizer_notes import DEFAULT
-from exporter.targets.onnx.tokenize import TEMPLATE
+from exporter.targets.onnx.settings import CONFIGURATION, TOKEN_NAME, TOKENIZER_SETTINGS, TokenizerConfig
+from exporter.targets.onnx.tokenize import OTHER_TEMPLATES, TEMPLATE
 
-OTHER_TEMPLATES = "additional_chat_templates"
 # Where a tokenizer has no pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
 WHOLE = {"type": "Split", "pattern": {"Regex": "[\\s\\S]+"}, "behavior": "Isolated", "invert": False}
 
@@ -27,13 +28,13 @@ def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Pat
         folder: Where.
     """
     (folder / TOKENIZER).write_text(to_text(_whole(tokenizer.definition)), encoding="utf-8")
-    settings = {
+    settings = TokenizerConfig(
         **_texts(tokenizer.names),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": context_length,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False), encoding="utf-8")
+        clean_up_tokenization_spaces=False,
+        model_max_length=context_length,
+        tokenizer_class="PreTrainedTokenizerFast",
+    )
+    (folder / TOKENIZER_SETTINGS).write_text(settings.to_text(), encoding="utf-8")
     for name, text in tokenizer.templates.items():
         if name != DEFAULT:
             (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
@@ -42,8 +43,8 @@ def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Pat
         (folder / TEMPLATE).write_text(tokenizer.template, encoding="utf-8")
 
 
-def _texts(names: Mapping[str, Any]) -> dict[str, str]:
-    return {name: text for name, text in names.items() if isinstance(text, str)}
+def _texts(names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: text for name, text in names.items() if isinstance(text, str) and re.search(TOKEN_NAME, name)}
 
 
 def _whole(definition: dict[str, Any]) -> dict[str, Any]:
@@ -84,4 +85,4 @@ def write_text_alone(model: Model, folder: Path) -> None:
     facts = {"type": model.architecture.family.model_type, "vocab_size": model.architecture.vocab}
     facts |= {"context_length": model.architecture.context_length}
     settings = {"model": facts | genai_ids(model, tokenizer)}
-    (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / CONFIGURATION).write_text(json.dumps(settings), encoding="utf-8")

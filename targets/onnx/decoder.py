@@ -29,6 +29,7 @@ class DecoderFolder:
         options = settings["decoder"]["session_options"].items()
         self._options: dict[str, str] = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
+        self._vocab = int(settings["vocab_size"])
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
 

@@ -15,6 +15,7 @@ from exporter.arm64.cores import Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
 from exporter.cache import replacing
+from exporter.measures import from_json
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
 from exporter.targets.onnx.rounding import (
@@ -24,10 +25,10 @@ from exporter.targets.onnx.rounding import (
     WITHOUT_KLEIDIAI,
     Rounding,
 )
+from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 from exporter.weights.format import Float32
 
 GUEST = Path(__file__).with_name("guest.py")
-CONFIGURATION = "genai_config.json"
 
 
 class EmulatedOnnx:
@@ -69,14 +70,12 @@ class EmulatedOnnx:
         graph = _graph(artifact)
         for attribute in _attributes(graph, "accuracy_level"):
             attribute.i = setting.level
-        configuration = json.loads((artifact.folder / CONFIGURATION).read_text(encoding="utf-8"))
-        options = configuration["model"]["decoder"]["session_options"]
-        options.pop(DISABLE_KLEIDIAI, None)
-        options |= dict(setting.options)
+        given = artifact.folder / CONFIGURATION
+        configuration = from_json(GenaiConfig, given.read_bytes(), given).with_session_options(dict(setting.options))
         with replacing(folder / model.name) as partial:
             onnx.save_model(graph, str(partial))
         with replacing(folder / CONFIGURATION) as partial:
-            partial.write_text(json.dumps(configuration, indent=4), encoding="utf-8")
+            partial.write_text(configuration.to_text(), encoding="utf-8")
         if not (folder / data.name).exists():
             _share(data, folder / data.name)
         return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))

@@ -9,7 +9,7 @@ import onnxruntime_genai as genai
 
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
-from exporter.targets.runtime import Timing, resident_bytes
+from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 from exporter.weights.format import Float32
 
 # Weights behind a `DequantizeLinear`: multiply them by float32 activations.
@@ -42,6 +42,7 @@ class OnnxRuntime(DecoderFolder):
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
+        require_tokens(tokens, self._vocab)
         session = self._session()
         count = len(tokens)
         feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, count), np.int64)}

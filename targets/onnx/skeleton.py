@@ -17,12 +17,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from exporter.device.memory import ONNX_CHUNK
+from exporter.measures import from_json
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
 from exporter.model.rotary import rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.onnx.companions import genai_ids, write_text_files
+from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 
 GENERATION = "generation_config.json"
 # What the builder takes over of it, and what it must be.
@@ -54,14 +56,14 @@ class Skeleton:
         with _quiet():
             self.builder.make_genai_config(self.builder.hf_config, {}, str(folder))
         write_text_files(self.tokenizer, self.builder.context_length, folder)
-        path = folder / "genai_config.json"
+        path = folder / CONFIGURATION
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"].pop("bos_token_id")
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is read in parts: the graph gives logits after every token, of which the last are wanted.
         settings["search"]["chunk_size"] = ONNX_CHUNK
-        path.write_text(json.dumps(settings, indent=4), encoding="utf-8")
+        path.write_text(from_json(GenaiConfig, json.dumps(settings), path).to_text(), encoding="utf-8")
 
 
 def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding: bool) -> Skeleton:

@@ -37,9 +37,11 @@ from exporter.targets.onnx.graph import (
     put_matrix,
     put_table,
 )
+from exporter.targets.onnx.intake import require_known
 from exporter.targets.onnx.kernels import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
+from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
 from exporter.targets.target import Carried, shape_of
 from exporter.weights.format import Float32, WeightFormat
@@ -47,8 +49,6 @@ from exporter.weights.ggml import ggml_format
 from exporter.weights.group import Decision, WeightGroup
 from exporter.weights.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = "F32"
 
@@ -212,8 +212,10 @@ class Onnx:
                 file = DataFile(opened, DATA_FILE, folder)
                 fill(skeleton.graph.graph, file)
                 move_rest(skeleton.graph.graph, file)
+            graph = ir.to_proto(skeleton.graph)
+            require_known(graph, (folder / DATA_FILE).stat().st_size, folder / MODEL_FILE)
             with replacing(folder / MODEL_FILE) as partial:
-                onnx.save_model(ir.to_proto(skeleton.graph), str(partial))
+                onnx.save_model(graph, str(partial))
             skeleton.write_companions(compressed.model, folder, dict(self._rounding.options))
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 

@@ -9,7 +9,7 @@ import onnxruntime_genai
 from exporter.errors import InputError, RequestError
 from exporter.model.chat import Chat, Rendered
 
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 class GenaiTokenizer:

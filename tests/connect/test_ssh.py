@@ -52,8 +52,8 @@ def test_the_whole_cycle(sshd: Sshd, world: Path, target: str) -> None:
     assert all(facts[name]["value"] > 0 and facts[name]["basis"] == "measured" for name in names)
     assert [len(test["samples_ns"]) for test in facts["tests"]] == [2, 2]
     assert facts["sustained_ns"] and facts["where"] == sshd.address
-    subject = subject_of(world / target)
-    assert facts["transfer.sent_bytes"]["value"] > subject.artifact.file_bytes
+    with subject_of(world / target) as subject:
+        assert facts["transfer.sent_bytes"]["value"] > subject.artifact.file_bytes
 
 
 def test_a_measured_profile(sshd: Sshd, bundle: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from exporter import pipeline
 from exporter.compress.compressed import CompressedModel
 from exporter.errors import ExporterError, RequestError
 from exporter.job import Job
+from exporter.measures import from_json
 from exporter.model import excerpt
 from exporter.model.sources import open_model
 from exporter.pipeline import for_context, plan
-from exporter.report.data import Report, from_json
+from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.target import Gguf
 from exporter.targets.onnx.target import Onnx

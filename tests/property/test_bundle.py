@@ -12,7 +12,9 @@ from exporter.bundle.manifest import FileEntry, Header, Manifest, Provenance, fi
 from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.errors import InputError
-from exporter.report.data import Report, from_json
+from exporter.measures import from_json
+from exporter.report.data import Report
+from tests.unit.test_bundle import SELF_TEST
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = bytes(range(256)) * 3
@@ -32,7 +34,7 @@ def header() -> Header:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     output = tmp_path_factory.mktemp("property") / "bundle"
     with staging_folder(output) as folder:
-        for path, data in {"model/model.gguf": MODEL, "licences/A": b"x", "selftest.json": b"{}"}.items():
+        for path, data in {"model/model.gguf": MODEL, "licences/A": b"x", "selftest.json": SELF_TEST}.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(data)
         for name in ("report.json", "measurements.json"):
@@ -99,16 +101,9 @@ def test_any_added_file_is_found(bundle: Path, folder: str, name: str) -> None:
 
 
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
-entries = st.builds(
-    FileEntry, path=st.sampled_from(PATHS[3:]), role=st.just("other"), size=st.integers(0), sha256=hashes
-)
-volatile = st.builds(
-    FileEntry,
-    path=st.sampled_from(["measurements.json", "report.html"]),
-    role=st.just("other"),
-    size=st.integers(0),
-    sha256=hashes,
-)
+sizes = st.integers(0, (1 << 63) - 1)
+entries = st.builds(FileEntry.of, st.sampled_from(PATHS[3:]), sizes, hashes)
+volatile = st.builds(FileEntry.of, st.sampled_from(["measurements.json", "report.html"]), sizes, hashes)
 
 
 def by_path(entry: FileEntry) -> str:

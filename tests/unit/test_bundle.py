@@ -10,21 +10,23 @@ from pathlib import Path
 import pytest
 
 from exporter.bundle.manifest import FileEntry, Header, Manifest, Provenance, files_below, role_of
-from exporter.bundle.verify import MAX_DOCUMENT_BYTES, _check_file, _read, read_manifest, verify_bundle
+from exporter.bundle.reading import MOST_BYTES, _bytes, read_manifest
+from exporter.bundle.verify import _check_file, verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle, write_tar
 from exporter.errors import ExporterError, InputError, RequestError
-from exporter.measures import Check
-from exporter.report.data import Report, from_json, to_json
+from exporter.measures import Check, from_json
+from exporter.report.data import Report, to_json
 
 DATA = Path(__file__).parents[1] / "data"
+SELF_TEST = b'{"expected": [], "logits": [], "positions": [], "prompt": [1], "tolerance": 2.0}'
 FILES = {
-    "model/model.onnx": b"graph",
-    "model/model.onnx.data": bytes(range(256)) * 8,
+    "model/model.gguf": b"graph",
+    "model/adapter.gguf": bytes(range(256)) * 8,
     "model/tokenizer.json": b"{}",
     "model/genai_config.json": b"{}",
     "licences/MODEL": b"Apache-2.0",
     "report.html": b"<!doctype html>",
-    "selftest.json": b"{}",
+    "selftest.json": SELF_TEST,
 }
 
 
@@ -61,7 +63,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def failed(bundle: Path) -> dict[str, Check]:
-    return {check.name: check for check in verify_bundle(bundle) if check.status != "passed"}
+    return {check.name: check for check in verify_bundle(bundle) if check.status == "failed"}
 
 
 def rewrite(bundle: Path, change: dict[str, object]) -> None:
@@ -75,7 +77,7 @@ def test_a_written_bundle_verifies(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert {check.status for check in checks} == {"passed"}
     assert [check.name for check in checks][:2] == ["file licences/MODEL", "file measurements.json"]
-    assert len(checks) == len(FILES) + 2 + 5
+    assert len(checks) == len(FILES) + 2 + 8
 
 
 def test_the_manifest_lists_every_other_file(bundle: Path) -> None:
@@ -132,7 +134,7 @@ def test_the_digest_ignores_what_differs_from_run_to_run(bundle: Path, tmp_path:
     assert second.files != read_manifest(bundle).files
 
 
-@pytest.mark.parametrize("path", ["model/model.onnx.data", "report.json", "selftest.json", "licences/MODEL"])
+@pytest.mark.parametrize("path", ["model/adapter.gguf", "report.json", "selftest.json", "licences/MODEL"])
 def test_the_digest_covers_the_content(bundle: Path, tmp_path: Path, path: str) -> None:
     with staging_folder(tmp_path / "again") as folder:
         stage(folder)
@@ -156,7 +158,7 @@ def test_the_digest_covers_the_header() -> None:
 
 
 def test_the_digest_does_not_depend_on_the_order_of_files() -> None:
-    entries = [FileEntry(path=path, role="other", size=0, sha256="0" * 64) for path in "abc"]
+    entries = [FileEntry.of(path, 0, "0" * 64) for path in "abc"]
     assert Manifest.of(header(), entries) == Manifest.of(header(), reversed(entries))
 
 
@@ -164,21 +166,21 @@ def test_the_digest_does_not_depend_on_the_order_of_files() -> None:
 
 
 def test_a_truncated_file_is_named_with_its_bytes(bundle: Path) -> None:
-    (bundle / "model/model.onnx.data").write_bytes(bytes(100))
-    check = failed(bundle)["file model/model.onnx.data"]
+    (bundle / "model/adapter.gguf").write_bytes(bytes(100))
+    check = failed(bundle)["file model/adapter.gguf"]
     assert check.detail == "the file is cut short or was changed: got 100 bytes, expected 2,048 bytes"
     assert (check.value, check.limit, check.unit) == (100, 2048, "bytes")
 
 
 def test_a_changed_byte_is_found(bundle: Path) -> None:
-    (bundle / "model/model.onnx").write_bytes(b"grapH")
-    assert list(failed(bundle)) == ["file model/model.onnx"]
-    assert "the bytes were changed: got SHA-256" in failed(bundle)["file model/model.onnx"].detail
+    (bundle / "model/model.gguf").write_bytes(b"grapH")
+    assert list(failed(bundle)) == ["file model/model.gguf"]
+    assert "the bytes were changed: got SHA-256" in failed(bundle)["file model/model.gguf"].detail
 
 
 def test_a_missing_file_is_found(bundle: Path) -> None:
-    (bundle / "model/model.onnx.data").unlink()
-    assert failed(bundle)["file model/model.onnx.data"].detail == "the file is missing: expected 2,048 bytes"
+    (bundle / "model/adapter.gguf").unlink()
+    assert failed(bundle)["file model/adapter.gguf"].detail == "the file is missing: expected 2,048 bytes"
 
 
 def test_unlisted_files_are_found(bundle: Path) -> None:
@@ -191,18 +193,18 @@ def test_unlisted_files_are_found(bundle: Path) -> None:
 
 def test_links_are_found_and_not_followed(bundle: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
-    outside.write_bytes(FILES["model/model.onnx"])
-    (bundle / "model/model.onnx").unlink()
-    (bundle / "model/model.onnx").symlink_to(outside)
+    outside.write_bytes(FILES["model/model.gguf"])
+    (bundle / "model/model.gguf").unlink()
+    (bundle / "model/model.gguf").symlink_to(outside)
     (bundle / "more").symlink_to(tmp_path)
-    assert set(failed(bundle)) == {"no links", "file model/model.onnx"}
-    assert failed(bundle)["no links"].detail == "neither files nor folders: model/model.onnx, more"
+    assert set(failed(bundle)) == {"no links", "file model/model.gguf"}
+    assert failed(bundle)["no links"].detail == "neither files nor folders: model/model.gguf, more"
 
 
 def test_a_pipe_is_found_and_not_opened(bundle: Path) -> None:
-    (bundle / "model/model.onnx").unlink()
-    os.mkfifo(bundle / "model/model.onnx")
-    assert set(failed(bundle)) == {"no links", "file model/model.onnx"}
+    (bundle / "model/model.gguf").unlink()
+    os.mkfifo(bundle / "model/model.gguf")
+    assert set(failed(bundle)) == {"no links", "file model/model.gguf"}
 
 
 def test_a_manifest_edited_in_its_own_spelling_fails_the_digest(bundle: Path) -> None:
@@ -241,11 +243,11 @@ UNREADABLE = Path("/proc/self/mem")
 
 @pytest.mark.skipif(not UNREADABLE.is_file(), reason="needs a file that cannot be read")
 def test_a_file_the_disk_does_not_give_is_found() -> None:
-    listed = FileEntry(path=UNREADABLE.name, role="other", size=0, sha256="0" * 64)
+    listed = FileEntry.of(UNREADABLE.name, 0, "0" * 64)
     check = _check_file(UNREADABLE.parent, listed, True, lambda _: None)
     assert (check.status, check.detail) == ("failed", "cannot be read: Input/output error")
     with pytest.raises(InputError, match=r"mem: cannot be read; got Input/output error; check its permissions"):
-        _read(UNREADABLE)
+        _bytes(UNREADABLE, 1)
 
 
 # Manifests that cannot be read
@@ -318,8 +320,8 @@ def test_a_missing_or_linked_manifest_is_refused(bundle: Path) -> None:
 
 
 def test_a_huge_manifest_is_refused_unread(bundle: Path) -> None:
-    os.truncate(bundle / "manifest.json", MAX_DOCUMENT_BYTES + 1)
-    with pytest.raises(InputError, match=r"too large; got 67,108,865 bytes, expected at most 67,108,864 bytes"):
+    os.truncate(bundle / "manifest.json", MOST_BYTES["manifest.json"] + 1)
+    with pytest.raises(InputError, match=r"too large; got 1,048,577 bytes, expected at most 1,048,576 bytes"):
         read_manifest(bundle)
 
 

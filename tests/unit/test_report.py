@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import InputError
-from exporter.measures import Check
+from exporter.measures import Check, from_json
 from exporter.report import figures
-from exporter.report.data import Measurements, Report, from_json, merged, to_json, verdict
+from exporter.report.data import Measurements, Report, merged, to_json, verdict
 
 DATA = Path(__file__).parents[1] / "data"
 REPORT = (DATA / "report.json").read_text(encoding="utf-8")
@@ -104,8 +104,10 @@ def test_an_unknown_key_is_refused() -> None:
 
 
 def test_another_schema_version_is_refused() -> None:
-    text = REPORT.replace('"schema_version": 1', '"schema_version": 2')
-    with pytest.raises(InputError, match=r"schema_version: Input should be 1; .*version of edge-exporter that made it"):
+    text = REPORT.replace('"schema_version": 1', '"schema_version": 3')
+    with pytest.raises(
+        InputError, match=r"schema_version: Input should be 1 or 2; .*version of edge-exporter that made it"
+    ):
         from_json(Report, text, "report.json")
 
 

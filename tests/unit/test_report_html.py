@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.measures import Check
+from exporter.measures import Check, from_json
 from exporter.report import charts
-from exporter.report.data import Measurements, Report, from_json
+from exporter.report.data import Measurements, Report
 from exporter.report.html import BASES, render_html
 
 DATA = Path(__file__).parents[1] / "data"

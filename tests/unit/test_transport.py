@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from exporter.bundle.manifest import content_digest, sha256_of
+from exporter.bundle.opening import opened_bundle
+from exporter.bundle.reading import read_manifest
 from exporter.bundle.transport import code_beside, unpack_bundle
-from exporter.bundle.verify import read_manifest, verify_bundle
+from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.coding.container import code_file
 from exporter.errors import InputError, RequestError
 from exporter.job import silent
-from exporter.use import open_bundle, self_test
+from exporter.use import self_test
 from tests.unit.test_bundle import failed, header, rewrite, stage
 
 WEIGHTS = np.random.default_rng(0).normal(0, 3, 50_000).round().astype(np.int8).tobytes()
@@ -25,6 +27,7 @@ def coded(tmp_path: Path) -> Path:
     output = tmp_path / "coded"
     with staging_folder(output) as staging:
         stage(staging)
+        (staging / "model/adapter.gguf").unlink()
         weights = staging / "model/model.gguf"
         weights.write_bytes(WEIGHTS)
         size = code_beside([weights], "small", silent)
@@ -59,7 +62,7 @@ def test_any_flipped_or_missing_byte_is_found(coded: Path, tmp_path: Path) -> No
     for place in (0, 30, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :])
         assert "file model/model.gguf.coded" in failed(coded)
-        with pytest.raises(InputError, match=r"is damaged|no coded file"):
+        with pytest.raises(InputError, match=r"not the one that the manifest lists"):
             unpack_bundle(coded, tmp_path / "plain", silent)
     path.write_bytes(whole[:-1])
     assert "file model/model.gguf.coded" in failed(coded)
@@ -87,9 +90,9 @@ def test_what_restores_to_something_else_is_found(coded: Path, tmp_path: Path) -
     with pytest.raises(InputError, match=r"not what its manifest lists: file model/model.gguf"):
         unpack_bundle(coded, tmp_path / "plain", silent)
     forge(coded, WEIGHTS[:-1])
-    assert "its coded form is that of" in failed(coded)["file model/model.gguf"].detail
+    assert "the coded file is that of another than the manifest lists" in failed(coded)["file model/model.gguf"].detail
     forge(coded, WEIGHTS, name="other")
-    assert "its coded form is that of 'other'" in failed(coded)["file model/model.gguf"].detail
+    assert "got 'other', 50,000 bytes" in failed(coded)["file model/model.gguf"].detail
     assert not (tmp_path / "plain").exists()
 
 
@@ -101,14 +104,15 @@ def test_both_forms_at_once_are_found(coded: Path) -> None:
 def test_a_file_cannot_be_listed_where_a_coded_one_stands(coded: Path) -> None:
     document = json.loads((coded / "manifest.json").read_text("utf-8"))
     listed = document["files"]
-    rewrite(coded, {"files": [*listed, listed[0] | {"path": "model/model.gguf.coded"}]})
+    rewrite(coded, {"files": [*listed, listed[0] | {"path": "model/model.gguf.coded", "role": "model"}]})
     with pytest.raises(InputError, match="is listed beside"):
         read_manifest(coded)
 
 
 def test_a_coded_bundle_is_not_used_but_says_how(coded: Path) -> None:
-    with pytest.raises(RequestError, match="the bundle's model is coded; restore it with edge-exporter unpack"):
-        open_bundle(coded)
+    sentence = "the bundle's model is coded; restore it with edge-exporter unpack"
+    with pytest.raises(RequestError, match=sentence), opened_bundle(coded):
+        pass
     check = self_test(coded, 1)
     assert (check.status, "edge-exporter unpack" in check.detail) == ("not run", True)
 
@@ -124,6 +128,6 @@ def test_what_cannot_be_unpacked(coded: Path, tmp_path: Path) -> None:
         unpack_bundle(coded, tmp_path / "again", silent)
     (coded / "link").unlink()
     (coded / "selftest.json").unlink()
-    with pytest.raises(InputError, match=r"not what its manifest lists: file selftest.json"):
+    with pytest.raises(InputError, match=r"selftest.json: a file of the bundle is missing or truncated"):
         unpack_bundle(coded, tmp_path / "again", silent)
     assert not (tmp_path / "again").exists()
