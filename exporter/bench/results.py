@@ -11,6 +11,7 @@ from exporter.toml import shown
 
 MAX_TOKENS = 1 << 20
 Name = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Place = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Size = Annotated[int, Field(ge=0, le=1 << 46)]
 # From a microsecond to a day.
@@ -95,10 +96,17 @@ class Measured(Document):
 
 
 class Needs(Document):
-    """Which packages a device's Python lacks."""
+    """Which packages a device's Python lacks.
+
+    Attributes:
+        python: Its version.
+        missing: Packages, as pip knows them.
+        hidden: Those of them that a Python finds which is not isolated, with the folder of each.
+    """
 
     python: Name
     missing: Annotated[tuple[Name, ...], Field(max_length=10)]
+    hidden: Annotated[tuple[Place, ...], Field(max_length=100)]
 
 
 class Answers(Document):
@@ -132,6 +140,10 @@ class LlamaBenchRow(BaseModel):
             n_prompt=self.n_prompt, n_gen=self.n_gen, n_depth=self.n_depth, test_time=self.test_time,
             samples_ns=self.samples_ns,
         )  # fmt: skip
+
+
+# Of one test, or of both.
+LlamaBenchRows = Annotated[tuple[LlamaBenchRow, ...], Field(max_length=2)]
 
 
 def parsed(kind: type[Result], text: str, where: str) -> Result:
