@@ -177,16 +177,16 @@ class Session:
     def _feed(self, process: "subprocess.Popen[bytes]") -> None:
         """Hand on what the client sends; as adbd does, hang up when it goes without having closed the input."""
         assert process.stdin is not None
-        closed = False
-        while header := self._source.read(5):
-            kind, length = struct.unpack("<BI", header)
-            data = self._source.read(length)
-            if kind == 0:
-                process.stdin.write(data)
-            elif kind == 4:
-                closed = True
-                process.stdin.close()
-        if not closed:
+        # The session may have ended meanwhile, and its connection with it.
+        with contextlib.suppress(OSError, ValueError):
+            while header := self._source.read(5):
+                kind, length = struct.unpack("<BI", header)
+                data = self._source.read(length)
+                if kind == 0:
+                    process.stdin.write(data)
+                elif kind == 4:
+                    process.stdin.close()
+        if not process.stdin.closed:
             process.send_signal(signal.SIGHUP)
             process.stdin.close()
 
