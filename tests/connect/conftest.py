@@ -53,6 +53,8 @@ def sshd(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
     server.restore()
     yield server
     assert server.left == []
+    # ONNX Runtime leaves a device's id in the home where its telemetry is on.
+    assert not list(server.far.rglob("Microsoft"))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from exporter.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import free_port
 from tests.connect.sshd import HOST, Sshd, key
+from tests.connect.waiting import becomes, ended
 
 QUICK = Settings(prompt=8, generate=4, depth=0, context=64, repeats=2, sustain_s=0, threads=1)
 FLAGS = ("-p", "8", "-n", "4", "-r", "2", "--threads", "1", "--python", sys.executable)
@@ -120,17 +120,13 @@ def test_interrupted_it_cleans_up(sshd: Sshd, bundle: Path) -> None:
     assert becomes(lambda: ended(pid))
 
 
-def becomes(true: Callable[[], bool]) -> bool:
-    """Whether something becomes true within ten seconds."""
-    return any(true() or time.sleep(0.1) for _ in range(100))
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or dead and not waited for yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def test_killed_it_is_cleaned_up_by_the_device(sshd: Sshd, bundle: Path) -> None:
+    python = misbehaving(sshd, "selftest", SLEEP)
+    running = started(bundle.parent, "bench", "gguf", "--on", sshd.address, *FLAGS[:-1], python)
+    pid = wait_for(sshd.far, "bench-*/pid")
+    running.kill()
+    running.wait()
+    assert becomes(lambda: ended(pid) and sshd.left == [])
 
 
 def wait_for(folder: Path, pattern: str) -> int:
@@ -242,6 +238,21 @@ def test_a_python_without_the_runtime(sshd: Sshd, bundle: Path) -> None:
         MissingDependencyError, match=r"lacks .* got numpy, llama-cpp-python; .*-m pip install numpy llama-"
     ):
         measured(sshd, bundle, python=bare)
+
+
+def test_a_runtime_for_the_user_alone(sshd: Sshd, bundle: Path) -> None:
+    bare = misbehaving(sshd, "never", "true", options="-S")
+    site = sshd.far / f".local/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (site / "llama_cpp").mkdir(parents=True)
+    (site / "llama_cpp/__init__.py").touch()
+    with pytest.raises(
+        MissingDependencyError,
+        match=rf"other-python finds the model's runtime only where isolated programs do not look; got "
+        rf"llama-cpp-python in {site}, expected .*; make an environment there .*pip install numpy llama-cpp-python.*"
+        r" --python",
+    ):
+        measured(sshd, bundle, python=bare)
+    shutil.rmtree(sshd.far / ".local")
 
 
 def test_a_python_in_the_home(sshd: Sshd, bundle: Path) -> None:

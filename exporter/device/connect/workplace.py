@@ -30,7 +30,7 @@ PROGRAM, BUNDLE = "program", "bundle"
 # others: of two, one at least sees the other and gives way. A mark counts while its process lives; of hosts that share
 # a disk, for good. What nobody has any more is left by a device that lost its power, and goes, unless it was to stay.
 HOLD = Line(
-    "umask 077; trap '' HUP INT; unset CDPATH; "
+    "umask 077; trap '' HUP INT; unset CDPATH; start=$(pwd) above=$1/edge-exporter wanted=$2 keep=$3; "
     "host=$(uname -n); me=$host.$$; "
     # Numbers come again: it is ours if it was started with such a path.
     'ours() { kill -0 "$1" && { grep -q edge-exporter "/proc/$1/cmdline" || ps -o args= -p "$1" | '
@@ -42,13 +42,15 @@ HOLD = Line(
     'continue; if [ "${rest%.*}" != "$host" ] || ours "${rest##*.}"; then rm -f "$1.$me"; return 1; fi; '
     'rm -f "$other"; done; stop "$1"; }; '
     '[ -n "$4" ] && ours "$4" && kill -9 "$4" && sleep 1; '
-    'mkdir -p -- "$1/edge-exporter" && cd -- "$1/edge-exporter" && [ -O . ] && [ -w . ] || exit 1; '
-    'for number in "" -2 -3 -4; do name=$2$number; take "$name" && break; name=; done; '
-    '[ -n "$name" ] || { echo "others measure this bundle there" >&2; exit 1; }; '
+    # The folder above goes with the last in it, which may be just now.
+    'enter() { cd -- "$start" && mkdir -p -- "$above" && cd -- "$above" && [ -O . ] && [ -w . ] || return; '
+    'for number in "" -2 -3 -4; do name=$wanted$number; take "$name" && return; done; '
+    'echo "others measure this bundle there" >&2; return 1; }; '
+    "enter || enter || { sleep 1; enter; } || exit 1; "
     'for found in bench-*; do old=${found%%.*}; [ -e "$found" ] && [ "$old" != "$name" ] && take "$old" && '
     '{ [ -e "$old/kept" ] || rm -rf "$old"; rm -f "$old.$me"; }; done; '
     'mkdir -p "$name" && cd "$name" && echo "$$ $(pwd)" && while read -r _; do :; done; '
-    'cd .. || exit; stop "$name"; if [ -n "$3" ]; then true > "$name/kept"; else rm -rf "$name"; fi; done=$?; '
+    'cd .. || exit; stop "$name"; if [ -n "$keep" ]; then true > "$name/kept"; else rm -rf "$name"; fi; done=$?; '
     'rm -f "$name.$me"; cd .. && rmdir edge-exporter 2>/dev/null; exit $done'
 )
 
