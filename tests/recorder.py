@@ -25,15 +25,19 @@ ALL_FRAMES, IPV4, TCP, UDP, DNS, SYN, ACK = 3, b"\x08\x00", 6, 17, 53, 2, 16
 UNSHARE = ["unshare", "--net", "--map-root-user"]
 
 
+# What is always recorded: that something is.
+HEARD = ["recorder.invalid"]
+
+
 def recorded(
-    command: list[str], record: Path, **options: object
+    command: list[str], record: Path, folder: Path, environment: dict[str, str]
 ) -> "tuple[subprocess.CompletedProcess[str], list[str] | None]":
     """Run a command and return what it reached for; None where this system lets nobody make a network."""
     can = (
         shutil.which("unshare") and not subprocess.run([*UNSHARE, "true"], check=False, capture_output=True).returncode
     )
     line = [*UNSHARE, sys.executable, __file__, str(record), *command] if can else command
-    done = subprocess.run(line, check=False, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, cwd=folder, env=environment)
     return done, json.loads(record.read_text()) if can else None
 
 
@@ -89,9 +93,8 @@ def main(record: str, *command: str) -> int:
     for target, arguments in ((_listen, (frames, seen)), (_resolve, (server,))):
         threading.Thread(target=target, args=arguments, daemon=True).start()
     code = subprocess.run(command, check=False).returncode
-    # It must not be the recorder that heard nothing.
     with contextlib.suppress(OSError):
-        socket.getaddrinfo("recorder.invalid", 80)
+        socket.getaddrinfo(*HEARD, 80)
     time.sleep(0.1)
     Path(record).write_text(json.dumps(sorted(seen)))
     return code
