@@ -18,6 +18,11 @@ INSTALL_QEMU = "install it: apt-get install qemu-user-static (Debian, Ubuntu) or
 # As many as any machine that this emulates on: libraries size their tables by it.
 CORES_SHOWN = 2
 SHOWN_CHARACTERS = 300
+# A Python that is isolated finds packages nowhere but in its own folders and in the one that is added here.
+START = (
+    "import runpy, sys; del sys.argv[0]; sys.path.append(sys.argv.pop(0)); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 class IllegalInstructionError(RuntimeCrashError):
@@ -53,8 +58,8 @@ class Machine:
 
     def python(self, program: Path, arguments: Sequence[Path | str], timeout_s: float) -> str:
         """Run a Python program that needs the standard library and `packages` alone; see `run`."""
-        # Not the folder of the program: modules beside it must not stand for those of the library.
-        return self.run([self.root / "usr/bin/python3", "-P", "-s", "-B", program, *arguments], timeout_s)
+        start: list[Path | str] = [self.root / "usr/bin/python3", "-I", "-B", "-c", START]
+        return self.run([*start, self.packages.absolute(), program, *arguments], timeout_s)
 
     def run(self, command: Sequence[Path | str], timeout_s: float) -> str:
         """Run a program and return what it wrote to standard output.
@@ -71,8 +76,7 @@ class Machine:
         emulator = qemu()
         with TemporaryDirectory(prefix="edge-exporter-") as scratch:
             prefix = self._prefix(Path(scratch, "system"))
-            environment = f"PYTHONPATH={self.packages},PYTHONHASHSEED=0,LD_LIBRARY_PATH="
-            line = [emulator, "-cpu", self.core.model, "-L", prefix, "-E", environment, *command]
+            line = [emulator, "-cpu", self.core.model, "-L", prefix, "-E", "LD_LIBRARY_PATH=", *command]
             with subprocess.Popen(
                 list(map(str, line)), cwd=scratch, text=True, errors="replace",
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

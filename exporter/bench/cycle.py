@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 from exporter.bench.engine import Engine, LlamaBench, Probe, Settings
 from exporter.bench.llama_bench import RowHead
@@ -22,7 +21,7 @@ from exporter.device.connect.machine import (
     read_celsius,
     read_machine,
 )
-from exporter.device.connect.workplace import Workplace, workplace
+from exporter.device.connect.workplace import BUNDLE, Workplace, workplace
 from exporter.device.profile import device_names, load_device
 from exporter.errors import RequestError
 from exporter.measures import Check, Quantity
@@ -103,12 +102,11 @@ def measure_here(bundle: Path, settings: Settings, device: str | None, check: bo
         device: The profile of this machine; None asks nothing of its instructions.
         check: Compare the model's files with the manifest first.
     """
-    with subject_of(bundle, check) as subject, TemporaryDirectory(prefix="edge-exporter-") as folder:
+    with subject_of(bundle, check) as subject, workplace(Here, _name(subject), None, keep=False) as place:
         engine = Probe(subject, sys.executable, subject.loaded.folder.parent.resolve())
-        place = Workplace(Here(), folder)
         machine = read_machine(place.connection)
         instructions = _instructions(subject, machine, device, strict=device is not None)
-        place.fill(engine.parcels(), _ignored)
+        engine.prepare(place)
         settings = _with_threads(settings, machine, device)
         return _outcome(subject, engine, place, machine, settings, (instructions,), 0)
 
@@ -134,16 +132,19 @@ def _measure_on(
     engine: Engine = Probe(subject, remote.python)
     if remote.binary is not None or remote.address.scheme == "adb":
         engine = LlamaBench(subject, remote.binary)
-    name = f"bench-{subject.manifest.content_digest[:16]}"
-    with workplace(partial(connect, remote), name, remote.folder, remote.keep) as place:
+    with workplace(partial(connect, remote), _name(subject), remote.folder, remote.keep) as place:
         machine = read_machine(place.connection)
         check = _instructions(subject, machine, device, strict=True)
-        engine.require(place.connection)
-        parcels = [*subject.parcels(), *engine.parcels()]
-        sent = place.fill(parcels, _counted(progress, sum(parcel.size for parcel in parcels)))
+        sent = engine.prepare(place)
+        parcels = [replace(parcel, name=f"{BUNDLE}/{parcel.name}") for parcel in subject.parcels()]
+        sent += place.fill(parcels, _counted(progress, sum(parcel.size for parcel in parcels)))
         found = f"{len(parcels)} files on the device have the SHA-256 of those that were sent"
         checks = (Check(name="bytes", status="passed", detail=found), check)
         return _outcome(subject, engine, place, machine, _with_threads(settings, machine, device), checks, sent)
+
+
+def _name(subject: Subject) -> str:
+    return f"bench-{subject.manifest.content_digest[:16]}"
 
 
 def connect(remote: Remote) -> Connection:
@@ -201,10 +202,6 @@ def _with_threads(settings: Settings, machine: Machine, device: str | None) -> S
         return settings
     known = load_device(device).threads.count if device else min(machine.cores or os.cpu_count() or 1, MOST_THREADS)
     return replace(settings, threads=known)
-
-
-def _ignored(_: int) -> None:
-    """Count nothing."""
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

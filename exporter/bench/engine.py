@@ -2,23 +2,23 @@
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from exporter.bench.results import Answers, LlamaBenchRow, Measured, Needs, parsed
+from exporter.bench.results import Answers, LlamaBenchRow, LlamaBenchRows, Measured, Needs, parsed
 from exporter.bench.subject import Subject
 from exporter.bundle.manifest import sha256_of
-from exporter.device.connect.connection import Answer, Connection
-from exporter.device.connect.workplace import Parcel, Workplace
+from exporter.device.connect.connection import Answer, Connection, ignored
+from exporter.device.connect.shell import Line, line
+from exporter.device.connect.workplace import BUNDLE, PROGRAM, Parcel, Workplace
 from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError
 from exporter.measures import Check
 
 PROBE = Path(__file__).with_name("probe.py")
-JOB = "job.json"
+JOB = f"{PROGRAM}/job.json"
 LIMIT_S = 3600
 MOST_ROUNDS = 10_000
 SIGNALLED = 128
@@ -62,16 +62,16 @@ class Settings:
 class Engine(Protocol):
     """One way to measure on a device."""
 
-    def require(self, connection: Connection) -> None:
-        """Refuse a device that lacks what the engine needs, before anything large is sent.
+    def prepare(self, place: Workplace) -> int:
+        """Send the program and refuse a device that lacks what it needs, before the model is sent.
+
+        Returns:
+            The bytes that were sent.
 
         Raises:
             MissingDependencyError: it has to be installed first.
             RequestError: this engine cannot measure the bundle at all.
         """
-
-    def parcels(self) -> list[Parcel]:
-        """Return what it sends beside the model."""
 
     def self_test(self, place: Workplace, settings: Settings) -> Check:
         """Ask the model what it answered when the bundle was made."""
@@ -81,40 +81,47 @@ class Engine(Protocol):
 
 
 class Probe:
-    """`probe.py` in a Python of the device.
+    """`probe.py` in a Python of the device, isolated: no file of the bundle stands for one of its modules.
 
     Args:
         subject: What to measure.
         python: The interpreter there: a name or path, which may begin with `~/`.
-        folder: Where the model's files are there, absolute; None for where they are sent to.
+        bundle: The bundle's folder there, absolute; None for where its files are sent to.
     """
 
-    def __init__(self, subject: Subject, python: str, folder: Path | None = None) -> None:
-        self._subject, self._folder = subject, folder
+    def __init__(self, subject: Subject, python: str, bundle: Path | None = None) -> None:
+        self._subject, self._bundle = subject, bundle
         self._shown = python
-        self._python = f'"$HOME"/{shlex.quote(python[2:])}' if python.startswith("~/") else shlex.quote(python)
+        self._python = line('"$HOME"/%s', python[2:]) if python.startswith("~/") else line("%s", python)
 
-    def require(self, connection: Connection) -> None:
-        """Refuse a device without Python or without the runtime."""
-        program = shlex.quote(PROBE.read_text(encoding="utf-8"))
-        answer = connection.run(f"{self._python} -c {program} needs {self._subject.artifact.target}", timeout_s=120)
+    def prepare(self, place: Workplace) -> int:
+        """Send the program and refuse a device without Python or without the runtime."""
+        sent = place.fill([Parcel(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
+        answer, where = (
+            place.run(self._command(place, "needs", self._subject.artifact.target), 120),
+            place.connection.where,
+        )
         if answer.code in {NOT_FOUND, NOT_EXECUTABLE}:
             raise MissingDependencyError(
-                f"the device has no {self._shown}", where=connection.where, got=answer.last_words,
+                f"there is no {self._shown}", where=where, got=answer.last_words,
                 next_step="install Python 3 there (Debian: sudo apt-get install python3), or name one with --python",
             )  # fmt: skip
-        _require_end(answer, connection)
-        missing = parsed(Needs, answer.output, connection.where).missing
-        if missing:
+        _require_end(answer, place.connection)
+        needs = parsed(Needs, answer.output, where)
+        if needs.hidden:
             raise MissingDependencyError(
-                f"the device's {self._shown} lacks the model's runtime", where=connection.where, got=", ".join(missing),
-                next_step=f"install it there: {self._shown} -m pip install {' '.join(missing)}; where the system's "
-                "Python is managed, in an environment whose interpreter --python names",
+                f"{self._shown} finds the model's runtime only where isolated programs do not look", where=where,
+                got=", ".join(needs.hidden), expected="packages of the interpreter's own",
+                next_step=f"make an environment there ({self._shown} -m venv edge; edge/bin/pip install "
+                f"{' '.join(needs.missing)}) and name its interpreter with --python '~/edge/bin/python'",
             )  # fmt: skip
-
-    def parcels(self) -> list[Parcel]:
-        """Return the program."""
-        return [Parcel(PROBE, PROBE.name, *sha256_of(PROBE))]
+        if needs.missing:
+            raise MissingDependencyError(
+                f"{self._shown} lacks the model's runtime", where=where, got=", ".join(needs.missing),
+                next_step=f"install it there: {self._shown} -m pip install {' '.join(needs.missing)}; where the "
+                "system's Python is managed, in an environment whose interpreter --python names",
+            )  # fmt: skip
+        return sent
 
     def self_test(self, place: Workplace, settings: Settings) -> Check:
         """Compare the model's answers on the device with those of the time when it was made."""
@@ -126,16 +133,18 @@ class Probe:
         return parsed(Measured, self._run("measure", place, settings).output, place.connection.where)
 
     def _run(self, command: str, place: Workplace, settings: Settings) -> Answer:
-        job = shlex.quote(json.dumps(self._job(place, settings)))
-        place.run(f"printf %s {job} > {JOB}")
-        answer = place.work(f"{self._python} {PROBE.name} {command} {JOB}", settings.limit_s)
+        job = place.write(JOB, json.dumps(self._job(place, settings)).encode())
+        answer = place.work(self._command(place, command, job), settings.limit_s)
         # Here a model that cannot be run at all is a bad one; elsewhere it may be the device.
-        local = self._folder is not None and command == "selftest"
+        local = self._bundle is not None and command == "selftest"
         _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
+    def _command(self, place: Workplace, command: str, argument: str) -> Line:
+        return line("%s -I %s %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", command, argument)
+
     def _job(self, place: Workplace, settings: Settings) -> dict[str, object]:
-        test, folder = self._subject.self_test, str(self._folder or place.path)
+        test, folder = self._subject.self_test, str(self._bundle or f"{place.path}/{BUNDLE}")
         return {
             "target": self._subject.artifact.target,
             "folder": f"{folder}/model",
@@ -157,10 +166,10 @@ class LlamaBench:
 
     def __init__(self, subject: Subject, binary: Path | None) -> None:
         self._subject, self._binary = subject, binary
-        self._command = "./llama-bench"
+        self._program = ""
 
-    def require(self, connection: Connection) -> None:
-        """Refuse what llama-bench cannot run, and a device that has none."""
+    def prepare(self, place: Workplace) -> int:
+        """Refuse what llama-bench cannot run and a device that has none, or send the one that the user named."""
         if self._subject.artifact.target != "gguf" or self._subject.has_adapter:
             kind = "an adapter" if self._subject.has_adapter else f"target {self._subject.artifact.target}"
             raise RequestError(
@@ -168,27 +177,15 @@ class LlamaBench:
                 expected="one GGUF file", next_step="build one with --target gguf, or measure over ssh",
             )  # fmt: skip
         if self._binary is None:
-            self._find(connection)
-        elif not self._binary.is_file():
+            self._program = _found(place.connection)
+            return 0
+        if not self._binary.is_file():
             raise RequestError("there is no such file", where=self._binary, next_step="name a build of llama-bench")
-
-    def _find(self, connection: Connection) -> None:
-        places = (
-            f'"$(command -v llama-bench)" {connection.parent}/llama-bench {connection.parent}/llama.cpp/llama-bench'
-        )
-        answer = connection.run(f'for f in {places}; do [ -x "$f" ] && echo "$f" && break; done; true', timeout_s=30)
-        path = answer.output.removesuffix("\n")
-        if not path.startswith("/") or not path.isprintable():
-            raise MissingDependencyError(
-                "the device has no llama-bench", where=connection.where,
-                next_step="name a static build of it for the device's processor with --binary FILE (llama.cpp: cmake "
-                "-DBUILD_SHARED_LIBS=OFF with the NDK's toolchain file, target llama-bench)",
-            )  # fmt: skip
-        self._command = shlex.quote(path)
-
-    def parcels(self) -> list[Parcel]:
-        """Return the program, where the user named one."""
-        return [] if self._binary is None else [Parcel(self._binary, "llama-bench", *sha256_of(self._binary))]
+        name = f"{PROGRAM}/llama-bench"
+        self._program = f"{place.path}/{name}"
+        sent = place.fill([Parcel(self._binary, name, *sha256_of(self._binary))], ignored)
+        place.run(line("chmod 700 %s", self._program))
+        return sent
 
     def self_test(self, place: Workplace, settings: Settings) -> Check:
         """Say that llama-bench answers no prompts."""
@@ -198,10 +195,7 @@ class LlamaBench:
 
     def measure(self, place: Workplace, settings: Settings) -> Measured:
         """Time it."""
-        if self._binary is not None:
-            place.run("chmod 700 llama-bench")
-        asked = [(settings.prompt, 0), (0, settings.generate)]
-        rows = self._rows(place, settings, f"-p {settings.prompt} -n {settings.generate} -r {settings.repeats}", asked)
+        rows = self._rows(place, settings, settings.repeats, [(settings.prompt, 0), (0, settings.generate)])
         last = rows[-1]
         return Measured(
             runtime=f"llama.cpp {last.build_commit} ({last.build_number})", model_type=last.model_type,
@@ -214,24 +208,43 @@ class LlamaBench:
         if not settings.sustain_s:
             return ()
         rounds = min(MOST_ROUNDS, math.ceil(1e9 * settings.sustain_s / round_ns))
-        asked = [(0, settings.generate)]
-        return self._rows(place, settings, f"-p 0 -n {settings.generate} -r {rounds}", asked)[0].samples_ns
+        return self._rows(place, settings, rounds, [(0, settings.generate)])[0].samples_ns
 
     def _rows(
-        self, place: Workplace, settings: Settings, tests: str, asked: Sequence[tuple[int, int]]
+        self, place: Workplace, settings: Settings, repeats: int, asked: Sequence[tuple[int, int]]
     ) -> tuple[LlamaBenchRow, ...]:
-        depth = f" -d {settings.depth}" if settings.depth else ""
+        """Run it for tests of so many tokens read and generated each, and return a row for each."""
         (model,) = self._subject.model_files
-        command = f"{self._command} -m {shlex.quote(model)} {tests}{depth} -t {settings.threads} -o json"
-        answer = place.work(command, settings.limit_s)
+        prompt, generate = map(max, zip(*asked, strict=True))
+        options = ["-m", f"{place.path}/{BUNDLE}/{model}", "-p", prompt, "-n", generate, "-r", repeats]
+        options += ["-d", settings.depth] if settings.depth else []
+        options += ["-t", settings.threads, "-o", "json"]
+        answer = place.work(line("%s %s", self._program, list(map(str, options))), settings.limit_s)
         _require_end(answer, place.connection)
-        rows = parsed(tuple[LlamaBenchRow, ...], answer.output, place.connection.where)
+        rows = parsed(LlamaBenchRows, answer.output, place.connection.where)
         if [(row.n_prompt, row.n_gen) for row in rows] != list(asked):
             raise InputError(
                 "llama-bench measured something else", where=place.connection.where,
                 got=[(row.n_prompt, row.n_gen) for row in rows][:4], expected=list(asked),
             )  # fmt: skip
         return rows
+
+
+def _found(connection: Connection) -> str:
+    """Return the path of the device's own llama-bench."""
+    above = connection.parent
+    command = line(
+        'for file in "$(command -v llama-bench)" %s/llama-bench %s/llama.cpp/llama-bench; '
+        'do [ -x "$file" ] && echo "$file" && break; done; true', above, above,
+    )  # fmt: skip
+    path = connection.run(command, timeout_s=30).output.removesuffix("\n")
+    if not path.startswith("/") or not path.isprintable():
+        raise MissingDependencyError(
+            "the device has no llama-bench", where=connection.where,
+            next_step="name a static build of it for the device's processor with --binary FILE (llama.cpp: cmake "
+            "-DBUILD_SHARED_LIBS=OFF with the NDK's toolchain file, target llama-bench)",
+        )  # fmt: skip
+    return path
 
 
 def _require_end(answer: Answer, connection: Connection, kind: type[ExporterError] = RequestError) -> None:

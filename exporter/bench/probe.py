@@ -1,8 +1,8 @@
 """Measures a model on the machine that it is sent to. It stands alone: Python 3.8, numpy and the model's runtime.
 
-    python3 probe.py needs TARGET        which packages of the runtime are there
-    python3 probe.py selftest JOB.json   what the model answers to the self-test's prompt
-    python3 probe.py measure JOB.json    how quickly it reads and generates
+    python3 -I probe.py needs TARGET        which packages of the runtime are there
+    python3 -I probe.py selftest JOB.json   what the model answers to the self-test's prompt
+    python3 -I probe.py measure JOB.json    how quickly it reads and generates
 
 It prints one JSON object. Tests are those of llama-bench: `n_prompt` tokens read at once, or `n_gen` generated one at a
 time, either after `n_depth` tokens that are not timed.
@@ -15,10 +15,15 @@ import json
 import os
 import resource
 import signal
+import site
 import sys
 import time
+from importlib.machinery import PathFinder
 from importlib.metadata import version
 from typing import Any
+
+# Before it is imported: ONNX Runtime asks for a host of its maker's otherwise, and leaves a device's id in the home.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 # Module and the package that pip knows it by. What is needed, then what is used where it is there.
 NUMPY, ORT = ("numpy", "numpy"), ("onnxruntime", "onnxruntime")
@@ -278,8 +283,15 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
 
 def needs(target: str) -> dict[str, Any]:
     """Return the packages that are missing for a target."""
-    missing = [package for module, package in NEEDED[target] if not importlib.util.find_spec(module)]
-    return {"python": sys.version.split()[0], "missing": missing}
+    missing = [needed for needed in NEEDED[target] if not importlib.util.find_spec(needed[0])]
+    # Where it would look if it were not isolated.
+    folders = [site.getusersitepackages(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    hidden = [
+        f"{package} in {one}" for module, package in missing for one in folders if PathFinder.find_spec(module, [one])
+    ]
+    return {
+        "python": sys.version.split()[0], "missing": [package for _, package in missing], "hidden": hidden,
+    }  # fmt: skip
 
 
 def main(command: str, argument: str) -> dict[str, Any]:

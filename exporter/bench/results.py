@@ -9,13 +9,18 @@ from exporter.errors import InputError
 from exporter.measures import Document
 from exporter.toml import shown
 
+# The longest has 30,000 timings.
+MAX_CHARACTERS = 1 << 20
 MAX_TOKENS = 1 << 20
 Name = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Place = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Size = Annotated[int, Field(ge=0, le=1 << 46)]
 # From a microsecond to a day.
 Nanoseconds = Annotated[int, Field(ge=1_000, le=86_400_000_000_000)]
-Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+Time = Annotated[str, Field(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$")]
+# Of a million mistakes the first is enough: a list of all would take gigabytes.
+Samples = Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
 Result = TypeVar("Result")
 
 
@@ -32,7 +37,7 @@ class Test(Document):
     n_gen: Tokens
     n_depth: Tokens
     test_time: Time
-    samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000)]
+    samples_ns: Samples
 
     @property
     def name(self) -> str:
@@ -75,8 +80,8 @@ class Measured(Document):
     load_ns: Nanoseconds | None
     interpreter_bytes: Size | None
     peak_bytes: Size | None
-    tests: Annotated[tuple[Test, ...], Field(min_length=2, max_length=2)]
-    sustained_ns: Annotated[tuple[Nanoseconds, ...], Field(max_length=10_000)]
+    tests: Annotated[tuple[Test, ...], Field(min_length=2, max_length=2, fail_fast=True)]
+    sustained_ns: Annotated[tuple[Nanoseconds, ...], Field(max_length=10_000, fail_fast=True)]
 
     @property
     def prefill(self) -> Test:
@@ -95,17 +100,24 @@ class Measured(Document):
 
 
 class Needs(Document):
-    """Which packages a device's Python lacks."""
+    """Which packages a device's Python lacks.
+
+    Attributes:
+        python: Its version.
+        missing: Packages, as pip knows them.
+        hidden: Those of them that a Python finds which is not isolated, with the folder of each.
+    """
 
     python: Name
-    missing: Annotated[tuple[Name, ...], Field(max_length=10)]
+    missing: Annotated[tuple[Name, ...], Field(max_length=10, fail_fast=True)]
+    hidden: Annotated[tuple[Place, ...], Field(max_length=100, fail_fast=True)]
 
 
 class Answers(Document):
     """The first token and its logit at each position of a self-test."""
 
-    tokens: Annotated[tuple[Tokens, ...], Field(max_length=1000)]
-    logits: Annotated[tuple[float, ...], Field(max_length=1000)]
+    tokens: Annotated[tuple[Tokens, ...], Field(max_length=1000, fail_fast=True)]
+    logits: Annotated[tuple[float, ...], Field(max_length=1000, fail_fast=True)]
 
 
 class LlamaBenchRow(BaseModel):
@@ -123,7 +135,7 @@ class LlamaBenchRow(BaseModel):
     n_gen: Tokens
     n_depth: Tokens = 0
     test_time: Time
-    samples_ns: Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000)]
+    samples_ns: Samples
 
     @property
     def test(self) -> Test:
@@ -134,12 +146,21 @@ class LlamaBenchRow(BaseModel):
         )  # fmt: skip
 
 
+# Of one test, or of both.
+LlamaBenchRows = Annotated[tuple[LlamaBenchRow, ...], Field(max_length=2, fail_fast=True)]
+
+
 def parsed(kind: type[Result], text: str, where: str) -> Result:
     """Return what a device answered as a document.
 
     Raises:
         InputError: it is none.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(
+            "the device's answer is too long for the measuring program's", where=where, got=f"{len(text):,} characters",
+            expected=f"at most {MAX_CHARACTERS:,}", next_step="check what runs there under that name",
+        )  # fmt: skip
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:

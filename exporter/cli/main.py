@@ -276,8 +276,6 @@ def unpack(
 
 def main() -> Never:
     """Run the command line; every expected failure is one sentence and its exit code."""
-    # The product uses the network only where the user names something on it.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("gguf").setLevel(logging.WARNING)

@@ -10,9 +10,13 @@ file, float32 [tokens, vocab].
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+# Before it is imported: ONNX Runtime asks for a host of its maker's otherwise, and leaves a device's id in the home.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnxruntime

@@ -4,7 +4,9 @@ A request is four hexadecimal digits of length and a text; the answer OKAY, or F
 packets of one byte of kind, four of length and the data; sync speaks in words of four letters and a length.
 """
 
+import contextlib
 import os
+import signal
 import socket
 import socketserver
 import struct
@@ -90,16 +92,13 @@ class AdbServer:
         """Return a text of the phone with its folder in place of Android's."""
         return text.replace(ROOT, str(self.files))
 
-    def shell(self, command: str) -> "subprocess.CompletedProcess[bytes]":
-        """Run a command of the phone's shell."""
-        path = f"{self._programs}:{os.environ['PATH']}"
-        return subprocess.run(
-            ["/bin/sh", "-c", self.mapped(command)],
-            env={"PATH": path},
-            capture_output=True,
-            check=False,
-            cwd=self.files,
-        )
+    def shell(self, command: str) -> "subprocess.Popen[bytes]":
+        """Start a command of the phone's shell, in a session of its own as adbd does."""
+        path, pipe = f"{self._programs}:{os.environ['PATH']}", subprocess.PIPE
+        return subprocess.Popen(
+            ["/bin/sh", "-c", self.mapped(command)], env={"PATH": path}, stdin=pipe, stdout=pipe, stderr=pipe,
+            cwd=self.files, start_new_session=True,
+        )  # fmt: skip
 
     def __enter__(self) -> "AdbServer":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -115,6 +114,7 @@ class Session:
 
     def __init__(self, server: AdbServer, source: Any, sink: Any) -> None:
         self._server, self._source, self._sink = server, source, sink
+        self._one_at_a_time = threading.Lock()
 
     def serve(self) -> None:
         """Answer requests until the client goes, or a service has ended."""
@@ -161,11 +161,43 @@ class Session:
 
     def _shell(self, command: str) -> bool:
         self._say(b"OKAY")
-        done = self._server.shell(command)
-        code = done.returncode if done.returncode >= 0 else 128 - done.returncode
-        for kind, data in ((1, done.stdout), (2, done.stderr), (3, bytes([code]))):
-            self._say(struct.pack("<BI", kind, len(data)) + data)
+        with self._server.shell(command) as process:
+            threads = [
+                threading.Thread(target=self._feed, args=(process,), daemon=True),
+                *(threading.Thread(target=self._tell, args=one) for one in ((1, process.stdout), (2, process.stderr))),
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads[1:]:
+                thread.join()
+            code = process.wait()
+        self._packet(3, bytes([code if code >= 0 else 128 - code]))
         return False
+
+    def _feed(self, process: "subprocess.Popen[bytes]") -> None:
+        """Hand on what the client sends; as adbd does, hang up when it goes without having closed the input."""
+        assert process.stdin is not None
+        # The session may have ended meanwhile, and its connection with it.
+        with contextlib.suppress(OSError, ValueError):
+            while header := self._source.read(5):
+                kind, length = struct.unpack("<BI", header)
+                data = self._source.read(length)
+                if kind == 0:
+                    process.stdin.write(data)
+                elif kind == 4:
+                    process.stdin.close()
+        if not process.stdin.closed:
+            process.send_signal(signal.SIGHUP)
+            process.stdin.close()
+
+    def _tell(self, kind: int, stream: Any) -> None:
+        while data := stream.read1(1 << 16):
+            self._packet(kind, data)
+
+    def _packet(self, kind: int, data: bytes) -> None:
+        # A client that has gone hears no more.
+        with self._one_at_a_time, contextlib.suppress(OSError, ValueError):
+            self._say(struct.pack("<BI", kind, len(data)) + data)
 
     def _sync(self, _: str) -> bool:
         self._say(b"OKAY")

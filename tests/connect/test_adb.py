@@ -1,6 +1,7 @@
 """The whole measurement of a phone behind an adb server, and all that can go wrong with it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from exporter.bench.cycle import Outcome, Remote, measure_on, quantities
 from exporter.bench.engine import Settings
 from exporter.device.connect.connection import DroppedError, address_of
 from exporter.errors import InputError, MissingDependencyError, RequestError
-from tests.commands import cli
+from tests.commands import cli, started
 from tests.connect.adb_server import SERIAL, AdbServer, free_port, llama_bench
+from tests.connect.waiting import becomes, ended
 
 QUICK = Settings(prompt=8, generate=4, depth=0, context=64, repeats=3, sustain_s=1, threads=4)
 
@@ -108,6 +110,17 @@ def test_a_cable_that_is_pulled(phone: AdbServer, bundle: Path, binary: Path) ->
     phone.cut = 300_000
     with pytest.raises(DroppedError, match=r"the connection to the device was dropped"):
         measured(bundle, binary)
+
+
+def test_killed_it_is_cleaned_up_by_the_phone(phone: AdbServer, bundle: Path, tmp_path: Path) -> None:
+    script = tmp_path / "slow"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import time; time.sleep(60)" "$@"\n')
+    running = started(bundle.parent, "bench", "gguf", "--on", f"adb://{SERIAL}", "--binary", str(script))
+    assert becomes(lambda: any(phone.files.rglob("pid")))
+    pid = int(next(phone.files.rglob("pid")).read_text())
+    running.kill()
+    running.wait()
+    assert becomes(lambda: ended(pid) and phone.left == [])
 
 
 def test_a_program_without_an_end(phone: AdbServer, bundle: Path, tmp_path: Path) -> None:

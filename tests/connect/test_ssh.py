@@ -20,11 +20,14 @@ from exporter.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import free_port
 from tests.connect.sshd import HOST, Sshd, key
+from tests.connect.waiting import becomes, ended
 
 QUICK = Settings(prompt=8, generate=4, depth=0, context=64, repeats=2, sustain_s=0, threads=1)
 FLAGS = ("-p", "8", "-n", "4", "-r", "2", "--threads", "1", "--python", sys.executable)
+# Keeps what it was started with, by which a process is known to be ours.
+SLEEP = f'exec {sys.executable} -c "import time; time.sleep(60)" "$@"'
 # A Python that does something else for one command of the measuring program.
-PYTHON = '#!/bin/sh\ncase "$2" in {command}) {instead};; esac\nexec {python} {options} "$@"\n'
+PYTHON = '#!/bin/sh\ncase "$3" in {command}) {instead};; esac\nexec {python} {options} "$@"\n'
 FEW = "#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted\necho /dev/sd 999 900 {kib} 99% /\n"
 
 
@@ -83,7 +86,7 @@ def test_a_profile_that_cannot_be_written_is_refused_first(bundle: Path, tmp_pat
 def test_only_what_changed_is_sent(sshd: Sshd, bundle: Path) -> None:
     first = measured(sshd, bundle, keep=True)
     (kept,) = sshd.far.rglob("bench-*")
-    (kept / "probe.py").write_text("changed")
+    (kept / "program/probe.py").write_text("changed")
     second = measured(sshd, bundle, keep=True)
     assert 0 < second["transfer.sent_bytes"] < 20_000 < first["transfer.sent_bytes"]
     assert not (kept / "pid").exists()
@@ -102,32 +105,28 @@ def test_a_dropped_connection_to_a_device_that_is_gone(sshd: Sshd, bundle: Path)
     sshd.drop_mid_push()
     # The host key is not the known one any more, so no second connection comes about to clean up.
     sshd.put("mkdir", f'#!/bin/sh\necho > {sshd.home}/.ssh/known_hosts\nexec /bin/mkdir "$@"\n')
-    with pytest.raises(DroppedError, match=r"its folder \S*/edge-exporter/bench-[0-9a-f]{16} may be left there"):
+    with pytest.raises(DroppedError, match=r"its folder \S*/edge-exporter/bench-[0-9a-f]{16} goes when the device"):
         measured(sshd, bundle)
-    assert sshd.left
-    shutil.rmtree(sshd.far / ".cache")
+    assert becomes(lambda: sshd.left == [])
 
 
 def test_interrupted_it_cleans_up(sshd: Sshd, bundle: Path) -> None:
-    python = misbehaving(sshd, "selftest", "exec sleep 60")
+    python = misbehaving(sshd, "selftest", SLEEP)
     running = started(bundle.parent, "bench", "gguf", "--on", sshd.address, *FLAGS[:-1], python)
     pid = wait_for(sshd.far, "bench-*/pid")
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == 130
     assert "interrupted" in (bundle.parent / "errors.txt").read_text()
-    assert ends(pid)
+    assert becomes(lambda: ended(pid))
 
 
-def ends(pid: int) -> bool:
-    """Whether a process is gone, or dead and not waited for yet, within ten seconds."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.1)
-    return False
+def test_killed_it_is_cleaned_up_by_the_device(sshd: Sshd, bundle: Path) -> None:
+    python = misbehaving(sshd, "selftest", SLEEP)
+    running = started(bundle.parent, "bench", "gguf", "--on", sshd.address, *FLAGS[:-1], python)
+    pid = wait_for(sshd.far, "bench-*/pid")
+    running.kill()
+    running.wait()
+    assert becomes(lambda: ended(pid) and sshd.left == [])
 
 
 def wait_for(folder: Path, pattern: str) -> int:
@@ -214,7 +213,7 @@ def test_a_file_that_cannot_be_written(sshd: Sshd, bundle: Path) -> None:
 
 
 def test_bytes_that_arrive_changed(sshd: Sshd, bundle: Path) -> None:
-    sshd.put("sha256sum", f'#!/bin/sh\nfor f; do echo "{"0" * 64}  $f"; done\n')
+    sshd.put("sha256sum", f'#!/bin/sh\necho "{"0" * 64}  -"\n')
     with pytest.raises(InputError, match=r"the file on the device is not the one that was sent; got 0000"):
         measured(sshd, bundle)
 
@@ -229,7 +228,7 @@ def test_a_bundle_that_was_changed_here(sshd: Sshd, bundle: Path, tmp_path: Path
 
 
 def test_no_python(sshd: Sshd, bundle: Path) -> None:
-    with pytest.raises(MissingDependencyError, match=r"the device has no python4; .*apt-get install python3"):
+    with pytest.raises(MissingDependencyError, match=r"there is no python4; .*apt-get install python3"):
         measured(sshd, bundle, python="python4")
 
 
@@ -239,6 +238,21 @@ def test_a_python_without_the_runtime(sshd: Sshd, bundle: Path) -> None:
         MissingDependencyError, match=r"lacks .* got numpy, llama-cpp-python; .*-m pip install numpy llama-"
     ):
         measured(sshd, bundle, python=bare)
+
+
+def test_a_runtime_for_the_user_alone(sshd: Sshd, bundle: Path) -> None:
+    bare = misbehaving(sshd, "never", "true", options="-S")
+    site = sshd.far / f".local/lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (site / "llama_cpp").mkdir(parents=True)
+    (site / "llama_cpp/__init__.py").touch()
+    with pytest.raises(
+        MissingDependencyError,
+        match=rf"other-python finds the model's runtime only where isolated programs do not look; got "
+        rf"llama-cpp-python in {site}, expected .*; make an environment there .*pip install numpy llama-cpp-python.*"
+        r" --python",
+    ):
+        measured(sshd, bundle, python=bare)
+    shutil.rmtree(sshd.far / ".local")
 
 
 def test_a_python_in_the_home(sshd: Sshd, bundle: Path) -> None:

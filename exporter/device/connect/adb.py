@@ -1,12 +1,12 @@
 """Phones, through the adb server of this machine and adbutils. The server is the user's: it is not started here."""
 
-import contextlib
 import os
 import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, BinaryIO
 
 from exporter.device.connect.connection import (
@@ -19,6 +19,7 @@ from exporter.device.connect.connection import (
     too_long,
     too_much,
 )
+from exporter.device.connect.shell import Line
 from exporter.errors import RequestError
 from exporter.toml import shown
 
@@ -29,7 +30,7 @@ DEFAULT_PORT = 5037
 CONNECT_S, SEND_STALL_S = 3, 60
 FILE_MODE = stat.S_IFREG | 0o700
 SHELL_V2 = "shell_v2"
-STDOUT, STDERR, EXIT = 1, 2, 3
+STDOUT, STDERR, EXIT, CLOSE_STDIN = 1, 2, 3, 4
 STEPS = {
     "unauthorized": "unlock the phone and accept this machine's key on its screen",
     "offline": "plug the cable in again, or run adb reconnect",
@@ -48,7 +49,7 @@ class Adb:
     """
 
     # The one place that a shell of adb may write to and run programs from.
-    parent = "/data/local/tmp"
+    parent = Line("/data/local/tmp")
 
     def __init__(self, address: Address) -> None:
         self.where, self._serial = address.text, address.host
@@ -59,18 +60,32 @@ class Adb:
         self._failure, self._late = AdbError, AdbTimeout
         self._client = AdbClient(host, port)
         try:
-            with self._service(f"host-serial:{self._serial}:features", timeout_s=CONNECT_S) as link:
+            with closing(self._opened(f"host-serial:{self._serial}:features", timeout_s=CONNECT_S)) as link:
                 features = link.read_string_block().split(",")
         except (AdbError, OSError) as error:
             raise self._refusal(error) from error
         if SHELL_V2 not in features:
             raise RequestError("the phone's adb is too old", where=self.where, expected="Android 7 or newer")
 
-    def run(self, command: str, timeout_s: float) -> Answer:
+    def run(self, command: Line, timeout_s: float) -> Answer:
         """Run a line of shell there; see `Connection.run`."""
+        return self._begun(command, timeout_s).end(timeout_s)
+
+    def start(self, command: Line, timeout_s: float) -> "_Running":
+        """Start a line of shell there; see `Connection.start`."""
+        running = self._begun(command, timeout_s)
+        running.hear_a_line(timeout_s)
+        return running
+
+    def _begun(self, command: Line, timeout_s: float) -> "_Running":
+        with self.failing(timeout_s):
+            return _Running(self, self._opened(*self._transport, f"shell,v2,raw:{command}", timeout_s=timeout_s))
+
+    @contextmanager
+    def failing(self, timeout_s: float) -> Iterator[None]:
+        """Say in our words what goes wrong with a connection."""
         try:
-            with self._service(*self._transport, f"shell,v2,raw:{command}", timeout_s=timeout_s) as link:
-                return self._answer(link)
+            yield
         except (self._late, TimeoutError) as error:
             raise too_long(self.where, timeout_s) from error
         except (self._failure, OSError, EOFError) as error:
@@ -79,9 +94,9 @@ class Adb:
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
         """Write a file there; see `Connection.send`."""
         try:
-            with self._service(*self._transport, "sync:", timeout_s=SEND_STALL_S) as link:
+            with closing(self._opened(*self._transport, "sync:", timeout_s=SEND_STALL_S)) as link:
                 # The phone says why before it stops listening.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                with suppress(BrokenPipeError, ConnectionResetError):
                     for packet in _packets(source, target, advance):
                         link.conn.sendall(packet)
                 status, length = link.read_exact(4), int.from_bytes(link.read_exact(4), "little")
@@ -95,37 +110,82 @@ class Adb:
     def _transport(self) -> list[str]:
         return [f"host:transport:{self._serial}"]
 
-    @contextlib.contextmanager
-    def _service(self, *requests: str, timeout_s: float) -> "Iterator[AdbConnection]":
-        """Yield a connection on which each request was answered with OKAY."""
-        with self._client.make_connection(timeout=timeout_s) as link:
+    def _opened(self, *requests: str, timeout_s: float) -> "AdbConnection":
+        """Return a connection on which each request was answered with OKAY."""
+        link = self._client.make_connection(timeout=timeout_s)
+        try:
             for request in requests:
                 link.send_command(request)
                 link.check_okay()
-            yield link
+        except BaseException:
+            link.close()
+            raise
+        return link
 
     def close(self) -> None:
         """Do nothing: every command has a connection of its own."""
-
-    def _answer(self, link: "AdbConnection") -> Answer:
-        """Read packets of the shell protocol: one byte of kind, four of length, the data."""
-        texts = {STDOUT: bytearray(), STDERR: bytearray()}
-        while True:
-            header = link.read_exact(5)
-            kind, length = header[0], int.from_bytes(header[1:], "little")
-            if length + sum(map(len, texts.values())) > MAX_ANSWER_BYTES:
-                raise too_much(self.where)
-            data = link.read_exact(length)
-            if kind == EXIT and data:
-                output, errors = (text.decode(errors="replace") for text in texts.values())
-                return Answer(data[0], output, errors)
-            if kind in texts:
-                texts[kind] += data
 
     def _refusal(self, error: Exception) -> RequestError:
         said = str(error)
         step = next((step for sign, step in STEPS.items() if sign in said), "see what adb devices prints")
         return RequestError("the phone cannot be reached", where=self.where, got=shown(said), next_step=step)
+
+
+class _Running:
+    """See `Running`. The shell protocol has packets: one byte of kind, four of length, the data."""
+
+    def __init__(self, device: Adb, link: "AdbConnection") -> None:
+        self.said = ""
+        self._device, self._link = device, link
+        self._texts = {STDOUT: bytearray(), STDERR: bytearray()}
+        self._code: int | None = None
+
+    def hear_a_line(self, timeout_s: float) -> None:
+        """Wait until it has printed a line, or ended."""
+        output = self._texts[STDOUT]
+        self._read(timeout_s, lambda: b"\n" in output)
+        found = output.find(b"\n") + 1
+        self.said = output[:found].decode(errors="replace").removesuffix("\n")
+        del output[:found]
+
+    def end(self, timeout_s: float) -> Answer:
+        """Wait for it; see `Running.end`."""
+        with closing(self._link):
+            # It may have ended by itself.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._link.conn.sendall(struct.pack("<BI", CLOSE_STDIN, 0))
+            self._read(timeout_s, lambda: False)
+        output, errors = (text.decode(errors="replace") for text in self._texts.values())
+        return Answer(self._code or 0, output, errors)
+
+    def _read(self, timeout_s: float, enough: Callable[[], bool]) -> None:
+        """Read packets until it has ended, or there is enough."""
+        deadline = time.monotonic() + timeout_s
+        with self._device.failing(timeout_s):
+            while self._code is None and not enough():
+                header = self._exactly(5, deadline)
+                kind, length = header[0], int.from_bytes(header[1:], "little")
+                if length + sum(map(len, self._texts.values())) > MAX_ANSWER_BYTES:
+                    raise too_much(self._device.where)
+                data = self._exactly(length, deadline)
+                if kind == EXIT and data:
+                    self._code = data[0]
+                elif kind in self._texts:
+                    self._texts[kind] += data
+
+    def _exactly(self, count: int, deadline: float) -> bytes:
+        """Return so many bytes. The deadline holds for all of them, however slowly they trickle in."""
+        read = bytearray()
+        while len(read) < count:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._link.conn.settimeout(left)
+            piece = self._link.conn.recv(count - len(read))
+            if not piece:
+                raise EOFError("it closed the connection")
+            read += piece
+        return bytes(read)
 
 
 def _packets(source: BinaryIO, target: str, advance: Advance) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 from urllib.parse import SplitResult, urlsplit
 
+from exporter.device.connect.shell import Line
 from exporter.errors import RequestError, did_you_mean
 from exporter.toml import shown
 
@@ -54,23 +55,44 @@ class DroppedError(RequestError):
     """The connection to a device broke off."""
 
 
+class Running(Protocol):
+    """A command that runs until its input ends.
+
+    Attributes:
+        said: The first line that it printed; empty where it ended without one.
+    """
+
+    said: str
+
+    def end(self, timeout_s: float) -> Answer:
+        """End its input, wait for it, and return what it left beside `said`; it raises as `Connection.run` does."""
+
+
 class Connection(Protocol):
     """A device that answers.
 
     Attributes:
         where: How the user named it.
-        parent: Where folders of ours go unless the user says otherwise, in the words of its shell.
     """
 
     where: str
-    parent: str
 
-    def run(self, command: str, timeout_s: float) -> Answer:
-        """Run a line of POSIX shell there.
+    @property
+    def parent(self) -> Line:
+        """Where folders of ours go unless the user says otherwise."""
+
+    def run(self, command: Line, timeout_s: float) -> Answer:
+        """Run a line of POSIX shell there, with nothing to read.
 
         Raises:
             DroppedError: the connection broke off.
             RequestError: no end within `timeout_s`, or more was printed than `MAX_ANSWER_BYTES`.
+        """
+
+    def start(self, command: Line, timeout_s: float) -> Running:
+        """Start a line of POSIX shell there, and return once it has printed a line or ended; it raises as `run` does.
+
+        Its input ends with `Running.end`, with the connection, and with this process, however that ends.
         """
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
@@ -120,6 +142,10 @@ def _wrong(parts: SplitResult) -> str | None:
     if parts.path.strip("/") or parts.query or parts.fragment:
         return f"more than a host: {shown(parts.path or parts.query or parts.fragment)}"
     return None
+
+
+def ignored(_: int) -> None:
+    """Count nothing."""
 
 
 def pieces(source: BinaryIO, advance: Advance) -> Iterator[bytes]:

@@ -6,15 +6,16 @@ from typing import get_args
 
 from exporter.device.backend import ArmFeature, features_named
 from exporter.device.connect.connection import Connection
+from exporter.device.connect.shell import Line
 from exporter.device.profile import DeviceProfile
 from exporter.errors import RequestError
 
 MAX_NAME = 120
-FACTS = (
+FACTS = Line(
     "uname -s; uname -m; getprop ro.product.model 2>/dev/null || echo; "
     "cat /proc/meminfo /proc/cpuinfo 2>/dev/null; true"
 )
-WARMTH = (
+WARMTH = Line(
     "for z in /sys/class/thermal/thermal_zone*; do cat $z/type $z/temp 2>/dev/null | paste -s -d ' ' -; done; "
     "dumpsys thermalservice 2>/dev/null || true"
 )

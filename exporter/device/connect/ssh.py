@@ -1,9 +1,9 @@
 """Boards and laptops, through asyncssh. Host keys are checked against known_hosts and never accepted unseen."""
 
 import asyncio
-import shlex
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,6 +19,7 @@ from exporter.device.connect.connection import (
     too_long,
     too_much,
 )
+from exporter.device.connect.shell import Line, line
 from exporter.errors import InputError, RequestError
 from exporter.toml import shown
 
@@ -29,6 +30,7 @@ SEND_STALL_S = 60
 GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 Result = TypeVar("Result")
+Process = asyncssh.SSHClientProcess[bytes]
 
 
 class _Client(asyncssh.SSHClient):
@@ -55,7 +57,7 @@ class Ssh:
         RequestError: it is not to be reached, its key is not known or another, or it refuses ours.
     """
 
-    parent = '"${XDG_CACHE_HOME:-$HOME/.cache}"'
+    parent = Line('"${XDG_CACHE_HOME:-$HOME/.cache}"')
 
     def __init__(self, address: Address, identity: Path | None) -> None:
         self.where = address.text
@@ -70,9 +72,17 @@ class Ssh:
             self._end_loop()
             raise
 
-    def run(self, command: str, timeout_s: float) -> Answer:
+    def run(self, command: Line, timeout_s: float) -> Answer:
         """Run a line of shell there; see `Connection.run`."""
         return self._wait(self._run(command, timeout_s))
+
+    def start(self, command: Line, timeout_s: float) -> "_Running":
+        """Start a line of shell there; see `Connection.start`."""
+        return self._wait(self._start(command, timeout_s))
+
+    def end(self, process: Process, timeout_s: float) -> Answer:
+        """End a process's input and wait for it; see `Running.end`."""
+        return self._wait(self._end(process, timeout_s))
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
         """Write a file there; see `Connection.send`."""
@@ -160,15 +170,47 @@ class Ssh:
             next_step=f"compare it with ssh-keygen -lf on the device, then add it: {scan} >> ~/.ssh/known_hosts",
         )  # fmt: skip
 
-    async def _run(self, command: str, timeout_s: float) -> Answer:
-        async with self._connection.create_process(_posix(command), encoding=None, stdin=asyncssh.DEVNULL) as process:
-            reads = asyncio.gather(self._read(process.stdout), self._read(process.stderr))
-            try:
-                output, errors = await asyncio.wait_for(reads, timeout_s)
-                await asyncio.wait_for(process.wait_closed(), timeout_s)
-            except TimeoutError:
-                raise too_long(self.where, timeout_s) from None
-            return Answer(self._code(process), *(text.decode(errors="replace") for text in (output, errors)))
+    async def _run(self, command: Line, timeout_s: float) -> Answer:
+        async with self._limited(timeout_s):
+            return await self._ended(await self._begun(command))
+
+    async def _start(self, command: Line, timeout_s: float) -> "_Running":
+        async with self._limited(timeout_s):
+            process, said = await self._begun(command), b""
+            while b"\n" not in said and (piece := await process.stdout.read(MAX_ANSWER_BYTES)):
+                said += piece
+                if len(said) > MAX_ANSWER_BYTES:
+                    raise too_much(self.where)
+        return _Running(self, process, said.partition(b"\n")[0].decode(errors="replace"))
+
+    async def _end(self, process: Process, timeout_s: float) -> Answer:
+        async with self._limited(timeout_s):
+            return await self._ended(process)
+
+    @asynccontextmanager
+    async def _limited(self, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise too_long(self.where, timeout_s) from None
+
+    async def _begun(self, command: Line) -> Process:
+        # The account's own shell may be none that POSIX knows.
+        return await self._connection.create_process(line("exec /bin/sh -c %s", str(command)), encoding=None)
+
+    async def _ended(self, process: Process) -> Answer:
+        """End a process's input and return what it left; a device that does not close the channel is not waited for."""
+        try:
+            process.stdin.write_eof()
+            output, errors = await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
+            await process.wait_closed()
+        finally:
+            process.close()
+        code = process.returncode
+        if code is None:
+            raise dropped(self.where, "the command left no exit status")
+        return Answer(128 - code if code < 0 else code, *(text.decode(errors="replace") for text in (output, errors)))
 
     async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
         read = bytearray()
@@ -179,31 +221,27 @@ class Ssh:
         return bytes(read)
 
     async def _send(self, source: BinaryIO, target: str, advance: Advance) -> None:
-        line = _posix(f"umask 077; cat > {shlex.quote(target)}")
-        async with self._connection.create_process(line, encoding=None) as process:
-            try:
-                for piece in pieces(source, advance):
-                    process.stdin.write(piece)
-                    await asyncio.wait_for(process.stdin.drain(), SEND_STALL_S)
-                process.stdin.write_eof()
-            except (BrokenPipeError, TimeoutError):
-                pass  # what ended it says why
-            errors = await asyncio.wait_for(self._read(process.stderr), SEND_STALL_S)
-            await process.wait_closed()
-            answer = Answer(self._code(process), "", errors.decode(errors="replace"))
+        process = await asyncio.wait_for(self._begun(line("umask 077; cat > %s", target)), SEND_STALL_S)
+        # What ends it says why.
+        with suppress(BrokenPipeError, TimeoutError):
+            for piece in pieces(source, advance):
+                process.stdin.write(piece)
+                await asyncio.wait_for(process.stdin.drain(), SEND_STALL_S)
+        answer = await asyncio.wait_for(self._ended(process), SEND_STALL_S)
         if answer.code:
             raise RequestError("the device could not write the file", where=target, got=answer.last_words)
 
-    def _code(self, process: asyncssh.SSHClientProcess[bytes]) -> int:
-        code = process.returncode
-        if code is None:
-            raise dropped(self.where, "the command left no exit status")
-        return 128 - code if code < 0 else code
 
+class _Running:
+    """See `Running`."""
 
-def _posix(command: str) -> str:
-    # The account's own shell may be none that POSIX knows.
-    return f"exec /bin/sh -c {shlex.quote(command)}"
+    def __init__(self, device: Ssh, process: Process, said: str) -> None:
+        self.said = said
+        self._device, self._process = device, process
+
+    def end(self, timeout_s: float) -> Answer:
+        """Wait for it; see `Running.end`."""
+        return self._device.end(self._process, timeout_s)
 
 
 def known_hosts() -> asyncssh.SSHKnownHosts:

@@ -1,22 +1,58 @@
 """A folder of ours on a device: made, filled with what is not there yet, checked byte by byte, and removed again."""
 
-import contextlib
 import re
-import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
-from exporter.device.connect.connection import Advance, Answer, Connection, DroppedError
+from exporter.device.connect.connection import Advance, Answer, Connection, DroppedError, Running, ignored
+from exporter.device.connect.shell import Line, line
 from exporter.errors import InputError, RequestError
 
 SHORT_S = 30
-HASH_S = 600
+# To delete what a killed measurement left, and to read what is there.
+SWEEP_S, HASH_S = 120, 600
+MAX_PATH = 1024
 # What file systems need beside the bytes themselves.
 SPARE_BYTES = 1 << 20
-PID = "pid"
 NO_SPACE = "delete something there, or name a folder with more room with --folder"
+# Within a folder on the device: what runs, and what it only reads.
+PROGRAM, BUNDLE = "program", "bundle"
+
+# Makes a folder there and keeps it as long as its input lasts, which ends with the connection and with this process,
+# whatever ends them; then it ends the program that still runs there and deletes the folder. It prints its own number
+# and the path. The words before it: where, the folder's name, a word if the folder stays, and the number of one of its
+# kind that has lost its connection.
+#
+# A folder belongs to one process. Each leaves a mark beside it, NAME.HOST.NUMBER, and then looks for the marks of
+# others: of two, one at least sees the other and gives way. A mark counts while its process lives; of hosts that share
+# a disk, for good. What nobody has any more is left by a device that lost its power, and goes, unless it was to stay.
+HOLD = Line(
+    "umask 077; trap '' HUP INT; unset CDPATH; start=$(pwd) above=$1/edge-exporter wanted=$2 keep=$3; "
+    "host=$(uname -n); me=$host.$$; "
+    # Numbers come again: it is ours if it was started with such a path.
+    'ours() { kill -0 "$1" && { grep -q edge-exporter "/proc/$1/cmdline" || ps -o args= -p "$1" | '
+    "grep -q edge-exporter; }; } 2>/dev/null; "
+    # All of its session, where it leads one.
+    'stop() { [ -f "$1/pid" ] && read -r pid < "$1/pid" && ours "$pid" && { kill -9 "-$pid" 2>/dev/null || '
+    'kill -9 "$pid"; }; rm -f "$1/pid"; }; '
+    'take() { true > "$1.$me" || return 1; for other in "$1".*; do rest=${other#"$1".}; [ "$rest" = "$me" ] && '
+    'continue; if [ "${rest%.*}" != "$host" ] || ours "${rest##*.}"; then rm -f "$1.$me"; return 1; fi; '
+    'rm -f "$other"; done; stop "$1"; }; '
+    '[ -n "$4" ] && ours "$4" && kill -9 "$4" && sleep 1; '
+    # The folder above goes with the last in it, which may be just now.
+    'enter() { cd -- "$start" && mkdir -p -- "$above" && cd -- "$above" && [ -O . ] && [ -w . ] || return; '
+    'for number in "" -2 -3 -4; do name=$wanted$number; take "$name" && return; done; '
+    'echo "others measure this bundle there" >&2; return 1; }; '
+    "enter || enter || { sleep 1; enter; } || exit 1; "
+    'for found in bench-*; do old=${found%%.*}; [ -e "$found" ] && [ "$old" != "$name" ] && take "$old" && '
+    '{ [ -e "$old/kept" ] || rm -rf "$old"; rm -f "$old.$me"; }; done; '
+    'mkdir -p "$name" && cd "$name" && echo "$$ $(pwd)" && while read -r _; do :; done; '
+    'cd .. || exit; stop "$name"; if [ -n "$keep" ]; then true > "$name/kept"; else rm -rf "$name"; fi; done=$?; '
+    'rm -f "$name.$me"; cd .. && rmdir edge-exporter 2>/dev/null; exit $done'
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +73,7 @@ class Parcel:
 
 
 class Workplace:
-    """A folder on a device that belongs to one bundle.
+    """A folder on a device that is ours alone.
 
     Args:
         connection: To the device.
@@ -48,15 +84,26 @@ class Workplace:
         self.connection = connection
         self.path = path
 
-    def run(self, command: str, timeout_s: float = SHORT_S) -> Answer:
+    def run(self, command: Line, timeout_s: float = SHORT_S) -> Answer:
         """Run a line of shell in the folder; see `Connection.run`."""
-        return self.connection.run(f"cd {shlex.quote(self.path)} && {command}", timeout_s)
+        return self.connection.run(line("cd -- %s && { %s; }", self.path, command), timeout_s)
 
-    def work(self, command: str, timeout_s: float) -> Answer:
-        """Run a program in the folder and note its number, by which `leave` ends it if it still runs then."""
-        answer = self.run(f"echo $$ > {PID} && exec {command}", timeout_s)
-        self.run(f"rm -f {PID}")
+    def work(self, command: Line, timeout_s: float) -> Answer:
+        """Run a program in the folder and note its number, by which it is ended if it still runs when the folder goes.
+
+        Args:
+            command: The program and its arguments, one of them a path in the folder.
+            timeout_s: Seconds that it may take.
+        """
+        answer = self.run(line("echo $$ > pid && exec %s", command), timeout_s)
+        self.run(Line("rm -f pid"))
         return answer
+
+    def write(self, name: str, data: bytes) -> str:
+        """Write a file below the folder and return its path there; it raises as `Connection.send` does."""
+        path = f"{self.path}/{name}"
+        self.connection.send(BytesIO(data), path, ignored)
+        return path
 
     def fill(self, parcels: list[Parcel], advance: Advance) -> int:
         """Send what the folder does not hold yet and check all of it; return the bytes sent.
@@ -87,7 +134,7 @@ class Workplace:
 
     def _require_room(self, needed: int, cause: RequestError | None = None) -> None:
         """Refuse where the folder's disk has no room; `cause` is what failed for want of it."""
-        answer = self.run("df -Pk .")
+        answer = self.run(Line("df -Pk ."))
         found = re.search(r"\s(\d{1,15})\s+\d{1,3}%\s", answer.output)
         free = int(found[1]) * 1024 if found else None
         full = cause is not None and re.search("No space left|File too large|exceeded|exit status 153", str(cause))
@@ -103,7 +150,7 @@ class Workplace:
     def _make_folders(self, parcels: list[Parcel]) -> None:
         folders = sorted({parcel.name.rpartition("/")[0] for parcel in parcels} - {""})
         if folders:
-            self.run("umask 077; mkdir -p " + " ".join(map(shlex.quote, folders)))
+            self.run(line("umask 077; mkdir -p -- %s", folders))
 
     def _check(self, parcels: list[Parcel]) -> None:
         there = self._digests(parcels)
@@ -118,28 +165,34 @@ class Workplace:
 
     def _digests(self, parcels: list[Parcel]) -> dict[str, str]:
         """Return the SHA-256 of those of the files that are there."""
-        names = " ".join(shlex.quote(parcel.name) for parcel in parcels)
-        # macOS has shasum; missing files are said on the error stream and make the status useless.
-        command = f"{{ sha256sum {names} 2>/dev/null || shasum -a 256 {names} 2>/dev/null; }}; true"
+        # macOS has shasum. A line for each file, empty where it is not there.
+        command = line(
+            'for file in %s; do { sha256sum < "$file" || shasum -a 256 < "$file" || echo; } 2>/dev/null; done',
+            [parcel.name for parcel in parcels],
+        )
         lines = self.run(command, HASH_S).output.splitlines()
-        found = filter(None, (re.fullmatch(r"([0-9a-f]{64})[ *]+(.+)", line.strip()) for line in lines))
-        return {match[2]: match[1] for match in found}
+        found = {parcel.name: re.match(r"[0-9a-f]{64}\b", said) for parcel, said in zip(parcels, lines, strict=False)}
+        return {name: match[0] for name, match in found.items() if match}
 
-    def leave(self, keep: bool) -> bool:
-        """End what still runs in the folder and, unless it is to be kept, delete it; return whether that went well."""
-        inner, outer = shlex.quote(self.path), shlex.quote(self.path.rpartition("/")[0])
-        end = f'[ -f {inner}/{PID} ] && kill -9 "$(cat {inner}/{PID})" 2>/dev/null; rm -f {inner}/{PID}'
-        delete = "true" if keep else f"rm -rf {inner} && {{ rmdir {outer} 2>/dev/null; true; }}"
-        return self.connection.run(f"{end}; {delete}", SHORT_S).code == 0
+
+@dataclass(frozen=True)
+class _Held:
+    """A folder on a device as long as `running` runs, whose number there is `process`."""
+
+    place: Workplace
+    running: Running
+    process: str
 
 
 @contextmanager
 def workplace(connect: Callable[[], Connection], name: str, parent: str | None, keep: bool) -> Iterator[Workplace]:
     """Yield a folder on a device, and delete it afterwards whatever happens; over a new connection if need be.
 
+    Should this process be killed or the connection be cut, the device deletes it by itself.
+
     Args:
         connect: Reaches the device.
-        name: Of the folder.
+        name: Of the folder, `bench-` and letters or digits.
         parent: Folder there that ours goes into; None takes the transport's.
         keep: Leave the folder, so that the next time only what changed is sent.
 
@@ -147,41 +200,44 @@ def workplace(connect: Callable[[], Connection], name: str, parent: str | None, 
         RequestError: the device is not to be reached, or lets no folder be made.
     """
     connection = connect()
-    place: Workplace | None = None
+    held: _Held | None = None
     try:
-        place = _made(connection, name, parent)
-        yield place
+        held = _hold(connection, name, parent, keep)
+        yield held.place
     except DroppedError as error:
-        if place is None or _left_anew(connect, place.path, keep):
-            raise
-        raise DroppedError(f"{str(error).rstrip('.')}; its folder {place.path} may be left there") from error
+        if held is not None and not _left_anew(connect, name, parent, keep, held):
+            said = f"{str(error).rstrip('.')}; its folder {held.place.path} goes when the device notices it"
+            raise DroppedError(f"{said}, or with the next measurement there") from error
+        raise
     finally:
-        if place is not None:
-            with contextlib.suppress(RequestError):
-                place.leave(keep)
+        if held is not None:
+            with suppress(RequestError):
+                held.running.end(SWEEP_S)
         connection.close()
 
 
-def _made(connection: Connection, name: str, parent: str | None) -> Workplace:
-    above = f"{connection.parent if parent is None else shlex.quote(parent)}/edge-exporter"
-    inner = f"{above}/{shlex.quote(name)}"
-    answer = connection.run(f"umask 077; mkdir -p {inner} && cd {inner} && [ -O . ] && [ -w . ] && pwd", SHORT_S)
-    path = answer.output.removesuffix("\n")
-    if answer.code or not path.startswith("/") or not path.endswith(f"/edge-exporter/{name}") or not path.isprintable():
+def _hold(connection: Connection, name: str, parent: str | None, keep: bool, former: str = "") -> _Held:
+    """Make a folder; `former` is the number of the process there that was to keep it and is out of reach."""
+    above = connection.parent if parent is None else parent
+    command = line("set -- %s %s %s %s; %s", above, name, "keep" if keep else "", former, HOLD)
+    running = connection.start(command, SWEEP_S)
+    found = re.fullmatch(rf"(\d{{1,10}}) (/.*/edge-exporter/{name}(?:-\d)?)", running.said)
+    if not found or len(found[2]) > MAX_PATH or not found[2].isprintable():
         raise RequestError(
-            "no folder can be made on the device", where=connection.where, got=answer.last_words,
+            "no folder can be made on the device", where=connection.where, got=running.end(SWEEP_S).last_words,
             expected="one of this user's own", next_step="name a folder that you may write to with --folder",
         )  # fmt: skip
-    return Workplace(connection, path)
+    return _Held(Workplace(connection, found[2]), running, found[1])
 
 
-def _left_anew(connect: Callable[[], Connection], path: str, keep: bool) -> bool:
+def _left_anew(connect: Callable[[], Connection], name: str, parent: str | None, keep: bool, held: _Held) -> bool:
+    """Take a folder over by a new connection, and leave it."""
     try:
         connection = connect()
     except RequestError:
         return False
     try:
-        return Workplace(connection, path).leave(keep)
+        return _hold(connection, name, parent, keep, held.process).running.end(SWEEP_S).code == 0
     except RequestError:
         return False
     finally:

@@ -1,0 +1,142 @@
+"""Bundles that mean harm: on a device their files are data, whatever they and their target are called."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exporter.bench import cycle
+from exporter.bench.cycle import Remote, measure_here, measure_on, quantities
+from exporter.bench.engine import Probe, Settings
+from exporter.bench.subject import Subject, subject_of
+from exporter.bundle.manifest import FileEntry, sha256_of
+from exporter.device.connect.connection import address_of
+from exporter.device.connect.shell import Line, line
+from exporter.errors import RequestError
+from tests.connect.adb_server import SERIAL, AdbServer, llama_bench
+from tests.connect.sshd import Sshd
+
+QUICK = Settings(prompt=8, generate=4, depth=0, context=64, repeats=2, sustain_s=0, threads=1)
+# Modules that Python or the measuring program imports, where older versions looked for them and elsewhere.
+MODULES = ("json.py", "numpy.py", "onnxruntime/__init__.py", "llama_cpp.py", "sitecustomize.py", "usercustomize.py")
+FOLDERS = ("", "model/", "program/")
+# What shells and programs read as something else than a name.
+NAMES = (
+    "-rf", "--help", "model/--", "model/-m", "model/it's \"here\"", "model/a b  c", "model/$(touch {mark})",
+    "model/`touch {mark}`", "model/; touch {mark} #", "model/line\ntouch {mark}\n#", "model/back\\slash", "model/*",
+    "model/'; touch {mark}; '", "~/model", "pid", "kept",
+)  # fmt: skip
+
+Make = Callable[[Path, dict[str, str]], Subject]
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """The file that exists once something of a bundle has run."""
+    return tmp_path / "PWNED"
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a bundle with more files, all of them listed as the model's, as no manifest that is read may list them."""
+
+    def make(bundle: Path, texts: dict[str, str]) -> Subject:
+        folder = tmp_path / "hostile"
+        shutil.copytree(bundle, folder)
+        entries = []
+        for name, text in texts.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            size, digest = sha256_of(path)
+            entries.append(FileEntry.model_construct(path=name, role="model", size=size, sha256=digest))
+        subject = subject_of(bundle)
+        files = (*subject.manifest.files, *entries)
+        subject = replace(subject, bundle=folder, manifest=subject.manifest.model_copy(update={"files": files}))
+        monkeypatch.setattr(cycle, "subject_of", lambda _: subject)
+        return subject
+
+    return make
+
+
+def test_a_line_of_shell_quotes_all_that_is_not_a_line() -> None:
+    assert line("a %s b %s 100%%", "; c", ["d", "-e f", "$(g)"]) == "a '; c' b d '-e f' '$(g)' 100%"
+    inner = line("cd %s", "it's")
+    assert line("%s && exit", inner) == """cd 'it'"'"'s' && exit"""
+    # What is put together by other means is text, and quoted again.
+    assert line("%s", f"{inner}") == line("%s", str(inner)) == line("%s", inner + "") != inner
+    assert isinstance(inner, Line)
+
+
+def test_a_target_with_a_command_in_it(sshd: Sshd, bundle: Path, mark: Path, made: Make) -> None:
+    subject = made(bundle, {})
+    target = f"gguf; touch {mark}"
+    subject = replace(subject, artifact=replace(subject.artifact, target=target))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cycle, "subject_of", lambda _: subject)
+        with pytest.raises(RequestError, match=r"the measuring program failed on the device; got .*KeyError"):
+            measure_on(bundle, Remote(address_of(sshd.address), python=sys.executable), QUICK, None, lambda *_: None)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_files_named_like_modules(sshd: Sshd, world: Path, mark: Path, made: Make, target: str) -> None:
+    text = f"open({str(mark)!r}, 'w')\nraise SystemExit('a file of the bundle ran')\n"
+    subject = made(world / target, {f"{folder}{module}": text for folder in FOLDERS for module in MODULES})
+    remote = Remote(address_of(sshd.address), python=sys.executable)
+    outcome = measure_on(subject.bundle, remote, QUICK, None, lambda *_: None)
+    assert {check.name: check.status for check in outcome.checks}["selftest"] == "passed"
+    assert quantities(outcome)["transfer.sent_bytes"].value > sum(one.size for one in subject.parcels())
+    assert not mark.exists()
+
+
+def test_names_that_shells_read_otherwise(sshd: Sshd, bundle: Path, mark: Path, made: Make) -> None:
+    subject = made(bundle, dict.fromkeys((name.format(mark=mark) for name in NAMES), "text"))
+    remote = Remote(address_of(sshd.address), python=sys.executable, keep=True)
+    outcome = measure_on(subject.bundle, remote, QUICK, None, lambda *_: None)
+    (kept,) = sshd.far.rglob("edge-exporter/bench-*")
+    there = {str(path.relative_to(kept / "bundle")) for path in (kept / "bundle").rglob("*") if path.is_file()}
+    assert there == set(subject.model_files)
+    assert sorted(path.name for path in kept.iterdir()) == ["bundle", "kept", "program"]
+    assert outcome.sent_bytes > sum(parcel.size for parcel in subject.parcels())
+    assert not mark.exists()
+    shutil.rmtree(kept.parent)
+
+
+def test_a_model_on_a_phone_whose_name_is_a_command(
+    phone: AdbServer, bundle: Path, tmp_path: Path, mark: Path, made: Make
+) -> None:
+    name = "model/-m 'x' $(touch PWNED).gguf"
+    subject = made(bundle, {name: ""})
+    shutil.copyfile(bundle / "model/model.gguf", subject.bundle / name)
+    size, digest = sha256_of(subject.bundle / name)
+    files = (FileEntry.model_construct(path=name, role="model", size=size, sha256=digest),)
+    subject = replace(subject, manifest=subject.manifest.model_copy(update={"files": files}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cycle, "subject_of", lambda _: subject)
+        remote = Remote(address_of(f"adb://{SERIAL}"), binary=llama_bench(tmp_path / "-llama bench; touch PWNED"))
+        assert measure_on(bundle, remote, QUICK, None, lambda *_: None).measured.runtime.startswith("llama.cpp")
+    assert not list(phone.files.rglob("PWNED"))
+
+
+def test_on_this_machine_nothing_of_the_surroundings_runs(
+    bundle: Path, tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = tmp_path / "around"
+    for module in MODULES:
+        (around / module).parent.mkdir(parents=True, exist_ok=True)
+        (around / module).write_text(f"open({str(mark)!r}, 'w')\n")
+    monkeypatch.chdir(around)
+    monkeypatch.setenv("PYTHONPATH", str(around))
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    outcome = measure_here(bundle, QUICK, None)
+    assert {check.name: check.status for check in outcome.checks}["selftest"] == "passed"
+    assert not mark.exists() and not list((tmp_path / "cache/bench").iterdir())
+
+
+def test_a_python_is_named_by_one_word(bundle: Path) -> None:
+    for python, said in {"~/my env/python": """"$HOME"/'my env/python'""", "a; b": "'a; b'", "$(c)": "'$(c)'"}.items():
+        assert Probe(subject_of(bundle), python)._python == said
