@@ -1,4 +1,4 @@
-"""Thousands of mutations of each kind of input, in processes that are watched: what ends in no sentence is a finding."""
+"""Mutations of each kind of input, tried in processes that are watched: what ends in no sentence is a finding."""
 
 import os
 import resource
@@ -29,12 +29,12 @@ MOST_CHARACTERS = 4000
 ACCEPTED, REFUSED = "accepted", "refused"
 # A process that imports nothing anew is made in milliseconds.
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["tests.fuzz.subjects"])
+_context.set_forkserver_preload(["tests.fuzz.subjects", "tests.fuzz.bombs"])
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A mutation that ended otherwise than it must."""
+class Ending:
+    """How a mutation ended."""
 
     subject: str
     seed: int
@@ -54,7 +54,14 @@ class Tally:
     accepted: int = 0
     refused: int = 0
     seconds: float = 0.0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Ending] = field(default_factory=list)
+
+    def add(self, ending: Ending) -> None:
+        """Count how a mutation ended."""
+        self.accepted += ending.what == ACCEPTED
+        self.refused += ending.what == REFUSED
+        if ending.what not in (ACCEPTED, REFUSED):
+            self.findings.append(ending)
 
 
 def fuzz(subject: str, seed: int, first: int, count: int) -> Tally:
@@ -66,20 +73,13 @@ def fuzz(subject: str, seed: int, first: int, count: int) -> Tally:
         first: Number of the first mutation.
         count: How many.
     """
-    tally, number, started = Tally(), first, time.monotonic()
-    while number < first + count:
-        with _Worker(subject, seed, range(number, first + count)) as worker:
-            for number in range(number, first + count):
-                ended = worker.ended()
-                if ended == ACCEPTED:
-                    tally.accepted += 1
-                elif ended == REFUSED:
-                    tally.refused += 1
-                else:
-                    tally.findings.append(Finding(subject, seed, number, ended))
-                    if not worker.usable:
-                        break
-            number += 1
+    tally, started = Tally(), time.monotonic()
+    left = range(first, first + count)
+    while left:
+        with _Worker(subject, seed, left) as worker:
+            while left and worker.usable:
+                tally.add(Ending(subject, seed, left[0], worker.ended()))
+                left = left[1:]
     tally.seconds = time.monotonic() - started
     return tally
 
@@ -109,7 +109,7 @@ class _Worker:
     def ended(self) -> str:
         """Return how the next mutation ended."""
         ended = self._received(PROCESSOR_S, CLOCK_S)
-        # What grew by so much would hide the growth of others.
+        # A child that grew by so much would hide the growth of others.
         self.usable = self.usable and "MiB" not in ended
         return ended
 
@@ -129,12 +129,13 @@ class _Worker:
 
 
 def _processor_s(process: BaseProcess) -> float:
+    """Return the time that a process took of the processor, or the one of its children that took most."""
     try:
         own = psutil.Process(process.pid)
         times = [one.cpu_times() for one in (own, *own.children(recursive=True))]
     except psutil.NoSuchProcess:
         return 0.0
-    return sum(one.user + one.system for one in times)
+    return max(one.user + one.system for one in times)
 
 
 def _kill(process: BaseProcess) -> None:
@@ -151,23 +152,24 @@ def _kill(process: BaseProcess) -> None:
 
 def _work(pipe: Connection, subject: str, seed: int, numbers: range, folder: str) -> None:
     """Prepare a subject and try its mutations; send how each ended."""
+    from tests.fuzz.bombs import BOMBS
     from tests.fuzz.subjects import SUBJECTS
 
     os.environ["EDGE_EXPORTER_CACHE"] = str(Path(folder, "cache"))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, sys.stdout.fileno())
-    attempt = SUBJECTS[subject](Path(folder))
-    limits = [_peak_bytes(who) + GROWTH_BYTES for who in WHO]
+    attempt = (SUBJECTS | BOMBS)[subject](Path(folder))
+    children = _peak_bytes(resource.RUSAGE_CHILDREN)
     pipe.send("ready")
     for number in numbers:
+        # From here on, the peak is counted anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        own = _peak_bytes(resource.RUSAGE_SELF)
         ended = _ended(attempt, Random(f"{subject}:{seed}:{number}"))
         if ended in (ACCEPTED, REFUSED):
-            grown = max(_peak_bytes(who) - limit for who, limit in zip(WHO, limits, strict=True)) + GROWTH_BYTES
+            grown = max(_peak_bytes(resource.RUSAGE_SELF) - own, _peak_bytes(resource.RUSAGE_CHILDREN) - children)
             ended = f"a process grew by {grown >> 20:,} MiB" if grown > GROWTH_BYTES else ended
         pipe.send(ended)
-
-
-WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 def _peak_bytes(who: int) -> int:
@@ -189,4 +191,3 @@ def _ended(attempt: "Attempt", chance: Random) -> str:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" not in frame.filename]
         places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[::-1][:4])
         return f"{type(error).__name__}: {str(error)[:200]!r} at {places}"
-

@@ -128,8 +128,8 @@ def changed_value(value: Any, chance: Random) -> Any:
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield paths to the values inside a value; of a long list only to the first ones."""
-    keys = list(value)[:40] if isinstance(value, dict) else range(min(len(value), 40)) if isinstance(value, list) else ()
-    for key in keys:
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    for key in keys[:40]:
         yield (*path, key)
         yield from _places(value[key], (*path, key))
 
@@ -250,7 +250,8 @@ def mutated_safetensors(data: bytes, chance: Random) -> bytes:
             at = chance.randrange(2)
             one["data_offsets"][at] = chance.choice((*INTEGERS, one["data_offsets"][at] + chance.choice((-4, 4, 1))))
         elif kind < 0.6:
-            one["shape"] = chance.choice(([], [0], [1 << 62, 4], [-1], one["shape"][::-1], [1, *one["shape"]], [1] * 900))
+            turned, longer = one["shape"][::-1], [1, *one["shape"]]
+            one["shape"] = chance.choice(([], [0], [1 << 62, 4], [-1], turned, longer, [1] * 900))
         elif kind < 0.8:
             one["dtype"] = chance.choice(("F64", "F16", "BF16", "I8", "BOOL", "F8_E4M3", "U64", "F4", "x", ""))
         else:
