@@ -12,7 +12,7 @@ PROMPT := The capital of France is
 WITHOUT_AMX := $(if $(shell cc -march=native -dM -E -x c /dev/null 2>/dev/null | grep __AMX_INT8__),-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test golden check format format-check lint types wheel benchmark clean
+.PHONY: help demo test fuzz golden check format format-check lint types wheel benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,6 +33,11 @@ test: $(READY) ## run the tests
 
 golden: $(READY) ## compare what BASE=COMMIT and the working tree build, byte by byte
 	$(BIN)/python tests/golden.py $(BASE) --only '$(ONLY)'
+
+# Once more, what a run has found: make fuzz ONLY=gguf SEED=1 FIRST=1234 COUNT=1
+fuzz: $(READY) ## try 3,000 mutations of each kind of input
+	$(BIN)/python -m tests.fuzz $(if $(ONLY),--only $(ONLY)) \
+		--seed $(or $(SEED),1) --first $(or $(FIRST),0) --count $(or $(COUNT),3000)
 
 check: format-check lint types test wheel ## all that must pass before a commit
 

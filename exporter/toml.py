@@ -14,9 +14,14 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.measures import Document
+from exporter.nesting import deeper_than
 from exporter.registry import names
 
-MAX_FILE_BYTES = 1 << 20
+# The longest profile that comes with the exporter has 9 KB.
+MAX_FILE_BYTES = 1 << 18
+MAX_DEPTH = 16
+# tomllib takes time with the square of a dotted key's parts; a line's texts have dots, too.
+MOST_DOTS = 256
 MOST_LISTED = 20
 IMPOSSIBLE = "impossible"
 EXPECTED = {
@@ -77,9 +82,14 @@ def read_toml(file: Path | Traversable, what: str) -> dict[str, Any]:
     """Return the tables of a TOML file, not checked; for arguments and errors see `read_document`."""
     data = _read_bounded(file, what)
     try:
-        return tomllib.loads(data.decode())
+        if any(line.count(b".") > MOST_DOTS for line in data.split(b"\n")):
+            raise RecursionError(f"a line with more than {MOST_DOTS} dots")
+        table = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"the {what} is not TOML", where=file, got=error, expected="TOML in UTF-8") from error
+    if deeper_than(MAX_DEPTH, table):
+        raise InputError(f"the {what} is nested too deeply", where=file, expected=f"at most {MAX_DEPTH} levels")
+    return table
 
 
 def checked(table: Mapping[str, Any], kind: type[Kind], where: object) -> Kind:
@@ -96,9 +106,17 @@ def checked(table: Mapping[str, Any], kind: type[Kind], where: object) -> Kind:
 
 def shown(value: object) -> str:
     """Return a value of a file as a message may show it."""
-    shortener = Repr()
-    shortener.maxstring = shortener.maxother = 80
-    return "a table" if isinstance(value, dict) else shortener.repr(value)
+    return "a table" if isinstance(value, dict) else _Shortener().repr(value)
+
+
+class _Shortener(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python writes no number of more than 4,300 digits, which a file can hold as hexadecimal ones.
+        return super().repr_int(x, level) if x.bit_length() < 1 << 12 else f"a number of {x.bit_length()} bits"
 
 
 def _read_bounded(file: Path | Traversable, what: str) -> bytes:

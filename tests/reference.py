@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
+from exporter.model.tensors import gguf_names, interleaved_rows
 
 EVALUATION_CHARACTERS = 160_000
 

@@ -279,7 +279,7 @@ def comparison(facts: list[dict[str, Any]]) -> None:
 
 def gguf_facts(path: Path) -> dict[str, object]:
     """Return the tensors of a GGUF file."""
-    from exporter.model.tensors import open_gguf
+    from exporter.model.gguf_reader import open_gguf
 
     if not path.is_file():
         raise InputError("there is no such file", where=path)

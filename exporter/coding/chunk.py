@@ -20,6 +20,10 @@ from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits, read
 from exporter.errors import InputError
 
 Profile = Literal["small", "fast"]
+# What a chunk may consist of, so that restoring it takes a few times its bytes: a table takes 18 KiB. More is coded as
+# bytes of which nothing is known.
+MOST_PARTS, MOST_FIELDS, MOST_BLOCKS, MOST_TABLES = 1 << 12, 8, 1 << 16, 1 << 12
+MOST_NUMBER_BYTES = 8
 # How a stream is coded: as it is, by `ans`, by `huffman`, or by Zstandard with its search for repetitions.
 _RAW, _ANS, _HUFFMAN, _SEARCHED = range(4)
 
@@ -56,6 +60,8 @@ def encode(data: bytes, parts: Sequence[Part], profile: Profile) -> CodedChunk:
         parts: What they mean.
         profile: `small`, or `fast` to restore.
     """
+    if len(parts) > MOST_PARTS:
+        return _as_anything(data, profile)
     head, streams, entropy = [np.uint16(len(parts)).tobytes(), *map(_described, parts)], [], 0.0
     for part, field, values in _fields(np.frombuffer(data, np.uint8), parts):
         shape = shape_of(values, field, profile == "small")
@@ -65,8 +71,14 @@ def encode(data: bytes, parts: Sequence[Part], profile: Profile) -> CodedChunk:
             least = len(stream.coded) if field.kind == ANYTHING else entropy_bits(counts_of(symbols)) / 8
             entropy += min(least, len(symbols))
             streams.append(stream)
+    if _is_too_fine([stream.blocks for stream in streams], [stream.method for stream in streams]):
+        return _as_anything(data, profile)
     head.append(bytes(one.method for one in streams))
     return CodedChunk(b"".join([*head, _ans_bytes(streams), *(one.coded for one in streams)]), entropy)
+
+
+def _as_anything(data: bytes, profile: Profile) -> CodedChunk:
+    return encode(data, [Part(1, len(data), (Field(ANYTHING, 1),))], profile)
 
 
 def decode(payload: bytes, size: int) -> Bytes:
@@ -78,9 +90,16 @@ def decode(payload: bytes, size: int) -> Bytes:
     reading = Reading(payload)
     parts, shapes = _read_parts(reading, size)
     fields = [(part, field) for part in parts for field in part.fields]
-    counts = [blocks_of(part, field, shape) for (part, field), shape in zip(fields, shapes, strict=True)]
+    counts, room = [], MOST_BLOCKS
+    for (part, field), shape in zip(fields, shapes, strict=True):
+        counts.append(blocks_of(part, field, shape))
+        room -= sum(map(len, counts[-1]))
+        if room < 0:
+            raise InputError("a chunk of the coded file has too many blocks", expected=f"at most {MOST_BLOCKS}")
     blocks = [stream for streams in counts for stream in streams]
     methods = list(reading.take(len(blocks)))
+    if _is_too_fine(blocks, methods):
+        raise InputError("a chunk of the coded file has too many tables", expected=f"at most {MOST_TABLES}")
     modelled = _read_ans(reading, [some for some, method in zip(blocks, methods, strict=True) if method == _ANS])
     streams = [
         modelled.pop(0) if method == _ANS else _read_stream(reading, sum(block.symbols for block in some), method)
@@ -92,6 +111,13 @@ def decode(payload: bytes, size: int) -> Bytes:
         restore(streams[: len(some)], field, shape, values)
         del streams[: len(some)]
     return data
+
+
+def _is_too_fine(streams: Sequence[Sequence[Block]], methods: Sequence[int]) -> bool:
+    """Return whether streams have more blocks or tables than a chunk may have."""
+    modelled = (blocks for blocks, method in zip(streams, methods, strict=True) if method == _ANS)
+    tables = sum(len({block.table for block in blocks}) for blocks in modelled)
+    return tables > MOST_TABLES or sum(map(len, streams)) > MOST_BLOCKS
 
 
 def _fields(data: Bytes, parts: Sequence[Part]) -> list[tuple[Part, Field, Bytes]]:
@@ -124,20 +150,27 @@ def _nibbles(classes: Bytes) -> bytes:
 
 def _read_parts(reading: Reading, size: int) -> tuple[list[Part], list[Shape]]:
     (count,) = reading.unpack("H")
+    if count > MOST_PARTS:
+        raise InputError("a chunk of the coded file has too many parts", got=count, expected=f"at most {MOST_PARTS}")
     parts, left = [], size
     for _ in range(count):
         rows, records, fields = reading.unpack("III")
-        if not 1 <= fields <= 8:
-            raise InputError("a part of the coded file has a strange count of fields", got=fields, expected="1 to 8")
+        if not 1 <= fields <= MOST_FIELDS:
+            expected = f"1 to {MOST_FIELDS}"
+            raise InputError("a part of the coded file has a strange count of fields", got=fields, expected=expected)
         part = Part(rows, records, tuple(Field(*reading.unpack("BH")) for _ in range(fields)))
         left -= part.bytes
-        strange = [field for field in part.fields if field.kind not in KINDS or not field.width]
-        if strange or not part.bytes or left < 0:
+        if any(map(_is_strange, part.fields)) or not part.bytes or left < 0:
             raise InputError("a part of the coded file is not what a chunk can hold", got=part)
         parts.append(part)
     if left:
         raise InputError("the parts of a chunk do not make it up", got=size - left, expected=size)
     return parts, [_read_shape(reading, part, field) for part in parts for field in part.fields]
+
+
+def _is_strange(field: Field) -> bool:
+    too_wide = field.kind == NUMBERS and field.width > MOST_NUMBER_BYTES
+    return field.kind not in KINDS or not field.width or too_wide
 
 
 def _read_shape(reading: Reading, part: Part, field: Field) -> Shape:

@@ -33,7 +33,7 @@ PROFILES: tuple[Profile, ...] = get_args(Profile)
 # Bytes of the original in a chunk: many, for the lanes of `ans` to be long, or few, since restoring takes several times
 # as much memory.
 CHUNK_BYTES: dict[Profile, int] = {"small": 1 << 23, "fast": 1 << 20}
-MOST_CHUNK_BYTES = max(CHUNK_BYTES.values())
+LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = min(CHUNK_BYTES.values()), max(CHUNK_BYTES.values())
 # The least header: all but the name.
 _FIXED = struct.Struct("<8sHQ32sH")
 _CHECKSUM = struct.Struct("<I")
@@ -188,6 +188,20 @@ def restored_chunks(coded: Path, workers: int | None = None) -> Iterator[memoryv
         yield from _restored_chunks(file, _read_header(file, coded), coded, workers)
 
 
+def restored(coded: Path, most_bytes: int) -> bytes:
+    """Return the file that a coded file stands for, where it is no larger than that.
+
+    Raises:
+        InputError: as for `restore_file`, or it is larger.
+    """
+    size = original_of(coded).size
+    if size > most_bytes:
+        raise InputError(
+            "the coded file is too large", where=coded, got=f"{size:,} bytes", expected=f"at most {most_bytes:,}"
+        )
+    return b"".join(restored_chunks(coded))
+
+
 def _restored_chunks(
     file: BinaryIO, original: Original, coded: Path, workers: int | None = None
 ) -> Iterator[memoryview]:
@@ -217,18 +231,20 @@ def _restored_chunks(
 
 def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, bytes]]:
     """Give the bytes of the original that each chunk stands for, and its payload, its checksum checked."""
-    left = size
+    left, before = size, MOST_CHUNK_BYTES
     while left:
         head = file.read(_CHUNK.size)
         if len(head) < _CHUNK.size:
             raise _damaged(coded, f"{left:,} bytes of the original are missing")
         count, length, checksum = _CHUNK.unpack(head)
-        if not 0 < count <= min(left, MOST_CHUNK_BYTES) or length > _MOST_PAYLOAD:
+        # What does not fit into a chunk begins the next: that two small ones follow each other costs time alone.
+        small = before + count <= LEAST_CHUNK_BYTES
+        if not 0 < count <= min(left, MOST_CHUNK_BYTES) or length > _MOST_PAYLOAD or small:
             raise _damaged(coded, f"a chunk of {length:,} bytes for {count:,}")
         payload = file.read(length)
         if len(payload) < length or zlib.crc32(payload, zlib.crc32(head[:-4])) != checksum:
             raise _damaged(coded, "the checksum of a chunk is wrong")
-        left -= count
+        left, before = left - count, count
         yield count, payload
     if file.read(1):
         raise _damaged(coded, "bytes after the last chunk")

@@ -5,6 +5,7 @@ such as the float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind re
 apart from the others. A wrong layout costs bytes, never correctness.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,15 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from exporter.errors import InputError
-from exporter.model.tensors import open_gguf
+from exporter.model.gguf_reader import open_gguf
+from exporter.toml import shown
 
 # Kinds of fields: bytes that are codes of weights; little-endian floating-point numbers; anything else.
 CODES, NUMBERS, ANYTHING = range(3)
 KINDS = (CODES, NUMBERS, ANYTHING)
+# An ONNX graph without its weights: a layer takes 6 kB and 30 nodes. Parsed, a byte may take 100.
+MOST_GRAPH_BYTES = 4 << 20
+MOST_NODES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -131,17 +136,71 @@ def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
 
 
 def _onnx_layout(graph: Path, data: Path) -> list[Section]:
+    held = [External.of(one, graph) for one in read_graph(graph.read_bytes(), graph).graph.initializer if one.dims]
+    return [Section(one.start, array_part(one.shape, one.kind)) for one in held if one.location == data.name]
+
+
+def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
+    """Return an ONNX model whose weights are in external data.
+
+    Raises:
+        InputError: it is none, or too large.
+    """
     try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except (DecodeError, OSError) as error:
-        raise InputError("the ONNX graph of this data cannot be read", where=graph, got=error) from error
-    sections = []
-    for tensor in model.graph.initializer:
-        external = {entry.key: entry.value for entry in tensor.external_data}
-        if external.get("location") == data.name and tensor.dims:
+        if len(data) > MOST_GRAPH_BYTES:
+            raise ValueError(f"{len(data):,} bytes, more than {MOST_GRAPH_BYTES:,} without weights")
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
+        count = len(model.graph.node) + len(model.graph.initializer)
+        if count > MOST_NODES:
+            raise ValueError(f"{count:,} nodes and initialisers, more than {MOST_NODES:,}")
+    except (DecodeError, ValueError) as error:
+        raise InputError("the ONNX graph cannot be read", where=where, got=error, next_step="fetch it again") from error
+    return model
+
+
+@dataclass(frozen=True)
+class External:
+    """Where an initialiser of an ONNX graph says that its values are.
+
+    Attributes:
+        location: The file, beside the graph; empty where the values are in the graph.
+        start: The first of its bytes there.
+        size: How many; what its shape takes where it does not say.
+        shape: Its dimensions.
+        kind: Type of its values.
+    """
+
+    location: str
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    kind: np.dtype[Any]
+
+    @classmethod
+    def of(cls, tensor: onnx.TensorProto, where: Path) -> "External":
+        """Read it from the graph.
+
+        Raises:
+            InputError: it has an unknown type, or numbers that cannot be.
+        """
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        shape = tuple(tensor.dims)
+        try:
             kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            sections.append(Section(int(external.get("offset", "0")), array_part(tuple(tensor.dims), kind)))
-    return sections
+            size = math.prod(shape) * kind.itemsize
+            start, size = int(said.get("offset", 0)), int(said.get("length", size))
+        except (ValueError, KeyError) as error:
+            raise _strange_tensor(tensor, where, error) from error
+        if min(start, size, *shape) < 0 or start + size >= 1 << 63:
+            raise _strange_tensor(tensor, where, f"shape {shown(list(shape))} at the bytes {shown(start)}")
+        return cls(said.get("location", ""), start, size, shape, kind)
+
+
+def _strange_tensor(tensor: onnx.TensorProto, where: Path, what: object) -> InputError:
+    return InputError(
+        f"the initialiser {shown(tensor.name)} of the ONNX graph cannot be", where=where, got=what,
+        next_step="fetch the graph again",
+    )  # fmt: skip
 
 
 def array_part(shape: Sequence[int], kind: np.dtype[Any]) -> Part:

@@ -7,13 +7,12 @@ that is not wanted.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from exporter.coding.chunk import decode, encode
-from exporter.coding.container import on_all_cores, restored_chunks
+from exporter.coding.container import on_all_cores, original_of, restored_chunks
 from exporter.coding.layout import Part, Section, split
 from exporter.coding.tables import Bytes
 from exporter.errors import InputError
@@ -49,16 +48,15 @@ class ResidentFile:
     def __init__(self, coded: Path, arrays: Iterable[Section]) -> None:
         self._path = coded
         ordered = sorted(arrays, key=lambda array: array.start)
+        ends = [*(array.start for array in ordered), original_of(coded).size][1:]
+        for array, end in zip(ordered, ends, strict=True):
+            if array.start < 0 or array.start + array.part.bytes > end:
+                raise self._outside(Span(array.start, array.part.bytes))
         self._pieces = [
             Section(start, part)
             for array in ordered
             for start, part in _placed(array.start, split(array.part, PIECE_BYTES))
         ]
-        if ordered and ordered[0].start < 0:
-            raise self._outside(Span(ordered[0].start, ordered[0].part.bytes))
-        for one, other in pairwise(ordered):
-            if one.start + one.part.bytes > other.start:
-                raise self._outside(Span(one.start, one.part.bytes))
         self._starts = [piece.start for piece in self._pieces]
         self._payloads: dict[int, bytes] = {}
         self.hold([Span(array.start, array.part.bytes) for array in ordered])

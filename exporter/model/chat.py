@@ -32,10 +32,10 @@ PARITY_CHATS: tuple[Chat, ...] = (
 )
 # A vocabulary of 260,000 tokens loads in 2 s.
 LOAD_S = 120.0
-# A chat is rendered in milliseconds, by 10 MB of template in one second.
-RENDER_S = 10.0
+# A chat is rendered in milliseconds.
+RENDER_S = 3.0
 # A tokenizer or a chat template may take so much beyond its library: a vocabulary of 262,000 tokens takes 230 MB.
-TEXT_BYTES = 512 << 20
+TEXT_BYTES = 384 << 20
 SYSTEM = {"role": "system", "content": "You are brief."}
 REASON_CHARACTERS = 200
 

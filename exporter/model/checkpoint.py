@@ -21,6 +21,8 @@ PREFIX = "model."
 RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 COARSE = ("F8_E4M3", "F8_E5M2")
 ROWS_AT_ONCE = 4096
+# A tensor takes some 100 bytes of a header.
+MOST_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _of_files(folder: Path, files: tuple[Path, ...]) -> Checkpoint:
     twice = set()
     for file in files:
         held = _header(file)
-        twice |= set(tensors) & set(held)
+        twice |= tensors.keys() & held.keys()
         tensors |= held
     notes = list(_notes(folder, files, twice))
     coarse = sorted({held.dtype for held in tensors.values()} & set(COARSE))
@@ -211,6 +213,10 @@ def _places(index: Path) -> dict[str, str]:
 def _header(file: Path) -> dict[str, Held]:
     """Return the tensors of one safetensors file; the library checks offsets against the file's size."""
     try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+        if size > MOST_HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes, more than {MOST_HEADER_BYTES:,}")
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
             return {name: Held(file, name, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from exporter.errors import InputError
-from exporter.model.tensors import open_gguf
+from exporter.model.gguf_reader import open_gguf
 from exporter.weights.format import Float32
 
 # Of a file split by llama.cpp: name, number of the part, number of parts.

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputError
+from exporter.nesting import deeper_than
 
-# A tokenizer.json of 262,144 tokens takes 33 MB.
-MAX_BYTES = 256 << 20
+# A tokenizer.json of 262,144 tokens takes 33 MB and holds 2 million values.
+MAX_BYTES = 64 << 20
+MAX_VALUES = 1 << 22
 # The files that transformers and tokenizers write nest less than 16 deep.
 MAX_DEPTH = 64
 NEXT_STEP = "mend the file, or fetch it again"
@@ -24,6 +26,10 @@ def read_json_object(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
         InputError: the file is missing, too large, nested too deeply, not UTF-8, or not one JSON object.
     """
     text = _text(path, most_bytes)
+    # An empty list takes 3 bytes of a file and 64 of memory.
+    values = text.count(",") + text.count("[") + text.count("{")
+    if values > MAX_VALUES:
+        raise InputError(f"{path.name} holds too many values", where=path, got=values, expected=f"at most {MAX_VALUES}")
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -33,7 +39,8 @@ def read_json_object(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise InputError(f"{path.name} holds no JSON object", where=path, got=kind, expected="an object in braces")
-    _require_shallow(value, path)
+    if deeper_than(MAX_DEPTH, value):
+        raise _too_deep(path)
     if "\\ud" in text or "\\uD" in text:
         _require_unicode(value, path)
     return value
@@ -62,19 +69,6 @@ def _text(path: Path, most_bytes: int) -> str:
         raise InputError(f"{path.name} cannot be read", where=path, got=error.strerror) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not valid UTF-8", where=path, got=error, next_step=NEXT_STEP) from error
-
-
-def _require_shallow(value: dict[str, Any], path: Path) -> None:
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [item for parent in level for item in _children(parent) if isinstance(item, dict | list)]
-        if not level:
-            return
-    raise _too_deep(path)
-
-
-def _children(parent: dict[str, Any] | list[Any]) -> Any:
-    return parent.values() if isinstance(parent, dict) else parent
 
 
 def _too_deep(path: Path) -> InputError:

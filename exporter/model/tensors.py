@@ -1,12 +1,9 @@
-"""Lazy tensor sources, and what is needed of GGUF files."""
+"""Lazy tensor sources, and the names that GGUF files have for tensors."""
 
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-import gguf
 import numpy as np
-import numpy.typing as npt
-from gguf import GGUFValueType
 
 from exporter.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, QK_NORMS, QKV_BIASES, layer_tensor
@@ -14,8 +11,6 @@ from exporter.weights.format import Float32
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Values of one array in a GGUF header: tokens and merges of the largest vocabularies are some 600,000.
-GGUF_ARRAY_MOST = 1 << 22
 
 
 class TensorSource(Protocol):
@@ -87,75 +82,3 @@ def interleaved_rows(rows: int, heads: int) -> np.ndarray:
     """
     half = rows // heads // 2
     return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
-
-
-class QuickGgufReader(gguf.GGUFReader):
-    """gguf's reader without the memory maps of single values, which cost it most of its time, and with bounds."""
-
-    def _get(
-        self,
-        offset: int,
-        dtype: npt.DTypeLike,
-        count: int = 1,
-        override_order: Literal["I", "S", "<"] | None = None,
-    ) -> npt.NDArray[Any]:
-        order = self.byte_order if override_order is None else override_order
-        return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
-
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        inner = GGUFValueType(self._get(orig_offs, np.uint32)[0])
-        length = int(self._get(orig_offs + 4, np.uint64)[0])
-        if inner == GGUFValueType.ARRAY or length > GGUF_ARRAY_MOST:
-            raise ValueError(f"an array of {length} values of type {inner.name}")
-        start = orig_offs + 12
-        if inner == GGUFValueType.STRING:
-            parts = self._texts(start, length)
-            size = 8 * length + sum(map(len, parts))
-        else:
-            values = self._get(start, self.gguf_scalar_to_np[inner], length)
-            parts, size = list(values.reshape(-1, 1)), values.nbytes
-        return 12 + size, parts, list(range(length)), [GGUFValueType.ARRAY, *([inner] if length else [])]
-
-    def _texts(self, offset: int, count: int) -> list[npt.NDArray[np.uint8]]:
-        """Return the bytes of texts that follow one another, each after its length."""
-        data = self.data.view(np.ndarray)
-        order: Literal["little", "big"] = "little" if self.endianess == gguf.GGUFEndian.LITTLE else "big"
-        found = []
-        for _ in range(count):
-            length = int.from_bytes(data[offset : offset + 8], order)
-            offset += 8 + length
-            if offset > len(data):
-                raise ValueError("a text goes beyond the end of the file")
-            found.append(data[offset - length : offset])
-        return found
-
-
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file by memory map.
-
-    Raises:
-        InputError: the file is not GGUF, truncated, or its header does not hold together.
-    """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ValueError(f"the first bytes are {magic!r}, not b'GGUF'")
-        return QuickGgufReader(path)
-    except OSError as error:
-        raise InputError("the GGUF file cannot be opened", where=path, got=error.strerror) from error
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        if "GGMLQuantizationType" in str(error):
-            raise InputError(
-                "the GGUF file holds tensors of a type that is not known",
-                where=path,
-                got=error,
-                next_step="give the model in another type, best in F16 or BF16",
-            ) from error
-        raise InputError(
-            "the GGUF file is truncated or damaged", where=path, got=error, next_step="fetch the file again"
-        ) from error

@@ -15,7 +15,7 @@ ADDED = "added_tokens.json"
 # What transformers reads besides; each must be a JSON object where it is there.
 OTHER_JSON = ("special_tokens_map.json", ADDED, VOCABULARY, "chat_template.json")
 TEXTS = ("chat_template.jinja", "merges.txt", "additional_chat_templates/*.jinja")
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 TOGETHER = "check that tokenizer and weights belong together"
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
-from exporter.model.tensors import gguf_names, open_gguf
+from exporter.model.tensors import gguf_names
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import finish_header
 from exporter.weights.format import EncodedFactors, Float32, LowRank

@@ -50,7 +50,8 @@ def _names(file: GgufFile, layers: int | None) -> dict[str, str]:
 
 def _cut(field: gguf.ReaderField, layers: int | None) -> gguf.ReaderField:
     """Return a field; of numbers for each layer those of the first and the last."""
-    of_layers = field.types[0] == GGUFValueType.ARRAY and field.types[-1] != GGUFValueType.STRING
-    if layers is None or not of_layers or len(field.data) != layers or field.name.startswith("tokenizer."):
+    of_numbers = field.types[0] == GGUFValueType.ARRAY and field.types[-1] != GGUFValueType.STRING
+    if layers is None or not of_numbers or field.name.startswith("tokenizer."):
         return field
-    return field._replace(data=[field.data[0], field.data[-1]])
+    values = field.parts[field.data[0]]
+    return field if len(values) != layers else field._replace(parts=[values[[0, -1]]], data=[0])

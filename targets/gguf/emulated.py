@@ -13,7 +13,7 @@ from exporter.arm64.cores import Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
 from exporter.cache import require_space
-from exporter.model.tensors import open_gguf
+from exporter.model.gguf_reader import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
 from exporter.targets.gguf.header import finish_header

@@ -17,7 +17,8 @@ from transformers import PretrainedConfig
 from exporter.child.process import Child
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
-from exporter.model.tensors import gguf_names, open_gguf
+from exporter.model.gguf_reader import open_gguf
+from exporter.model.tensors import gguf_names
 from exporter.targets.gguf.carriage import carriage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise

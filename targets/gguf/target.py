@@ -20,8 +20,9 @@ from exporter.device.profile import DeviceProfile
 from exporter.device.speed import Throughput
 from exporter.errors import RequestError, did_you_mean
 from exporter.model.ends import GGUF_KEY, ends_written, special_ids
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
-from exporter.model.tensors import gguf_names, interleaved_rows, open_gguf
+from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.model.widths import padded
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter

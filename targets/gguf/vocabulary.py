@@ -11,8 +11,8 @@ from gguf import GGUFValueType, GGUFWriter, TokenType
 
 from exporter.errors import InputError
 from exporter.model.ends import special_ids
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.sentencepiece_file import SPACE, Pieces
-from exporter.model.tensors import open_gguf
 from exporter.model.tokenizer import ModelTokenizer
 from exporter.model.tokenizer_files import components
 from exporter.model.tokenizer_notes import DEFAULT
@@ -92,7 +92,7 @@ def _value(field: gguf.ReaderField) -> Any:
     """Return what a field holds; strings as bytes, since a token need not be valid UTF-8."""
     parts = [field.parts[index] for index in field.data]
     texts = field.types[-1] == GGUFValueType.STRING
-    values = [part.tobytes() if texts else part[0].item() for part in parts]
+    values = [value for part in parts for value in ([part.tobytes()] if texts else part.tolist())]
     return values if field.types[0] == GGUFValueType.ARRAY else values[0]
 
 

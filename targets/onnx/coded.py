@@ -18,7 +18,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from exporter.coding.container import SUFFIX, restored_chunks
+from exporter.coding.container import SUFFIX, restored
+from exporter.coding.layout import MOST_GRAPH_BYTES
 from exporter.coding.resident import ResidentFile
 from exporter.errors import RequestError
 from exporter.targets.artifact import Artifact
@@ -62,7 +63,7 @@ class CodedOnnxRuntime(DecoderFolder):
         self._context_size = context
         self._threads = threads
         coded = {path.name.removesuffix(SUFFIX): path for path in artifact.weights}
-        graph = b"".join(restored_chunks(coded["model.onnx"]))
+        graph = restored(coded["model.onnx"], MOST_GRAPH_BYTES)
         self._cut = cut(graph, coded["model.onnx"])
         self._file = ResidentFile(coded["model.onnx.data"], (weight.section for weight in self._cut.weights))
         self._workers = ThreadPoolExecutor(WORKERS)

@@ -5,6 +5,7 @@ embedding is looked up in a table of those rows alone that are asked for.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from exporter.coding.layout import Section, array_part
+from exporter.coding.layout import MOST_NODES, External, Section, array_part, read_graph
 from exporter.coding.resident import Span
 from exporter.errors import InputError, RequestError
+from exporter.model.architecture import MAX_LAYERS, MAX_WIDTH
+from exporter.toml import shown
 from exporter.weights.format import Bytes
 
-LAYER = re.compile(r"/model/layers\.(\d+)/")
+LAYER = re.compile(r"/model/layers\.([0-9]{1,4})/")
 EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"
 IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
 PRODUCT = "MatMulNBits"
@@ -182,13 +184,9 @@ def cut(graph: bytes, where: Path) -> Cut:
         where: Its path, for errors.
 
     Raises:
-        InputError: it is no such model, or does not come apart at its layers.
+        InputError: it is no such model, too large, or does not come apart at its layers.
     """
-    try:
-        model = ModelProto.FromString(graph)
-    except DecodeError as error:
-        raise InputError("the ONNX file is truncated or damaged", where=where, got=error) from error
-    return _Cutting(model, where).cut()
+    return _Cutting(read_graph(graph, where), where).cut()
 
 
 class _Cutting:
@@ -197,38 +195,46 @@ class _Cutting:
     def __init__(self, model: ModelProto, where: Path) -> None:
         self._where = where
         self._graph = model.graph
-        self._header = ModelProto()
-        self._header.CopyFrom(model)
-        self._header.ClearField("graph")
+        self._header = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
         self._initialisers = {tensor.name: tensor for tensor in model.graph.initializer}
         named = (*model.graph.value_info, *model.graph.input, *model.graph.output)
         self._values = {value.name: value for value in named}
         self._wanted = {value.name for value in model.graph.output}
-        self._fixed: dict[str, NodeProto] = {}
+        self._nodes = list(model.graph.node)
+        # What depends on nothing but constants, and the place of the node that gives it.
+        self._fixed: dict[str, int] = {}
         self._parts: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
+        for place, node in enumerate(self._nodes):
             if all(name in self._initialisers or name in self._fixed for name in node.input if name):
-                self._fixed |= dict.fromkeys(node.output, node)
+                self._fixed.update(dict.fromkeys(node.output, place))
             else:
                 self._parts.setdefault(_part_of(node), []).append(node)
+        self._before: dict[str, list[NodeProto]] = {}
+        copied = 0
+        for name, nodes in self._parts.items():
+            self._before[name] = self._fixed_before(nodes)
+            # A part has copies of its own of these.
+            copied += len(self._before[name])
+            if copied > MOST_NODES:
+                raise self._strange(f"more than {MOST_NODES:,} nodes before its parts")
+        self._users: dict[str, set[str]] = {}
+        for name, nodes in self._parts.items():
+            for given in (given for node in nodes for given in node.input):
+                self._users.setdefault(given, set()).add(name)
 
     def cut(self) -> Cut:
         parts = self._parts
         layers = sorted((name for name in parts if name.startswith("layers.")), key=lambda name: int(name[7:]))
-        if set(parts) - set(layers) != {"masks", "embedding", "head"} or not layers:
-            raise self._strange(f"parts {', '.join(sorted(parts))}")
-        held = {name: set(self._initialisers_of(nodes)) for name, nodes in parts.items()}
-        shared = {
-            name
-            for name in set[str]().union(*(held[layer] for layer in layers))
-            if sum(name in held[layer] for layer in layers) > 1 and self._initialisers[name].external_data
-        }
+        if set(parts) - set(layers) != {"masks", "embedding", "head"} or not 1 <= len(layers) <= MAX_LAYERS:
+            raise self._strange(f"parts {_listed(parts)}")
+        users = Counter(name for layer in layers for name in self._initialisers_of(layer))
+        shared = {name for name, count in users.items() if count > 1 and _is_external(self._initialisers[name])}
         made = {name: self._segment(name, shared) for name in ("masks", "embedding", *layers, "head")}
         known = {value.name for value in self._graph.input} | shared
         for name, segment in made.items():
             missing = {value.name for value in segment.inputs} - known
             if missing:
-                raise self._strange(f"{name} wants {', '.join(sorted(missing))} before it is known")
+                raise self._strange(f"{name} wants {_listed(missing)} before it is known")
             known |= {value.name for value in segment.outputs}
         if made["masks"].weights:
             raise self._strange("weights outside of its layers")
@@ -243,34 +249,36 @@ class _Cutting:
 
     def _segment(self, name: str, shared: Collection[str]) -> Segment:
         """Return a part with the nodes that only depend on constants and that it wants."""
-        own = self._parts[name]
-        nodes = [*self._fixed_before(own), *own]
-        tensors = [self._initialisers[one] for one in self._initialisers_of(own) if one not in shared]
+        nodes = [*self._before[name], *self._parts[name]]
+        tensors = [self._initialisers[one] for one in self._initialisers_of(name) if one not in shared]
         wider = {node.input[0]: node.output[0] for node in nodes if self._widens(node)}
         nodes = [node for node in nodes if not self._widens(node)]
         made = {output for node in nodes for output in node.output if output}
-        others = {given for part, some in self._parts.items() if part != name for node in some for given in node.input}
-        wanted = made & (others | self._wanted) - set(self._fixed)
-        weights = [self._weight(one, wider.get(one.name)) for one in tensors if one.external_data]
+        wanted = {one for one in made if one not in self._fixed and (one in self._wanted or self._taken(one, name))}
+        weights = [self._weight(one, wider.get(one.name)) for one in tensors if _is_external(one)]
         known = made | {tensor.name for tensor in tensors} | {weight.name for weight in weights}
         taken = dict.fromkeys(given for node in nodes for given in node.input if given and given not in known)
         return Segment(
             name,
             self._header,
             tuple(nodes),
-            tuple(tensor for tensor in tensors if not tensor.external_data),
+            tuple(tensor for tensor in tensors if not _is_external(tensor)),
             tuple(weights),
             tuple(self._value(one) for one in taken),
             tuple(self._value(one, shape=False) for one in sorted(wanted)),
         )
 
+    def _taken(self, value: str, part: str) -> bool:
+        """Return whether another part takes a value."""
+        return bool(self._users.get(value, set()) - {part})
+
     def _widens(self, node: NodeProto) -> bool:
         """Return whether a node makes float32 of an initialiser of float16: a session would do that each time anew."""
-        tensor = self._initialisers.get(node.input[0]) if node.op_type == "Cast" else None
+        tensor = self._initialisers.get(node.input[0]) if node.op_type == "Cast" and node.input else None
         return (
             tensor is not None
             and tensor.data_type == TensorProto.FLOAT16
-            and bool(tensor.external_data)
+            and _is_external(tensor)
             and any(attribute.name == "to" and attribute.i == TensorProto.FLOAT for attribute in node.attribute)
         )
 
@@ -287,11 +295,17 @@ class _Cutting:
             raise self._strange("an embedding that is no table of rows")
         constants = []
         for tensor in segment.constants:
-            values = numpy_helper.to_array(tensor)
+            values = self._values_of(tensor)
             if values.ndim == 1 and len(values) == 2 and values[0] in rows:
                 values = np.array([-1, values[1]], values.dtype)
             constants.append(numpy_helper.from_array(values, tensor.name))
         return replace(segment, constants=tuple(constants))
+
+    def _values_of(self, constant: TensorProto) -> NDArray[Any]:
+        try:
+            return numpy_helper.to_array(constant)
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._strange(f"a constant {shown(constant.name)} that cannot be read ({error})") from error
 
     def _head(self, segment: Segment, count: int) -> tuple[Segment, ...]:
         """Cut the head, which has so many rows, where it is a product that allows it."""
@@ -305,33 +319,29 @@ class _Cutting:
             raise self._strange("a head of other rows than the embedding's")
         return tuple(segment.of_rows(first, min(HEAD_ROWS, count - first)) for first in range(0, count, HEAD_ROWS))
 
-    def _initialisers_of(self, nodes: Iterable[NodeProto]) -> dict[str, None]:
-        """Return the names of initialisers that nodes and the constants before them take, in order."""
-        every = [*self._fixed_before(nodes), *nodes]
+    def _initialisers_of(self, part: str) -> dict[str, None]:
+        """Return the names of initialisers that a part and the constants before it take, in order."""
+        every = [*self._before[part], *self._parts[part]]
         return dict.fromkeys(name for node in every for name in node.input if name in self._initialisers)
 
     def _fixed_before(self, nodes: Iterable[NodeProto]) -> list[NodeProto]:
         """Return the nodes that depend on nothing but constants and that others take something of, in order."""
-        found: list[NodeProto] = []
-        for node in nodes:
-            for name in node.input:
-                if name in self._fixed:
-                    found += [*self._fixed_before([self._fixed[name]]), self._fixed[name]]
-        return [node for place, node in enumerate(found) if node not in found[:place]]
+        found, waiting = set[int](), [name for node in nodes for name in node.input]
+        while waiting:
+            place = self._fixed.get(waiting.pop())
+            if place is not None and place not in found:
+                found.add(place)
+                waiting += self._nodes[place].input
+        return [self._nodes[place] for place in sorted(found)]
 
     def _weight(self, tensor: TensorProto, wider: str | None = None) -> Weight:
         """Return an initialiser as it is used: in float32 under another name where it is widened."""
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        shape, stored = tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        size = prod(shape) * stored.itemsize
-        try:
-            span = Span(int(where.get("offset", 0)), int(where.get("length", size)))
-        except ValueError:
-            span = Span(0, -1)
-        if span.size != size or not shape:
-            raise self._strange(f"{tensor.name} of shape {list(shape)} in {span.size:,} bytes at {span.start:,}")
-        used = stored if wider is None else np.dtype(np.float32)
-        return Weight(wider or tensor.name, shape, span, stored, used)
+        held = External.of(tensor, self._where)
+        size = prod(held.shape) * held.kind.itemsize
+        if not size or held.size != size or not held.shape or held.shape[0] > MAX_WIDTH:
+            raise self._strange(f"{shown(tensor.name)} of shape {shown(list(held.shape))} in {held.size:,} bytes")
+        used = held.kind if wider is None else np.dtype(np.float32)
+        return Weight(wider or tensor.name, held.shape, Span(held.start, size), held.kind, used)
 
     def _value(self, name: str, shape: bool = True) -> ValueInfoProto:
         """Return what is known of a value; without its shape for one that will be another's."""
@@ -348,6 +358,15 @@ class _Cutting:
             "the ONNX graph does not come apart at its layers", where=self._where, got=what,
             expected="what edge-exporter writes for the target onnx", next_step="restore it with edge-exporter unpack",
         )  # fmt: skip
+
+
+def _listed(names: Collection[str], most: int = 8) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(name[:80] for name in sorted(names)[:most]) + more
+
+
+def _is_external(tensor: TensorProto) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
 def _part_of(node: NodeProto) -> str:

@@ -27,9 +27,10 @@ from exporter.compress.method import Method
 from exporter.compress.rate import in_even_columns, rated
 from exporter.effort import effort
 from exporter.job import silent
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names, open_gguf
+from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact

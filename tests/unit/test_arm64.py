@@ -17,8 +17,8 @@ from exporter.arm64.machine import Machine
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
 from exporter.errors import MissingDependencyError, RequestError, RuntimeCrashError
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
-from exporter.model.tensors import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI

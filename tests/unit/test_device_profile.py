@@ -121,7 +121,7 @@ def test_broken_toml(tmp_path: Path, text: str | bytes) -> None:
 def test_size_is_bounded(tmp_path: Path) -> None:
     padding = MAX_FILE_BYTES - len(GOOD) - 1
     assert load(tmp_path, GOOD + "#" * padding + "\n").name == "my-board"
-    with pytest.raises(InputError, match="the device profile is too large; expected at most 1048576 bytes"):
+    with pytest.raises(InputError, match="the device profile is too large; expected at most 262144 bytes"):
         load(tmp_path, GOOD + "#" * (padding + 1) + "\n")
 
 
