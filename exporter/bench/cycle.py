@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 from exporter.bench.engine import Engine, LlamaBench, Probe, Settings
 from exporter.bench.llama_bench import RowHead
 from exporter.bench.results import Measured
 from exporter.bench.subject import Subject, subject_of
+from exporter.cache import scratch_folder
 from exporter.device.connect.connection import Address, Connection
 from exporter.device.connect.here import Here
 from exporter.device.connect.machine import (
@@ -104,8 +104,8 @@ def measure_here(bundle: Path, settings: Settings, device: str | None) -> Outcom
     """
     subject = subject_of(bundle)
     engine = Probe(subject, sys.executable, bundle.resolve())
-    with TemporaryDirectory(prefix="edge-exporter-") as folder:
-        place = Workplace(Here(), folder)
+    with scratch_folder() as folder:
+        place = Workplace(Here(), str(folder))
         machine = read_machine(place.connection)
         check = _instructions(subject, machine, device, strict=device is not None)
         place.fill(engine.parcels(), _ignored)
