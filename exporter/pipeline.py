@@ -9,6 +9,7 @@ from exporter.budget import Budget, decide_within, feasible_budget, foretell, li
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
+from exporter.cache import telling
 from exporter.calibrate.elsewhere import MetElsewhere
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.text import Windows, file_windows, spread_windows
@@ -115,6 +116,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         progress: Called with a stage's name, steps done and their total.
 
     Raises:
+        InputError: the source changed meanwhile; or see below.
         ExporterError: see `exporter.errors`; nothing half-written stays.
     """
     output = job.output
@@ -123,6 +125,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     keep_freed_memory()
     stages = Stages()
     with ExitStack() as opened:
+        opened.enter_context(telling(partial(progress, "wait for another job", 0, 1)))
         with stages.stage("open"):
             model = opened.enter_context(open_model(job.source))
         job = fitted(job, model)
@@ -199,6 +202,7 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
         job, planned, compressed, artifact, proof, emulation, coded, calibration, evaluation, stages
     )
     write_documents(staging, report, measurements, proof.self_test)
+    original.require_unchanged()
     assert job.output is not None
     manifest = write_bundle(staging, job.output, header(job, original, report))
     return Bundle(job.output, manifest, report, measurements)

@@ -5,15 +5,14 @@ sampled once and kept in the cache.
 """
 
 import hashlib
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from exporter.cache import cache_folder, save_array
+from exporter.cache import cache_folder, scratch_folder
 from exporter.calibrate.sample import notes, starts
 from exporter.calibrate.text import Windows
 from exporter.compress.compressed import CompressedModel
+from exporter.entries import ARRAY, kept
 from exporter.job import Job, Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
@@ -31,10 +30,7 @@ def sampled_windows(job: Job, model: Model, tokenizer: ModelTokenizer, progress:
     decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
     key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
-    if not path.is_file():
-        tokens = _sample(model, starts(tokenizer, count, job.seed), job, progress)
-        save_array(path, tokens)
-    tokens = np.load(path, allow_pickle=False)
+    tokens = kept(path, ARRAY, lambda: _sample(model, starts(tokenizer, count, job.seed), job, progress))
     split = job.effort_level.calibration_windows
     return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
 
@@ -49,9 +45,9 @@ def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
 def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     target = load_target("gguf")
     # Beside the samples: the folder of temporary files may be small, or in memory.
-    with TemporaryDirectory(prefix=".", dir=cache_folder("samples")) as scratch:
+    with scratch_folder(cache_folder("samples"), "quick") as scratch:
         compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
-        artifact = target.lower(compressed, QUICK_TYPE, Path(scratch))
+        artifact = target.lower(compressed, QUICK_TYPE, scratch)
         with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from exporter.arm64.cores import Core
 from exporter.arm64.machine import Machine, qemu
+from exporter.entries import folder_is_whole
 from exporter.errors import MissingDependencyError
 
 SETUP = "edge-exporter emulate setup"
@@ -40,10 +41,10 @@ class Installation:
         """Return the program with llama.cpp for a kind of core.
 
         Raises:
-            MissingDependencyError: it was not built.
+            MissingDependencyError: it was not built, or is damaged.
         """
         path = self.programs / core.march
-        if not path.is_file():
+        if not (folder_is_whole(self.programs) and path.is_file()):
             raise MissingDependencyError(
                 "llama.cpp is not built for ARM64", next_step=f"{INSTALL_COMPILER}; run {SETUP}"
             )
@@ -53,9 +54,9 @@ class Installation:
         """Return a machine of a kind of core.
 
         Raises:
-            MissingDependencyError: QEMU or the system is not installed.
+            MissingDependencyError: QEMU or the system is not installed, or the system is damaged.
         """
         qemu()
-        if not (self.root.is_dir() and self.packages.is_dir()):
+        if not (folder_is_whole(self.root) and folder_is_whole(self.packages)):
             raise MissingDependencyError("the ARM64 system is not set up", next_step=f"run {SETUP}")
         return Machine(core, self.root, self.packages)

@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from exporter.arm64.cores import Core
+from exporter.cache import scratch_folder
 from exporter.errors import MissingDependencyError, RuntimeCrashError
 
 QEMU = ("qemu-aarch64-static", "qemu-aarch64")
@@ -74,8 +74,8 @@ class Machine:
             MissingDependencyError: QEMU is not installed.
         """
         emulator = qemu()
-        with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-            prefix = self._prefix(Path(scratch, "system"))
+        with scratch_folder() as scratch:
+            prefix = self._prefix(scratch / "system")
             line = [emulator, "-cpu", self.core.model, "-L", prefix, "-E", "LD_LIBRARY_PATH=", *command]
             with subprocess.Popen(
                 list(map(str, line)), cwd=scratch, text=True, errors="replace",

@@ -1,7 +1,7 @@
 """Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from its source.
 
 It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
-when it is whole, so that what was cut short goes on where it stopped.
+when it is whole, so that what was cut short goes on where it stopped; a damaged part is made anew.
 """
 
 import hashlib
@@ -10,10 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +19,8 @@ from pathlib import Path
 from exporter.arm64.cores import CORES
 from exporter.arm64.installation import Installation
 from exporter.arm64.machine import qemu
-from exporter.cache import cache_folder, require_space
+from exporter.cache import cache_folder, require_space, scratch_folder
+from exporter.entries import kept_folder
 from exporter.errors import MissingDependencyError, RequestError
 from exporter.job import Progress, silent
 
@@ -95,22 +94,9 @@ def install(progress: Progress = silent) -> Installation:
         parts[found.programs] = _programs
     for number, (place, make) in enumerate(parts.items()):
         progress(f"set up: {place.name}", number, len(parts))
-        if not place.is_dir():
-            with _becoming(place) as folder:
-                make(folder)
+        kept_folder(place, make)
     progress("set up", len(parts), len(parts))
     return found
-
-
-@contextmanager
-def _becoming(place: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the name `place` when all went well, else it goes."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    try:
-        yield folder
-        folder.rename(place)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _debian(root: Path) -> None:
@@ -165,8 +151,8 @@ def _wheels(root: Path, packages: Path) -> None:
     """Unpack the wheels for the system's Python."""
     python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
-    with tempfile.TemporaryDirectory() as scratch:
-        for wheel in _downloaded(WHEELS, Path(scratch), "--only-binary=:all:", "--python-version", python, *platforms):
+    with scratch_folder() as scratch:
+        for wheel in _downloaded(WHEELS, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
 
@@ -178,12 +164,12 @@ def missing_compilers() -> list[str]:
 
 def _programs(programs: Path) -> None:
     """Compile the program with llama.cpp for each kind of core; the package's files go again."""
-    with tempfile.TemporaryDirectory(dir=programs.parent) as scratch:
-        (archive,) = _downloaded(SOURCE, Path(scratch), "--no-binary=:all:")
+    with scratch_folder(programs.parent) as scratch:
+        (archive,) = _downloaded(SOURCE, scratch, "--no-binary=:all:")
         with tarfile.open(archive) as opened:
             opened.extractall(scratch, filter="data")
-        (source,) = Path(scratch).glob("*/vendor/llama.cpp")
-        build = Path(scratch, "build")
+        (source,) = scratch.glob("*/vendor/llama.cpp")
+        build = scratch / "build"
         settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
         for core in CORES:
             # What does not depend on the core is compiled once.

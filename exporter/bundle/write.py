@@ -2,15 +2,13 @@
 
 import errno
 import os
-import secrets
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Header, Manifest, files_below, sha256_of
-from exporter.cache import require_space
+from exporter.cache import concerns, naming_disk, replacing, require_space, scratch_folder
 from exporter.coding.container import SUFFIX
 from exporter.errors import ExporterError, RequestError
 from exporter.report.data import to_json
@@ -18,8 +16,6 @@ from exporter.report.data import to_json
 REFUSALS = {
     # Another job may have made the output while this one ran.
     errno.ENOTEMPTY: ("already exists", "choose another -o or delete it"),
-    errno.ENOSPC: ("the disk is full", "free some space or choose another -o"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another -o"),
     errno.EACCES: ("no permission to write", "choose another -o"),
     errno.EPERM: ("no permission to write", "choose another -o"),
     errno.EROFS: ("the file system is read-only", "choose another -o"),
@@ -31,8 +27,8 @@ REFUSALS = {
 def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
     """Give a new folder beside `output`, on its file system, and remove what is left of it at the end.
 
-    Whatever ends the block, Ctrl-C included, nothing half-written stays; `write_bundle` moves the folder away
-    when it is complete.
+    Whatever ends the block, Ctrl-C included, nothing half-written stays, and what a kill leaves is removed by whoever
+    is next; `write_bundle` moves the folder away when it is complete.
 
     Args:
         output: Where the bundle will stand; must not exist.
@@ -49,14 +45,9 @@ def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
             next_step="create it or choose another -o",
         )
     require_space(output.parent, need_bytes, "free some space or choose another -o")
-    folder = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    try:
-        with _refusing(output):
-            # Not tempfile.mkdtemp: its private mode would stay with the finished bundle.
-            folder.mkdir()
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    # The finished bundle keeps the mode.
+    with _refusing(output), scratch_folder(output.parent, output.name, 0o777) as folder:
+        yield folder
 
 
 def _refuse_existing(path: Path) -> None:
@@ -70,17 +61,10 @@ def _refusing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSALS or not _concerns(error, output.parent):
+        if error.errno not in REFUSALS or not concerns(error, output.parent):
             raise
         what, next_step = REFUSALS[error.errno]
         raise RequestError(what, where=output, next_step=next_step) from error
-
-
-def _concerns(error: OSError, folder: Path) -> bool:
-    """Return whether an error may come from below `folder`; a failed write names no file."""
-    if not isinstance(error.filename, str | os.PathLike):
-        return error.filename is None
-    return Path(error.filename).absolute().is_relative_to(folder.absolute())
 
 
 def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
@@ -100,7 +84,7 @@ def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
         ExporterError: the folder holds something that is neither a file nor a folder.
     """
     _refuse_existing(output)
-    with _refusing(output):
+    with _refusing(output), naming_disk(output.parent):
         manifest = Manifest.of(header, _entries(staging))
         (staging / MANIFEST).write_text(to_json(manifest), encoding="utf-8", newline="\n")
         for entry in manifest.files:
@@ -117,7 +101,7 @@ def move_into_place(staging: Path, output: Path) -> None:
         RequestError: `output` exists, or the file system refuses to write.
     """
     _refuse_existing(output)
-    with _refusing(output):
+    with _refusing(output), naming_disk(output.parent):
         _sync(staging)
         staging.rename(output)
         _sync_one(output.parent)
@@ -175,19 +159,14 @@ def write_tar(bundle: Path, tar: Path) -> None:
     _refuse_existing(tar)
     if tar.absolute().is_relative_to(bundle.absolute()):
         raise RequestError("lies inside the bundle it is to hold", where=tar, next_step="choose a place beside it")
-    partial = tar.with_name(f".{tar.name}.partial-{secrets.token_hex(4)}")
-    try:
-        with _refusing(tar):
-            _pack(bundle, partial)
-            _sync_one(partial)
-            partial.replace(tar)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _refusing(tar), replacing(tar) as partial:
+        _pack(bundle, partial)
+        _sync_one(partial)
 
 
 def _pack(bundle: Path, tar: Path) -> None:
     name = bundle.absolute().name
-    with tarfile.open(tar, "x", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as archive:
         for path in _only_files(bundle):
             # A new TarInfo has no owner, mode 644 and time 0: nothing of this machine gets in.
             member = tarfile.TarInfo(f"{name}/{path}")

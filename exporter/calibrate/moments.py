@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporter.cache import load_vectors, save_array, save_vectors
+from exporter.entries import ARRAY, VECTORS, Filling, load, require_whole
 from exporter.errors import InputError
 from exporter.weights.format import Float32
 
@@ -160,7 +160,7 @@ class Moments:
             total.addmv_(largest.T, every)
         self._tokens += len(every)
 
-    def save(self, folder: Path, site: str) -> None:
+    def save(self, folder: Filling, site: str) -> None:
         """Write the means under the site's name; the sums are used up.
 
         Two symmetric matrices fit into one square: the fitted one on and below the diagonal, the one held back
@@ -179,8 +179,8 @@ class Moments:
         } | {f"peaks_{block}": (peaks / max(total, 1e-30)).numpy() for block, peaks in self._peaks.items()}
         if not np.isfinite(both).all() or not all(np.isfinite(values).all() for values in vectors.values()):
             raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")
-        save_vectors(folder / f"{site}.npz", vectors)
-        save_array(folder / f"{site}.npy", both)
+        folder.save(f"{site}.npz", VECTORS, vectors)
+        folder.save(f"{site}.npy", ARRAY, both)
 
 
 def load_site(folder: Path, site: str) -> Site | None:
@@ -188,8 +188,8 @@ def load_site(folder: Path, site: str) -> Site | None:
     path = folder / f"{site}.npy"
     if not path.is_file():
         return None
-    fitted = np.load(path, allow_pickle=False)
-    vectors = load_vectors(folder / f"{site}.npz")
+    fitted = load(path, ARRAY)
+    vectors = load(folder / f"{site}.npz", VECTORS)
     share = float(vectors["share"])
     peaks = {block: vectors[f"peaks_{block}"] for block in ACTIVATION_BLOCKS if f"peaks_{block}" in vectors}
     held = fitted
@@ -206,8 +206,9 @@ def load_power(folder: Path, site: str) -> Float32 | None:
     path = folder / f"{site}.npy"
     if not path.is_file():
         return None
+    require_whole(path)
     fitted = np.array(np.load(path, mmap_mode="r", allow_pickle=False).diagonal())
-    vectors = load_vectors(folder / f"{site}.npz")
+    vectors = load(folder / f"{site}.npz", VECTORS)
     share = float(vectors["share"])
     return _mean(fitted, vectors["held_diagonal"], share) if share > 0 else fitted
 

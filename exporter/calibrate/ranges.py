@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import save_array
 from exporter.calibrate.layers import check_finite
+from exporter.entries import ARRAY, Filling, load
 from exporter.model.families import LINEARS
 from exporter.weights.format import Float32
 
@@ -49,7 +49,7 @@ def output_place(layer: int | None, role: str) -> str:
 def load_ranges(folder: Path, place: str) -> ChannelRanges | None:
     """Return what was saved of a place, a site or an `output_place`; None where nothing was."""
     path = folder / f"{place}.range.npy"
-    return ChannelRanges(*np.load(path, allow_pickle=False)) if path.is_file() else None
+    return ChannelRanges(*load(path, ARRAY)) if path.is_file() else None
 
 
 class _Extremes:
@@ -66,14 +66,14 @@ class _Extremes:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
-    def save(self, folder: Path, place: str) -> None:
+    def save(self, folder: Filling, place: str) -> None:
         """Write the ranges under the place's name."""
         assert self._low is not None and self._high is not None
-        save_array(folder / f"{place}.range.npy", torch.stack([self._low, self._high]).numpy())
+        folder.save(f"{place}.range.npy", ARRAY, torch.stack([self._low, self._high]).numpy())
 
 
 @contextmanager
-def observed_ranges(module: nn.Module, layer: int, folder: Path) -> Iterator[None]:
+def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[None]:
     """Range the inputs and outputs of a layer's matrices while it runs, then save them."""
     places: dict[str, _Extremes] = {}
 
@@ -105,7 +105,7 @@ def observed_ranges(module: nn.Module, layer: int, folder: Path) -> Iterator[Non
         extremes.save(folder, place)
 
 
-def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Path, site: str) -> None:
+def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Filling, site: str) -> None:
     """Range the head's inputs, and its outputs at some positions.
 
     Args:

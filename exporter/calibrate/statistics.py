@@ -23,18 +23,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, load_vectors, require_space, save_array, save_vectors
+from exporter.cache import cache_folder, locked, require_space
 from exporter.calibrate.layers import LayerStream, Progress, check_finite
 from exporter.calibrate.moments import Moments, Site, load_power, load_site
 from exporter.calibrate.products import quick_products
-from exporter.calibrate.ranges import ChannelRanges, load_ranges, observed_ranges, save_head_ranges
+from exporter.calibrate.ranges import (
+    HEAD_OUTPUT,
+    ChannelRanges,
+    load_ranges,
+    observed_ranges,
+    output_place,
+    save_head_ranges,
+)
 from exporter.calibrate.text import Windows
+from exporter.entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.weights.format import Float32
 
 VERSION = 6
 HEAD_SITE = "head_in"
+# Written when all others are there.
+LAST = "lookups.npz"
 POSITIONS_AT_ONCE = 512
 NO_SPACE = "free some space or name another folder in EDGE_EXPORTER_CACHE"
 
@@ -73,15 +83,15 @@ class Statistics:
     def importance(self, site: str) -> Float32 | None:
         """Return E[x^2] of every column, every token counting the same, float32 [columns]; None as for `site`."""
         path = self._folder / f"{site}.npz"
-        return load_vectors(path)["squares"] if path.is_file() else None
+        return load(path, VECTORS)["squares"] if path.is_file() else None
 
     def sensitivity(self, layer: int | None, role: str) -> Float32:
         """Return E[g^2] of each output of a matrix, float32 [rows]; the head has no layer."""
-        return load_vectors(self._folder / f"{_gradients(layer)}.npz")[role]
+        return load(self._folder / f"{_gradients(layer)}.npz", VECTORS)[role]
 
     def lookups(self) -> tuple[Float32, Float32]:
         """Return how often each token is looked up, float32 [vocab], and E[g^2] of what is looked up, [hidden]."""
-        found = load_vectors(self._folder / "lookups.npz")
+        found = load(self._folder / LAST, VECTORS)
         return found["tokens"], found["embedding"]
 
     def ranges(self, place: str) -> ChannelRanges | None:
@@ -128,73 +138,106 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
         RequestError: the cache's disk is too full.
     """
     folder = cache_folder("statistics", statistics_key(model, windows, seed))
-    found = Statistics(folder)
-    if (folder / "lookups.npz").is_file():
-        return found
-    there = sum(path.stat().st_size for path in folder.iterdir())
-    require_space(folder, disk_bytes(model, windows.tokens.size) - there, NO_SPACE)
+    if not _whole(folder, model):
+        with locked(folder):
+            # Where something of what an earlier run left is missing, all is made anew, the second time.
+            for _ in range(2):
+                if not _whole(folder, model):
+                    _go_on(model, windows, seed, folder, progress)
+    if not _whole(folder, model):
+        raise DamagedEntryError(folder)
+    return Statistics(folder)
+
+
+def _whole(folder: Path, model: Model) -> bool:
+    """Return whether a folder holds all statistics as they were written."""
+    layers = range(model.architecture.layers)
+    sites = site_columns(model)
+    places = [*sites, HEAD_OUTPUT, *(output_place(layer, role) for layer in layers for role in LINEARS)]
+    files = [f"{place}.range.npy" for place in places]
+    files += [f"{site}.{kind}" for site in sites for kind in ("npy", "npz")]
+    files += [f"{_gradients(layer)}.npz" for layer in (*layers, None)]
+    return is_whole(folder / LAST) and all(is_whole(folder / file) for file in files)
+
+
+def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Progress) -> None:
+    """Collect what an earlier run did not."""
+    there = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if (folder / LAST).exists() or not all(map(is_whole, there)):
+        for path in there:
+            path.unlink()
+    there_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    require_space(folder, disk_bytes(model, windows.tokens.size) - there_bytes, NO_SPACE)
     stream = LayerStream(model)
-    if not list(folder.glob("gradient.*.npy")):
-        hidden = _forwards(stream, windows, folder, progress)
-        save_array(_gradient(folder, stream.layers - 1), _head(stream, hidden, seed, folder).numpy())
-    while (index := max(_numbers(folder, "gradient"))) >= 0:
-        progress(2 * stream.layers - 1 - index, 2 * stream.layers)
-        gradient = torch.from_numpy(np.load(_gradient(folder, index), allow_pickle=False))
-        inputs = torch.from_numpy(np.load(_inputs(folder, index), allow_pickle=False))
-        before = _backwards(stream, index, inputs, gradient, folder)
-        check_finite(before, f"gradient of layer {index}")
-        save_array(_gradient(folder, index - 1), before.numpy())
-        # The gradient goes first: while it is there, a killed run begins again with this layer, and needs its inputs.
-        _gradient(folder, index).unlink()
-        for after in (index, index + 1):
-            _inputs(folder, after).unlink(missing_ok=True)
-    at_embedding = np.load(_gradient(folder, -1), allow_pickle=False)
-    counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
-    squares = np.square(at_embedding).mean(axis=(0, 1))
-    save_vectors(folder / "lookups.npz", {"tokens": counts.astype(np.float32), "embedding": squares})
-    _gradient(folder, -1).unlink()
+    with filling(folder) as files:
+        if not _numbers(folder, "gradient"):
+            hidden = _forwards(stream, windows, files, progress)
+            _keep(files, _gradient(stream.layers - 1), _head(stream, hidden, seed, files))
+        while (index := max(_numbers(folder, "gradient"))) >= 0:
+            progress(2 * stream.layers - 1 - index, 2 * stream.layers)
+            before = _backwards(stream, index, _kept(folder, _inputs(index)), _kept(folder, _gradient(index)), files)
+            check_finite(before, f"gradient of layer {index}")
+            _keep(files, _gradient(index - 1), before)
+            # The gradient goes first: while it is there, a killed run begins again with this layer, and needs its
+            # inputs.
+            (folder / _gradient(index)).unlink()
+            for after in (index, index + 1):
+                (folder / _inputs(after)).unlink(missing_ok=True)
+        at_embedding = _kept(folder, _gradient(-1)).numpy()
+        counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
+        squares = np.square(at_embedding).mean(axis=(0, 1))
+    save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), "embedding": squares})
+    (folder / _gradient(-1)).unlink()
     progress(2 * stream.layers, 2 * stream.layers)
-    return found
 
 
-def _inputs(folder: Path, layer: int) -> Path:
-    return folder / f"inputs.{layer}.npy"
+def _inputs(layer: int) -> str:
+    return f"inputs.{layer}.npy"
 
 
-def _gradient(folder: Path, layer: int) -> Path:
+def _gradient(layer: int) -> str:
     """Name the file of the gradient at a layer's outputs; those of layer -1 are the embedding's."""
-    return folder / f"gradient.{layer}.npy"
+    return f"gradient.{layer}.npy"
 
 
 def _numbers(folder: Path, kind: str) -> list[int]:
     return [int(path.name.split(".")[1]) for path in folder.glob(f"{kind}.*.npy")]
 
 
+def _keep(files: Filling, name: str, values: torch.Tensor) -> None:
+    """Write what only a killed run goes on from."""
+    files.save(name, ARRAY, values.numpy(), lasting=False)
+
+
+def _kept(folder: Path, name: str) -> torch.Tensor:
+    return torch.from_numpy(load(folder / name, ARRAY))
+
+
 @torch.inference_mode()
-def _forwards(stream: LayerStream, windows: Windows, folder: Path, progress: Progress) -> torch.Tensor:
+def _forwards(stream: LayerStream, windows: Windows, files: Filling, progress: Progress) -> torch.Tensor:
     """Save every layer's inputs and return the last layer's outputs, float32 [windows, length, hidden]."""
-    first = max(_numbers(folder, "inputs"), default=None)
+    first = max(_numbers(files.path, "inputs"), default=None)
     if first is None:
         first = 0
         hidden = stream.embed(windows.tokens)
-        save_array(_inputs(folder, 0), hidden.numpy())
+        _keep(files, _inputs(0), hidden)
     else:
-        hidden = torch.from_numpy(np.load(_inputs(folder, first), allow_pickle=False))
+        hidden = _kept(files.path, _inputs(first))
     for index in range(first, stream.layers):
         progress(index, 2 * stream.layers)
-        with stream.layer(index) as module, observed_ranges(module, index, folder):
+        with stream.layer(index) as module, observed_ranges(module, index, files):
             stream.run(module, hidden)
         check_finite(hidden, f"layer {index}")
-        save_array(_inputs(folder, index + 1), hidden.numpy())
+        _keep(files, _inputs(index + 1), hidden)
     return hidden
 
 
-def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) -> torch.Tensor:
+def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) -> torch.Tensor:
     """Draw a token at every position; save the head's statistics and return the gradient at the last layer."""
     chance = torch.Generator().manual_seed(seed)
     head = stream.head()
     with torch.no_grad():
-        save_head_ranges(stream.normalise(hidden), head, folder, HEAD_SITE)
+        save_head_ranges(stream.normalise(hidden), head, files, HEAD_SITE)
     gradient = torch.empty(hidden.shape)
     total = torch.zeros(len(head), dtype=torch.float64)
     moments = Moments(hidden.shape[-1])
@@ -215,8 +258,8 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, folder: Path) ->
             at_normalised[part] = p @ head
         (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
         moments.add(normalised.detach()[None], weights[None], window)
-    moments.save(folder, HEAD_SITE)
-    save_vectors(folder / f"{_gradients(None)}.npz", {"head": (total / hidden[..., 0].numel()).float().numpy()})
+    moments.save(files, HEAD_SITE)
+    files.save(f"{_gradients(None)}.npz", VECTORS, {"head": (total / hidden[..., 0].numel()).float().numpy()})
     return gradient
 
 
@@ -230,7 +273,7 @@ def _drawn(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
 
 
 def _backwards(
-    stream: LayerStream, index: int, inputs: torch.Tensor, gradient: torch.Tensor, folder: Path
+    stream: LayerStream, index: int, inputs: torch.Tensor, gradient: torch.Tensor, files: Filling
 ) -> torch.Tensor:
     """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, hidden]."""
     before = torch.empty_like(gradient)
@@ -248,9 +291,9 @@ def _backwards(
             # Nothing of these windows is kept while the next are derived.
             seen.clear()
     for site in sites:
-        moments.pop(site).save(folder, f"layers.{index}.{site}")
+        moments.pop(site).save(files, f"layers.{index}.{site}")
     count = gradient[..., 0].numel()
-    save_vectors(folder / f"{_gradients(index)}.npz", {role: (sums[role] / count).numpy() for role in LINEARS})
+    files.save(f"{_gradients(index)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in LINEARS})
     return before
 
 

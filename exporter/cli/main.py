@@ -291,7 +291,7 @@ def main() -> Never:
     except typer.TyperException as error:
         _end(error.format_message(), 2)
     except OSError as error:
-        _end(f"{_named(error)}: {error.strerror}; check the path, its permissions and the disk's free space", 2)
+        _end(_refused(error), 2)
     except Exception:
         print(printable(traceback.format_exc(), kept="\n"), file=sys.stderr)
         _end("this is a fault of edge-exporter, not of your input: please report it with the lines above", 70)
@@ -312,8 +312,16 @@ def _interrupt(number: int, _: object) -> Never:
     raise _Interruption(number)
 
 
-def _named(error: OSError) -> str:
-    return str(error.filename) if error.filename else "a file could not be read or written"
+def _refused(error: OSError) -> str:
+    """Return what to say of a file that could not be read or written."""
+    from exporter.cache import disk_of, full_disk
+
+    where = error.filename or "a file could not be read or written"
+    full = full_disk(error)
+    if full is None:
+        return f"{where}: {error.strerror}; check the path, its permissions and the disk's free space"
+    disk = f"; got {disk_of(Path(where))}" if error.filename else ""
+    return f"{where}: {full}{disk}; free some space, or choose another place"
 
 
 def _end(sentence: str, code: int) -> Never:

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.cache import cache_folder, load_vectors, save_array, save_vectors
+from exporter import entries
+from exporter.cache import cache_folder, locked
 from exporter.calibrate.layers import silent
 from exporter.calibrate.statistics import Statistics
+from exporter.entries import ARRAY, VECTORS, filling, is_whole, load
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.families import LINEARS, layer_tensor
@@ -32,6 +34,7 @@ from exporter.model.widths import Channels, selected
 VERSION = 1
 CHANNELS_AT_ONCE = 8
 DAMPING = 0.01
+LOSSES = "losses.npy"
 # A layer keeps at least this share of its channels, however little they seem to matter: the quadratic form that tells
 # what a loss costs holds for small ones.
 LEAST_KEPT = 0.25
@@ -146,10 +149,12 @@ def prune(
     widths = planned_widths(model.architecture, options.ratio, options.multiple)
     layers = len(widths)
     path = _cached(model, statistics, *sorted(asdict(options).items())) / "kept.npz"
-    if not path.is_file():
+
+    def choose() -> dict[str, Channels]:
         chosen = _chosen(model, statistics, options, widths, lambda done, _: progress(done, 2 * layers))
-        save_vectors(path, {str(layer): channels for layer, channels in enumerate(chosen)})
-    saved = load_vectors(path)
+        return {str(layer): channels for layer, channels in enumerate(chosen)}
+
+    saved = entries.kept(path, VECTORS, choose)
     kept = [saved[str(layer)] for layer in range(layers)]
     return repair(model, statistics, kept, options.damping, lambda done, _: progress(layers + done, 2 * layers))
 
@@ -175,21 +180,41 @@ def repair(
     """
     digests = [hashlib.sha256(channels.astype("<i8").tobytes()).hexdigest() for channels in kept]
     folder = _cached(model, statistics, damping, *digests)
-    files = {layer: folder / f"down.{layer}.npy" for layer in range(len(kept))}
-    if not (folder / "losses.npy").is_file():
-        losses = []
+    files = {layer: folder / _down_file(layer) for layer in range(len(kept))}
+    needed = (*files.values(), folder / LOSSES)
+    if not all(map(is_whole, needed)):
+        with locked(folder):
+            if not all(map(is_whole, needed)):
+                _repair(model, statistics, kept, damping, folder, progress)
+    return Pruned.of(model, kept, files, float(load(folder / LOSSES, ARRAY).sum()) / 2)
+
+
+def _repair(
+    model: Model,
+    statistics: Statistics,
+    kept: Sequence[Channels],
+    damping: float,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the repaired matrices and their losses into a folder."""
+    losses = []
+    with filling(folder) as files:
         for layer, channels in enumerate(kept):
             progress(layer, len(kept))
             weight, moment = _down(model, layer), _moment(statistics, layer, damping)
             found = repaired(weight, moment, channels)
-            save_array(files[layer], found.numpy())
+            files.save(_down_file(layer), ARRAY, found.numpy())
             change = -weight
             change[:, torch.from_numpy(channels)] += found
             errors = (change @ moment * change).sum(1)
             losses.append(float(errors @ _sensitivity(statistics, layer)))
-        save_array(folder / "losses.npy", np.array(losses))
-        progress(len(kept), len(kept))
-    return Pruned.of(model, kept, files, float(np.load(folder / "losses.npy", allow_pickle=False).sum()) / 2)
+        files.save(LOSSES, ARRAY, np.array(losses))
+    progress(len(kept), len(kept))
+
+
+def _down_file(layer: int) -> str:
+    return f"down.{layer}.npy"
 
 
 def losses(model: Model, statistics: Statistics, layer: int, masks: Sequence[Channels]) -> NDArray[np.float64]:

@@ -30,10 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporter.cache import cache_folder, load_vectors, save_vectors
+from exporter.cache import cache_folder
 from exporter.calibrate.layers import silent
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.prune import Pruned, losses, planned_widths
+from exporter.entries import VECTORS, kept
 from exporter.errors import RequestError
 from exporter.model.families import LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
@@ -158,12 +159,12 @@ def learned(model: Model, options: Options, progress: Callable[[int, int], None]
     planned_widths(model.architecture, options.ratio, 1)
     decisive = f"{VERSION}:{model.digest}:{sorted(asdict(options).items())}"
     path = cache_folder("policies") / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.npz"
-    if not path.is_file():
+
+    def learn() -> dict[str, np.ndarray]:
         policy = _learn(model, options, progress)
-        save_vectors(
-            path, {"direction": policy.direction, "offset": np.array(policy.offset), "rewards": policy.rewards}
-        )
-    saved = load_vectors(path)
+        return {"direction": policy.direction, "offset": np.array(policy.offset), "rewards": policy.rewards}
+
+    saved = kept(path, VECTORS, learn)
     return Policy(saved["direction"], float(saved["offset"]), saved["rewards"], options)
 
 

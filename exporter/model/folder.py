@@ -4,18 +4,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from safetensors.numpy import save_file
 
+from exporter.cache import scratch_folder
 from exporter.errors import RequestError
-from exporter.model.model import Model
+from exporter.model.model import Model, metadata_files
 from exporter.model.tensors import INDEX, SINGLE
 from exporter.model.widths import padded
 
 # A shard is in memory while it is written.
 SHARD_BYTES = 2 << 30
-COMPANIONS = ("*.json", "*.model", "*.jinja", "LICENSE*")
 
 
 def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -28,15 +27,15 @@ def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> N
 
     Raises:
         RequestError: the folder exists, has no place, or cannot be written.
+        InputError: the source changed while it was read.
     """
     require_new(folder)
     even = model if model.architecture.even else padded(model)
     try:
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            made = Path(scratch, "made")
-            made.mkdir()
+        with scratch_folder(folder.parent, folder.name, 0o777) as made:
             _write_weights(even, made, shard_bytes)
             _write_companions(even, made)
+            model.require_unchanged()
             made.rename(folder)
     except OSError as error:
         raise RequestError("the folder cannot be written", where=folder, got=error.strerror) from error
@@ -83,10 +82,10 @@ def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _write_companions(model: Model, folder: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in model.folder.glob(pattern):
-            if path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, folder / path.name)
+    for path in (*metadata_files(model.folder), *model.folder.glob("LICENSE*")):
+        place = folder / path.relative_to(model.folder)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
     config = model.own_config()
     config.architectures = [model.architecture.family.architecture]
     config.dtype = "float32"

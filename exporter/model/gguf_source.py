@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,15 @@ import transformers
 from transformers import PretrainedConfig
 
 from exporter.cache import cache_folder
+from exporter.entries import kept_folder
 from exporter.errors import InputError
 from exporter.model.architecture import Architecture
 from exporter.model.families import HEAD
 from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
-from exporter.model.gguf_file import GgufFile, grid_warning, open_whole
+from exporter.model.gguf_file import GgufFile, grid_warning, open_whole, whole_name
 from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
-from exporter.model.model import Model, digest_files
+from exporter.model.model import Model, SourceFiles, digest_files
 from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
 from exporter.weights.format import Float32
 
@@ -40,6 +39,7 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     Raises:
         InputError: the file is damaged, of an unsupported kind, or holds what would be lost.
     """
+    source = SourceFiles(lambda: [one for one in path.parent.glob("*.gguf") if whole_name(one) == whole_name(path)])
     file = open_whole(path)
     made = read_config(file)
     folder = _metadata_folder(file, made)
@@ -54,7 +54,7 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     tensors = GgufSource(file, names, heads)
     architecture.check_shapes(tensors.shapes(), file.path)
     warnings = grid_warning(file) + case_warning(file)
-    return Model(name, origin, folder, file.path, config, architecture, tensors, warnings)
+    return Model(name, origin, folder, file.path, config, architecture, tensors, warnings, source=source)
 
 
 def _require_same_rope(file: GgufFile, config: PretrainedConfig, architecture: Architecture) -> None:
@@ -71,15 +71,7 @@ def _metadata_folder(file: GgufFile, config: Mapping[str, Any]) -> Path:
     """Return a folder with config and tokenizer of a GGUF file, made once for each file and kept."""
     digest = digest_files(file.paths)[:32]
     kept = cache_folder("gguf") / f"{METADATA_VERSION}-{transformers.__version__}-{digest}"
-    if not kept.is_dir():
-        with TemporaryDirectory(prefix=".", dir=kept.parent) as scratch:
-            made = Path(scratch, "made")
-            made.mkdir()
-            _unpack(file, config, made)
-            # Another process may have been faster; what it made is the same.
-            with suppress(OSError):
-                made.rename(kept)
-    return kept
+    return kept_folder(kept, lambda folder: _unpack(file, config, folder))
 
 
 def _unpack(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:

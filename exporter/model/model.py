@@ -1,19 +1,67 @@
 """A model as the pipeline sees it: facts, lazy tensors, and a folder with config and tokenizer."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from exporter.entries import Identity, identity
+from exporter.errors import InputError
 from exporter.model.architecture import Architecture
-from exporter.model.tensors import TensorSource
+from exporter.model.tensors import INDEX, TensorSource
 from exporter.weights.format import Float32
 from exporter.weights.group import WeightGroup
 
-METADATA = ("*.json", "*.jinja", "*.model", "merges.txt", "additional_chat_templates/*.jinja")
+# All that a tokenizer of transformers, or this package, may read beside the weights.
+METADATA = (
+    "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "tokenizer.model.*", "*.tiktoken",
+    "*.tokenizer", "merges.txt", "vocab.txt", "dict.txt",
+)  # fmt: skip
+
+
+class SourceFiles:
+    """The files that a model is read from, as they were when this was made.
+
+    Args:
+        find: Returns them.
+    """
+
+    def __init__(self, find: Callable[[], Iterable[Path]]) -> None:
+        self._find = find
+        self._found = self._look()
+
+    def _look(self) -> dict[Path, Identity]:
+        return {path: identity(path.stat()) for path in self._find()}
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on where a file was changed, added or taken away.
+
+        Raises:
+            InputError: see above.
+        """
+        try:
+            now = self._look()
+        except OSError as error:
+            raise _changed(error.filename) from error
+        differing = dict(now.items() ^ self._found.items())
+        if differing:
+            raise _changed(min(differing))
+
+
+def _changed(where: object) -> InputError:
+    return InputError(
+        "the source changed while it was read, so nothing is written", where=where,
+        next_step="run it again when nothing writes there",
+    )  # fmt: skip
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that say how a model's text becomes tokens, and what the model is."""
+    found = {path for pattern in METADATA for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.name != INDEX and path.is_file())
 
 
 @dataclass(frozen=True)
@@ -30,6 +78,7 @@ class Model:
         tensors: Its weights.
         warnings: What a reader of the results must know of the source.
         changes: Digest of what was done to the shape or the weights since they were read; empty for nothing.
+        source: The files that it is read from, as they were when it was opened; None where they do not matter.
     """
 
     name: str
@@ -41,6 +90,7 @@ class Model:
     tensors: TensorSource
     warnings: tuple[str, ...] = ()
     changes: str = ""
+    source: SourceFiles | None = None
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices, in the order of the forward pass."""
@@ -65,12 +115,19 @@ class Model:
         """Return a copy of the configuration, to be changed."""
         return type(self.config).from_dict(self.config.to_dict())
 
+    def require_unchanged(self) -> None:
+        """Refuse to go on where the source is no longer what was read, and what `digest` is of.
+
+        Raises:
+            InputError: see above.
+        """
+        if self.source is not None:
+            self.source.require_unchanged()
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over config.json, the tokenizer's files, the weights' files and changes: what a result depends on."""
-        found = sorted(path for pattern in METADATA for path in self.folder.glob(pattern))
-        metadata = [path for path in found if path.name != "model.safetensors.index.json"]
-        files = digest_files([*metadata, *self.tensors.files])
+        files = digest_files([*metadata_files(self.folder), *self.tensors.files])
         return hashlib.sha256(f"{files}:{self.changes}".encode()).hexdigest() if self.changes else files
 
 

@@ -16,14 +16,15 @@ from exporter.model.config import CONFIG, checked_config, load_config, read_conf
 from exporter.model.families import HEAD
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
-from exporter.model.model import Model
+from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
 from exporter.model.recognised import refuse_adapters, refuse_quantised, refuse_quantised_tensors
 from exporter.model.rotary import rotary_notes
+from exporter.model.tensors import INDEX
 
 DEMO = "demo"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "LICENSE*")
+HUB_FILES = ("*.safetensors", *METADATA, "LICENSE*")
 UNTIED = (
     "config.json ties the head to the embedding, but both are stored and differ: the head is its own, "
     "as transformers loads it"
@@ -53,6 +54,7 @@ def open_model(source: str) -> Iterator[Model]:
 
 
 def _open_folder(folder: Path, name: str = "") -> Model:
+    source = SourceFiles(lambda: [*metadata_files(folder), *folder.glob("*.safetensors"), *folder.glob(INDEX)])
     config = _folder_config(folder)
     architecture = Architecture.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
@@ -69,7 +71,7 @@ def _open_folder(folder: Path, name: str = "") -> Model:
     architecture.check_shapes(tensors.shapes(), folder)
     name = name or folder.resolve().name
     origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
-    return Model(name, origin, folder, None, config, architecture, tensors, notes)
+    return Model(name, origin, folder, None, config, architecture, tensors, notes, source=source)
 
 
 def _folder_config(folder: Path) -> PretrainedConfig:

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder
 from exporter.child.process import Child
+from exporter.entries import JSON, kept
 from exporter.errors import RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered, as_taken, render
 
@@ -93,11 +94,7 @@ def chat_opening(tokenizer: "ModelTokenizer") -> Opening:
     decisive = (VERSION, version("transformers"), tokenizer.template, tokenizer.names)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder("templates") / f"{key}.json"
-    if not path.is_file():
-        found = _opening(tokenizer)
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(vars(found)), encoding="utf-8")
-    return Opening(**json.loads(path.read_text(encoding="utf-8")))
+    return Opening(**kept(path, JSON, lambda: vars(_opening(tokenizer))))
 
 
 def _opening(tokenizer: "ModelTokenizer") -> Opening:

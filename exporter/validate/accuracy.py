@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.cache import cache_folder, save_array
+from exporter.cache import cache_folder
 from exporter.calibrate.layers import LayerStream, Progress, hidden_states, silent
 from exporter.calibrate.text import Tokens
+from exporter.entries import ARRAY, kept
 from exporter.model.model import Model
 from exporter.validate.selftest import MARGIN_NATS
 from exporter.weights.format import Float32
@@ -58,12 +59,9 @@ class Reference:
         text = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
         key = hashlib.sha256(f"{VERSION}:{model.digest}:{tokens.shape}:{text}".encode()).hexdigest()[:32]
         path = cache_folder("references") / f"{key}.npy"
-        if path.is_file():
-            hidden = torch.from_numpy(np.load(path, allow_pickle=False))
-            return cls(tokens, hidden, LayerStream(model).head())
-        reference = cls.of(model, tokens, progress)
-        save_array(path, reference.hidden.numpy())
-        return reference
+        stream = LayerStream(model)
+        hidden = kept(path, ARRAY, lambda: hidden_states(stream, tokens, progress).numpy())
+        return cls(tokens, torch.from_numpy(hidden), stream.head())
 
     def logits(self, window: int, positions: slice) -> torch.Tensor:
         """Return logits of some positions of a window, float32 [positions, vocab]."""

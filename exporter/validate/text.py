@@ -1,20 +1,21 @@
 """What runtimes make of text: asked before a build of what the artifact will say, and after it of what it says."""
 
 import hashlib
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, scratch_folder
 from exporter.child.process import Child
+from exporter.entries import JSON, kept
 from exporter.errors import InputError, RuntimeCrashError
 from exporter.measures import Check, Document
 from exporter.model.chat import LOAD_S, PARITY_CHATS, render
+from exporter.model.ends import FILES as ENDS_FILES
 from exporter.model.ends import special_ids
-from exporter.model.model import Model, digest_files
+from exporter.model.model import Model, digest_files, metadata_files
 from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts, try_tokenizer
-from exporter.model.tokenizer_files import OTHER_JSON, PIECES, SETTINGS, TEXTS, TOKENIZER
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import Target
 from exporter.targets.text import TextRuntime, open_text
@@ -44,19 +45,17 @@ def foresee(model: Model, target: Target) -> Foreseen:
         InputError: the tokenizer cannot be used, or the target cannot carry it.
     """
     path = cache_folder("texts") / f"{_key(model, target)}.json"
-    if not path.is_file():
-        with TemporaryDirectory() as scratch:
-            found = _foreseen(model, target, Path(scratch))
-        with replacing(path) as partial_file:
-            partial_file.write_text(found.model_dump_json(), encoding="utf-8")
-    return Foreseen.model_validate_json(path.read_bytes())
+
+    def found() -> object:
+        with scratch_folder() as scratch:
+            return _foreseen(model, target, scratch).model_dump(mode="json")
+
+    return Foreseen.model_validate_json(json.dumps(kept(path, JSON, found)))
 
 
 def _key(model: Model, target: Target) -> str:
     """Return a digest of all that the answer depends on: of the model's configuration, the special tokens alone."""
-    found = sorted(
-        path for name in (TOKENIZER, SETTINGS, PIECES, *OTHER_JSON, *TEXTS) for path in model.folder.glob(name)
-    )
+    found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
     special = special_ids(model.folder, {}, model.architecture.vocab)
     kind, rows = model.architecture.family.model_type, model.architecture.vocab
     decisive = (VERSION, target.name, kind, rows, model.gguf is None, digest_files(found), special)

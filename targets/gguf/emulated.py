@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from exporter.arm64.cores import Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
-from exporter.cache import require_space
+from exporter.cache import require_space, scratch_folder
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
@@ -79,8 +78,8 @@ class EmulatedGguf:
         exact = _is_decoded(artifact)
         # The model, then the adapter.
         files = sorted(artifact.weights, key=lambda path: path.name == ADAPTER_FILE)
-        with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-            asked, made = Path(scratch, "tokens.bin"), Path(scratch, "logits.npy")
+        with scratch_folder() as scratch:
+            asked, made = scratch / "tokens.bin", scratch / "logits.npy"
             asked.write_bytes(np.array(run.tokens, "<i4").tobytes())
             options = [str(int(exact)), str(run.single), str(run.threads)]
             command: list[Path | str] = [run.installation.program(run.core), *options, asked, made]

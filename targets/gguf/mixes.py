@@ -5,7 +5,6 @@ skeleton of the model, in which each matrix keeps its width but only two rows, i
 `llama_model_quantize`, and the types are read back. That costs milliseconds and cannot drift from the library.
 """
 
-import tempfile
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +13,7 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
+from exporter.cache import scratch_folder
 from exporter.child.process import Child
 from exporter.errors import RequestError
 from exporter.model.architecture import Architecture
@@ -47,8 +47,8 @@ def mix_types(
     Raises:
         RequestError: llama.cpp refuses the mix for this model (for example for want of importance).
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        skeleton, quantised = Path(scratch, "skeleton.gguf"), Path(scratch, "quantised.gguf")
+    with scratch_folder() as scratch:
+        skeleton, quantised = scratch / "skeleton.gguf", scratch / "quantised.gguf"
         widths = _write_skeleton(skeleton, architecture, config)
         uniform = {name: np.ones(widths[name], np.float32) for name in important if name in widths}
         with Child("llama.cpp's quantiser", QUANTISE_BYTES) as child:

@@ -7,7 +7,6 @@ itself gives.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 import llama_cpp
 from gguf import GGUFWriter
 
-from exporter.cache import cache_folder, replacing
+from exporter.cache import cache_folder, scratch_folder
 from exporter.child.process import Child
+from exporter.entries import JSON, kept
 from exporter.errors import InputError
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
@@ -82,15 +82,13 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
     vocabulary = read_vocabulary(tokenizer, folder, vocab_size)
     cases, set_apart = parity_cases(tokenizer, vocabulary.model)
     names = likely_pre_tokenizers(tokenizer) if vocabulary.model == "gpt2" else [vocabulary.pre_tokenizer]
-    kept = _kept_proof(vocabulary, cases)
-    if not kept.is_file():
+
+    def found() -> dict[str, Any]:
         proven = replace(vocabulary, pre_tokenizer=prove(vocabulary, names, cases, folder))
-        proof = VocabularyProof(
-            proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven), list(vocabulary.special.ends)
-        )
-        with replacing(kept) as partial:
-            partial.write_text(json.dumps(vars(proof)), encoding="utf-8")
-    proof = VocabularyProof(**json.loads(kept.read_text(encoding="utf-8")))
+        ends = list(vocabulary.special.ends)
+        return vars(VocabularyProof(proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven), ends))
+
+    proof = VocabularyProof(**kept(_kept_proof(vocabulary, cases), JSON, found))
     special = replace(vocabulary.special, ids={**vocabulary.special.ids, **proof.more_ends})
     add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proof.pre_tokenizer, special=special))
     return proof
@@ -105,8 +103,8 @@ def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
 
 def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
     """Return keys for tokens that end a text and that llama.cpp would go on after: it has two besides that of EOS."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "vocabulary.gguf"
+    with scratch_folder() as scratch:
+        file = scratch / "vocabulary.gguf"
         write_vocabulary_file(file, vocabulary)
         with Child("llama.cpp", TEXT_BYTES) as child:
             child.make(LlamaTokenizer, LOAD_S, file)
@@ -161,8 +159,8 @@ def prove(vocabulary: Vocabulary, names: list[str], cases: list[Case], where: Pa
         InputError: there is none.
     """
     tried: list[Comparison] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "vocabulary.gguf"
+    with scratch_folder() as scratch:
+        file = scratch / "vocabulary.gguf"
         write_vocabulary_file(file, vocabulary)
         for result in compare_in_child(file, names, cases):
             if result.different == 0:

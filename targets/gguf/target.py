@@ -3,14 +3,13 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Self
 
 import gguf
 import numpy as np
 
-from exporter.cache import replacing
+from exporter.cache import replacing, scratch_folder
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
@@ -144,8 +143,8 @@ class Gguf:
         """Return the size of the file without its matrices, and the most that their alignment takes."""
         names = gguf_names(model.architecture.layers)
         vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
-        with TemporaryDirectory() as scratch:
-            path = Path(scratch, "empty.gguf")
+        with scratch_folder() as scratch:
+            path = scratch / "empty.gguf"
             with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
                 _add_metadata(writer, model, "")
                 for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -14,7 +13,7 @@ import onnx
 from exporter.arm64.cores import Core
 from exporter.arm64.installation import Installation
 from exporter.arm64.logits import read_logits
-from exporter.cache import replacing
+from exporter.cache import replacing, scratch_folder
 from exporter.measures import from_json
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
@@ -83,8 +82,8 @@ class EmulatedOnnx:
     def logits(self, artifact: Artifact, run: Run) -> Float32:
         """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
         request = {"model": _request(artifact), "tokens": run.tokens, "single": run.single, "threads": run.threads}
-        with TemporaryDirectory(prefix="edge-exporter-") as scratch:
-            asked, made = Path(scratch, "request.json"), Path(scratch, "logits.npy")
+        with scratch_folder() as scratch:
+            asked, made = scratch / "request.json", scratch / "logits.npy"
             asked.write_text(json.dumps(request), encoding="utf-8")
             run.installation.machine(run.core).python(GUEST, [asked, made], run.timeout_s)
             return read_logits(made, len(run.tokens))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Self
 
@@ -10,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from exporter.cache import replacing
+from exporter.cache import replacing, scratch_folder
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.compressed import CompressedModel, check_formats
@@ -206,8 +205,8 @@ class Onnx:
             fuse_qkv: One matrix multiplication for query, key and value.
             share_embedding: See `build_skeleton`.
         """
-        with TemporaryDirectory() as scratch:
-            skeleton = build_skeleton(compressed.rewritten, Path(scratch), fuse_qkv, share_embedding)
+        with scratch_folder() as scratch:
+            skeleton = build_skeleton(compressed.rewritten, scratch, fuse_qkv, share_embedding)
             with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
                 file = DataFile(opened, DATA_FILE, folder)
                 fill(skeleton.graph.graph, file)

@@ -16,6 +16,7 @@ from exporter.arm64.machine import QEMU, IllegalInstructionError, Machine
 from exporter.arm64.setup import installation
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import load_device
+from exporter.entries import folder_is_whole
 from exporter.errors import RuntimeCrashError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
@@ -33,7 +34,7 @@ needs_qemu = pytest.mark.skipif(
     not any(map(shutil.which, QEMU)), reason="no QEMU; install it: apt-get install qemu-user-static"
 )
 needs_system = pytest.mark.skipif(
-    not (INSTALLED.root.is_dir() and INSTALLED.packages.is_dir()),
+    not (folder_is_whole(INSTALLED.root) and folder_is_whole(INSTALLED.packages)),
     reason="no ARM64 system; install it: apt-get install qemu-user-static && edge-exporter emulate setup",
 )
 needs_programs = pytest.mark.skipif(

@@ -16,6 +16,7 @@ from exporter.arm64.logits import read_logits
 from exporter.arm64.machine import Machine
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
+from exporter.entries import kept_folder
 from exporter.errors import MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
@@ -160,8 +161,8 @@ def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(
     program(programs, "qemu-aarch64-static")
     assert setup.missing_compilers() == ["cmake", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"]
     found = setup.installation()
-    found.root.mkdir(parents=True)
-    found.packages.mkdir()
+    for place in (found.root, found.packages):
+        kept_folder(place, lambda folder: None)
     assert setup.install() == found
     assert not found.programs.exists()
     checks = settle(Artifact("gguf", programs, ()), load_device("raspberry-pi-5"), np.zeros((1, 300), np.int64)).checks

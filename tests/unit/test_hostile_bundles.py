@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -32,7 +31,6 @@ from exporter.errors import ExporterError, InputError
 from exporter.job import silent
 from exporter.measures import Check
 from exporter.model.families import FAMILIES
-from exporter.private import private_folder
 from exporter.report.data import canonical_json
 from exporter.targets.onnx.intake import MOST_GRAPH_BYTES
 from exporter.targets.onnx.settings import GenaiModel
@@ -514,29 +512,6 @@ def test_the_memory_stays_small(gguf: Path, memory: Path) -> None:
     memory.write_text(json.dumps([f"{n}" * 20 for n in range(5000)]))
     with opened_bundle(gguf):
         assert len(json.loads(memory.read_text())) == digests.MOST_REMEMBERED
-
-
-# Private folders
-
-
-def test_what_a_killed_process_left_goes_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    program = "from exporter.private import private_folder\nwith private_folder() as f: print(f, flush=True); input()"
-
-    def started() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", program], stdout=-1, stdin=-1, text=True)
-
-    with started() as one, started() as other:
-        assert one.stdout and other.stdout
-        killed, living = Path(one.stdout.readline().strip()), Path(other.stdout.readline().strip())
-        one.kill()
-        one.wait()
-        assert killed.is_dir() and living.is_dir()
-        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-        with private_folder():
-            assert not killed.exists() and living.is_dir()
-        other.communicate("\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Evidence
