@@ -1,7 +1,7 @@
 """What goes through the pipe to a child process: a header of JSON, then the bytes of the arrays in it.
 
 Both ends know the kind of every value by an annotation, and take nothing else. JSON carries any text, lone surrogates
-too, and any float; nothing that arrives is run, as it is where pickles are read.
+too, and any float. Nothing that arrives is run, as it is where pickles are read.
 """
 
 import json
@@ -39,7 +39,7 @@ class Room(NamedTuple):
     """The most bytes that a message may have.
 
     Attributes:
-        header: Bytes of JSON; what Python makes of them may take some 27 times as much.
+        header: Bytes of JSON; what Python makes of them may take 48 times as much.
         arrays: Bytes of all arrays together.
     """
 
@@ -146,6 +146,13 @@ def _json(value: Any, arrays: Arrays) -> Json:
     raise WrongKindError(f"a value of JSON was expected, not a {type(value).__name__}")
 
 
+def _several(values: Any) -> Any:
+    # A text is a sequence of texts to Python.
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise WrongKindError(f"several values were expected, not a {type(values).__name__}")
+    return values
+
+
 def _literal(known: tuple[Any, ...]) -> Kind:
     return _checked(lambda value: _one_of(value, known))
 
@@ -166,7 +173,7 @@ def _union(inner: tuple[Any, ...]) -> Kind:
 def _list(inner: tuple[Any, ...]) -> Kind:
     kind = kind_of(inner[0])
     return Kind(
-        lambda values, arrays: [kind.pack(value, arrays) for value in _instance(values, Collection)],
+        lambda values, arrays: [kind.pack(value, arrays) for value in _several(values)],
         lambda data, arrays: [kind.unpack(one, arrays) for one in _instance(data, list)],
     )
 
@@ -262,7 +269,7 @@ def send(descriptor: int, header: Json, arrays: Arrays, end: float = math.inf) -
         TimeoutError: the other end did not take it until then.
         OSError: the other end is closed.
     """
-    text = json.dumps(header).encode("ascii")
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     lengths = LENGTHS.pack(len(text), sum(part.size for part in arrays.parts))
     for part in (memoryview(lengths + text), *(part.data for part in arrays.parts)):
         _write(descriptor, part, end)
@@ -298,7 +305,7 @@ def receive(descriptor: int, room: Room, end: float = math.inf) -> tuple[Json, A
         data = np.empty(arrays_size, np.uint8)
         _read(descriptor, data.data, end)
     try:
-        return json.loads(text.decode("ascii")), Arrays(data)
+        return json.loads(text.decode("utf-8", "surrogatepass")), Arrays(data)
     except (ValueError, RecursionError) as error:
         raise WrongKindError(f"a message was expected: {type(error).__name__}") from None
 

@@ -25,8 +25,9 @@ R = TypeVar("R")
 # two cores, one of them busy, decodes 2.2 times as fast with 1,000, and as fast as ever where both are free.
 SPINS = "1000"
 PROGRAM = "import sys; sys.path[:] = {}; from exporter.child.serve import serve; serve({}, {}, {})"
-# Logits of half a window of 512 tokens, for a vocabulary of 393,216. Python makes at most 220 MiB of such a header.
-ANSWER = Room(header=8 << 20, arrays=384 << 20)
+# Logits of half a window of 512 tokens, for a vocabulary of 393,216. A text of 10 MB; what Python makes of a header of
+# that size takes less than 512 MiB, whatever it says.
+ANSWER = Room(header=10 << 20, arrays=384 << 20)
 # What a process that closed its pipe may take to die.
 DYING_S = 2.0
 LOG_BYTES, LOG_LINES, MESSAGE_CHARACTERS = 4096, 3, 4000
@@ -41,7 +42,7 @@ class Child:
     It has no network, ends when this process does, and writes no core. Arguments and results are data of the kinds
     that `exporter.child.messages` knows, checked on both sides by the annotations; an error of another process's making
     is one of `exporter.errors`. Its standard output and error go to a file that has no name; the last lines are quoted
-    where it dies.
+    where it dies. The system ends it with the thread that made it, too.
 
     Args:
         title: What runs, for messages: "llama.cpp", "ONNX Runtime".

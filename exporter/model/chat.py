@@ -34,7 +34,7 @@ PARITY_CHATS: tuple[Chat, ...] = (
 LOAD_S = 120.0
 # A chat is rendered in milliseconds, by 10 MB of template in one second.
 RENDER_S = 10.0
-# A tokenizer or a chat template may take so much beyond its library: a vocabulary of 262,000 tokens takes 230 MB.
+# A tokenizer or a chat template may take so much beyond its library: a vocabulary of 262,000 tokens takes 110 MB.
 TEXT_BYTES = 512 << 20
 SYSTEM = {"role": "system", "content": "You are brief."}
 REASON_CHARACTERS = 200

@@ -232,7 +232,7 @@ def test_what_a_runtime_answers_is_not_trusted(how: str, tmp_path: Path, monkeyp
         assert over(process)
     sentence = str(caught.value)
     assert len(sentence) < 1000 and sentence.isprintable() and sentence.endswith(".")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < SOON_S
     assert psutil.Process().memory_info().rss - before < 512 << 20
     assert list(tmp_path.iterdir()) == []
 
