@@ -63,7 +63,8 @@ class OpenedArtifact:
 
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once; see `SamplingRuntime`."""
-        made = self._child.call(SamplingRuntime.sample, self._seconds(len(texts) * length), texts, length, seed)
+        seconds = self._seconds(sum(length - len(text) for text in texts))
+        made = self._child.call(SamplingRuntime.sample, seconds, texts, length, seed)
         if [len(text) for text in made] != [length] * len(texts):
             self._refuse("texts of another length", sorted({len(text) for text in made})[:8], length)
         return made

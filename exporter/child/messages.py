@@ -27,6 +27,10 @@ LENGTHS = struct.Struct("<IQ")
 DTYPES = frozenset(("|i1", "|u1", "<i2", "<u2", "<f2", "<i4", "<u4", "<f4", "<i8", "<u8", "<f8"))
 MOST_DIMENSIONS = 8
 ALIGNMENT = 8
+# Of an error.
+MESSAGE_CHARACTERS = 4000
+# The system waits for no more than some weeks at a time.
+WAIT_S = 3600.0
 # One read or write; more does not make it faster.
 STEP = 1 << 20
 
@@ -334,6 +338,6 @@ def _wait(descriptor: int, event: int, end: float) -> None:
     """Wait until a pipe can be read or written to; what is there after the deadline still counts."""
     waiting = select.poll()
     waiting.register(descriptor, event)
-    left_s = max(0.0, end - time.monotonic())
-    if not waiting.poll(None if left_s == math.inf else left_s * 1000):
-        raise TimeoutError
+    while not waiting.poll(1000 * min(max(0.0, end - time.monotonic()), WAIT_S)):
+        if time.monotonic() >= end:
+            raise TimeoutError

@@ -14,7 +14,17 @@ from types import TracebackType
 from typing import Any, Concatenate, Never, ParamSpec, Self, TypeVar, get_type_hints
 
 from exporter import errors
-from exporter.child.messages import Arrays, Json, Kind, Room, WrongKindError, kind_of, receive, send
+from exporter.child.messages import (
+    MESSAGE_CHARACTERS,
+    Arrays,
+    Json,
+    Kind,
+    Room,
+    WrongKindError,
+    kind_of,
+    receive,
+    send,
+)
 from exporter.errors import DeadlineError, ExporterError, RuntimeCrashError
 
 P = ParamSpec("P")
@@ -30,7 +40,7 @@ PROGRAM = "import sys; sys.path[:] = {}; from exporter.child.serve import serve;
 ANSWER = Room(header=10 << 20, arrays=384 << 20)
 # What a process that closed its pipe may take to die.
 DYING_S = 2.0
-LOG_BYTES, LOG_LINES, MESSAGE_CHARACTERS = 4096, 3, 4000
+LOG_BYTES, LOG_LINES = 4096, 3
 ERRORS = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ExporterError)
 }
@@ -57,7 +67,7 @@ class Child:
         self._pipe, theirs = socket.socketpair()
         self._pipe.setblocking(False)
         with theirs:
-            program = PROGRAM.format(ascii(sys.path), theirs.fileno(), os.getpid(), memory_bytes)
+            program = PROGRAM.format(ascii([*map(str, sys.path)]), theirs.fileno(), os.getpid(), memory_bytes)
             # In a group of its own: Ctrl-C reaches this process, which decides.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", program], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,

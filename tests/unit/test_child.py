@@ -161,7 +161,7 @@ def test_a_child_that_takes_nothing_is_ended() -> None:
 def test_memory_is_limited() -> None:
     with worker() as child:
         assert child.call(Worker.fill, SOON_S, ROOM_BYTES // 2) == ROOM_BYTES // 2
-        with pytest.raises(RuntimeCrashError, match="it needs more memory than it may use"):
+        with pytest.raises(RuntimeCrashError, match="it needs more memory than the 64 MiB that its child"):
             child.call(Worker.fill, SOON_S, 2 * ROOM_BYTES)
         assert child.call(Worker.double, SOON_S, 1) == 2
 
