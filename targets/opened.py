@@ -1,10 +1,11 @@
 """An artifact that a runtime has loaded in a child process, and how long and how large it may become there."""
 
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 from exporter.child.process import Child
 from exporter.confinement.limits import TIMED_BYTES_PER_S, TIMEOUT_S
+from exporter.errors import RuntimeCrashError
 from exporter.targets.artifact import Artifact, coded_runtime_of, runtime_of
 from exporter.targets.runtime import CodedRuntime, Residence, Runtime, SamplingRuntime, Timing
 from exporter.weights.format import Float32
@@ -17,8 +18,8 @@ LEAST_BYTES_PER_S = 1e8
 SETTLING_TOKENS = 64
 # A runtime may hold its own copy of the weights, in float32 where the file has int4.
 TIMES_THE_FILE = 8
-# Keys, values, activations and logits of one token, of models that fit this machine; what a runtime takes in any case.
-BYTES_PER_TOKEN, LEAST_BYTES = 4 << 20, 4 << 30
+# Keys, values, activations and logits of one token, of models that fit a machine; what a runtime takes in any case.
+BYTES_PER_TOKEN, LEAST_BYTES = 4 << 20, 2 << 30
 
 
 class OpenedArtifact:
@@ -46,7 +47,10 @@ class OpenedArtifact:
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
-        return self._child.call(Runtime.logits, self._seconds(len(tokens)), tokens, first)
+        logits = self._child.call(Runtime.logits, self._seconds(len(tokens)), tokens, first)
+        if logits.ndim != 2 or len(logits) != len(tokens) - first or not logits.size:
+            self._refuse("logits of another shape", list(logits.shape), f"[{len(tokens) - first}, tokens known]")
+        return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer where the model ends its text."""
@@ -59,7 +63,11 @@ class OpenedArtifact:
 
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once; see `SamplingRuntime`."""
-        return self._child.call(SamplingRuntime.sample, self._seconds(len(texts) * length), texts, length, seed)
+        seconds = self._seconds(sum(length - len(text) for text in texts))
+        made = self._child.call(SamplingRuntime.sample, seconds, texts, length, seed)
+        if [len(text) for text in made] != [length] * len(texts):
+            self._refuse("texts of another length", sorted({len(text) for text in made})[:8], length)
+        return made
 
     def tokenize(self, text: str) -> list[int]:
         """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
@@ -80,6 +88,9 @@ class OpenedArtifact:
     def _seconds(self, tokens: int) -> float:
         """Return the deadline of work on tokens: as long as the slowest machine takes that is of use."""
         return TIMEOUT_S + self._file_bytes / TIMED_BYTES_PER_S + self._file_bytes * tokens / LEAST_BYTES_PER_S
+
+    def _refuse(self, what: str, got: object, expected: object) -> Never:
+        raise RuntimeCrashError(f"{self._child.title} answered with {what}", got=got, expected=expected)
 
     def close(self) -> None:
         """End the child."""

@@ -21,7 +21,7 @@ ANSWERS: dict[str, list[bytes | float]] = {
     "arrays": [(40).to_bytes(4, "little") + (1 << 60).to_bytes(8, "little")],
     "pickle": [framed(b"cos\nsystem\n(S'touch taken'\ntR.")],
     "deep": [framed(b"[" * 1_000_000)],
-    "dicts": [framed(b'{"value": [' + b"{}," * 2_500_000 + b"{}]}")],
+    "lists": [framed(b'{"value": [' + (b"[" * 900 + b"]" * 900 + b",") * 5800 + b"0]}")],
     "digits": [framed(b'{"value": ' + b"9" * 5000 + b"}")],
     "no UTF-8": [framed(b'{"value": "\xff"}')],
     "another value": [framed(b'{"value": "text"}')],

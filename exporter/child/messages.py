@@ -1,7 +1,7 @@
 """What goes through the pipe to a child process: a header of JSON, then the bytes of the arrays in it.
 
 Both ends know the kind of every value by an annotation, and take nothing else. JSON carries any text, lone surrogates
-too, and any float; nothing that arrives is run, as it is where pickles are read.
+too, and any float. Nothing that arrives is run, as it is where pickles are read.
 """
 
 import json
@@ -27,6 +27,10 @@ LENGTHS = struct.Struct("<IQ")
 DTYPES = frozenset(("|i1", "|u1", "<i2", "<u2", "<f2", "<i4", "<u4", "<f4", "<i8", "<u8", "<f8"))
 MOST_DIMENSIONS = 8
 ALIGNMENT = 8
+# Of an error.
+MESSAGE_CHARACTERS = 4000
+# The system waits for no more than some weeks at a time.
+WAIT_S = 3600.0
 # One read or write; more does not make it faster.
 STEP = 1 << 20
 
@@ -39,7 +43,7 @@ class Room(NamedTuple):
     """The most bytes that a message may have.
 
     Attributes:
-        header: Bytes of JSON; what Python makes of them may take some 27 times as much.
+        header: Bytes of JSON; what Python makes of them may take 48 times as much.
         arrays: Bytes of all arrays together.
     """
 
@@ -146,6 +150,13 @@ def _json(value: Any, arrays: Arrays) -> Json:
     raise WrongKindError(f"a value of JSON was expected, not a {type(value).__name__}")
 
 
+def _several(values: Any) -> Any:
+    # A text is a sequence of texts to Python.
+    if isinstance(values, str) or not isinstance(values, Collection):
+        raise WrongKindError(f"several values were expected, not a {type(values).__name__}")
+    return values
+
+
 def _literal(known: tuple[Any, ...]) -> Kind:
     return _checked(lambda value: _one_of(value, known))
 
@@ -166,7 +177,7 @@ def _union(inner: tuple[Any, ...]) -> Kind:
 def _list(inner: tuple[Any, ...]) -> Kind:
     kind = kind_of(inner[0])
     return Kind(
-        lambda values, arrays: [kind.pack(value, arrays) for value in _instance(values, Collection)],
+        lambda values, arrays: [kind.pack(value, arrays) for value in _several(values)],
         lambda data, arrays: [kind.unpack(one, arrays) for one in _instance(data, list)],
     )
 
@@ -262,7 +273,7 @@ def send(descriptor: int, header: Json, arrays: Arrays, end: float = math.inf) -
         TimeoutError: the other end did not take it until then.
         OSError: the other end is closed.
     """
-    text = json.dumps(header).encode("ascii")
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     lengths = LENGTHS.pack(len(text), sum(part.size for part in arrays.parts))
     for part in (memoryview(lengths + text), *(part.data for part in arrays.parts)):
         _write(descriptor, part, end)
@@ -298,7 +309,7 @@ def receive(descriptor: int, room: Room, end: float = math.inf) -> tuple[Json, A
         data = np.empty(arrays_size, np.uint8)
         _read(descriptor, data.data, end)
     try:
-        return json.loads(text.decode("ascii")), Arrays(data)
+        return json.loads(text.decode("utf-8", "surrogatepass")), Arrays(data)
     except (ValueError, RecursionError) as error:
         raise WrongKindError(f"a message was expected: {type(error).__name__}") from None
 
@@ -327,6 +338,6 @@ def _wait(descriptor: int, event: int, end: float) -> None:
     """Wait until a pipe can be read or written to; what is there after the deadline still counts."""
     waiting = select.poll()
     waiting.register(descriptor, event)
-    left_s = max(0.0, end - time.monotonic())
-    if not waiting.poll(None if left_s == math.inf else left_s * 1000):
-        raise TimeoutError
+    while not waiting.poll(1000 * min(max(0.0, end - time.monotonic()), WAIT_S)):
+        if time.monotonic() >= end:
+            raise TimeoutError

@@ -14,7 +14,17 @@ from types import TracebackType
 from typing import Any, Concatenate, Never, ParamSpec, Self, TypeVar, get_type_hints
 
 from exporter import errors
-from exporter.child.messages import Arrays, Json, Kind, Room, WrongKindError, kind_of, receive, send
+from exporter.child.messages import (
+    MESSAGE_CHARACTERS,
+    Arrays,
+    Json,
+    Kind,
+    Room,
+    WrongKindError,
+    kind_of,
+    receive,
+    send,
+)
 from exporter.errors import DeadlineError, ExporterError, RuntimeCrashError
 
 P = ParamSpec("P")
@@ -25,11 +35,12 @@ R = TypeVar("R")
 # two cores, one of them busy, decodes 2.2 times as fast with 1,000, and as fast as ever where both are free.
 SPINS = "1000"
 PROGRAM = "import sys; sys.path[:] = {}; from exporter.child.serve import serve; serve({}, {}, {})"
-# Logits of half a window of 512 tokens, for a vocabulary of 393,216. Python makes at most 220 MiB of such a header.
-ANSWER = Room(header=8 << 20, arrays=384 << 20)
+# Logits of half a window of 512 tokens, for a vocabulary of 393,216. A text of 10 MB; what Python makes of a header of
+# that size takes less than 512 MiB, whatever it says.
+ANSWER = Room(header=10 << 20, arrays=384 << 20)
 # What a process that closed its pipe may take to die.
 DYING_S = 2.0
-LOG_BYTES, LOG_LINES, MESSAGE_CHARACTERS = 4096, 3, 4000
+LOG_BYTES, LOG_LINES = 4096, 3
 ERRORS = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ExporterError)
 }
@@ -41,7 +52,7 @@ class Child:
     It has no network, ends when this process does, and writes no core. Arguments and results are data of the kinds
     that `exporter.child.messages` knows, checked on both sides by the annotations; an error of another process's making
     is one of `exporter.errors`. Its standard output and error go to a file that has no name; the last lines are quoted
-    where it dies.
+    where it dies. The system ends it with the thread that made it, too.
 
     Args:
         title: What runs, for messages: "llama.cpp", "ONNX Runtime".
@@ -56,7 +67,7 @@ class Child:
         self._pipe, theirs = socket.socketpair()
         self._pipe.setblocking(False)
         with theirs:
-            program = PROGRAM.format(ascii(sys.path), theirs.fileno(), os.getpid(), memory_bytes)
+            program = PROGRAM.format(ascii([*map(str, sys.path)]), theirs.fileno(), os.getpid(), memory_bytes)
             # In a group of its own: Ctrl-C reaches this process, which decides.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", program], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from exporter.child.limits import end_with, leave_no_core, limit_cpu, limit_memory
-from exporter.child.messages import Arrays, Json, Room, kind_of, receive, send
+from exporter.child.messages import MESSAGE_CHARACTERS, Arrays, Json, Room, kind_of, receive, send
 from exporter.child.network import cut_network
 from exporter.errors import ExporterError, RuntimeCrashError
 
@@ -42,7 +42,8 @@ def cpu_seconds() -> float:
 
 class _Server:
     def __init__(self, memory_bytes: int) -> None:
-        self._memory_bytes: int | None = memory_bytes
+        self._memory_bytes = memory_bytes
+        self._limited = False
         self._made: object = None
 
     def answer(self, request: Json, arrays: Arrays) -> tuple[Json, Arrays]:
@@ -53,7 +54,10 @@ class _Server:
         except ExporterError as error:
             return _failed(error)
         except MemoryError:
-            return _failed(RuntimeCrashError("it needs more memory than it may use"))
+            allowed = f"{self._memory_bytes >> 20:,} MiB"
+            return _failed(
+                RuntimeCrashError(f"it needs more memory than the {allowed} that its child process may take")
+            )
         except Exception as error:
             return _failed(RuntimeCrashError(f"{type(error).__name__}: {error}".rstrip(".")))
 
@@ -73,11 +77,11 @@ class _Server:
             method: Callable[..., Any] = getattr(self._made, name)
             return method
         function: Callable[..., Any] = operator.attrgetter(name)(importlib.import_module(module))
-        if self._memory_bytes is not None:
+        if not self._limited:
             limit_memory(self._memory_bytes)
-            self._memory_bytes = None
+            self._limited = True
         return function
 
 
 def _failed(error: ExporterError) -> tuple[Json, Arrays]:
-    return {"error": type(error).__name__, "message": str(error)}, Arrays()
+    return {"error": type(error).__name__, "message": str(error)[:MESSAGE_CHARACTERS]}, Arrays()

@@ -138,6 +138,34 @@ def test_the_rule_catches(module: str, source: str, breach: str) -> None:
     assert [line for line in breaches({module: source}) if line.endswith(breach)]
 
 
+def unpickling(source: str) -> list[str]:
+    """Return every import and call by which a module could run what it reads."""
+    modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "multiprocessing"}
+    found = [name for name in imported(source) if name.split(".")[0] in modules or name.endswith("ProcessPoolExecutor")]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and (call := ast.unparse(node.func)) in ("np.load", "numpy.load", "torch.load"):
+            safe = {"np.load": "allow_pickle=False", "torch.load": "weights_only=True"}.get(call)
+            if safe not in [ast.unparse(keyword) for keyword in node.keywords]:
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_module_reads_pickles() -> None:
+    assert {module: found for module, source in product_modules().items() if (found := unpickling(source))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "def f():\n    from multiprocessing import Pool", "import torch\ntorch.load('x')",
+        "from concurrent.futures import ProcessPoolExecutor", "np.load(x)", "np.load(x, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_the_rule_against_pickles_catches(source: str) -> None:
+    assert unpickling(source)
+    assert not unpickling("import json\nnp.load(x, allow_pickle=False)")
+
+
 def test_the_rule_lets_pass() -> None:
     source = "import numpy\nfrom exporter import __version__\nfrom exporter.targets.gguf import formats"
     assert breaches({"exporter.cli.main": source}) == []

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from exporter.bundle.manifest import Manifest, content_digest
 from exporter.cli import main, show
 from exporter.errors import InputError, printable
+from exporter.measures import Check
+from exporter.report.data import canonical_json
 from exporter.use import Answer
+from exporter.validate.text import Foreseen
 from tests.models import tiny_model
 
 BUNDLE = Path(__file__).parents[1] / "data" / "bundles-0.1.0" / "gguf.tar.xz"
@@ -86,27 +91,33 @@ def test_what_is_printable_stays_and_the_rest_is_escaped(plain: str, hostile: st
     assert printable("日本語 \u00a0 👩🏽\u200d💻 می\u200cخواهم") == "日本語 \u00a0 👩🏽\u200d💻 می\u200cخواهم"
 
 
+def spelled(document: dict[str, Any]) -> str:
+    """Return a document as the product spells it; a manifest with the digest that it then has."""
+    with suppress(ValueError):
+        manifest = Manifest.model_validate_json(json.dumps(document))
+        document = document | {"content_digest": content_digest(manifest, manifest.files)}
+    return canonical_json(document)
+
+
 def test_no_text_of_a_bundle_reaches_the_terminal_raw(original: Path, tmp_path: Path, run: Run) -> None:
     bundle = Path(shutil.copytree(original, tmp_path / "bundle"))
     for name in ("manifest.json", "report.json", "measurements.json"):
         document = json.loads((bundle / name).read_text())
         taken = document
         for place in texts(document):
-            (bundle / name).write_text(json.dumps(changed(document, place)))
+            (bundle / name).write_text(spelled(changed(document, place)))
             code, _ = run("inspect", bundle)
             assert code in (0, 3), place
-            if code == 0:
+            if code == 0 and place[0] != "files":
                 taken = changed(taken, place)
-            if name == "manifest.json":
+            else:
                 assert run("verify", bundle)[0] in (1, 3), place
-        # All at once that are taken one by one; of a manifest, its digest takes none.
-        (bundle / name).write_text(json.dumps(document if name == "manifest.json" else taken))
-    for arguments in (("inspect", bundle), ("compare", bundle, bundle)):
+        # All at once that are taken one by one.
+        (bundle / name).write_text(spelled(taken))
+    for arguments in (("inspect", bundle), ("compare", bundle, bundle), ("inspect", bundle, "--json")):
         code, printed = run(*arguments)
         # Neither obeyed nor taken for markup.
         assert (code, printable(HOSTILE) in printed) == (0, True), printed[-600:]
-        code, printed = run(*arguments, "--json")
-        assert code == 0 and printable(HOSTILE) in printed and json.loads(printed)
 
 
 def test_no_answer_of_a_model_reaches_the_terminal_raw(
@@ -130,15 +141,18 @@ def test_no_name_of_a_tensor_reaches_the_terminal_raw(tmp_path: Path, run: Run) 
     assert code == 0 and printable(HOSTILE) in printed
 
 
-def test_no_text_of_a_model_reaches_the_terminal_raw(tmp_path: Path, run: Run) -> None:
-    model = tiny_model(tmp_path / "model")
-    (model / "chat_template.jinja").write_text("{{ raise_exception(" + json.dumps(HOSTILE) + ") }}")
-    _, printed = run("plan", model, "-d", "raspberry-pi-5", "-t", "gguf")
-    assert r"\u001b]0;x\u0007" in printed
+def test_no_text_of_a_model_reaches_the_terminal_raw(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tmp_path / f"model{HOSTILE}".replace("/", ""))
+    # As where a template refuses a chat, and says why.
+    foreseen = Foreseen(checks=(Check(name=HOSTILE, status="passed", detail=HOSTILE),), notes=(HOSTILE,))
+    monkeypatch.setattr("exporter.pipeline.foresee", lambda *_: foreseen)
+    monkeypatch.setattr("exporter.pipeline.stage_seconds", lambda *_, **__: {"encode": 1.0})
+    code, printed = run("plan", model, "-d", "raspberry-pi-5", "-t", "gguf")
+    assert code == 0 and printed.count(printable(HOSTILE)) >= 3
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(changed(config, ("architectures", 0))))
     code, printed = run("plan", model, "-d", "raspberry-pi-5", "-t", "gguf")
-    assert code == 3 and printable(HOSTILE) in printed
+    assert code == 3 and "]0;x" in printed
 
 
 def test_no_text_of_an_error_reaches_the_terminal_raw(
