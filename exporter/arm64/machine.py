@@ -58,7 +58,7 @@ class Machine:
 
     def python(self, program: Path, arguments: Sequence[Path | str], timeout_s: float) -> str:
         """Run a Python program that needs the standard library and `packages` alone; see `run`."""
-        start = [self.root / "usr/bin/python3", "-I", "-B", "-c", START]
+        start: list[Path | str] = [self.root / "usr/bin/python3", "-I", "-B", "-c", START]
         return self.run([*start, self.packages.absolute(), program, *arguments], timeout_s)
 
     def run(self, command: Sequence[Path | str], timeout_s: float) -> str:
