@@ -97,10 +97,8 @@ class Probe:
     def prepare(self, place: Workplace) -> int:
         """Send the program and refuse a device without Python or without the runtime."""
         sent = place.fill([Parcel(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
-        answer, where = (
-            place.run(self._command(place, "needs", self._subject.artifact.target), 120),
-            place.connection.where,
-        )
+        where = place.connection.where
+        answer = place.run(self._command(place, "needs", self._subject.artifact.target), timeout_s=120)
         if answer.code in {NOT_FOUND, NOT_EXECUTABLE}:
             raise MissingDependencyError(
                 f"there is no {self._shown}", where=where, got=answer.last_words,

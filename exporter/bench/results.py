@@ -164,7 +164,7 @@ def parsed(kind: type[Result], text: str, where: str) -> Result:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
+        fault = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, fault["loc"])) or "the text"
         raise InputError(
             "the device's answer is not one of the measuring program's", where=where,

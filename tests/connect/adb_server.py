@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class AdbServer:
         room: Bytes that a file may have before writing fails; None: no limit.
         trouble: Why it fails.
         cut: Bytes of a file after which the cable is pulled; None: never.
+        trickle_s: Seconds between one byte of an answer and the next.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,6 +65,7 @@ class AdbServer:
         self.state, self.features = "device", "shell_v2,cmd,stat_v2"
         self.room: int | None = None
         self.cut: int | None = None
+        self.trickle_s = 0.0
         self.trouble = b"No space left on device"
         self.put("getprop", GETPROP)
         self.put("dumpsys", DUMPSYS)
@@ -197,7 +200,10 @@ class Session:
     def _packet(self, kind: int, data: bytes) -> None:
         # A client that has gone hears no more.
         with self._one_at_a_time, contextlib.suppress(OSError, ValueError):
-            self._say(struct.pack("<BI", kind, len(data)) + data)
+            packet = struct.pack("<BI", kind, len(data)) + data
+            for piece in [packet] if not self._server.trickle_s else map(bytes, zip(packet)):
+                self._say(piece)
+                time.sleep(self._server.trickle_s)
 
     def _sync(self, _: str) -> bool:
         self._say(b"OKAY")

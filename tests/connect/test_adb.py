@@ -8,7 +8,9 @@ import pytest
 
 from exporter.bench.cycle import Outcome, Remote, measure_on, quantities
 from exporter.bench.engine import Settings
+from exporter.device.connect.adb import Adb
 from exporter.device.connect.connection import DroppedError, address_of
+from exporter.device.connect.shell import Line
 from exporter.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import SERIAL, AdbServer, free_port, llama_bench
@@ -121,6 +123,13 @@ def test_killed_it_is_cleaned_up_by_the_phone(phone: AdbServer, bundle: Path, tm
     running.kill()
     running.wait()
     assert becomes(lambda: ended(pid) and phone.left == [])
+
+
+def test_an_answer_that_trickles_in(phone: AdbServer) -> None:
+    device = Adb(address_of(f"adb://{SERIAL}"))
+    phone.trickle_s = 0.1
+    with pytest.raises(RequestError, match=r"the device did not finish; expected an answer within 1 s"):
+        device.run(Line("echo a long answer"), timeout_s=1)
 
 
 def test_a_program_without_an_end(phone: AdbServer, bundle: Path, tmp_path: Path) -> None:

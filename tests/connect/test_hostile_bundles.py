@@ -1,5 +1,7 @@
 """Bundles that mean harm: on a device their files are data, whatever they and their target are called."""
 
+import ast
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import exporter
 from exporter.bench import cycle
 from exporter.bench.cycle import Remote, measure_here, measure_on, quantities
 from exporter.bench.engine import Probe, Settings
@@ -69,6 +72,20 @@ def test_a_line_of_shell_quotes_all_that_is_not_a_line() -> None:
     # What is put together by other means is text, and quoted again.
     assert line("%s", f"{inner}") == line("%s", str(inner)) == line("%s", inner + "") != inner
     assert isinstance(inner, Line)
+
+
+def test_text_for_a_shell_is_never_put_together_elsewhere() -> None:
+    made = 0
+    for path in sorted(Path(exporter.__file__).parents[1].glob("[et]*/**/*.py")):
+        source = path.read_text()
+        if path.name == "shell.py" or "tests" in path.parts:
+            continue
+        assert not re.search(r"shlex|shell=True|os\.system", source), path
+        for node in ast.walk(ast.parse(source)) if re.search(r"\b[Ll]ine\(", source) else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"Line", "line"}:
+                made += 1
+                assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}: the text is no literal"
+    assert made > 20
 
 
 def test_a_target_with_a_command_in_it(sshd: Sshd, bundle: Path, mark: Path, made: Make) -> None:

@@ -120,13 +120,16 @@ def test_interrupted_it_cleans_up(sshd: Sshd, bundle: Path) -> None:
     assert becomes(lambda: ended(pid))
 
 
-def test_killed_it_is_cleaned_up_by_the_device(sshd: Sshd, bundle: Path) -> None:
-    python = misbehaving(sshd, "selftest", SLEEP)
+def test_killed_it_is_cleaned_up_by_the_device(sshd: Sshd, bundle: Path, tmp_path: Path) -> None:
+    # What was started waits for what it starts.
+    child = tmp_path / "child"
+    python = misbehaving(sshd, "selftest", f"sleep 60 & echo $! > {child}; wait")
     running = started(bundle.parent, "bench", "gguf", "--on", sshd.address, *FLAGS[:-1], python)
     pid = wait_for(sshd.far, "bench-*/pid")
+    assert becomes(child.exists)
     running.kill()
     running.wait()
-    assert becomes(lambda: ended(pid) and sshd.left == [])
+    assert becomes(lambda: ended(pid) and ended(int(child.read_text())) and sshd.left == [])
 
 
 def wait_for(folder: Path, pattern: str) -> int:

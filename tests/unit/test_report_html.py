@@ -68,6 +68,12 @@ def test_it_loads_nothing_and_runs_nothing(report: Report, measurements: Measure
     assert "default-src 'none'" in page
 
 
+def test_it_says_how_onnx_runtime_keeps_quiet(report: Report, measurements: Measurements) -> None:
+    for target, told in {"gguf": False, "onnx": True, "onnx-qdq": True}.items():
+        page = render_html(report.model_copy(update={"target": target}), measurements)
+        assert ("<code>ORT_DISABLE_TELEMETRY=1</code>" in page) == told
+
+
 def test_hostile_text_stays_text(report: Report, measurements: Measurements) -> None:
     model = report.model.model_copy(update={"name": HOSTILE, "origin": HOSTILE, "warnings": (HOSTILE,)})
     row = report.tensors[-1].model_copy(update={"role": HOSTILE, "format": HOSTILE, "name": HOSTILE, "reason": HOSTILE})

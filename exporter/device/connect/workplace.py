@@ -22,37 +22,61 @@ NO_SPACE = "delete something there, or name a folder with more room with --folde
 PROGRAM, BUNDLE = "program", "bundle"
 
 # Makes a folder there and keeps it as long as its input lasts, which ends with the connection and with this process,
-# whatever ends them; then it ends the program that still runs there and deletes the folder. It prints its own number
-# and the path. The words before it: where, the folder's name, a word if the folder stays, and the number of one of its
-# kind that has lost its connection.
+# whatever ends them; then it ends the program that still runs there, and deletes the folder. It prints its own number
+# and the path. Its words are where, the folder's name, `keep` if the folder stays, and the number of one of its kind
+# that has lost its connection.
 #
 # A folder belongs to one process. Each leaves a mark beside it, NAME.HOST.NUMBER, and then looks for the marks of
-# others: of two, one at least sees the other and gives way. A mark counts while its process lives; of hosts that share
-# a disk, for good. What nobody has any more is left by a device that lost its power, and goes, unless it was to stay.
-HOLD = Line(
-    "umask 077; trap '' HUP INT; unset CDPATH; start=$(pwd) above=$1/edge-exporter wanted=$2 keep=$3; "
-    "host=$(uname -n); me=$host.$$; "
-    # Numbers come again: it is ours if it was started with such a path.
-    'ours() { kill -0 "$1" && { grep -q edge-exporter "/proc/$1/cmdline" || ps -o args= -p "$1" | '
-    "grep -q edge-exporter; }; } 2>/dev/null; "
-    # All of its session, where it leads one.
-    'stop() { [ -f "$1/pid" ] && read -r pid < "$1/pid" && ours "$pid" && { kill -9 "-$pid" 2>/dev/null || '
-    'kill -9 "$pid"; }; rm -f "$1/pid"; }; '
-    'take() { true > "$1.$me" || return 1; for other in "$1".*; do rest=${other#"$1".}; [ "$rest" = "$me" ] && '
-    'continue; if [ "${rest%.*}" != "$host" ] || ours "${rest##*.}"; then rm -f "$1.$me"; return 1; fi; '
-    'rm -f "$other"; done; stop "$1"; }; '
-    '[ -n "$4" ] && ours "$4" && kill -9 "$4" && sleep 1; '
-    # The folder above goes with the last in it, which may be just now.
-    'enter() { cd -- "$start" && mkdir -p -- "$above" && cd -- "$above" && [ -O . ] && [ -w . ] || return; '
-    'for number in "" -2 -3 -4; do name=$wanted$number; take "$name" && return; done; '
-    'echo "others measure this bundle there" >&2; return 1; }; '
-    "enter || enter || { sleep 1; enter; } || exit 1; "
-    'for found in bench-*; do old=${found%%.*}; [ -e "$found" ] && [ "$old" != "$name" ] && take "$old" && '
-    '{ [ -e "$old/kept" ] || rm -rf "$old"; rm -f "$old.$me"; }; done; '
-    'mkdir -p "$name" && cd "$name" && echo "$$ $(pwd)" && while read -r _; do :; done; '
-    'cd .. || exit; stop "$name"; if [ -n "$keep" ]; then true > "$name/kept"; else rm -rf "$name"; fi; done=$?; '
-    'rm -f "$name.$me"; cd .. && rmdir edge-exporter 2>/dev/null; exit $done'
-)
+# others: of two, one at least sees the other and gives way. A mark counts while its process lives, or for good if it is
+# of another host that shares the disk. What nobody has was left by a device that lost its power: it goes, unless it was
+# to stay.
+HOLD = Line("""
+umask 077
+trap '' HUP INT PIPE
+unset CDPATH
+start=$(pwd) above=$1/edge-exporter wanted=$2 keep=$3 former=$4
+host=$(uname -n)
+me=$host.$$
+ours() {  # whether a number is of a process that was started with a path of ours: numbers come again
+  kill -0 "$1" && { grep -q edge-exporter "/proc/$1/cmdline" || ps -o args= -p "$1" | grep -q edge-exporter; }
+} 2>/dev/null
+stop() {  # end the program that runs in a folder, and what it has started
+  [ -f "$1/pid" ] && read -r pid < "$1/pid" && ours "$pid" && { kill -9 "-$pid" 2>/dev/null || kill -9 "$pid"; }
+  rm -f "$1/pid"
+}
+take() {  # get a folder's name for ourselves alone
+  true > "$1.$me" || return 1
+  for other in "$1".*; do
+    rest=${other#"$1".}
+    [ "$rest" = "$me" ] && continue
+    if [ "${rest%.*}" != "$host" ] || ours "${rest##*.}"; then rm -f "$1.$me"; return 1; fi
+    rm -f "$other"
+  done
+  stop "$1"
+}
+enter() {  # go to the folder above, which goes with the last folder in it: perhaps just now
+  cd -- "$start" && mkdir -p -- "$above" && cd -- "$above" && [ -O . ] && [ -w . ] || return 1
+  for number in "" -2 -3 -4; do name=$wanted$number; take "$name" && return; done
+  echo "others measure this bundle there" >&2
+  return 1
+}
+[ -n "$former" ] && ours "$former" && kill -9 "$former" && sleep 1
+enter || enter || { sleep 1; enter; } || exit 1
+for found in bench-*; do
+  old=${found%%.*}
+  if [ -e "$found" ] && [ "$old" != "$name" ] && take "$old"; then
+    [ -e "$old/kept" ] || rm -rf "$old"
+    rm -f "$old.$me"
+  fi
+done
+mkdir -p "$name" && echo "$$ $(pwd)/$name" && while read -r _; do :; done
+stop "$name"
+if [ -n "$keep" ]; then true > "$name/kept"; else rm -rf "$name"; fi
+code=$?
+rm -f "$name.$me"
+cd .. && rmdir edge-exporter 2>/dev/null
+exit $code
+""")
 
 
 @dataclass(frozen=True)
@@ -219,7 +243,7 @@ def workplace(connect: Callable[[], Connection], name: str, parent: str | None, 
 def _hold(connection: Connection, name: str, parent: str | None, keep: bool, former: str = "") -> _Held:
     """Make a folder; `former` is the number of the process there that was to keep it and is out of reach."""
     above = connection.parent if parent is None else parent
-    command = line("set -- %s %s %s %s; %s", above, name, "keep" if keep else "", former, HOLD)
+    command = line("set -- %s %s %s %s\n%s", above, name, "keep" if keep else "", former, HOLD)
     running = connection.start(command, SWEEP_S)
     found = re.fullmatch(rf"(\d{{1,10}}) (/.*/edge-exporter/{name}(?:-\d)?)", running.said)
     if not found or len(found[2]) > MAX_PATH or not found[2].isprintable():
