@@ -146,15 +146,16 @@ def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
     Raises:
         InputError: it is none, or too large.
     """
+    expected = f"at most {MOST_GRAPH_BYTES:,} bytes without its weights, {MOST_NODES:,} nodes and initialisers"
+    if len(data) > MOST_GRAPH_BYTES:
+        raise InputError("the ONNX graph is too large", where=where, got=f"{len(data):,} bytes", expected=expected)
     try:
-        if len(data) > MOST_GRAPH_BYTES:
-            raise ValueError(f"{len(data):,} bytes, more than {MOST_GRAPH_BYTES:,} without weights")
         model: onnx.ModelProto = onnx.ModelProto.FromString(data)
-        count = len(model.graph.node) + len(model.graph.initializer)
-        if count > MOST_NODES:
-            raise ValueError(f"{count:,} nodes and initialisers, more than {MOST_NODES:,}")
-    except (DecodeError, ValueError) as error:
-        raise InputError("the ONNX graph cannot be read", where=where, got=error, next_step="fetch it again") from error
+    except DecodeError as error:
+        raise InputError("the ONNX file is truncated or damaged", where=where, got=error) from error
+    count = len(model.graph.node) + len(model.graph.initializer)
+    if count > MOST_NODES:
+        raise InputError("the ONNX graph is too large", where=where, got=f"{count:,} nodes", expected=expected)
     return model
 
 

@@ -26,7 +26,19 @@ MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
 ORDER = [
-    {"errors", "cache", "child", "cores", "effort", "measures", "memory_limit", "nesting", "registry", "toml", "weights"},
+    {
+        "errors",
+        "cache",
+        "child",
+        "cores",
+        "effort",
+        "measures",
+        "memory_limit",
+        "nesting",
+        "registry",
+        "toml",
+        "weights",
+    },
     {"model", "device", "devices", "coding"},
     {"job", "stages", "confinement"},
     {"arm64"},
