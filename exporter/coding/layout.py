@@ -136,7 +136,9 @@ def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
 
 
 def _onnx_layout(graph: Path, data: Path) -> list[Section]:
-    held = [External.of(one, graph) for one in read_graph(graph.read_bytes(), graph).graph.initializer if one.dims]
+    with graph.open("rb") as file:
+        model = read_graph(file.read(MOST_GRAPH_BYTES + 1), graph)
+    held = [External.of(one, graph) for one in model.graph.initializer if one.dims]
     return [Section(one.start, array_part(one.shape, one.kind)) for one in held if one.location == data.name]
 
 
