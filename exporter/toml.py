@@ -14,7 +14,6 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from exporter.errors import InputError, RequestError, did_you_mean
 from exporter.measures import Document
-from exporter.nesting import deeper_than
 from exporter.registry import names
 
 # The longest profile that comes with the exporter has 9 KB.
@@ -107,6 +106,18 @@ def checked(table: Mapping[str, Any], kind: type[Kind], where: object) -> Kind:
 def shown(value: object) -> str:
     """Return a value of a file as a message may show it."""
     return "a table" if isinstance(value, dict) else _Shortener().repr(value)
+
+
+def deeper_than(most: int, value: dict[str, Any] | list[Any]) -> bool:
+    """Return whether tables and lists lie in one another at more than so many levels."""
+    level: list[Any] = [value]
+    for _ in range(most):
+        level = [item for parent in level for item in _items(parent) if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def _items(parent: dict[str, Any] | list[Any]) -> Any:
+    return parent.values() if isinstance(parent, dict) else parent
 
 
 class _Shortener(Repr):

@@ -6,6 +6,7 @@ cores, and restoring takes memory for a few of them only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -100,16 +101,15 @@ def decode(payload: bytes, size: int) -> Bytes:
     methods = list(reading.take(len(blocks)))
     if _is_too_fine(blocks, methods):
         raise InputError("a chunk of the coded file has too many tables", expected=f"at most {MOST_TABLES}")
-    modelled = _read_ans(reading, [some for some, method in zip(blocks, methods, strict=True) if method == _ANS])
+    modelled = iter(_read_ans(reading, [some for some, method in zip(blocks, methods, strict=True) if method == _ANS]))
     streams = [
-        modelled.pop(0) if method == _ANS else _read_stream(reading, sum(block.symbols for block in some), method)
+        next(modelled) if method == _ANS else _read_stream(reading, sum(block.symbols for block in some), method)
         for some, method in zip(blocks, methods, strict=True)
     ]
     reading.end()
-    data = np.empty(size, np.uint8)
+    data, coming = np.empty(size, np.uint8), iter(streams)
     for (_, field, values), shape, some in zip(_fields(data, parts), shapes, counts, strict=True):
-        restore(streams[: len(some)], field, shape, values)
-        del streams[: len(some)]
+        restore(list(islice(coming, len(some))), field, shape, values)
     return data
 
 

@@ -136,7 +136,9 @@ def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
 
 
 def _onnx_layout(graph: Path, data: Path) -> list[Section]:
-    held = [External.of(one, graph) for one in read_graph(graph.read_bytes(), graph).graph.initializer if one.dims]
+    with graph.open("rb") as file:
+        model = read_graph(file.read(MOST_GRAPH_BYTES + 1), graph)
+    held = [External.of(one, graph) for one in model.graph.initializer if one.dims]
     return [Section(one.start, array_part(one.shape, one.kind)) for one in held if one.location == data.name]
 
 
@@ -146,15 +148,16 @@ def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
     Raises:
         InputError: it is none, or too large.
     """
+    expected = f"at most {MOST_GRAPH_BYTES:,} bytes without its weights, {MOST_NODES:,} nodes and initialisers"
+    if len(data) > MOST_GRAPH_BYTES:
+        raise InputError("the ONNX graph is too large", where=where, got=f"{len(data):,} bytes", expected=expected)
     try:
-        if len(data) > MOST_GRAPH_BYTES:
-            raise ValueError(f"{len(data):,} bytes, more than {MOST_GRAPH_BYTES:,} without weights")
         model: onnx.ModelProto = onnx.ModelProto.FromString(data)
-        count = len(model.graph.node) + len(model.graph.initializer)
-        if count > MOST_NODES:
-            raise ValueError(f"{count:,} nodes and initialisers, more than {MOST_NODES:,}")
-    except (DecodeError, ValueError) as error:
-        raise InputError("the ONNX graph cannot be read", where=where, got=error, next_step="fetch it again") from error
+    except DecodeError as error:
+        raise InputError("the ONNX file is truncated or damaged", where=where, got=error) from error
+    count = len(model.graph.node) + len(model.graph.initializer)
+    if count > MOST_NODES:
+        raise InputError("the ONNX graph is too large", where=where, got=f"{count:,} nodes", expected=expected)
     return model
 
 

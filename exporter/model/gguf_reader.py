@@ -16,8 +16,9 @@ from exporter.toml import shown
 # Files of the largest models have some 60 keys, and a few thousand tensors.
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
-# Values of all arrays of the header: tokens, scores, types and merges of the largest vocabularies are 1.2 million.
-MOST_VALUES = 1 << 21
+# Of all arrays together. The largest vocabularies have 800,000 texts, tokens and merges; each takes 400 bytes of memory
+# until it is used.
+MOST_TEXTS, MOST_NUMBERS = 1 << 20, 1 << 22
 MOST_DIMENSIONS = 4
 # llama.cpp holds names of tensors in 64 bytes.
 MOST_NAME_BYTES = 256
@@ -29,7 +30,8 @@ class BoundedGgufReader(gguf.GGUFReader):
     The values of an array of numbers are one part.
     """
 
-    _values = 0
+    # What the arrays so far are of all that arrays may be.
+    _share = 0.0
 
     def _get(
         self,
@@ -57,8 +59,8 @@ class BoundedGgufReader(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         inner = GGUFValueType(self._get(orig_offs, np.uint32)[0])
         length = int(self._get(orig_offs + 4, np.uint64)[0])
-        self._values += length
-        if inner == GGUFValueType.ARRAY or self._values > MOST_VALUES:
+        self._share += length / (MOST_TEXTS if inner == GGUFValueType.STRING else MOST_NUMBERS)
+        if inner == GGUFValueType.ARRAY or self._share > 1:
             raise ValueError(f"an array of {length} values of type {inner.name}")
         start, types = orig_offs + 12, [GGUFValueType.ARRAY, *([inner] if length else [])]
         if inner == GGUFValueType.STRING:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputError
-from exporter.nesting import deeper_than
+from exporter.toml import deeper_than
 
 # A tokenizer.json of 262,144 tokens takes 33 MB and holds 2 million values.
-MAX_BYTES = 64 << 20
+MAX_BYTES = 48 << 20
 MAX_VALUES = 1 << 22
 # The files that transformers and tokenizers write nest less than 16 deep.
 MAX_DEPTH = 64

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.errors import InputError, RequestError
-from exporter.model.json_file import NEXT_STEP, read_json_object, read_json_object_if_there
+from exporter.model.json_file import MAX_BYTES, NEXT_STEP, read_json_object, read_json_object_if_there
 
 TOKENIZER, SETTINGS, PIECES, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"
 ADDED = "added_tokens.json"
 # What transformers reads besides; each must be a JSON object where it is there.
 OTHER_JSON = ("special_tokens_map.json", ADDED, VOCABULARY, "chat_template.json")
 TEXTS = ("chat_template.jinja", "merges.txt", "additional_chat_templates/*.jinja")
-MAX_BYTES = 64 << 20
 TOGETHER = "check that tokenizer and weights belong together"
 
 

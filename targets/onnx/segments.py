@@ -339,7 +339,7 @@ class _Cutting:
         held = External.of(tensor, self._where)
         size = prod(held.shape) * held.kind.itemsize
         if not size or held.size != size or not held.shape or held.shape[0] > MAX_WIDTH:
-            raise self._strange(f"{shown(tensor.name)} of shape {shown(list(held.shape))} in {held.size:,} bytes")
+            raise self._strange(f"{tensor.name[:80]} of shape {shown(list(held.shape))} in {held.size:,} bytes")
         used = held.kind if wider is None else np.dtype(np.float32)
         return Weight(wider or tensor.name, held.shape, Span(held.start, size), held.kind, used)
 

@@ -26,7 +26,7 @@ MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
 ORDER = [
-    {"errors", "cache", "child", "cores", "effort", "entries", "measures", "nesting", "registry", "toml", "weights"},
+    {"errors", "cache", "child", "cores", "effort", "entries", "measures", "registry", "toml", "weights"},
     {"model", "device", "devices", "coding"},
     {"job", "stages", "confinement"},
     {"arm64"},

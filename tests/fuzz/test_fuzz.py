@@ -1,6 +1,5 @@
 """Mutations of every kind of input, the same ones each time, and bombs: each ends well or in one sentence."""
 
-import os
 import platform
 
 import pytest
@@ -14,11 +13,6 @@ COUNT = 200
 LEFT_OUT = {"bundle"}
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux alone counts a peak of memory anew")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_each() -> None:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.mark.parametrize("subject", sorted(SUBJECTS.keys() - LEFT_OUT))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.coding import ans
+from exporter.coding import ans, chunk
 from exporter.coding.chunk import Profile, decode, encode
 from exporter.coding.container import PROFILES, code_file, original_of, restore_file
 from exporter.coding.huffman import huffman_bytes, read_huffman
@@ -152,6 +152,21 @@ def test_equal_scales_of_a_row_take_two_bytes_a_row(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(np.repeat(scales, 32, axis=1).tobytes())
     layout = [Section(0, Part(500, 32, (Field(NUMBERS, 2),)))]
     assert code_file(tmp_path / "file", tmp_path / "coded", "small", layout).coded_bytes < 2 * 500 + 400
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_chunks_of_too_many_parts_or_tables_are_coded_as_anything(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [Part(1, 1, (Field(CODES, 1),))] * (chunk.MOST_PARTS + 1)
+    data = codes(1, len(many), 1.0).tobytes()
+    assert decode(encode(data, many, profile).payload, len(data)).tobytes() == data
+    part, data = Part(64, 4, Q8_0), q8_0(64, 128, 3.0)
+    payload = encode(data, [part], profile).payload
+    monkeypatch.setattr(chunk, "MOST_BLOCKS", 2)
+    with pytest.raises(InputError, match="has too many blocks"):
+        decode(payload, part.bytes)
+    assert decode(encode(data, [part], profile).payload, len(data)).tobytes() == data
 
 
 def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """JSON files of any content give an object or one sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from exporter.errors import InputError
-from exporter.model.json_file import MAX_DEPTH, read_json_object, read_json_object_if_there
+from exporter.model.json_file import MAX_DEPTH, MAX_VALUES, read_json_object, read_json_object_if_there
 
 BROKEN = {
     "not JSON": (b"{", "config.json is not valid JSON"),
@@ -47,3 +48,13 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "large.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match="too large; got 8 bytes, expected at most 7"):
         read_json_object(tmp_path / "large.json", 7)
+
+
+def test_too_many_values_are_refused_and_as_many_as_the_largest_tokenizers_hold_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"a": [' + b"[]," * (MAX_VALUES // 2) + b"0]}")
+    with pytest.raises(InputError, match="holds too many values; got 4194306, expected at most 4194304"):
+        read_json_object(path)
+    vocabulary, merges = {f"token {i}": i for i in range(262_144)}, [["a token", "another"]] * 515_000
+    path.write_text(json.dumps({"model": {"vocab": vocabulary, "merges": merges}}, indent=1))
+    assert read_json_object(path)["model"]["vocab"] == vocabulary
