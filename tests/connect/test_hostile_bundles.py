@@ -4,21 +4,24 @@ import ast
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-import exporter
 from exporter.bench import cycle
-from exporter.bench.cycle import Remote, measure_here, measure_on, quantities
+from exporter.bench.cycle import Outcome, Remote, measure_here, measure_on
 from exporter.bench.engine import Probe, Settings
 from exporter.bench.subject import Subject, subject_of
-from exporter.bundle.manifest import FileEntry, sha256_of
+from exporter.bundle.manifest import sha256_of
 from exporter.device.connect.connection import address_of
 from exporter.device.connect.shell import Line, line
+from exporter.device.connect.workplace import Parcel
 from exporter.errors import RequestError
+from tests.commands import ROOT
 from tests.connect.adb_server import SERIAL, AdbServer, llama_bench
 from tests.connect.sshd import Sshd
 
@@ -33,7 +36,29 @@ NAMES = (
     "model/'; touch {mark}; '", "~/model", "pid", "kept",
 )  # fmt: skip
 
-Make = Callable[[Path, dict[str, str]], Subject]
+
+@dataclass(frozen=True)
+class Hostile(Subject):
+    """A bundle with more files of its model, or with others: no manifest that is read lists such.
+
+    Attributes:
+        proper: The bundle with its own files; None for others in their place.
+        more: Name -> file.
+    """
+
+    proper: Subject | None
+    more: dict[str, Path]
+
+    @property
+    def model_files(self) -> list[str]:
+        return [*(self.proper.model_files if self.proper else []), *self.more]
+
+    def parcels(self) -> list[Parcel]:
+        more = [Parcel(path, name, *sha256_of(path)) for name, path in self.more.items()]
+        return [*(self.proper.parcels() if self.proper else []), *more]
+
+
+Make = Callable[..., Subject]
 
 
 @pytest.fixture
@@ -43,26 +68,29 @@ def mark(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a bundle with more files, all of them listed as the model's, as no manifest that is read may list them."""
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Makes the bundle that is measured from now on."""
+    with ExitStack() as stack:
 
-    def make(bundle: Path, texts: dict[str, str]) -> Subject:
-        folder = tmp_path / "hostile"
-        shutil.copytree(bundle, folder)
-        entries = []
-        for name, text in texts.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            size, digest = sha256_of(path)
-            entries.append(FileEntry.model_construct(path=name, role="model", size=size, sha256=digest))
-        subject = subject_of(bundle)
-        files = (*subject.manifest.files, *entries)
-        subject = replace(subject, bundle=folder, manifest=subject.manifest.model_copy(update={"files": files}))
-        monkeypatch.setattr(cycle, "subject_of", lambda _: subject)
-        return subject
+        def make(bundle: Path, texts: dict[str, str] | None = None, target: str = "", model: str = "") -> Subject:
+            subject, more = (
+                stack.enter_context(subject_of(bundle)),
+                {model: bundle / "model/model.gguf"} if model else {},
+            )
+            for number, (name, text) in enumerate((texts or {}).items()):
+                more[name] = tmp_path / f"file-{number}"
+                more[name].write_text(text)
+            hostile = Hostile(**vars(subject), proper=None if model else subject, more=more)
+            hostile = replace(hostile, artifact=replace(subject.artifact, target=target or subject.artifact.target))
+            monkeypatch.setattr(cycle, "subject_of", lambda *_, **__: nullcontext(hostile))
+            return hostile
 
-    return make
+        yield make
+
+
+def measured_over_ssh(sshd: Sshd, keep: bool = False) -> Outcome:
+    remote = Remote(address_of(sshd.address), python=sys.executable, keep=keep)
+    return measure_on(Path("unread"), remote, QUICK, None, lambda *_: None)
 
 
 def test_a_line_of_shell_quotes_all_that_is_not_a_line() -> None:
@@ -76,12 +104,12 @@ def test_a_line_of_shell_quotes_all_that_is_not_a_line() -> None:
 
 def test_text_for_a_shell_is_never_put_together_elsewhere() -> None:
     made = 0
-    for path in sorted(Path(exporter.__file__).parents[1].glob("[et]*/**/*.py")):
+    for path in [path for folder in ("exporter", "targets") for path in sorted((ROOT / folder).rglob("*.py"))]:
         source = path.read_text()
-        if path.name == "shell.py" or "tests" in path.parts:
+        if path.name == "shell.py":
             continue
         assert not re.search(r"shlex|shell=True|os\.system", source), path
-        for node in ast.walk(ast.parse(source)) if re.search(r"\b[Ll]ine\(", source) else ():
+        for node in ast.walk(ast.parse(source)) if "connect.shell import" in source else ():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"Line", "line"}:
                 made += 1
                 assert isinstance(node.args[0], ast.Constant), f"{path}:{node.lineno}: the text is no literal"
@@ -89,13 +117,9 @@ def test_text_for_a_shell_is_never_put_together_elsewhere() -> None:
 
 
 def test_a_target_with_a_command_in_it(sshd: Sshd, bundle: Path, mark: Path, made: Make) -> None:
-    subject = made(bundle, {})
-    target = f"gguf; touch {mark}"
-    subject = replace(subject, artifact=replace(subject.artifact, target=target))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cycle, "subject_of", lambda _: subject)
-        with pytest.raises(RequestError, match=r"the measuring program failed on the device; got .*KeyError"):
-            measure_on(bundle, Remote(address_of(sshd.address), python=sys.executable), QUICK, None, lambda *_: None)
+    made(bundle, target=f"gguf; touch {mark}")
+    with pytest.raises(RequestError, match=r"the measuring program failed on the device; got .*KeyError"):
+        measured_over_ssh(sshd)
     assert not mark.exists()
 
 
@@ -103,17 +127,15 @@ def test_a_target_with_a_command_in_it(sshd: Sshd, bundle: Path, mark: Path, mad
 def test_files_named_like_modules(sshd: Sshd, world: Path, mark: Path, made: Make, target: str) -> None:
     text = f"open({str(mark)!r}, 'w')\nraise SystemExit('a file of the bundle ran')\n"
     subject = made(world / target, {f"{folder}{module}": text for folder in FOLDERS for module in MODULES})
-    remote = Remote(address_of(sshd.address), python=sys.executable)
-    outcome = measure_on(subject.bundle, remote, QUICK, None, lambda *_: None)
+    outcome = measured_over_ssh(sshd)
     assert {check.name: check.status for check in outcome.checks}["selftest"] == "passed"
-    assert quantities(outcome)["transfer.sent_bytes"].value > sum(one.size for one in subject.parcels())
+    assert outcome.sent_bytes > sum(parcel.size for parcel in subject.parcels())
     assert not mark.exists()
 
 
 def test_names_that_shells_read_otherwise(sshd: Sshd, bundle: Path, mark: Path, made: Make) -> None:
     subject = made(bundle, dict.fromkeys((name.format(mark=mark) for name in NAMES), "text"))
-    remote = Remote(address_of(sshd.address), python=sys.executable, keep=True)
-    outcome = measure_on(subject.bundle, remote, QUICK, None, lambda *_: None)
+    outcome = measured_over_ssh(sshd, keep=True)
     (kept,) = sshd.far.rglob("edge-exporter/bench-*")
     there = {str(path.relative_to(kept / "bundle")) for path in (kept / "bundle").rglob("*") if path.is_file()}
     assert there == set(subject.model_files)
@@ -123,19 +145,11 @@ def test_names_that_shells_read_otherwise(sshd: Sshd, bundle: Path, mark: Path, 
     shutil.rmtree(kept.parent)
 
 
-def test_a_model_on_a_phone_whose_name_is_a_command(
-    phone: AdbServer, bundle: Path, tmp_path: Path, mark: Path, made: Make
-) -> None:
-    name = "model/-m 'x' $(touch PWNED).gguf"
-    subject = made(bundle, {name: ""})
-    shutil.copyfile(bundle / "model/model.gguf", subject.bundle / name)
-    size, digest = sha256_of(subject.bundle / name)
-    files = (FileEntry.model_construct(path=name, role="model", size=size, sha256=digest),)
-    subject = replace(subject, manifest=subject.manifest.model_copy(update={"files": files}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cycle, "subject_of", lambda _: subject)
-        remote = Remote(address_of(f"adb://{SERIAL}"), binary=llama_bench(tmp_path / "-llama bench; touch PWNED"))
-        assert measure_on(bundle, remote, QUICK, None, lambda *_: None).measured.runtime.startswith("llama.cpp")
+def test_a_model_on_a_phone_whose_name_is_a_command(phone: AdbServer, bundle: Path, tmp_path: Path, made: Make) -> None:
+    made(bundle, model="model/-m 'x' $(touch PWNED).gguf")
+    remote = Remote(address_of(f"adb://{SERIAL}"), binary=llama_bench(tmp_path / "-llama bench; touch PWNED"))
+    outcome = measure_on(bundle, remote, QUICK, None, lambda *_: None)
+    assert outcome.measured.runtime.startswith("llama.cpp")
     assert not list(phone.files.rglob("PWNED"))
 
 
@@ -155,5 +169,7 @@ def test_on_this_machine_nothing_of_the_surroundings_runs(
 
 
 def test_a_python_is_named_by_one_word(bundle: Path) -> None:
+    with subject_of(bundle) as subject:
+        probe = partial(Probe, subject)
     for python, said in {"~/my env/python": """"$HOME"/'my env/python'""", "a; b": "'a; b'", "$(c)": "'$(c)'"}.items():
-        assert Probe(subject_of(bundle), python)._python == said
+        assert probe(python)._python == said
