@@ -30,7 +30,10 @@ class Carried:
 
 
 class Target(Protocol):
-    """A format that runtimes load. A new one is a folder with `target.py` that holds `TARGET`.
+    """A format that runtimes load.
+
+    A new one is a folder with `target.py` that holds `TARGET`, and with `intake.py` that holds `INTAKE`: what of its
+    artifacts is let in from a bundle.
 
     Attributes:
         name: The target's name.

@@ -60,15 +60,15 @@ def opened_bundle(bundle: Path, may_be_coded: bool = False, check: bool = True) 
     with admitted(bundle, manifest, files) as artifact:
         try:
             yield artifact
-        except (InputError, RuntimeCrashError) as error:
+        except ExporterError as error:
             raise _of_the_bundle(error, artifact, bundle) from error
 
 
-def _of_the_bundle(error: ExporterError, artifact: Artifact, bundle: Path) -> InputError:
+def _of_the_bundle(error: ExporterError, artifact: Artifact, bundle: Path) -> ExporterError:
     """Return an error with the bundle's own paths. What a runtime dies of is the bundle's fault: it ran once."""
     said = str(error).replace(str(artifact.folder), str(bundle / MODEL))
-    if isinstance(error, InputError):
-        return InputError(said)
+    if not isinstance(error, RuntimeCrashError):
+        return type(error)(said)
     next_step = "see edge-exporter verify, and get the bundle again"
     return InputError("the bundle's model cannot be run", where=bundle, got=said, next_step=next_step)
 

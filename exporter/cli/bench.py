@@ -70,6 +70,10 @@ def bench(
         _refuse_without_on(remote_options)
         outcome = measure_here(bundle, settings, device, not no_check)
     else:
+        if no_check:
+            raise RequestError(
+                "--no-check is for this machine: what is sent to a device is always compared", next_step="leave it out"
+            )
         with show.progress(enabled=format == "text" and not as_json) as progress:
             outcome = measure_on(bundle, _remote(on, **_named(remote_options)), settings, device, progress)
     if profile is not None:

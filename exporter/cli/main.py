@@ -81,7 +81,9 @@ CalibrationOption = Annotated[
 EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF-8 text to measure accuracy on.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of all that is random.")]
 ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
-ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Threads that runtimes use on this machine.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=1, max=1 << 16, help="Threads that runtimes use on this machine.")
+]
 EmulateOption = Annotated[
     bool, typer.Option("--emulate", help="Run the artifact on this machine under the device's limits, too.")
 ]

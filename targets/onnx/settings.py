@@ -126,7 +126,7 @@ class TokenizerConfig(Document):
     """tokenizer_config.json: as this version writes it, and as version 0.1.0 did."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[Annotated[str, Field(pattern=TOKEN_NAME)], Annotated[str, Field(max_length=4096)]]
+    __pydantic_extra__: dict[Annotated[str, Field(pattern=TOKEN_NAME)], str]
 
     clean_up_tokenization_spaces: Annotated[bool | None, ABSENT] = None
     model_max_length: Size
