@@ -1,0 +1,120 @@
+"""A cache that was damaged, shared or left half-made gives the same bundles as a new one."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from exporter import entries
+from exporter.entries import folder_is_whole, is_whole
+from exporter.errors import InputError, RequestError
+from exporter.job import Job, Progress, silent
+from exporter.pipeline import build
+from tests.damage import DAMAGES, cached_files, flipped, halved, left_over
+from tests.gguf_files import float_gguf
+from tests.killing import WORDS, alone, kills, side_by_side, source
+from tests.models import tiny_model
+from tests.unit.test_cache import largest_file
+
+RECIPES = {"closed": 'method = "prune-closed-form"\nratio = 0.34', "net": 'method = "prunenet"\nratio = 0.34'}
+# All kinds of entries come of these together.
+JOBS = {"gguf": ("model.gguf", None), "onnx": ("model", "closed"), "onnx-qdq": ("model", "net")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("builds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_EXPORTER_CACHE", str(folder / "cache"))
+        patch.setattr("tempfile.tempdir", str(folder))
+        tiny_model(folder / "model")
+        float_gguf(folder / "model", folder / "model.gguf")
+        (folder / "text").write_text(WORDS)
+        for name, step in RECIPES.items():
+            (folder / f"{name}.toml").write_text(f'schema_version = 1\ntitle = "x"\n[[step]]\n{step}\n')
+        yield folder
+
+
+def built(folder: Path, target: str, progress: Progress = silent) -> str:
+    """Build a bundle and return its content digest."""
+    name, recipe = JOBS[target]
+    text = None if target == "gguf" else folder / "text"
+    job = Job(
+        str(folder / name), "raspberry-pi-5", target, output=folder / "bundle", calibration=text,
+        evaluation=folder / "text", window=64, evaluation_windows=4, effort="fast", context=128, threads=1,
+        recipe=recipe and str(folder / f"{recipe}.toml"),
+    )  # fmt: skip
+    made = build(job, progress).manifest.content_digest
+    shutil.rmtree(folder / "bundle")
+    return made
+
+
+@pytest.fixture(scope="module")
+def clean(folder: Path) -> dict[str, str]:
+    """Return target -> content digest of builds that find nothing in the cache; it is then full."""
+    return {target: built(folder, target) for target in JOBS}
+
+
+def test_no_damaged_file_is_taken_for_whole(folder: Path, clean: dict[str, str]) -> None:
+    files = list(cached_files(folder / "cache"))
+    assert {path.relative_to(folder / "cache").parts[0] for path in files} == {
+        "gguf", "texts", "samples", "statistics", "pruned", "policies", "references", "templates", "vocabularies"
+    }  # fmt: skip
+    assert len(clean) == 3
+    for path in files:
+        whole = path.read_bytes()
+        in_folder = path.parent.parent.name == "gguf"
+        entries._known.clear()
+        assert folder_is_whole(path.parent) if in_folder else is_whole(path), path
+        for damage in DAMAGES:
+            path.write_bytes(damage(whole))
+            assert not (folder_is_whole(path.parent) if in_folder else is_whole(path)), (path, damage)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("target", "damage"), [*(("gguf", damage) for damage in DAMAGES), ("onnx", flipped), ("onnx-qdq", halved)]
+)
+def test_a_build_on_damaged_files_gives_the_same_bundle(
+    folder: Path, clean: dict[str, str], target: str, damage: Callable[[bytes], bytes]
+) -> None:
+    for path in cached_files(folder / "cache"):
+        path.write_bytes(damage(path.read_bytes()))
+    assert built(folder, target) == clean[target]
+    assert left_over(folder) == []
+
+
+def test_statistics_of_which_files_are_missing_are_made_anew(folder: Path, clean: dict[str, str]) -> None:
+    for name in ("layers.0.mlp_in.npy", "layers.1.gradients.npz", "head_out.range.npy"):
+        for path in (folder / "cache" / "statistics").glob(f"*/{name}"):
+            path.unlink()
+    assert built(folder, "gguf") == clean["gguf"]
+
+
+@pytest.mark.parametrize("count", [1 << 13, 1 << 16])
+def test_a_disk_that_takes_no_large_file_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    with largest_file(count), pytest.raises(RequestError, match="free on the disk at /"):
+        built(folder, "onnx")
+    assert not (folder / "bundle").exists()
+    assert left_over(folder) == left_over(tmp_path) == []
+
+
+def test_a_source_that_changes_during_a_build_is_noticed(folder: Path) -> None:
+    def change(stage: str, done: int, total: int) -> None:
+        if stage == "compress: matrices":
+            (folder / "model.gguf").touch()
+
+    with pytest.raises(InputError, match=r"model.gguf: the source changed while it was read, so nothing is written"):
+        built(folder, "gguf", change)
+    assert not (folder / "bundle").exists()
+
+
+def test_builds_side_by_side_or_killed_give_the_same_bundle_and_leave_nothing(tmp_path: Path) -> None:
+    takes_s = alone(source(tmp_path))
+    side_by_side(tmp_path)
+    met = kills(tmp_path, takes_s, count=5, seed=0, in_a_row=5)
+    assert met >= 4
