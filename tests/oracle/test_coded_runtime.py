@@ -198,5 +198,5 @@ def test_a_graph_that_is_none_is_refused(artifact: Artifact) -> None:
 def test_tokens_outside_of_the_vocabulary_are_refused(artifact: Artifact) -> None:
     runtime = opened(coded_form(artifact))
     for token in (-1, VOCAB):
-        with pytest.raises(RequestError, match="has no such rows"):
+        with pytest.raises(InputError, match="the model has no such token"):
             runtime.logits([5, token])
