@@ -7,7 +7,7 @@ from pathlib import Path
 def flipped(content: bytes) -> bytes:
     """Return the bytes with one bit flipped in the middle, which counts even where a format has room to spare."""
     middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+    return content[:middle] + bytes(byte ^ 4 for byte in content[middle : middle + 1]) + content[middle + 1 :]
 
 
 def halved(content: bytes) -> bytes:
@@ -31,4 +31,5 @@ def cached_files(cache: Path) -> Iterator[Path]:
 def left_over(folder: Path) -> list[str]:
     """Return what lies anywhere below a folder that only a running job may have."""
     held = [path for path in folder.rglob("held/*") if path.is_file()]
-    return sorted(str(path) for path in [*held, *folder.rglob("*.partial-*"), *folder.rglob("edge-exporter*.log")])
+    patterns = ("*.partial-*", "edge-exporter*.log", "inputs.*", "gradient.*")
+    return sorted(map(str, [*held, *(path for pattern in patterns for path in folder.rglob(pattern))]))

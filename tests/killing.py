@@ -93,7 +93,7 @@ def _changed(folder: Path) -> int:
 
 
 def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int) -> int:
-    """Kill builds at random moments, let one end after every few, and return how many were still running.
+    """Kill builds at random moments, let one end after every few, and return how many builds were begun.
 
     Args:
         folder: Where `alone` made its bundle.
@@ -102,9 +102,15 @@ def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int) ->
         seed: Of the moments.
         in_a_row: After so many, the next goes on from what they left until its end.
     """
-    chance, met = random.Random(seed), 0
-    for number in range(count):
-        met += killed(folder, chance.uniform(0, 0.6 * takes_s))
-        if number % in_a_row == in_a_row - 1:
+    chance, met, begun = random.Random(seed), 0, 0
+    while met < count:
+        begun += 1
+        if not killed(folder, chance.uniform(0, takes_s)):
+            # It had ended. The machine may be quicker than it was, so the next moments come sooner.
+            takes_s *= 0.7
+            shutil.rmtree(folder / "cache")
+            continue
+        met += 1
+        if met % in_a_row == 0:
             finished(folder, {"bundle": started(folder, "bundle")})
-    return met
+    return begun

@@ -146,6 +146,9 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
                     _go_on(model, windows, seed, folder, progress)
     if not _whole(folder, model):
         raise DamagedEntryError(folder)
+    for kind in ("inputs", "gradient"):
+        for number in _numbers(folder, kind):
+            (folder / f"{kind}.{number}.npy").unlink(missing_ok=True)
     return Statistics(folder)
 
 
@@ -187,7 +190,6 @@ def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Pr
         counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
         squares = np.square(at_embedding).mean(axis=(0, 1))
     save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), "embedding": squares})
-    (folder / _gradient(-1)).unlink()
     progress(2 * stream.layers, 2 * stream.layers)
 
 

@@ -253,11 +253,16 @@ def largest_file(count: int) -> Iterator[None]:
 LARGE = np.zeros(1 << 16, np.float32)
 
 
+def saved(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, LARGE)
+
+
 @pytest.mark.parametrize(
     "write",
     [
         LARGE.tofile,
-        lambda path: np.save(path.open("wb"), LARGE),
+        saved,
         lambda path: path.write_bytes(LARGE.tobytes()),
         lambda path: save_file({"a": LARGE}, path),
     ],

@@ -116,5 +116,4 @@ def test_a_source_that_changes_during_a_build_is_noticed(folder: Path) -> None:
 def test_builds_side_by_side_or_killed_give_the_same_bundle_and_leave_nothing(tmp_path: Path) -> None:
     takes_s = alone(source(tmp_path))
     side_by_side(tmp_path)
-    met = kills(tmp_path, takes_s, count=5, seed=0, in_a_row=5)
-    assert met >= 4
+    assert kills(tmp_path, takes_s / 2, count=5, seed=0, in_a_row=5) >= 5
