@@ -30,8 +30,8 @@ MOST_PARTS, MOST_ATTRIBUTES = 50_000, 64
 # Operators that compute, and do nothing else: none loads a library, reads a file, or holds a graph of its own.
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset({
-        "Add", "Cast", "Concat", "Constant", "DequantizeLinear", "Gather", "Gelu", "MatMul", "Mul", "Pow", "QuantizeLinear",
-        "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Split", "Squeeze", "Sub",
+        "Add", "Cast", "Concat", "Constant", "DequantizeLinear", "Gather", "Gelu", "MatMul", "Mul", "Pow",
+        "QuantizeLinear", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Split", "Squeeze", "Sub",
         "Transpose",
     }),
     "com.microsoft": frozenset({
