@@ -31,8 +31,8 @@ MOST_PARTS, MOST_ATTRIBUTES = 50_000, 64
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset({
         "Add", "Cast", "Concat", "Constant", "DequantizeLinear", "Gather", "Gelu", "MatMul", "Mul", "Pow",
-        "QuantizeLinear", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Split", "Squeeze", "Sub",
-        "Transpose",
+        "QuantizeLinear", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Split",
+        "Squeeze", "Sub", "Transpose",
     }),
     "com.microsoft": frozenset({
         "FastGelu", "GatherBlockQuantized", "Gelu", "GroupQueryAttention", "MatMulNBits", "QuickGelu",

@@ -169,7 +169,7 @@ def test_an_adapter_that_llama_cpp_refuses_is_an_error(model: Model, statistics:
     path = artifact.folder / "adapter.gguf"
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_c"))
     with pytest.raises(InputError, match="cannot load the adapter"), OpenedArtifact(artifact, 64, 1) as child:
-        child.result()
+        child.ready()
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
