@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +21,11 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from tests.benchmarks import llama_opponents, onnx_opponents
 from tests.benchmarks.bench import PUBLISHED, Bench, Conditions
-from tests.benchmarks.measured import Row
 from tests.benchmarks.picture import picture
+from tests.benchmarks.rows import PICTURES, Row
 from tests.reference import reference_model
 
-PICTURE = Path(__file__).with_name("quality.svg")
+PICTURE = PICTURES / "quality.svg"
 TUNED = Conditions("seed 0, prose", 0, "prose")
 UNTUNED = Conditions("seed 1, source code", 1, "code")
 PREDICTION = Conditions("seed 0, source code", 0, "code")
