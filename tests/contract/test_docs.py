@@ -146,7 +146,7 @@ def test_commands_are_found() -> None:
         "emulate",
     } == shown
     assert {("README.md", word) for word in ("plan", "build", "run", "verify")} <= found
-    assert {"make demo", "make test"} <= {command.line for command in commands() if command.page == "README.md"}
+    assert {("make", "demo"), ("make", "test")} <= {tuple(one.words) for one in commands() if one.page == "README.md"}
 
 
 @pytest.mark.parametrize(
