@@ -41,7 +41,10 @@ def summary() -> str:
     """Return README's table: ours and the stock tools at equal bytes."""
     asked = [("gguf", name, f"llama.cpp, {name}") for name in ("Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS")]
     asked += [("onnx", row.name, BUILDER.format(row.name)) for row in _builder_rivals()]
-    head = ["stock tool", *(f"{what}, {whose}" for what in ("bytes", "KL", "same token") for whose in ("stock", "ours"))]
+    head = [
+        "stock tool",
+        *(f"{what}, {whose}" for what in ("bytes", "KL", "same token") for whose in ("stock", "ours")),
+    ]
     rows = []
     for target, name, title in asked:
         stock, ours = _duel(UNTUNED, name, target)

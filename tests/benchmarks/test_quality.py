@@ -3,7 +3,8 @@
     .venv/bin/python -m pytest tests/benchmarks/test_quality.py --timeout=0 -s
 
 makes the reference model and the texts by itself and measures on a seed and a text that was tuned on and on ones that
-hardly were (docs/benchmarks/quality.md names what was compared on them), which are the picture's (`-k "less_kl and code"` for them alone).
+hardly were (docs/benchmarks/quality.md names what was compared on them), which are the picture's
+(`-k "less_kl and code"` for them alone).
 The opponents' rows are taken from quality.json where they were measured on the same model and texts by the same
 versions of the tools, which leaves ours; without them there are some 70 more artifacts to make and measure.
 """

@@ -61,14 +61,18 @@ def commands() -> Iterator[Command]:
                 yield Command(page, span)
 
 
+@cache
+def command_line() -> Any:
+    return get_command(app)
+
+
 def parse(words: list[str]) -> None:
     """Parse the words after `edge-exporter` without running anything.
 
     Raises:
         typer.TyperException: no such command or option, or a value that does not convert.
     """
-    command: Any = get_command(app)
-    context: Any = None
+    command, context = command_line(), None
     name: str | None = "edge-exporter"
     while True:
         context = command.make_context(name, list(words), parent=context)
@@ -177,7 +181,7 @@ def options(command: Any) -> Iterator[str]:
 
 
 def test_options_in_the_text_exist() -> None:
-    known = set(options(get_command(app))) | {"--help"}
+    known = set(options(command_line())) | {"--help"}
     found = {
         (page, word)
         for page, text in PAGES.items()
