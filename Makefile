@@ -64,8 +64,9 @@ wheel: $(READY) ## build the wheel into dist/
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --wheel --no-isolation
 
-benchmark: $(READY) ## measure accuracy, speed and memory anew
+benchmark: $(READY) ## measure accuracy, speed and memory, and write the docs' tables
 	$(BIN)/python -m pytest tests/benchmarks --timeout=0 -s
+	$(BIN)/python -m tests.benchmarks.tables
 
 clean: ## remove everything that was made, the environment too
 	rm -rf .venv build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What several commands take, and how they end where a check failed."""
+"""Arguments that several commands share, and how a command ends when a check failed."""
 
 import os
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from exporter.errors import CheckError, InputError, RequestError
 if TYPE_CHECKING:
     from exporter.measures import Check
 
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
-DeviceOption = Annotated[str, typer.Option("--device", "-d", help="A device's name, or the path of a TOML profile.")]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 NoCheckOption = Annotated[
     bool, typer.Option("--no-check", help="Load the model's files without comparing them with the manifest.")
@@ -21,7 +21,7 @@ NoCheckOption = Annotated[
 
 
 def require_bundle(path: Path) -> None:
-    """Raise where a path is no bundle."""
+    """Raise if a path is not a bundle."""
     if not path.is_dir():
         raise RequestError("this is no bundle", where=path, expected="a folder with manifest.json")
     if not os.path.lexists(path / "manifest.json"):
@@ -29,7 +29,7 @@ def require_bundle(path: Path) -> None:
 
 
 def fail_on(checks: "Sequence[Check]") -> None:
-    """Raise where a check failed; what was not run did not."""
+    """Raise if a check failed; one that was not run did not fail."""
     failed = [check.name for check in checks if check.status == "failed"]
     if failed:
         raise CheckError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")

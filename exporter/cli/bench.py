@@ -12,48 +12,61 @@ if TYPE_CHECKING:
     from exporter.bench.cycle import Outcome
 
 Format = Literal["text", "json", "llama-bench-json", "llama-bench-md"]
-FAR_AWAY = "It needs --on."
+FAR_AWAY = "Needs --on."
 
 
 def bench(
     bundle: BundleArgument,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="ADDRESS", help="ssh://user@host[:port] or adb://serial.")
+        str | None,
+        typer.Option("--on", metavar="ADDRESS", help="Device to measure on: ssh://user@host[:port] or adb://serial."),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", "-d", help="What it is measured on: a profile's name or TOML, held to its word."),
+        typer.Option(
+            "--device", "-d", help="Device profile (name or TOML file); the connected device is checked against it."
+        ),
     ] = None,
-    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, max=65536, help="Tokens read at once.")] = 512,
-    generate: Annotated[int, typer.Option("--generate", "-n", min=1, max=65536, help="Tokens generated.")] = 128,
-    depth: Annotated[int, typer.Option("--depth", min=0, max=1 << 19, help="Tokens in the context before.")] = 0,
-    context: Annotated[int, typer.Option("--context", min=64, help="Tokens that the context holds at least.")] = 512,
-    repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, max=1000, help="Of each, after a warm-up.")] = 5,
+    prompt: Annotated[
+        int, typer.Option("--prompt", "-p", min=1, max=65536, help="Length of the prompt in tokens.")
+    ] = 512,
+    generate: Annotated[int, typer.Option("--generate", "-n", min=1, max=65536, help="Tokens to generate.")] = 128,
+    depth: Annotated[int, typer.Option("--depth", min=0, max=1 << 19, help="Tokens already in the context.")] = 0,
+    context: Annotated[int, typer.Option("--context", min=64, help="Minimum context length in tokens.")] = 512,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "-r", min=1, max=1000, help="Repetitions of each test, after a warm-up.")
+    ] = 5,
     sustain: Annotated[
-        float, typer.Option("--sustain", min=0, max=3600, help="Seconds to go on generating afterwards.")
+        float,
+        typer.Option("--sustain", min=0, max=3600, help="Seconds of further generation, for the sustained speed."),
     ] = 0,
     threads: Annotated[
-        int, typer.Option("--threads", min=0, max=256, help="0: the profile's number, or a core each, at most 8.")
+        int, typer.Option("--threads", min=0, max=256, help="0: the profile's number, or one per core, at most 8.")
     ] = 0,
     identity: Annotated[
-        Path | None, typer.Option("--identity", "-i", help=f"A private key, instead of the agent's. {FAR_AWAY}")
+        Path | None, typer.Option("--identity", "-i", help=f"Private key to use instead of the agent's. {FAR_AWAY}")
     ] = None,
-    python: Annotated[str | None, typer.Option("--python", help=f"The device's interpreter. {FAR_AWAY}")] = None,
+    python: Annotated[
+        str | None, typer.Option("--python", help=f"Python interpreter on the device. {FAR_AWAY}")
+    ] = None,
     binary: Annotated[
-        Path | None, typer.Option("--binary", help=f"A build of llama-bench for the device. {FAR_AWAY}")
+        Path | None, typer.Option("--binary", help=f"llama-bench, built for the device. {FAR_AWAY}")
     ] = None,
-    folder: Annotated[str | None, typer.Option("--folder", help=f"Where to work on the device. {FAR_AWAY}")] = None,
+    folder: Annotated[str | None, typer.Option("--folder", help=f"Working folder on the device. {FAR_AWAY}")] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help=f"Leave the files there: next time only changes are sent. {FAR_AWAY}")
+        bool,
+        typer.Option(
+            "--keep", help=f"Keep the files on the device, so that next time only changes are sent. {FAR_AWAY}"
+        ),
     ] = False,
     profile: Annotated[
-        Path | None, typer.Option("--profile", help="A new TOML: the device's profile with this run as [[measured]].")
+        Path | None, typer.Option("--profile", help="Write a new profile: the device's, with this run as [[measured]].")
     ] = None,
     no_check: NoCheckOption = False,
-    format: Annotated[Format, typer.Option("--format", help="How results are printed.")] = "text",
-    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    format: Annotated[Format, typer.Option("--format", help="Output format.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
-    """Time a bundle on this machine, or on a device: send it, check it, test it, time it, and clean up there."""
+    """Time a bundle on this machine, or on a device: send, check, self-test, time, clean up."""
     from exporter.bench.cycle import measure_here, measure_on
     from exporter.bench.engine import Settings
     from exporter.cli import show

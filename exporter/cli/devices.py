@@ -34,7 +34,7 @@ app = typer.Typer(cls=_Devices, help="List the device profiles, or show one with
 @app.command("list", epilog="Example: edge-exporter devices list --class phone")
 def list_devices(
     device_class: Annotated[
-        str | None, typer.Option("--class", help="Devices of this class alone: phone, tablet, laptop or board.")
+        str | None, typer.Option("--class", help="Only this class: phone, tablet, laptop or board.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -53,10 +53,10 @@ def list_devices(
 
 @app.command("show", epilog="Example: edge-exporter devices show my-board.toml --json")
 def show_device(
-    device: Annotated[str, typer.Argument(metavar="NAME_OR_TOML", help="A device's name, or the path of a profile.")],
+    device: Annotated[str, typer.Argument(metavar="NAME_OR_TOML", help="Device name, or path of a TOML profile.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show a profile, each number with its basis and source; a file of your own is checked by that."""
+    """Show and check a profile; each number has its basis and source."""
     from exporter.cli import show
     from exporter.device.profile import load_device
 

@@ -6,7 +6,7 @@ import typer
 
 from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on
 
-app = typer.Typer(help="Run a bundle as on a device, on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Run a bundle on this machine under a device's limits.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: edge-exporter emulate run phone --device raspberry-pi-5 --memory-bytes 64000000")
@@ -14,17 +14,18 @@ def run(
     bundle: BundleArgument,
     device: DeviceOption,
     memory_bytes: Annotated[
-        int | None, typer.Option("--memory-bytes", help="Most memory; by default what one app may use.")
+        int | None, typer.Option("--memory-bytes", help="Memory limit; by default what one app may use.")
     ] = None,
-    cores: Annotated[int | None, typer.Option("--cores", help="Cores; by default the device's.")] = None,
+    cores: Annotated[int | None, typer.Option("--cores", help="Number of cores; by default the device's.")] = None,
     cpu_share: Annotated[float, typer.Option("--cpu-share", help="Share of the cores' time, at most 1.")] = 1.0,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds after which the run is ended; by default 300 and more.")
+        float | None,
+        typer.Option("--timeout", help="Seconds before the run is stopped; by default 300, more for large files."),
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=64, help="Tokens of context to run at.")] = 512,
+    context: Annotated[int, typer.Option("--context", min=64, help="Context length in tokens.")] = 512,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a bundle under a device's limits of memory and CPU, without a network."""
+    """Run a bundle under a device's memory and CPU limits, without a network."""
     from exporter.cli import show
     from exporter.use import emulate_bundle
 

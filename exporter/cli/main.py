@@ -21,7 +21,7 @@ from exporter.errors import ExporterError, RequestError, printable
 
 app = typer.Typer(
     name="edge-exporter",
-    help="Compress a language model, lower it to an edge runtime, prove it, and pack it for a device.",
+    help="Compress a language model, lower it to an edge runtime, verify it, and pack it for a device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,56 +36,63 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
 ]
 TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto for what the device prefers.")
+    str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto: the one that the device prefers.")
 ]
-TypeOption = Annotated[str | None, typer.Option("--type", help="A named mix or format, such as Q4_K_M or int4.")]
-MethodOption = Annotated[str | None, typer.Option("--method", help="How codes are chosen: rtn or ldlq.")]
-RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="A recipe's name, such as caldera, or your own .toml file.")
+TypeOption = Annotated[
+    str | None, typer.Option("--type", help="Named mix or format for all matrices, such as Q4_K_M or int4.")
 ]
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", help="How weights are quantised: ldlq (error feedback) or rtn (round to nearest)."),
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name, such as caldera, or a .toml file.")]
 SavePrunedOption = Annotated[
     Path | None,
-    typer.Option("--save-pruned", help="A new folder for the model that the recipe pruned, as transformers loads it."),
+    typer.Option("--save-pruned", help="New folder for the pruned model, in transformers' format."),
 ]
 TransportOption = Annotated[
     Literal["small", "fast"] | None,
-    typer.Option("--transport", help="Ship the model files coded: small, or fast to restore by unpack."),
+    typer.Option("--transport", help="Entropy-code the model files: small, or fast to unpack."),
 ]
 MaxFileBytesOption = Annotated[
     int | None,
-    typer.Option("--max-file-bytes", min=1, help="Most bytes of the model files: each matrix gets its best format."),
+    typer.Option("--max-file-bytes", min=1, help="Maximum size of the model files; each matrix gets its best format."),
 ]
 BitsOption = Annotated[
     float | None,
-    typer.Option("--bits", min=0.1, help="The same as bits a weight of MODEL, everything in the files counted."),
+    typer.Option(
+        "--bits", min=0.1, help="The same limit in bits per weight of MODEL, everything in the files counted."
+    ),
 ]
 MinDecodeOption = Annotated[
     float | None,
-    typer.Option("--min-decode", min=1e-3, help="Least tokens/s that the device is to generate (estimated)."),
+    typer.Option("--min-decode", min=1e-3, help="Minimum decode speed in tokens/s (estimated)."),
 ]
 MinPrefillOption = Annotated[
-    float | None, typer.Option("--min-prefill", min=1e-3, help="Least tokens/s of a prompt on the device (estimated).")
+    float | None, typer.Option("--min-prefill", min=1e-3, help="Minimum prefill speed in tokens/s (estimated).")
 ]
 PreferOption = Annotated[
     str,
     typer.Option(
-        "--prefer", help="accuracy; speed, at no more than twice the loss; or balanced: no slower than stock."
+        "--prefer", help="accuracy; speed: at most twice the loss; or balanced: no slower than the stock tool."
     ),
 ]
 EffortOption = Annotated[
-    str, typer.Option("--effort", help="How much work goes into a smaller loss: fast, balanced or max.")
+    str, typer.Option("--effort", help="How long to work for a smaller loss: fast, balanced or max.")
 ]
 CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model writes its own.")
+    Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model samples its own.")
 ]
 EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF-8 text to measure accuracy on.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of all that is random.")]
-ContextOption = Annotated[int, typer.Option("--context", min=64, help="Tokens of context to time and fit at.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Random seed.")]
+ContextOption = Annotated[
+    int, typer.Option("--context", min=64, help="Context length, in tokens, for speed and memory.")
+]
 ThreadsOption = Annotated[
-    int, typer.Option("--threads", min=1, max=1 << 16, help="Threads that runtimes use on this machine.")
+    int, typer.Option("--threads", min=1, max=1 << 16, help="Threads for the runtimes on this machine.")
 ]
 EmulateOption = Annotated[
-    bool, typer.Option("--emulate", help="Run the artifact on this machine under the device's limits, too.")
+    bool, typer.Option("--emulate", help="Also run the model on this machine under the device's limits.")
 ]
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 THREADS = min(available_cores(), 8)
@@ -95,7 +102,7 @@ THREADS = min(available_cores(), 8)
 def build(
     model: ModelArgument,
     device: DeviceOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder; must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle; must not exist.")],
     target: TargetOption = "auto",
     type: TypeOption = None,
     method: MethodOption = None,
@@ -116,7 +123,7 @@ def build(
     emulate: EmulateOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a proved bundle for a device."""
+    """Build a verified bundle for a device."""
     from exporter.cli import show
     from exporter.job import Job
     from exporter.pipeline import build as run_build
@@ -154,7 +161,7 @@ def plan(
     context: ContextOption = 512,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what build would do and need; reads no weights."""
+    """Show what build would do and need, without reading weights."""
     from exporter.cli import show
     from exporter.job import Job
     from exporter.pipeline import plan as run_plan
@@ -173,18 +180,22 @@ def plan(
 @app.command(epilog='Example: edge-exporter run phone -p "The capital of France is"')
 def run(
     bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text for the model to continue.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Most tokens to answer with.")] = 48,
-    chat: Annotated[bool, typer.Option("--chat", help="Say the prompt in a chat, by the model's template.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum tokens to generate.")] = 48,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a chat message, by the model's chat template.")
+    ] = False,
     min_decode: Annotated[
         float | None,
-        typer.Option("--min-decode", min=1e-3, help="Of a coded bundle: weights are kept plain for so many tokens/s."),
+        typer.Option(
+            "--min-decode", min=1e-3, help="Keep enough weights decoded to reach this speed (coded bundles only)."
+        ),
     ] = None,
     no_check: NoCheckOption = False,
     threads: ThreadsOption = THREADS,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to a bundle through its own runtime; weights of a coded one stay coded in memory."""
+    """Generate text with a bundle in its own runtime; a coded bundle stays coded in memory."""
     from exporter.cli import show
     from exporter.use import answer
 
@@ -217,10 +228,10 @@ app.command(epilog="Example: edge-exporter bench phone --on ssh://pi@raspberrypi
 
 @app.command(epilog="Example: edge-exporter compare phone laptop")
 def compare(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more bundles of one model.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Two or more bundles of the same model.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Put bundles side by side, all measured on the same tokens."""
+    """Show bundles side by side, all measured on the same tokens."""
     from exporter.cli import show
 
     for bundle in bundles:
@@ -230,8 +241,11 @@ def compare(
 
 
 @app.command(epilog="Example: edge-exporter inspect phone --json")
-def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_json: JsonOption = False) -> None:
-    """Show what is in a bundle or a GGUF file, as read back from the bytes."""
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF", help="Folder of a bundle, or a GGUF file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the figures, checks and tensors of a bundle, or the tensors of a GGUF file."""
     from exporter.cli import show
 
     if path.suffix == ".gguf":
@@ -244,14 +258,16 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_GGUF")], as_
 
 @app.command(epilog="Example: edge-exporter unpack shipped -o phone")
 def unpack(
-    file: Annotated[Path, typer.Argument(metavar="BUNDLE_OR_FILE", help="A bundle with coded files, or one of them.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="BUNDLE_OR_FILE", help="Bundle with coded files, or a single coded file.")
+    ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The unpacked bundle (must not exist), or a folder for the file."),
+        typer.Option("--output", "-o", help="Folder of the unpacked bundle (must not exist), or of the file."),
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Restore what coded files stand for, bit by bit, and check it."""
+    """Restore the original files of a coded bundle, bit by bit, and check them."""
     from exporter.bundle.transport import unpack_bundle
     from exporter.cli import show
     from exporter.coding.container import original_of, restore_file

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from exporter.device.prediction import Prediction
 
 MEASURED_HELP = (
-    "A run of this very device: decode=TOKENS/S,file-bytes=N, and where it differs from what is asked format=, "
-    "parameters=, backend=, context=, threads=, runtime=; prefill=TOKENS/S too. Several are welcome."
+    "A run measured on this device: decode=TOKENS/S,file-bytes=N, optionally prefill=TOKENS/S, and what differs from "
+    "the request: format=, parameters=, backend=, context=, threads=, runtime=. Can be given several times."
 )
 TITLES = {
     "decode_tokens_per_s": "decode",
@@ -46,21 +46,22 @@ def _whole(text: str) -> int:
 @app.command(epilog=f"Example: edge-exporter predict --device pixel-9 {EXAMPLE}")
 def predict(
     device: DeviceOption,
-    file_bytes: Annotated[int, typer.Option("--file-bytes", parser=_whole, help="Bytes of the model's file.")],
-    parameters: Annotated[int, typer.Option("--params", parser=_whole, help="Weights of the model, such as 1.24e9.")],
-    format: Annotated[str, typer.Option("--format", help="Of the weights, such as Q4_0, Q4_K_M, F16 or int4.")],
+    file_bytes: Annotated[int, typer.Option("--file-bytes", parser=_whole, help="Size of the model file in bytes.")],
+    parameters: Annotated[int, typer.Option("--params", parser=_whole, help="Number of weights, such as 1.24e9.")],
+    format: Annotated[str, typer.Option("--format", help="Weight format, such as Q4_0, Q4_K_M, F16 or int4.")],
     backend: Annotated[
         str, typer.Option("--backend", help="cpu, gpu:metal, gpu:opencl, gpu:cuda, gpu:vulkan, npu:htp, ...")
     ] = "cpu",
-    context: Annotated[int, typer.Option("--context", help="Tokens in the cache.")] = 512,
+    context: Annotated[int, typer.Option("--context", help="Tokens in the context.")] = 512,
     prompt: Annotated[
-        int | None, typer.Option("--prompt", help="Tokens of the prompt; by default 512, or the context if less.")
+        int | None,
+        typer.Option("--prompt", help="Length of the prompt in tokens; by default 512, or the context if less."),
     ] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="Such as llama.cpp, Ollama or ExecuTorch.")] = "",
+    runtime: Annotated[str, typer.Option("--runtime", help="Runtime, such as llama.cpp, Ollama or ExecuTorch.")] = "",
     measured: MeasuredOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Predict speed, memory and energy of a model's file on a device; no model is needed."""
+    """Predict speed, memory and energy of a model file on a device; no model is needed."""
     from exporter.cli import show
     from exporter.device.point import calibrated, measured_run
     from exporter.device.prediction import predict as run_predict
@@ -82,10 +83,10 @@ def predict(
 def calibrate(
     device: DeviceOption,
     measured: Annotated[list[str], typer.Option("--measured", help=MEASURED_HELP)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new profile; must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Path of the new profile; must not exist.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write a profile of your own device: a named one with what you measured on it, which sharpens all predictions."""
+    """Write a profile of your own device: a named one plus your measurements, which narrow all predictions."""
     from exporter.cli import show
     from exporter.device.point import calibrated, measured_run, write_profile
     from exporter.device.profile import load_device

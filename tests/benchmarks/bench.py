@@ -21,11 +21,12 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
 from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
-from tests.benchmarks.measured import WINDOW, Published, Row, measured
+from tests.benchmarks.measured import WINDOW, measured
 from tests.benchmarks.ours import Exporter
+from tests.benchmarks.rows import BENCHMARKS, Published, Row
 from tests.reference import plain_texts
 
-PUBLISHED = Published(Path(__file__).with_name("quality.json"))
+PUBLISHED = Published(BENCHMARKS / "quality.json")
 EVALUATION_WINDOWS = 16
 # Of the text that the exporter is calibrated on.
 STOCK_WINDOWS = 32

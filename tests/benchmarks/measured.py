@@ -1,47 +1,17 @@
-"""Measurements of artifacts as rows of a JSON file that is kept beside the picture."""
+"""Measurements of artifacts, each through its real runtime."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from exporter.cache import replacing
 from exporter.cores import available_cores
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.validate.accuracy import Reference, distance
+from tests.benchmarks.rows import Row
 
 THREADS = available_cores()
 WINDOW = 512
-
-
-@dataclass(frozen=True)
-class Row:
-    """One artifact through its real runtime.
-
-    Attributes:
-        name: The type, setting or mix; for ours, the opponent whose size it had to keep to.
-        kind: `ours`, `stock`, `hand-made` or `recipe`, whose bytes are those that are shipped.
-        target: `gguf` or `onnx`.
-        file_bytes: Size of the model files.
-        kl_mean: Mean KL(original || artifact), nats a token.
-        top1: Share of tokens with the same first choice.
-        predicted: The mean KL that was predicted, for ours.
-        rounding: Of its mean KL, what the runtime's own rounding of activations adds; None where it was not measured.
-        rounding_in_8_bits: What that adds to the very weights of the artifact in 8 bits; None where nobody asked.
-    """
-
-    name: str
-    kind: str
-    target: str
-    file_bytes: int
-    kl_mean: float
-    top1: float
-    predicted: float | None = None
-    rounding: float | None = None
-    rounding_in_8_bits: float | None = None
 
 
 def by_turns(artifacts: Sequence[Artifact], prompt: list[int], decode: int, loads: int, rounds: int) -> list[list[Any]]:
@@ -72,32 +42,3 @@ def measured(original: Reference, artifact: Artifact, name: str, kind: str, pred
         flush=True,
     )
     return row
-
-
-@dataclass(frozen=True)
-class Published:
-    """The JSON file: for each set of conditions what identifies it, and its rows.
-
-    The opponents of the same model on the same texts, by the same versions of the tools, are not measured twice.
-    Delete the file to measure all of them anew.
-    """
-
-    path: Path
-
-    def rows(self, conditions: str, identity: dict[str, Any]) -> list[Row]:
-        """Return the rows under these conditions, none where they were measured on something else."""
-        return self.latest(conditions) if self._read().get(conditions, {}).get("identity") == identity else []
-
-    def latest(self, conditions: str) -> list[Row]:
-        """Return the rows under these conditions, whatever they were measured on."""
-        return [Row(**row) for row in self._read().get(conditions, {}).get("rows", [])]
-
-    def keep(self, conditions: str, identity: dict[str, Any], rows: list[Row]) -> None:
-        """Write the rows under these conditions in place of those that were there."""
-        document = self._read() | {conditions: {"identity": identity, "rows": [asdict(row) for row in rows]}}
-        with replacing(self.path) as partial:
-            partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
-        return found

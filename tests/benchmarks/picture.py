@@ -6,7 +6,7 @@ from html import escape
 from itertools import pairwise
 from math import ceil, floor, log10
 
-from tests.benchmarks.measured import Row
+from tests.benchmarks.rows import Row
 
 WIDTH, HEIGHT = 920, 440
 TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36

@@ -3,10 +3,9 @@
 Prints the median error by class, the worst class first, and draws predicted against published: predict.svg.
 """
 
-from pathlib import Path
-
 import numpy as np
 
+from tests.benchmarks.rows import PICTURES
 from tests.benchmarks.scatter import scatter
 from tests.benchmarks.scores import (
     OTHERS_FOR_DECODE,
@@ -23,7 +22,7 @@ from tests.benchmarks.scores import (
     trial,
 )
 
-PICTURE = Path(__file__).parent / "predict.svg"
+PICTURE = PICTURES / "predict.svg"
 
 
 def test_predicted_speeds_are_near_published_ones() -> None:

@@ -3,7 +3,8 @@
     .venv/bin/python -m pytest tests/benchmarks/test_quality.py --timeout=0 -s
 
 makes the reference model and the texts by itself and measures on a seed and a text that was tuned on and on ones that
-hardly were (README names what was compared on them), which are the picture's (`-k "less_kl and code"` for them alone).
+hardly were (docs/benchmarks/quality.md names what was compared on them), which are the picture's
+(`-k "less_kl and code"` for them alone).
 The opponents' rows are taken from quality.json where they were measured on the same model and texts by the same
 versions of the tools, which leaves ours; without them there are some 70 more artifacts to make and measure.
 """
@@ -13,7 +14,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from tests.benchmarks import llama_opponents, onnx_opponents
 from tests.benchmarks.bench import PUBLISHED, Bench, Conditions
-from tests.benchmarks.measured import Row
 from tests.benchmarks.picture import picture
+from tests.benchmarks.rows import PICTURES, Row
 from tests.reference import reference_model
 
-PICTURE = Path(__file__).with_name("quality.svg")
+PICTURE = PICTURES / "quality.svg"
 TUNED = Conditions("seed 0, prose", 0, "prose")
 UNTUNED = Conditions("seed 1, source code", 1, "code")
 PREDICTION = Conditions("seed 0, source code", 0, "code")

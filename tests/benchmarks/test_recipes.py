@@ -31,13 +31,14 @@ from exporter.targets.target import Target
 from exporter.validate.accuracy import Reference, dequantised, distance
 from exporter.validate.proof import ROUNDING_SHARE, Proof, prove
 from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
-from tests.benchmarks.measured import THREADS, WINDOW, Published, Row
+from tests.benchmarks.measured import THREADS, WINDOW
 from tests.benchmarks.picture import Axis, picture
+from tests.benchmarks.rows import BENCHMARKS, PARAMETERS, PICTURES, Published, Row
 from tests.benchmarks.test_quality import UNTUNED
 from tests.reference import plain_texts, reference_model
 
-ROWS = Published(Path(__file__).with_name("recipes.json"))
-PICTURE = Path(__file__).with_name("recipes.svg")
+ROWS = Published(BENCHMARKS / "recipes.json")
+PICTURE = PICTURES / "recipes.svg"
 # Of each target the type of 8 bits: a model of them is what is least changed.
 EIGHT_BITS = {"gguf": "Q8_0", "onnx": "int8"}
 # What double compression is to be compared with: 4-bit weights with error feedback, as stored and coded.
@@ -195,7 +196,8 @@ def test_recipes_where_they_stand(world: World, tmp_path: Path) -> None:
             flush=True,
         )
     with open_model(str(world.folder)) as model:
-        PICTURE.write_text(picture([*rows, *stock_and_ours()], Axis.bits(model.architecture.parameters)), "utf-8")
+        assert model.architecture.parameters == PARAMETERS
+    PICTURE.write_text(picture([*rows, *stock_and_ours()], Axis.bits(PARAMETERS)), "utf-8")
     kl = {(one.name, one.target): one.kl_mean for one in rows}
     for one in rows:
         allowed = max(most[one.target], ROUNDING_LIMIT * (one.rounding_in_8_bits or 0))

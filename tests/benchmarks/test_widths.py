@@ -23,7 +23,7 @@ from exporter.targets.target import load_target
 from exporter.weights.ggml import ggml_format
 from tests.benchmarks import llama_opponents
 from tests.benchmarks.bench import Bench, Conditions
-from tests.benchmarks.measured import Row
+from tests.benchmarks.rows import Row
 from tests.commands import printed
 from tests.reference import plain_texts, reference_model
 from tests.widths import BLOCK, bytes_below_small_blocks, embedded, perplexity, trained_qwen3

@@ -21,7 +21,7 @@ import exporter
 
 ROOT = Path(exporter.__file__).resolve().parent.parent
 PRODUCT = {"exporter": "exporter", "targets": "exporter/targets", "devices": "exporter/devices"}
-REPOSITORY = [*PRODUCT, "tests", ".ci"]
+REPOSITORY = [*PRODUCT, "docs", "tests", ".ci"]
 MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
