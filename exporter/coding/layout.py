@@ -158,7 +158,20 @@ def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
     count = len(model.graph.node) + len(model.graph.initializer)
     if count > MOST_NODES:
         raise InputError("the ONNX graph is too large", where=where, got=f"{count:,} nodes", expected=expected)
+    # The library gives a text that is not UTF-8 as bytes.
+    strange = next((name for name in _texts(model.graph) if not isinstance(name, str)), None)
+    if strange is not None:
+        raise InputError("the ONNX file is truncated or damaged", where=where, got=f"the name {shown(strange)}")
     return model
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[object]:
+    for node in graph.node:
+        yield from (node.name, node.op_type, *node.input, *node.output)
+    for tensor in graph.initializer:
+        yield tensor.name
+        yield from (text for entry in tensor.external_data for text in (entry.key, entry.value))
+    yield from (value.name for values in (graph.input, graph.output, graph.value_info) for value in values)
 
 
 @dataclass(frozen=True)

@@ -132,14 +132,17 @@ class DeviceProfile(Document):
         if type(version) is int and version < SCHEMA_VERSION:
             raise impossible(
                 "the profile is of an earlier schema",
-                f"schema_version {version}",
+                f"schema_version {shown(version)}",
                 SCHEMA_VERSION,
                 "set schema_version = 2 and move effective_bandwidth_bytes_per_s to a [[backends]] table with "
                 'name = "cpu", as usable_bandwidth_bytes_per_s',
             )
         if type(version) is int and version > SCHEMA_VERSION:
             raise impossible(
-                "the profile is of a later schema", f"schema_version {version}", SCHEMA_VERSION, "update edge-exporter"
+                "the profile is of a later schema",
+                f"schema_version {shown(version)}",
+                SCHEMA_VERSION,
+                "update edge-exporter",
             )
         return table
 

@@ -224,7 +224,7 @@ def _header(file: Path) -> dict[str, Held]:
         raise InputError(
             "the safetensors file is truncated or damaged",
             where=file,
-            got=error,
+            got=" ".join(str(error).split())[:300],
             next_step="fetch this file again",
         ) from error
 

@@ -213,6 +213,7 @@ BOMBS: dict[str, Prepare] = {
     "onnx-chained": _file(lambda: _graph(64), _cut),
     "onnx-long-chain": _file(lambda: _graph(50_000), _cut),
     "onnx-chain-of-parts": _file(lambda: _graph(20_000, 9_000), _cut),
+    "onnx-names": _file(lambda: _graph(1).replace(b"layers.0/x", b"layers.\xff/x"), _cut),
     "onnx-nodes": _file(lambda: _empty_messages(7, 1), _cut),
     "onnx-initialisers": _file(lambda: _empty_messages(7, 5), _cut),
     "onnx-attributes": _file(lambda: _empty_messages(7, 1, 5), _cut),

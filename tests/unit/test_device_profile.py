@@ -304,3 +304,12 @@ def toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_a_schema_version_of_any_length_is_told_in_short(tmp_path: Path) -> None:
+    for number, bits in (("9" * 4000, 13_288), ("0x" + "f" * 10_000, 40_000)):
+        with pytest.raises(
+            InputError, match=f"of a later schema; got schema_version a number of {bits} bits"
+        ) as refused:
+            load(tmp_path, GOOD.replace("schema_version = 2", f"schema_version = {number}"))
+        assert len(str(refused.value)) < 1000

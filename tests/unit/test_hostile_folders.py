@@ -59,6 +59,7 @@ def ends_in_a_sentence(folder: Path) -> bool:
     except ExporterError as error:
         assert error.exit_code in (2, 3), error
         assert len(str(error)) < 2000
+        assert len(str(error).splitlines()) == 1
         return True
     return False
 
@@ -124,7 +125,8 @@ def test_other_json_of_any_content(folders: dict[str, Path], tmp_path: Path) -> 
 
 def headers() -> Iterator[bytes]:
     good = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
-    for bad in ({"shape": [2**62, 4]}, {"shape": [-1]}, {"dtype": "F31"}, {"data_offsets": [0, 2**63]}, {"shape": None},
+    for bad in ({"shape": [2**62, 4]}, {"shape": [-1]}, {"dtype": "F31"}, {"dtype": "a\nb"},
+                {"data_offsets": [0, 2**63]}, {"shape": None},
                 {"data_offsets": [16, 0]}, {"data_offsets": []}, {"dtype": 3}):  # fmt: skip
         yield json.dumps({"model.norm.weight": good | bad}).encode()
     yield from (b"", b"{", b"[]", b"{}", b'{"a":' * 3000, b"\xff" * 40, b'{"__metadata__": 3}')
