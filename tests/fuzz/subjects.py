@@ -20,8 +20,10 @@ from unittest.mock import patch
 from onnx import GraphProto, ModelProto, helper
 
 from exporter.bundle.manifest import MANIFEST, FileEntry, Header, Manifest
+from exporter.bundle.opening import opened_bundle
+from exporter.bundle.reading import read_manifest
 from exporter.bundle.transport import code_beside
-from exporter.bundle.verify import read_manifest, verify_bundle
+from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import write_bundle
 from exporter.cli.show import bundle_facts, gguf_facts
 from exporter.coding.container import PROFILES, SUFFIX, check_file, code_file, original_of, restore_file
@@ -48,7 +50,6 @@ from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.segments import cut
 from exporter.targets.target import load_target
-from exporter.use import open_bundle
 from tests.fuzz.mutations import (
     changed_value,
     gguf_numbers,
@@ -114,13 +115,18 @@ def _header(manifest: Manifest) -> Header:
 def _used(bundle: Path) -> bool:
     """Do with a bundle what every command does before it runs a model; return whether it is sound."""
     checks = verify_bundle(bundle)
-    for ask in (partial(open_bundle, may_be_coded=True), open_bundle, bundle_facts):
+    for ask in (partial(_opened, may_be_coded=True), _opened, bundle_facts):
         try:
             ask(bundle)
         except ExporterError as error:
             if error.exit_code not in (1, 2, 3):
                 raise
     return all(check.status == "passed" for check in checks)
+
+
+def _opened(bundle: Path, may_be_coded: bool = False) -> None:
+    with opened_bundle(bundle, may_be_coded):
+        pass
 
 
 def _files(bundle: Path) -> dict[str, bytes]:
