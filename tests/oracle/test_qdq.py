@@ -149,6 +149,16 @@ def test_static_ranges_hold_their_ends_and_zero(codes: type[np.unsignedinteger],
     assert (np.abs(beyond - 1.2 * ends).max() <= 0.51 * scale) == (codes is np.uint16 or low == high)
 
 
+def adds_exactly() -> bool:
+    """Whether the processor adds products of bytes exactly.
+
+    Without VNNI, AVX2 and AVX-512 add two of them in 16 bits, which saturate (ONNX Runtime, "Quantize ONNX models").
+    The session option against it, `session.x64quantprecision`, refuses weights with a scale for each channel.
+    """
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return "avx2" not in flags or not {"avx_vnni", "avx512_vnni"}.isdisjoint(flags)
+
+
 @pytest.mark.parametrize("type", list(TYPES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_artifact_holds_the_planned_weights_and_answers_as_they_do(
@@ -160,7 +170,7 @@ def test_the_artifact_holds_the_planned_weights_and_answers_as_they_do(
         assert check_weights(found.digests, compressed).status == "passed"
         assert check_stored_types(load_target("onnx-qdq"), artifact, compressed).status == "passed"
         own = Reference.of(with_weights(compressed.rewritten, found), TOKENS)
-        assert measured(own, artifact).kl_mean < (1e-5 if type == "a16w8" else 0.01)
+        assert measured(own, artifact).kl_mean < (1e-5 if type == "a16w8" else 0.01 if adds_exactly() else 0.1)
         again, _ = lower(model, tmp_path / "again", type)
         for one, other in zip(artifact.weights, again.weights, strict=True):
             assert one.read_bytes() == other.read_bytes()

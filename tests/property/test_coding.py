@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import constriction
 import numpy as np
@@ -184,11 +185,20 @@ def test_a_name_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None
         original_of(tmp_path / "coded")
 
 
-def test_a_size_that_the_disk_does_not_hold_is_refused(tmp_path: Path) -> None:
+def test_a_size_that_the_disk_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exporter.coding.container import Original, _header
+
+    (tmp_path / "coded").write_bytes(_header(Original("x", 1 << 25, bytes(32))))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(RequestError, match="not enough free disk space"):
+        restore_file(tmp_path / "coded", tmp_path / "x")
+
+
+def test_a_size_that_no_coding_reaches_is_refused(tmp_path: Path) -> None:
     from exporter.coding.container import Original, _header
 
     (tmp_path / "coded").write_bytes(_header(Original("x", 1 << 60, bytes(32))))
-    with pytest.raises(RequestError, match="not enough free disk space"):
+    with pytest.raises(InputError, match="claims to stand for more than any model does"):
         restore_file(tmp_path / "coded", tmp_path / "x")
 
 
