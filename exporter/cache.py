@@ -26,6 +26,9 @@ KINDS = (
     "gguf", "texts", "samples", "statistics", "pruned", "policies", "references", "arm64", "templates", "vocabularies",
 )  # fmt: skip
 HELD = "held"
+# The name of a folder where temporary files go.
+SCRATCH = "edge-exporter"
+ELSEWHERE = "free some space, or choose another place"
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -168,12 +171,12 @@ def _is_at(descriptor: int, file: Path) -> bool:
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """Give a path in a folder that nothing has; what is made there goes, at the latest when the next process begins.
 
-    Without a cache folder nothing can be noted, and what is made there stays when this process is killed.
+    Where the cache cannot take a note of it, what is made there stays when this process is killed.
     """
     token = secrets.token_hex(4)
     path = folder.absolute() / f".{name}.partial-{token}"
     with ExitStack() as opened:
-        with suppress(RequestError):
+        with suppress(RequestError, OSError):
             held = cache_folder(HELD)
             sweep(held)
             os.write(opened.enter_context(_lock(held / token)), os.fsencode(path))
@@ -227,7 +230,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(parent: Path | None = None, name: str = "edge-exporter", mode: int = 0o700) -> Iterator[Path]:
+def scratch_folder(parent: Path | None = None, name: str = SCRATCH, mode: int = 0o700) -> Iterator[Path]:
     """Give a new folder that goes at the end, unless it was given another name.
 
     Args:
@@ -292,7 +295,14 @@ def disk_of(path: Path) -> str:
 
 
 def _next_step(folder: Path) -> str:
-    for root, name in ((_root(), "EDGE_EXPORTER_CACHE"), (Path(tempfile.gettempdir()), "TMPDIR")):
-        if folder.absolute().is_relative_to(root.absolute()):
-            return f"free some space, or name a folder on another disk in {name}"
-    return "free some space, or choose another place"
+    folder, temporary = folder.absolute(), Path(tempfile.gettempdir()).absolute()
+    name = ""
+    if folder.is_relative_to(_root().absolute()):
+        name = "EDGE_EXPORTER_CACHE"
+    elif folder == temporary or any(one.parent == temporary and _is_scratch(one) for one in (folder, *folder.parents)):
+        name = "TMPDIR"
+    return f"free some space, or name a folder on another disk in {name}" if name else ELSEWHERE
+
+
+def _is_scratch(folder: Path) -> bool:
+    return folder.name.startswith(f".{SCRATCH}.partial-")

@@ -332,14 +332,14 @@ def _interrupt(number: int, _: object) -> Never:
 
 def _refused(error: OSError) -> str:
     """Return what to say of a file that could not be read or written."""
-    from exporter.cache import disk_of, full_disk
+    from exporter.cache import ELSEWHERE, disk_of, full_disk
 
     where = error.filename or "a file could not be read or written"
     full = full_disk(error)
     if full is None:
-        return f"{where}: {error.strerror}; check the path, its permissions and the disk's free space"
+        return f"{where}: {error.strerror or error}; check the path, its permissions and the disk's free space"
     disk = f"; got {disk_of(Path(where))}" if error.filename else ""
-    return f"{where}: {full}{disk}; free some space, or choose another place"
+    return f"{where}: {full}{disk}; {ELSEWHERE}"
 
 
 def _end(sentence: str, code: int) -> Never:

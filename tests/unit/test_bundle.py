@@ -370,7 +370,7 @@ def test_an_interrupted_job_leaves_nothing(tmp_path: Path, interruption: type[Ba
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    match = r"out: the disk is full; free some space or choose another -o\."
+    match = rf"{tmp_path}: the disk is full; got .* free on the disk at \S+; free some space, or choose another place\."
     with pytest.raises(RequestError, match=match), staging_folder(tmp_path / "out"):
         Path("/dev/full").write_bytes(b"x")
     assert list(tmp_path.iterdir()) == []
