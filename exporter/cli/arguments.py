@@ -21,11 +21,10 @@ NoCheckOption = Annotated[
 
 
 def require_bundle(path: Path) -> None:
-    """Raise where a path is no bundle."""
-    if not path.is_dir():
-        raise RequestError("this is no bundle", where=path, expected="a folder with manifest.json")
+    """Raise where a path is no bundle: another folder is a wrong request, one that lost its manifest a bad bundle."""
     if not os.path.lexists(path / "manifest.json"):
-        raise InputError("this is no bundle", where=path, expected="a folder with manifest.json")
+        kind = InputError if os.path.lexists(path / "selftest.json") else RequestError
+        raise kind("this is no bundle", where=path, expected="a folder with manifest.json")
 
 
 def fail_on(checks: "Sequence[Check]") -> None:
