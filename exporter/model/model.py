@@ -34,7 +34,7 @@ class SourceFiles:
         self._found = self._look()
 
     def _look(self) -> dict[Path, Identity]:
-        return {path: identity(path.stat()) for path in self._find()}
+        return {path: _state(path) for path in self._find()}
 
     def require_unchanged(self) -> None:
         """Refuse to go on where a file was changed, added or taken away.
@@ -42,13 +42,17 @@ class SourceFiles:
         Raises:
             InputError: see above.
         """
-        try:
-            now = self._look()
-        except OSError as error:
-            raise _changed(error.filename) from error
-        differing = dict(now.items() ^ self._found.items())
+        differing = dict(self._look().items() ^ self._found.items())
         if differing:
             raise _changed(min(differing))
+
+
+def _state(path: Path) -> Identity:
+    try:
+        return identity(path.stat())
+    except OSError:
+        # A link that leads nowhere: whoever reads it says so.
+        return ()
 
 
 def _changed(where: object) -> InputError:

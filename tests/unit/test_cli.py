@@ -177,14 +177,14 @@ def test_planning_for_every_target(world: Path, target: str) -> None:
     assert len(planned["decisions"]) == 15
 
 
-def test_names_from_outside_are_shown_as_they_are(world: Path) -> None:
+def test_names_from_outside_are_shown_with_their_control_characters_escaped(world: Path) -> None:
     odd = "odd \x1b[31m[red]model"
     (world / odd).mkdir(exist_ok=True)
     for path in (world / "model").iterdir():
         (world / odd / path.name).write_bytes(path.read_bytes())
     shown = cli(world, "plan", odd, "-d", "raspberry-pi-5")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("odd \ufffd[31m[red]model for ")
+    assert shown.stdout.startswith("odd \\u001b[31m[red]model for ")
 
 
 def test_a_plan_within_limits_is_one_json_document(world: Path) -> None:
