@@ -168,12 +168,12 @@ def _is_at(descriptor: int, file: Path) -> bool:
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """Give a path in a folder that nothing has; what is made there goes, at the latest when the next process begins.
 
-    Without a cache folder nothing can be noted, and what is made there stays when this process is killed.
+    Where the cache cannot take a note of it, what is made there stays when this process is killed.
     """
     token = secrets.token_hex(4)
     path = folder.absolute() / f".{name}.partial-{token}"
     with ExitStack() as opened:
-        with suppress(RequestError):
+        with suppress(RequestError, OSError):
             held = cache_folder(HELD)
             sweep(held)
             os.write(opened.enter_context(_lock(held / token)), os.fsencode(path))

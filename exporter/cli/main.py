@@ -317,7 +317,7 @@ def _refused(error: OSError) -> str:
     where = error.filename or "a file could not be read or written"
     full = full_disk(error)
     if full is None:
-        return f"{where}: {error.strerror}; check the path, its permissions and the disk's free space"
+        return f"{where}: {error.strerror or error}; check the path, its permissions and the disk's free space"
     disk = f"; got {disk_of(Path(where))}" if error.filename else ""
     return f"{where}: {full}{disk}; free some space, or choose another place"
 
