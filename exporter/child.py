@@ -4,14 +4,13 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from exporter.cache import scratch_folder
 from exporter.errors import DeadlineError, ExporterError, RuntimeCrashError
 
 _spawn = get_context("spawn")
@@ -35,12 +34,10 @@ class Child:
 
     def __init__(self, title: str, factory: Callable[..., object], *args: object) -> None:
         self.title = title
-        self._scratch = ExitStack()
-        self._log = self._scratch.enter_context(scratch_folder()) / "log"
-        self._log.touch()
+        self._log = tempfile.NamedTemporaryFile(prefix="edge-exporter-", suffix=".log")  # noqa: SIM115  (closed in close)
         self._pipe, theirs = _spawn.Pipe()
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-        self._process = _spawn.Process(target=_serve, args=(theirs, str(self._log), factory, args), daemon=True)
+        self._process = _spawn.Process(target=_serve, args=(theirs, self._log.name, factory, args), daemon=True)
         self._process.start()
         theirs.close()
         self._first: object = None
@@ -105,7 +102,7 @@ class Child:
         self._process.join(timeout=10)
         code = self._process.exitcode
         ended = f"exit code {code}" if code is None or code >= 0 else f"signal {signal.Signals(-code).name}"
-        with self._log.open(encoding="utf-8", errors="replace") as log:
+        with open(self._log.name, encoding="utf-8", errors="replace") as log:  # noqa: PTH123  (a name, not a path of ours)
             tail = " / ".join(line.strip() for line in log.readlines()[-3:])
         return RuntimeCrashError(
             f"{self.title} died in its child process",
@@ -120,7 +117,7 @@ class Child:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        self._scratch.close()
+        self._log.close()
 
     def __enter__(self) -> Self:
         """Return the child."""
