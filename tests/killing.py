@@ -68,9 +68,9 @@ def alone(folder: Path) -> float:
     return time.monotonic() - began
 
 
-def side_by_side(folder: Path) -> None:
-    """Make two bundles at once that find nothing in the cache."""
-    finished(folder, {name: started(folder, name) for name in ("one", "other")})
+def side_by_side(folder: Path, at_once: int = 2) -> None:
+    """Make bundles at once."""
+    finished(folder, {name: started(folder, name) for name in map(str, range(at_once))})
 
 
 def killed(folder: Path, after_s: float) -> bool:
@@ -92,8 +92,8 @@ def _changed(folder: Path) -> int:
     return folder.stat().st_mtime_ns if folder.is_dir() else 0
 
 
-def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int) -> int:
-    """Kill builds at random moments, let one end after every few, and return how many builds were begun.
+def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int, at_once: int = 1) -> int:
+    """Kill builds at random moments, let others end after every few, and return how many builds were begun.
 
     Args:
         folder: Where `alone` made its bundle.
@@ -101,6 +101,7 @@ def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int) ->
         count: How many are killed.
         seed: Of the moments.
         in_a_row: After so many, the next goes on from what they left until its end.
+        at_once: How many do so, side by side.
     """
     chance, met, begun = random.Random(seed), 0, 0
     while met < count:
@@ -112,5 +113,5 @@ def kills(folder: Path, takes_s: float, count: int, seed: int, in_a_row: int) ->
             continue
         met += 1
         if met % in_a_row == 0:
-            finished(folder, {"bundle": started(folder, "bundle")})
+            side_by_side(folder, at_once)
     return begun

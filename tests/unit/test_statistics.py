@@ -16,6 +16,7 @@ from exporter.calibrate.text import Windows
 from exporter.errors import InputError, RequestError
 from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
+from tests.damage import left_over
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(1).integers(2, 200, (6, 40))
@@ -187,6 +188,27 @@ def test_a_run_killed_between_two_deletions_goes_on(folder: Path, monkeypatch: p
         np.testing.assert_array_equal(one, other)
     for layer in range(2):
         np.testing.assert_array_equal(found.sensitivity(layer, "down"), straight.sensitivity(layer, "down"))
+    assert not left_over(found._folder)
+
+
+@pytest.mark.parametrize("missing", ["layers.0.mlp_in.npy", "layers.1.gradients.npz", "head_out.range.npy"])
+@pytest.mark.parametrize("stop_at", [3, None])
+def test_where_a_file_is_missing_all_are_made_anew(folder: Path, missing: str, stop_at: int | None) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with open_model(str(folder)) as model:
+        whole = collect(model, WINDOWS, 0, silent)._folder
+        content = {path.name: path.read_bytes() for path in whole.iterdir()}
+        if stop_at is not None:
+            for path in whole.iterdir():
+                path.unlink()
+            with pytest.raises(KeyboardInterrupt):
+                collect(model, WINDOWS, 0, stop)
+        (whole / missing).unlink(missing_ok=True)
+        collect(model, WINDOWS, 0, silent)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == content
 
 
 @pytest.mark.parametrize(
