@@ -197,7 +197,7 @@ BOMBS: dict[str, Prepare] = {
     "coded-streams": _file(lambda: _coded(_wide()), check_file),
     "coded-small-chunks": _file(lambda: _coded(*[_one_symbol(2000)] * 20000), check_file),
     "coded-claimed-array": _file(lambda: _coded(_one_symbol(2000)), _hold_large_array),
-    "gguf-bytes": _file(lambda: _gguf(_key(0, 1 << 22, bytes(1 << 22))), open_whole),
+    "gguf-bytes": _file(lambda: _gguf(_key(0, (1 << 22) + 1, bytes((1 << 22) + 1))), open_whole),
     "gguf-texts": _file(lambda: _gguf(_key(8, 1 << 22, bytes(8 << 22))), open_whole),
     "gguf-arrays": _file(lambda: _gguf(*(_key(0, 4096, bytes(4096), b"%d" % i) for i in range(4000))), open_whole),
     "gguf-nested": _file(lambda: _gguf(_key(9, 1, struct.pack("<IQ", 9, 1) * 100_000)), open_whole),
