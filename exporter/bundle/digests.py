@@ -11,6 +11,7 @@ from pathlib import Path
 
 from exporter.bundle.manifest import FileEntry, sha256_read
 from exporter.cache import cache_folder, replacing
+from exporter.entries import identity
 from exporter.errors import ExporterError, InputError
 
 NEXT_STEP = "see edge-exporter verify, and get the bundle again"
@@ -110,8 +111,7 @@ def _compared(path: Path, entry: FileEntry, memory: "_Memory") -> str:
 
 
 def _key(found: os.stat_result, sha256: str) -> str:
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return ":".join([*map(str, state), sha256])
+    return ":".join([*map(str, identity(found)), sha256])
 
 
 class _Memory:
