@@ -9,8 +9,9 @@ from exporter.errors import InputError
 from exporter.measures import Document
 from exporter.toml import shown
 
-# The longest has 30,000 timings.
+# The longest has 30,000 timings. The parser takes seconds over a million characters that are empty lists.
 MAX_CHARACTERS = 1 << 20
+MAX_VALUES = 1 << 16
 MAX_TOKENS = 1 << 20
 Name = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Place = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
@@ -160,6 +161,12 @@ def parsed(kind: type[Result], text: str, where: str) -> Result:
         raise InputError(
             "the device's answer is too long for the measuring program's", where=where, got=f"{len(text):,} characters",
             expected=f"at most {MAX_CHARACTERS:,}", next_step="check what runs there under that name",
+        )  # fmt: skip
+    if text.count(",") >= MAX_VALUES:
+        raise InputError(
+            "the device's answer has more values than the measuring program's", where=where,
+            got=f"{text.count(','):,} commas", expected=f"less than {MAX_VALUES:,}",
+            next_step="check what runs there under that name",
         )  # fmt: skip
     try:
         return TypeAdapter(kind).validate_json(text)
