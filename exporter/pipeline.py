@@ -5,34 +5,36 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from exporter.budget import Budget, decide_within, feasible_budget, foretell, likely
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
-from exporter.cache import telling
-from exporter.calibrate.elsewhere import MetElsewhere
+from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows, spread_windows
-from exporter.compress.compressed import CompressedModel, corrected_on
-from exporter.documents import describe, header, write_documents
-from exporter.effort import effort
-from exporter.errors import ExporterError, RequestError
-from exporter.forecast import stage_seconds
-from exporter.job import Job, Progress, silent
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
+from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.effort import effort
+from exporter.foundation.allocator import keep_freed_memory
+from exporter.foundation.cache import telling
+from exporter.foundation.errors import ExporterError, RequestError
+from exporter.foundation.progress import Progress, silent
 from exporter.model.folder import require_new, save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan import Plan, make_plan, with_decisions, with_model, with_text
+from exporter.plan.budget import Budget, decide_within, feasible_budget, predict_decisions, surrogate_decisions
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan, make_plan, with_decisions, with_model, with_text
+from exporter.plan.step import Observe
+from exporter.prove.arm64 import settle
+from exporter.prove.emulation import Emulation, emulate
+from exporter.prove.proof import prove
+from exporter.prove.source_check import check_source
+from exporter.prove.text_checks import preview_text
 from exporter.report.data import Measurements, Report
-from exporter.sampling import sampled_windows, sampling_notes
-from exporter.stages import Stages, keep_freed_memory
-from exporter.steps.step import Observe
-from exporter.validate.arm64 import settle
-from exporter.validate.emulation import Emulation, emulate
-from exporter.validate.proof import prove
-from exporter.validate.source import check_source
-from exporter.validate.text import foresee
+from exporter.stages.assemble_report import describe, header, write_documents
+from exporter.stages.predicted_times import stage_seconds
+from exporter.stages.sampled_text import sampled_windows, sampling_notes
+from exporter.stages.stage_times import Stages
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
 MOST_POSITIONS_UNASKED = 131_072
@@ -65,15 +67,17 @@ def planned_within(job: Job, model: Model) -> tuple[Plan, Budget | None]:
         RequestError: see `make_plan` and `feasible_budget`.
     """
     planned = make_plan(model, job)
-    foreseen = foresee(model, planned.target)
-    return within_limits(with_text(planned, foreseen.checks, foreseen.notes), job)
+    preview = preview_text(model, planned.target)
+    return within_limits(with_text(planned, preview.checks, preview.notes), job)
 
 
 def within_limits(planned: Plan, job: Job) -> tuple[Plan, Budget | None]:
-    """Return the plan, and the budget that the job names; decisions within one are the likely ones."""
+    """Return the plan, and the budget that the job names; decisions within one are estimated from the formats alone."""
     budget = feasible_budget(job, planned)
     if budget is not None:
-        planned = with_decisions(planned, job, likely(budget, planned.model, planned.method), budget.scheme)
+        planned = with_decisions(
+            planned, job, surrogate_decisions(budget, planned.model, planned.method), budget.scheme
+        )
     return planned, budget
 
 
@@ -117,7 +121,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
 
     Raises:
         InputError: the source changed meanwhile; or see below.
-        ExporterError: see `exporter.errors`; nothing half-written stays.
+        ExporterError: see `exporter.foundation.errors`; nothing half-written stays.
     """
     output = job.output
     if output is None:
@@ -161,10 +165,10 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             decisions, remarks = decide_within(
                 budget, job, rewritten.model, planned.method, rewritten.statistics, progress
             )
-    with stages.stage("foretell"):
-        met = observe(planned.model, evaluation.spread(job.foretold_windows))
-        elsewhere = MetElsewhere(rewritten.statistics, rewritten.of(met))
-        decisions = foretell(decisions, job, rewritten.model, elsewhere, progress, methods)
+    with stages.stage("predict"):
+        met = observe(planned.model, evaluation.spread(job.prediction_windows))
+        elsewhere = EvaluationStatistics(rewritten.statistics, rewritten.of(met))
+        decisions = predict_decisions(decisions, job, rewritten.model, elsewhere, progress, methods)
         planned = replace(planned, decisions=decisions, remarks=remarks)
     with stages.stage("compress and lower"):
         (staging / "model").mkdir()
@@ -175,9 +179,9 @@ def _build(job: Job, planned: Plan, budget: Budget | None, staging: Path, stages
             job.effort_level,
             partial(progress, "compress: matrices"),
             rewritten.model,
-            planned.recipe.turns,
+            planned.recipe.alternation,
             methods,
-            corrected_on(job.effort_level, planned.decisions, calibration),
+            propagation_text(job.effort_level, planned.decisions, calibration),
         )
         artifact = target.lower(compressed, planned.type, staging / "model")
         if budget is not None and artifact.file_bytes > budget.file_bytes:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.registry import folders, load
+from exporter.foundation.registry import folders, load
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ def runs_coded(target: str) -> bool:
 
 
 def coded_runtime_of(target: str) -> Any:
-    """Return the class of a target's runtime for coded files: `Runtime`, and what `exporter.use.answer` asks of it."""
+    """Return the class of a target's runtime for coded files; see `exporter.targets.runtime.CodedRuntime`."""
     return load("exporter.targets.{}.coded", target, folders("exporter.targets", "coded.py"), "target").RUNTIME

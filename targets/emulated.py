@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from exporter.arm64.cores import Core
-from exporter.arm64.installation import Installation
-from exporter.registry import folders, load
+from exporter.emulate.arm64.core import Core
+from exporter.emulate.arm64.installation import Installation
+from exporter.formats.format import Float32
+from exporter.foundation.registry import folders, load
 from exporter.targets.artifact import Artifact
-from exporter.weights.format import Float32
 
 
 @dataclass(frozen=True)

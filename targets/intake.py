@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from exporter.errors import InputError
-from exporter.registry import load
+from exporter.foundation.errors import InputError
+from exporter.foundation.registry import load
 from exporter.targets.artifact import Artifact, target_names
 
 # Returns the bytes of a file below the artifact's folder, refused where they are more than so many.

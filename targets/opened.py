@@ -4,11 +4,11 @@ from types import TracebackType
 from typing import Never, Self
 
 from exporter.child.process import Child
-from exporter.confinement.limits import TIMED_BYTES_PER_S, TIMEOUT_S
-from exporter.errors import RuntimeCrashError
+from exporter.emulate.sandbox.limits import TIMED_BYTES_PER_S, TIMEOUT_S
+from exporter.formats.format import Float32
+from exporter.foundation.errors import RuntimeCrashError
 from exporter.targets.artifact import Artifact, coded_runtime_of, runtime_of
 from exporter.targets.runtime import CodedRuntime, Residence, Runtime, SamplingRuntime, Timing
-from exporter.weights.format import Float32
 
 # Of text, which takes milliseconds; a runtime may load its tokenizer first.
 TEXT_S = 60.0

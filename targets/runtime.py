@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.errors import InputError
 from exporter.targets.artifact import Artifact
-from exporter.weights.format import Float32
 
 
 @dataclass(frozen=True)

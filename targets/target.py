@@ -7,22 +7,22 @@ from typing import Protocol, Self
 
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compressed import CompressedModel
-from exporter.compress.equalise import Rewritten
-from exporter.device.memory import Peak, Shape
 from exporter.device.profile import DeviceProfile
-from exporter.device.speed import Throughput
-from exporter.errors import RequestError
+from exporter.formats.format import Float32, LowRank, WeightFormat
+from exporter.formats.group import Decision, WeightGroup
+from exporter.foundation.errors import RequestError
+from exporter.foundation.registry import load
 from exporter.model.architecture import Architecture
 from exporter.model.model import Model
-from exporter.registry import load
+from exporter.predict.peak_memory import ModelShape, Peak
+from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact, target_names
-from exporter.weights.format import Float32, LowRank, WeightFormat
-from exporter.weights.group import Decision, WeightGroup
 
 
 @dataclass(frozen=True)
-class Carried:
+class AsStored:
     """A model of the same function whose shape a target's files can hold, and how they hold it, for people."""
 
     model: Model
@@ -63,7 +63,7 @@ class Target(Protocol):
     def types(self) -> list[str]:
         """Return the names that `--type` takes: named mixes and single formats."""
 
-    def carried(self, model: Model) -> Carried:
+    def carried(self, model: Model) -> AsStored:
         """Return the model as the files can hold its shape; it is what all else is asked for."""
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
@@ -123,9 +123,9 @@ class Target(Protocol):
         """Return weight group -> the format that is really in the file."""
 
 
-def shape_of(architecture: Architecture) -> Shape:
+def shape_of(architecture: Architecture) -> ModelShape:
     """Return what of a decoder the memory depends on, its widest feed-forward part for all."""
-    return Shape(
+    return ModelShape(
         layers=architecture.layers,
         hidden=architecture.hidden,
         intermediate=max(architecture.intermediate),

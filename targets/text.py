@@ -3,8 +3,8 @@
 from typing import Any, Protocol
 
 from exporter.child.process import Child
+from exporter.foundation.registry import folders, load
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Renderer
-from exporter.registry import folders, load
 from exporter.targets.artifact import Artifact
 
 

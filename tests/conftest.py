@@ -2,7 +2,7 @@
 
 import os
 
-from exporter.cores import available_cores
+from exporter.foundation.cpu import available_cores
 
 # Read by the libraries when they are imported, and inherited by child processes.
 os.environ |= {

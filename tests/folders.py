@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from exporter.compress.compressed import CompressedModel
 from exporter.model.sources import open_model
+from exporter.prove.accuracy import divergence
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.accuracy import divergence
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 120).tolist()
 Tensors = dict[str, torch.Tensor]

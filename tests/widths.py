@@ -7,7 +7,7 @@ The wider one carries a bias. Its weights are mixed by a random rotation and loo
 columns that real weights have, which is easier for any even grid. And its residual stream keeps to as many directions
 as before: with 576 of 768, a quarter of the directions never hold anything, so errors in them are free; error feedback
 finds that, round to nearest cannot. Divergences of such a model compare formats and methods with each other; they do
-not foretell those of a real model of that width.
+not predict those of a real model of that width.
 """
 
 import json

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from exporter.bench.results import Answers, LlamaBenchRow, LlamaBenchRows, Measured, Needs, parsed
-from exporter.bench.subject import Subject
+from exporter.bench.bundle_under_test import BundleUnderTest
+from exporter.bench.results import Answers, LlamaBenchRow, LlamaBenchRows, Measurement, Needs, parsed
 from exporter.bundle.manifest import sha256_of
-from exporter.device.connect.connection import Answer, Connection, ignored
+from exporter.device.connect.connection import Connection, ShellResult, ignored
+from exporter.device.connect.remote_folder import BUNDLE, PROGRAM, RemoteFolder, Upload
 from exporter.device.connect.shell import Line, line
-from exporter.device.connect.workplace import BUNDLE, PROGRAM, Parcel, Workplace
-from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError
-from exporter.measures import Check
+from exporter.foundation.errors import ExporterError, InputError, MissingDependencyError, RequestError
+from exporter.foundation.quantities import Check
 
 PROBE = Path(__file__).with_name("probe.py")
 JOB = f"{PROGRAM}/job.json"
@@ -62,7 +62,7 @@ class Settings:
 class Engine(Protocol):
     """One way to measure on a device."""
 
-    def prepare(self, place: Workplace) -> int:
+    def prepare(self, place: RemoteFolder) -> int:
         """Send the program and refuse a device that lacks what it needs, before the model is sent.
 
         Returns:
@@ -73,10 +73,10 @@ class Engine(Protocol):
             RequestError: this engine cannot measure the bundle at all.
         """
 
-    def self_test(self, place: Workplace, settings: Settings) -> Check:
+    def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
         """Ask the model what it answered when the bundle was made."""
 
-    def measure(self, place: Workplace, settings: Settings) -> Measured:
+    def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
         """Time it."""
 
 
@@ -89,14 +89,14 @@ class Probe:
         bundle: The bundle's folder there, absolute; None for where its files are sent to.
     """
 
-    def __init__(self, subject: Subject, python: str, bundle: Path | None = None) -> None:
+    def __init__(self, subject: BundleUnderTest, python: str, bundle: Path | None = None) -> None:
         self._subject, self._bundle = subject, bundle
         self._shown = python
         self._python = line('"$HOME"/%s', python[2:]) if python.startswith("~/") else line("%s", python)
 
-    def prepare(self, place: Workplace) -> int:
+    def prepare(self, place: RemoteFolder) -> int:
         """Send the program and refuse a device without Python or without the runtime."""
-        sent = place.fill([Parcel(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
+        sent = place.fill([Upload(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
         where = place.connection.where
         answer = place.run(self._command(place, "needs", self._subject.artifact.target), timeout_s=120)
         if answer.code in {NOT_FOUND, NOT_EXECUTABLE}:
@@ -121,27 +121,27 @@ class Probe:
             )  # fmt: skip
         return sent
 
-    def self_test(self, place: Workplace, settings: Settings) -> Check:
+    def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
         """Compare the model's answers on the device with those of the time when it was made."""
         answer = self._run("selftest", place, settings)
         return self._subject.check(parsed(Answers, answer.output, place.connection.where))
 
-    def measure(self, place: Workplace, settings: Settings) -> Measured:
+    def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
         """Time it in a process of its own."""
-        return parsed(Measured, self._run("measure", place, settings).output, place.connection.where)
+        return parsed(Measurement, self._run("measure", place, settings).output, place.connection.where)
 
-    def _run(self, command: str, place: Workplace, settings: Settings) -> Answer:
+    def _run(self, command: str, place: RemoteFolder, settings: Settings) -> ShellResult:
         job = place.write(JOB, json.dumps(self._job(place, settings)).encode())
         answer = place.work(self._command(place, command, job), settings.limit_s)
-        # Here a model that cannot be run at all is a bad one; elsewhere it may be the device.
+        # Local a model that cannot be run at all is a bad one; elsewhere it may be the device.
         local = self._bundle is not None and command == "selftest"
         _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
-    def _command(self, place: Workplace, command: str, argument: str) -> Line:
+    def _command(self, place: RemoteFolder, command: str, argument: str) -> Line:
         return line("%s -I %s %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", command, argument)
 
-    def _job(self, place: Workplace, settings: Settings) -> dict[str, object]:
+    def _job(self, place: RemoteFolder, settings: Settings) -> dict[str, object]:
         test, folder = self._subject.self_test, str(self._bundle or f"{place.path}/{BUNDLE}")
         return {
             "target": self._subject.artifact.target,
@@ -162,11 +162,11 @@ class LlamaBench:
         binary: A build of it for the device; None looks for one there.
     """
 
-    def __init__(self, subject: Subject, binary: Path | None) -> None:
+    def __init__(self, subject: BundleUnderTest, binary: Path | None) -> None:
         self._subject, self._binary = subject, binary
         self._program = ""
 
-    def prepare(self, place: Workplace) -> int:
+    def prepare(self, place: RemoteFolder) -> int:
         """Refuse what llama-bench cannot run and a device that has none, or send the one that the user named."""
         if self._subject.artifact.target != "gguf" or self._subject.has_adapter:
             kind = "an adapter" if self._subject.has_adapter else f"target {self._subject.artifact.target}"
@@ -181,35 +181,35 @@ class LlamaBench:
             raise RequestError("there is no such file", where=self._binary, next_step="name a build of llama-bench")
         name = f"{PROGRAM}/llama-bench"
         self._program = f"{place.path}/{name}"
-        sent = place.fill([Parcel(self._binary, name, *sha256_of(self._binary))], ignored)
+        sent = place.fill([Upload(self._binary, name, *sha256_of(self._binary))], ignored)
         place.run(line("chmod 700 %s", self._program))
         return sent
 
-    def self_test(self, place: Workplace, settings: Settings) -> Check:
+    def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
         """Say that llama-bench answers no prompts."""
         del place, settings
         detail = "llama-bench times a model and does not show what it answers; its bytes were checked"
         return Check(name="selftest", status="not run", detail=detail)
 
-    def measure(self, place: Workplace, settings: Settings) -> Measured:
+    def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
         """Time it."""
         rows = self._rows(place, settings, settings.repeats, [(settings.prompt, 0), (0, settings.generate)])
         last = rows[-1]
-        return Measured(
+        return Measurement(
             runtime=f"llama.cpp {last.build_commit} ({last.build_number})", model_type=last.model_type,
             model_n_params=last.model_n_params, n_batch=last.n_batch, n_threads=last.n_threads, load_ns=None,
             interpreter_bytes=None, peak_bytes=None, tests=tuple(row.test for row in rows),
             sustained_ns=self._sustained(place, settings, fmean(last.samples_ns)),
         )  # fmt: skip
 
-    def _sustained(self, place: Workplace, settings: Settings, round_ns: float) -> tuple[int, ...]:
+    def _sustained(self, place: RemoteFolder, settings: Settings, round_ns: float) -> tuple[int, ...]:
         if not settings.sustain_s:
             return ()
         rounds = min(MOST_ROUNDS, math.ceil(1e9 * settings.sustain_s / round_ns))
         return self._rows(place, settings, rounds, [(0, settings.generate)])[0].samples_ns
 
     def _rows(
-        self, place: Workplace, settings: Settings, repeats: int, asked: Sequence[tuple[int, int]]
+        self, place: RemoteFolder, settings: Settings, repeats: int, asked: Sequence[tuple[int, int]]
     ) -> tuple[LlamaBenchRow, ...]:
         """Run it for tests of so many tokens read and generated each, and return a row for each."""
         (model,) = self._subject.model_files
@@ -245,7 +245,7 @@ def _found(connection: Connection) -> str:
     return path
 
 
-def _require_end(answer: Answer, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
+def _require_end(answer: ShellResult, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
     """Refuse a program that did not end well; one that failed by itself with the kind of error that is named."""
     where, code = connection.where, answer.code
     if code == SIGNALLED + SIGILL:

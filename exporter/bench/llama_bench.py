@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from exporter.bench.results import Measured, Test
+from exporter.bench.results import Measurement, Test
 
 GIB, MIB = 1 << 30, 1 << 20
 # Column titles and widths; to the right where the width is positive.
@@ -36,7 +36,7 @@ class RowHead:
     parameters: int
 
 
-def to_json(head: RowHead, measured: Measured) -> str:
+def to_json(head: RowHead, measured: Measurement) -> str:
     """Return the tests as `llama-bench -o json` does."""
     facts = {
         "build_commit": head.build,
@@ -75,7 +75,7 @@ def _deviation(samples: Sequence[float]) -> float:
     return stdev(samples) if len(samples) > 1 else 0.0
 
 
-def to_markdown(head: RowHead, measured: Measured) -> str:
+def to_markdown(head: RowHead, measured: Measurement) -> str:
     """Return the tests as `llama-bench -o md` does."""
     rule = [f"{'-' * (abs(width) - 1)}{':' if width > 0 else '-'}" for _, width in COLUMNS]
     rows = [[title for title, _ in COLUMNS], *(_cells(head, measured, test) for test in measured.tests)]
@@ -90,7 +90,7 @@ def _line(row: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(head: RowHead, measured: Measured, test: Test) -> list[str]:
+def _cells(head: RowHead, measured: Measurement, test: Test) -> list[str]:
     size, parameters = head.size_bytes, head.parameters
     return [
         head.type.replace("|", "/"),

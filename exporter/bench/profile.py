@@ -4,18 +4,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from exporter.bench.cycle import Outcome
-from exporter.device import point
+from exporter.bench.measurement import BenchOutcome
 from exporter.device.profile import DeviceProfile, device_names, load_device
-from exporter.device.workload import is_known_format
-from exporter.errors import RequestError
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import RequestError
+from exporter.predict import measured_runs
+from exporter.predict.workload import is_known_format
 from exporter.report.data import Report
-from exporter.toml import shown
 
 SOURCE = "edge-exporter bench"
 
 
-def write_profile(outcome: Outcome, device: str | None, path: Path) -> None:
+def write_profile(outcome: BenchOutcome, device: str | None, path: Path) -> None:
     """Write the profile of the measured device, this run added to those it holds.
 
     Args:
@@ -27,10 +27,12 @@ def write_profile(outcome: Outcome, device: str | None, path: Path) -> None:
         RequestError: there is no profile to start from, or the file cannot be a new one.
         InputError: the run cannot have been on this device.
     """
-    point.write_profile(point.with_runs(base_of(outcome, device), [_run(outcome)], path.stem, path), path)
+    measured_runs.write_profile(
+        measured_runs.with_runs(base_of(outcome, device), [_run(outcome)], path.stem, path), path
+    )
 
 
-def base_of(outcome: Outcome, device: str | None) -> DeviceProfile:
+def base_of(outcome: BenchOutcome, device: str | None) -> DeviceProfile:
     """Return the profile that a measurement is added to.
 
     Raises:
@@ -57,7 +59,7 @@ def format_of(report: Report) -> str:
     return taken.most_common(1)[0][0] if taken else scheme
 
 
-def _run(outcome: Outcome) -> dict[str, Any]:
+def _run(outcome: BenchOutcome) -> dict[str, Any]:
     measured, head = outcome.measured, outcome.row_head
     row = {
         "backend": "cpu",

@@ -5,9 +5,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from exporter.errors import InputError
-from exporter.measures import Document
-from exporter.toml import shown
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import Document
 
 # The longest has 30,000 timings. The parser takes seconds over a million characters that are empty lists.
 MAX_CHARACTERS = 1 << 20
@@ -57,7 +57,7 @@ class Test(Document):
         return median(self.samples_ts)
 
 
-class Measured(Document):
+class Measurement(Document):
     """What was timed on a machine.
 
     Attributes:

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from exporter.bundle.manifest import FileEntry, sha256_read
-from exporter.cache import cache_folder, replacing
-from exporter.entries import identity
-from exporter.errors import ExporterError, InputError
+from exporter.foundation.cache import cache_folder, replacing
+from exporter.foundation.cache_entries import identity
+from exporter.foundation.errors import ExporterError, InputError
 
 NEXT_STEP = "see edge-exporter verify, and get the bundle again"
 MEMORY = "compared.json"

@@ -10,8 +10,8 @@ from typing import Annotated, BinaryIO, Literal, Self
 from pydantic import AfterValidator, FailFast, Field, field_validator, model_validator
 
 from exporter.coding.container import SUFFIX
-from exporter.measures import Count, Document, Sha256
-from exporter.report.data import Recipe, canonical_json
+from exporter.foundation.quantities import Count, Document, Sha256
+from exporter.report.data import RecipeFacts, canonical_json
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
@@ -166,7 +166,7 @@ class Provenance(Document):
     threads: Annotated[int, Field(ge=1, le=1 << 16)]
 
 
-class Header(Document):
+class ManifestHeader(Document):
     """What a manifest says besides its files.
 
     Attributes:
@@ -182,11 +182,11 @@ class Header(Document):
     target: TargetName
     device: DeviceName
     runtime: Versions
-    recipe: Recipe
+    recipe: RecipeFacts
     provenance: Provenance
 
 
-class Manifest(Header):
+class Manifest(ManifestHeader):
     """manifest.json: the header, every other file of the bundle, and the digests.
 
     Attributes:
@@ -219,10 +219,10 @@ class Manifest(Header):
         return self
 
     @classmethod
-    def of(cls, header: Header, files: Iterable[FileEntry]) -> "Manifest":
+    def of(cls, header: ManifestHeader, files: Iterable[FileEntry]) -> "Manifest":
         """Return the manifest of a header and files, in order of their paths, with its digests."""
         ordered = tuple(sorted(files, key=lambda entry: entry.path))
-        facts = {name: getattr(header, name) for name in Header.model_fields}
+        facts = {name: getattr(header, name) for name in ManifestHeader.model_fields}
         return cls(
             **facts, files=ordered, content_digest=content_digest(header, ordered),
             evidence_digest=evidence_digest(ordered),
@@ -251,13 +251,13 @@ def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
-def content_digest(header: Header, files: Iterable[FileEntry], schema_version: int = 2) -> str:
+def content_digest(header: ManifestHeader, files: Iterable[FileEntry], schema_version: int = 2) -> str:
     """Return the SHA-256, in hex, over what the same job gives again.
 
     That is the header and the entries of all files but measurements.json and report.html.
     """
     content = {
-        "header": header.model_dump(mode="json", include=set(Header.model_fields)),
+        "header": header.model_dump(mode="json", include=set(ManifestHeader.model_fields)),
         "files": [
             entry.model_dump() for entry in sorted(files, key=lambda entry: entry.path) if entry.path not in VOLATILE
         ],

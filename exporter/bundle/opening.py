@@ -12,9 +12,9 @@ from pathlib import Path
 from exporter.bundle.digests import read_listed, require_listed, require_sizes
 from exporter.bundle.manifest import FileEntry, Manifest, places_of, standing_for
 from exporter.bundle.reading import read_manifest, unreadable
-from exporter.cache import scratch_folder
 from exporter.coding.container import original_of
-from exporter.errors import ExporterError, InputError, RequestError, RuntimeCrashError
+from exporter.foundation.cache import scratch_folder
+from exporter.foundation.errors import ExporterError, InputError, RequestError, RuntimeCrashError
 from exporter.targets.artifact import Artifact, runs_coded
 from exporter.targets.intake import Read, intake_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from exporter.bundle.manifest import MANIFEST, MEASUREMENTS, REPORT, SELFTEST, Manifest
-from exporter.errors import InputError
-from exporter.measures import Document, from_json
+from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import Document, from_json
 from exporter.report.data import to_json
 
 # The report on a model of 126 layers has 0.5 MB, the other documents a few thousand bytes.

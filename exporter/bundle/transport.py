@@ -16,8 +16,8 @@ from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import move_into_place, staging_folder
 from exporter.coding.chunk import Profile
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
-from exporter.errors import InputError, RequestError
-from exporter.job import Progress
+from exporter.foundation.errors import InputError, RequestError
+from exporter.foundation.progress import Progress
 
 
 def code_beside(files: Sequence[Path], profile: Profile, progress: Progress) -> CodedSize:

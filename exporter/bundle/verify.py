@@ -24,10 +24,10 @@ from exporter.bundle.manifest import (
 from exporter.bundle.opening import Shipped, admitted, require_original, shipped
 from exporter.bundle.reading import read_document, read_manifest, unreadable
 from exporter.coding.container import check_file
-from exporter.errors import ExporterError, InputError
-from exporter.measures import Check, Document
+from exporter.foundation.errors import ExporterError, InputError
+from exporter.foundation.quantities import Check, Document
+from exporter.prove.self_test import SelfTest
 from exporter.report.data import Measurements, Report, disagreements
-from exporter.validate.selftest import SelfTest
 
 # The check of what a runtime is given.
 MODEL = "model"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Header, Manifest, files_below, sha256_of
-from exporter.cache import concerns, naming_disk, replacing, require_space, scratch_folder
+from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Manifest, ManifestHeader, files_below, sha256_of
 from exporter.coding.container import SUFFIX
-from exporter.errors import ExporterError, RequestError
+from exporter.foundation.cache import concerns, naming_disk, replacing, require_space, scratch_folder
+from exporter.foundation.errors import ExporterError, RequestError
 from exporter.report.data import to_json
 
 REFUSALS = {
@@ -67,7 +67,7 @@ def _refusing(output: Path) -> Iterator[None]:
         raise RequestError(what, where=output, next_step=next_step) from error
 
 
-def write_bundle(staging: Path, output: Path, header: Header) -> Manifest:
+def write_bundle(staging: Path, output: Path, header: ManifestHeader) -> Manifest:
     """Add the manifest to a staged folder and give the folder its final name in one step.
 
     Args:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.calibrate.layers import check_finite
-from exporter.entries import ARRAY, Filling, load
+from exporter.calibrate.layer_stream import check_finite
+from exporter.formats.format import Float32
+from exporter.foundation.cache_entries import ARRAY, Filling, load
 from exporter.model.families import LINEARS
-from exporter.weights.format import Float32
 
 HEAD_OUTPUT = "head_out"
 # The head's outputs are many: they are ranged at so many positions, evenly spread.

@@ -23,10 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.cache import cache_folder, locked, require_space
-from exporter.calibrate.layers import LayerStream, Progress, check_finite
-from exporter.calibrate.moments import Moments, Site, load_power, load_site
-from exporter.calibrate.products import quick_products
+from exporter.calibrate.bf16_matmul import quick_products
+from exporter.calibrate.layer_stream import LayerStream, Progress, check_finite
 from exporter.calibrate.ranges import (
     HEAD_OUTPUT,
     ChannelRanges,
@@ -35,11 +33,13 @@ from exporter.calibrate.ranges import (
     output_place,
     save_head_ranges,
 )
-from exporter.calibrate.text import Windows
-from exporter.entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
+from exporter.calibrate.second_moments import Moments, Site, load_power, load_site
+from exporter.calibrate.windows import Windows
+from exporter.formats.format import Float32
+from exporter.foundation.cache import cache_folder, locked, require_space
+from exporter.foundation.cache_entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
-from exporter.weights.format import Float32
 
 VERSION = 6
 HEAD_SITE = "head_in"
@@ -265,13 +265,13 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) 
     return gradient
 
 
-def _drawn(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """Return the token at which the probabilities, [positions, vocab], summed up, pass chances in [0, 1).
+def _drawn(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Return the token at which the probabilities, [positions, vocab], summed up, pass draws in [0, 1).
 
     This takes a tenth of the time of torch.multinomial.
     """
     sums = p.cumsum(-1)
-    return torch.searchsorted(sums, chances * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 def _backwards(

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from exporter.cores import available_cores
+from exporter.foundation.cpu import available_cores
 
 PR_SET_PDEATHSIG = 1
 

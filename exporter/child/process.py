@@ -13,7 +13,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, Never, ParamSpec, Self, TypeVar, get_type_hints
 
-from exporter import errors
 from exporter.child.messages import (
     MESSAGE_CHARACTERS,
     Arrays,
@@ -25,7 +24,8 @@ from exporter.child.messages import (
     receive,
     send,
 )
-from exporter.errors import DeadlineError, ExporterError, RuntimeCrashError
+from exporter.foundation import errors
+from exporter.foundation.errors import DeadlineError, ExporterError, RuntimeCrashError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,7 +51,7 @@ class Child:
 
     It has no network, ends when this process does, and writes no core. Arguments and results are data of the kinds
     that `exporter.child.messages` knows, checked on both sides by the annotations; an error of another process's making
-    is one of `exporter.errors`. Its standard output and error go to a file that has no name; the last lines are quoted
+    is one of `exporter.foundation.errors`. Its standard output and error go to a file without a name; the last lines
     where it dies. The system ends it with the thread that made it, too.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from exporter.child.limits import end_with, leave_no_core, limit_cpu, limit_memory
 from exporter.child.messages import MESSAGE_CHARACTERS, Arrays, Json, Room, kind_of, receive, send
 from exporter.child.network import cut_network
-from exporter.errors import ExporterError, RuntimeCrashError
+from exporter.foundation.errors import ExporterError, RuntimeCrashError
 
 # The parent is trusted, and the memory of this process limited.
 REQUEST = Room(header=1 << 30, arrays=1 << 33)

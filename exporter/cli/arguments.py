@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from exporter.errors import CheckError, InputError, RequestError
+from exporter.foundation.errors import CheckError, InputError, RequestError
 
 if TYPE_CHECKING:
-    from exporter.measures import Check
+    from exporter.foundation.quantities import Check
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from exporter.cli.arguments import BundleArgument, NoCheckOption, fail_on, require_bundle
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 
 if TYPE_CHECKING:
-    from exporter.bench.cycle import Outcome
+    from exporter.bench.measurement import BenchOutcome
 
 Format = Literal["text", "json", "llama-bench-json", "llama-bench-md"]
 FAR_AWAY = "Needs --on."
@@ -67,10 +67,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
 ) -> None:
     """Time a bundle on this machine, or on a device: send, check, self-test, time, clean up."""
-    from exporter.bench.cycle import measure_here, measure_on
     from exporter.bench.engine import Settings
+    from exporter.bench.measurement import measure_here, measure_on
     from exporter.cli import show
-    from exporter.device.point import require_new_profile
+    from exporter.predict.measured_runs import require_new_profile
 
     require_bundle(bundle)
     if profile is not None:
@@ -110,13 +110,13 @@ def _refuse_without_on(options: dict[str, Any]) -> None:
 
 
 def _remote(on: str, **options: Any) -> Any:
-    from exporter.bench.cycle import Remote
+    from exporter.bench.measurement import Remote
     from exporter.device.connect.connection import address_of
 
     return Remote(address_of(on), **options)
 
 
-def _print(outcome: "Outcome", format: Format) -> None:
+def _print(outcome: "BenchOutcome", format: Format) -> None:
     from exporter.bench import llama_bench
     from exporter.cli import show
 
@@ -129,10 +129,10 @@ def _print(outcome: "Outcome", format: Format) -> None:
         show.document(facts, format == "json", lambda: _show(outcome, facts))
 
 
-def _facts(outcome: "Outcome") -> dict[str, Any]:
+def _facts(outcome: "BenchOutcome") -> dict[str, Any]:
     from dataclasses import asdict
 
-    from exporter.bench.cycle import quantities
+    from exporter.bench.measurement import quantities
 
     machine = asdict(outcome.machine) | {"features": sorted(outcome.machine.features)}
     return {
@@ -147,7 +147,7 @@ def _facts(outcome: "Outcome") -> dict[str, Any]:
     }
 
 
-def _show(outcome: "Outcome", facts: dict[str, Any]) -> None:
+def _show(outcome: "BenchOutcome", facts: dict[str, Any]) -> None:
     from exporter.cli import show
 
     machine = outcome.machine

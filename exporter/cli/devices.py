@@ -7,11 +7,11 @@ import typer
 from typer.core import TyperGroup
 
 from exporter.cli.arguments import JsonOption
-from exporter.errors import RequestError, did_you_mean
+from exporter.foundation.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
-    from exporter.device.facts import Fact
     from exporter.device.profile import DeviceProfile
+    from exporter.device.provenance import Fact
 
 
 GIB = 1 << 30
@@ -116,7 +116,7 @@ def _facts(profile: "DeviceProfile") -> Iterator[tuple[str, str, str, str]]:
 
 
 def _rows(prefix: str, table: Any) -> Iterator[tuple[str, str, str, str]]:
-    from exporter.device.facts import Fact
+    from exporter.device.provenance import Fact
 
     for key, fact in table:
         if isinstance(fact, Fact):

@@ -26,8 +26,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a bundle under a device's memory and CPU limits, without a network."""
+    from exporter.bundle.installed import emulate_bundle
     from exporter.cli import show
-    from exporter.use import emulate_bundle
 
     with show.progress(enabled=not as_json) as progress:
         found = emulate_bundle(bundle, device, memory_bytes, cores, cpu_share, timeout, context, progress)
@@ -47,10 +47,10 @@ def setup(
     as_json: JsonOption = False,
 ) -> None:
     """Install an ARM64 system into the cache, so that bundles run on emulated Arm cores."""
-    from exporter.arm64.cores import CORES
-    from exporter.arm64.installation import INSTALL_COMPILER
-    from exporter.arm64.setup import install, missing_compilers
     from exporter.cli import show
+    from exporter.emulate.arm64.core import CORES
+    from exporter.emulate.arm64.installation import INSTALL_COMPILER
+    from exporter.emulate.arm64.setup import install, missing_compilers
 
     with show.progress(enabled=not as_json) as progress:
         found = install(progress)

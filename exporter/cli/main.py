@@ -16,8 +16,8 @@ from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
 from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, NoCheckOption, fail_on, require_bundle
-from exporter.cores import available_cores
-from exporter.errors import ExporterError, RequestError, printable
+from exporter.foundation.cpu import available_cores
+from exporter.foundation.errors import ExporterError, RequestError, printable
 
 app = typer.Typer(
     name="edge-exporter",
@@ -125,8 +125,8 @@ def build(
 ) -> None:
     """Build a verified bundle for a device."""
     from exporter.cli import show
-    from exporter.job import Job
     from exporter.pipeline import build as run_build
+    from exporter.plan.job import Job
 
     job = Job(
         model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
@@ -163,8 +163,8 @@ def plan(
 ) -> None:
     """Show what build would do and need, without reading weights."""
     from exporter.cli import show
-    from exporter.job import Job
     from exporter.pipeline import plan as run_plan
+    from exporter.plan.job import Job
 
     job = Job(
         model, device, target, type, method, None, calibration, evaluation, context=context,
@@ -196,8 +196,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Generate text with a bundle in its own runtime; a coded bundle stays coded in memory."""
+    from exporter.bundle.installed import answer
     from exporter.cli import show
-    from exporter.use import answer
 
     require_bundle(bundle)
     given = answer(bundle, prompt, tokens, chat, threads, min_decode, not no_check)
@@ -207,9 +207,9 @@ def run(
 @app.command(epilog="Example: edge-exporter verify phone")
 def verify(bundle: BundleArgument, threads: ThreadsOption = THREADS, as_json: JsonOption = False) -> None:
     """Check every byte of a bundle and run its self-test, offline."""
+    from exporter.bundle.installed import self_test
     from exporter.bundle.verify import verify_bundle
     from exporter.cli import show
-    from exporter.use import self_test
 
     require_bundle(bundle)
     with show.progress(enabled=not as_json) as progress:
@@ -332,7 +332,7 @@ def _interrupt(number: int, _: object) -> Never:
 
 def _refused(error: OSError) -> str:
     """Return what to say of a file that could not be read or written."""
-    from exporter.cache import ELSEWHERE, disk_of, full_disk
+    from exporter.foundation.cache import ELSEWHERE, disk_of, full_disk
 
     where = error.filename or "a file could not be read or written"
     full = full_disk(error)

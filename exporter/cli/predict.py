@@ -9,8 +9,8 @@ from exporter.cli.arguments import DeviceOption, JsonOption
 from exporter.cli.devices import app as devices_app
 
 if TYPE_CHECKING:
-    from exporter.device.estimate import Estimate
-    from exporter.device.prediction import Prediction
+    from exporter.predict.estimate import Estimate
+    from exporter.predict.prediction import Prediction
 
 MEASURED_HELP = (
     "A run measured on this device: decode=TOKENS/S,file-bytes=N, optionally prefill=TOKENS/S, and what differs from "
@@ -63,10 +63,10 @@ def predict(
 ) -> None:
     """Predict speed, memory and energy of a model file on a device; no model is needed."""
     from exporter.cli import show
-    from exporter.device.point import calibrated, measured_run
-    from exporter.device.prediction import predict as run_predict
     from exporter.device.profile import load_device
-    from exporter.device.request import Request, checked_request
+    from exporter.predict.measured_runs import calibrated, measured_run
+    from exporter.predict.prediction import predict as run_predict
+    from exporter.predict.request import Request, checked_request
 
     profile = load_device(device)
     length = min(context, 512) if prompt is None else prompt
@@ -88,8 +88,8 @@ def calibrate(
 ) -> None:
     """Write a profile of your own device: a named one plus your measurements, which narrow all predictions."""
     from exporter.cli import show
-    from exporter.device.point import calibrated, measured_run, write_profile
     from exporter.device.profile import load_device
+    from exporter.predict.measured_runs import calibrated, measured_run, write_profile
 
     runs = [measured_run(text) for text in measured]
     profile = calibrated(load_device(device), runs, output.name.removesuffix(".toml"))

@@ -17,15 +17,15 @@ from rich.table import Table
 
 from exporter.bundle.manifest import MEASUREMENTS, REPORT, REPORT_PAGE
 from exporter.bundle.reading import read_document, read_manifest
-from exporter.errors import InputError, printable
-from exporter.measures import Check, Pruning
+from exporter.foundation.errors import InputError, printable
+from exporter.foundation.quantities import Check, Pruning
 from exporter.report.data import Measurements, Report, merged
 from exporter.report.figures import pruned
 from exporter.report.figures import text as figure
 
 if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
-    from exporter.plan import Plan
-    from exporter.use import Answer
+    from exporter.bundle.installed import Answer
+    from exporter.plan.plan import Plan
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.coding.tables import PRECISION, SYMBOLS, TOTAL, Bytes, Shares
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 
 MOST_LANES = 2048
 # A lane costs 2 bytes beyond its symbols' entropy.

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.coding import ans
+from exporter.coding.byte_reader import Reading
 from exporter.coding.huffman import huffman_bytes, read_huffman, read_zstd, searched_bytes
 from exporter.coding.layout import ANYTHING, CODES, KINDS, NUMBERS, Field, Part
-from exporter.coding.reading import Reading
-from exporter.coding.streams import MOST_CLASSES, Block, Shape, blocks_of, restore, shape_of, streams_of
+from exporter.coding.streams import MOST_CLASSES, Block, StreamShape, blocks_of, restore, shape_of, streams_of
 from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits, read_table, shares_of, table_bytes
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 
 Profile = Literal["small", "fast"]
 # What a chunk may consist of, so that restoring it takes a few times its bytes: a table takes 18 KiB. More is coded as
@@ -137,7 +137,7 @@ def _described(part: Part) -> bytes:
     return counts + b"".join(bytes((field.kind,)) + np.uint16(field.width).tobytes() for field in part.fields)
 
 
-def _described_shape(shape: Shape) -> bytes:
+def _described_shape(shape: StreamShape) -> bytes:
     """Return a byte of flags, then the classes of rows and of columns where there are several, two a byte."""
     flags = bytes((shape.differs | bool(shape.rows.any()) << 1 | bool(shape.columns.any()) << 2,))
     return flags + b"".join(_nibbles(classes) for classes in (shape.rows, shape.columns) if classes.any())
@@ -148,7 +148,7 @@ def _nibbles(classes: Bytes) -> bytes:
     return (padded[::2] | padded[1::2] << 4).tobytes()
 
 
-def _read_parts(reading: Reading, size: int) -> tuple[list[Part], list[Shape]]:
+def _read_parts(reading: Reading, size: int) -> tuple[list[Part], list[StreamShape]]:
     (count,) = reading.unpack("H")
     if count > MOST_PARTS:
         raise InputError("a chunk of the coded file has too many parts", got=count, expected=f"at most {MOST_PARTS}")
@@ -173,15 +173,15 @@ def _is_strange(field: Field) -> bool:
     return field.kind not in KINDS or not field.width or too_wide
 
 
-def _read_shape(reading: Reading, part: Part, field: Field) -> Shape:
+def _read_shape(reading: Reading, part: Part, field: Field) -> StreamShape:
     (flags,) = reading.take(1)
     known = {CODES: (0, 2, 4, 6), NUMBERS: (0, 1), ANYTHING: (0,)}
     if flags not in known[field.kind]:
         raise InputError("a field of the coded file has strange flags", got=flags)
-    plain = Shape.plain(part.rows, part.records * field.width)
+    plain = StreamShape.plain(part.rows, part.records * field.width)
     of_rows = _read_classes(reading, len(plain.rows)) if flags & 2 else plain.rows
     of_columns = _read_classes(reading, len(plain.columns)) if flags & 4 else plain.columns
-    return Shape(bool(flags & 1), of_rows, of_columns)
+    return StreamShape(bool(flags & 1), of_rows, of_columns)
 
 
 def _read_classes(reading: Reading, count: int) -> Bytes:

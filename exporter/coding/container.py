@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, TypeVar, get_args
 
-from exporter.cache import replacing
+from exporter.coding.byte_reader import Reading
 from exporter.coding.chunk import CodedChunk, Profile, decode, encode
-from exporter.coding.layout import Part, Section, layout_of, parts_of
-from exporter.coding.reading import Reading
-from exporter.cores import available_cores
-from exporter.errors import ExporterError, InputError, RequestError
+from exporter.coding.layout import FileSection, Part, layout_of, parts_of
+from exporter.foundation.cache import replacing
+from exporter.foundation.cpu import available_cores
+from exporter.foundation.errors import ExporterError, InputError, RequestError
 
 MAGIC = b"\x89EDGECOD"
 VERSION = 1
@@ -75,7 +75,7 @@ def code_file(
     path: Path,
     to: Path,
     profile: Profile = "small",
-    layout: Sequence[Section] | None = None,
+    layout: Sequence[FileSection] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CodedSize:
     """Write the coded form of a file; every chunk is restored and compared before it is written.

@@ -8,9 +8,9 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from exporter.coding.reading import Reading
+from exporter.coding.byte_reader import Reading
 from exporter.coding.tables import Bytes, counts_of
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 
 COMMON = 15
 _ESCAPE = np.uint8(COMMON)

@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from exporter.errors import InputError
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 from exporter.model.gguf_reader import open_gguf
-from exporter.toml import shown
 
 # Kinds of fields: bytes that are codes of weights; little-endian floating-point numbers; anything else.
 CODES, NUMBERS, ANYTHING = range(3)
@@ -67,7 +67,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Section:
+class FileSection:
     """A part, and where in the file it begins."""
 
     start: int
@@ -101,7 +101,7 @@ _BLOCKS: dict[str, tuple[Field, ...]] = {
 }
 
 
-def layout_of(path: Path) -> list[Section]:
+def layout_of(path: Path) -> list[FileSection]:
     """Return what is known of a file: a GGUF file's tensors, or those of the ONNX graph that it is the data of.
 
     Args:
@@ -120,9 +120,9 @@ def layout_of(path: Path) -> list[Section]:
     return []
 
 
-def _gguf_layout(path: Path) -> list[Section]:
+def _gguf_layout(path: Path) -> list[FileSection]:
     return [
-        Section(int(tensor.data_offset), _ggml_part(tensor.tensor_type, [int(n) for n in tensor.shape]))
+        FileSection(int(tensor.data_offset), _ggml_part(tensor.tensor_type, [int(n) for n in tensor.shape]))
         for tensor in open_gguf(path).tensors
     ]
 
@@ -135,11 +135,11 @@ def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
     return Part(int(np.prod(shape[1:], dtype=np.int64)), shape[0] // block, fields)
 
 
-def _onnx_layout(graph: Path, data: Path) -> list[Section]:
+def _onnx_layout(graph: Path, data: Path) -> list[FileSection]:
     with graph.open("rb") as file:
         model = read_graph(file.read(MOST_GRAPH_BYTES + 1), graph)
     held = [External.of(one, graph) for one in model.graph.initializer if one.dims]
-    return [Section(one.start, array_part(one.shape, one.kind)) for one in held if one.location == data.name]
+    return [FileSection(one.start, array_part(one.shape, one.kind)) for one in held if one.location == data.name]
 
 
 def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
@@ -225,7 +225,7 @@ def array_part(shape: Sequence[int], kind: np.dtype[Any]) -> Part:
     return Part(int(shape[0]), int(np.prod(shape[1:], dtype=np.int64)), (field,))
 
 
-def parts_of(sections: Sequence[Section], size: int, most: int) -> Iterator[Part]:
+def parts_of(sections: Sequence[FileSection], size: int, most: int) -> Iterator[Part]:
     """Give parts that make up a file without a gap.
 
     Args:

@@ -26,7 +26,7 @@ TABLE_BITS = 8 * 30
 
 
 @dataclass(frozen=True)
-class Shape:
+class StreamShape:
     """How a field was turned into streams.
 
     Attributes:
@@ -40,7 +40,7 @@ class Shape:
     columns: Bytes
 
     @classmethod
-    def plain(cls, rows: int, columns: int) -> "Shape":
+    def plain(cls, rows: int, columns: int) -> "StreamShape":
         """Return the shape of a field as it is, with one class."""
         return cls(False, np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
 
@@ -53,7 +53,7 @@ class Block:
     table: int
 
 
-def shape_of(values: Bytes, field: Field, by_column: bool) -> Shape:
+def shape_of(values: Bytes, field: Field, by_column: bool) -> StreamShape:
     """Choose how a field, uint8 [rows, records, width], is best turned into streams.
 
     Args:
@@ -63,14 +63,14 @@ def shape_of(values: Bytes, field: Field, by_column: bool) -> Shape:
     """
     if field.kind == CODES:
         return _classified(values.reshape(len(values), -1), by_column)[0]
-    one = Shape.plain(len(values), values[0].size)
+    one = StreamShape.plain(len(values), values[0].size)
     if field.kind == NUMBERS and values.shape[1] > 1:
         bits = [sum(entropy_bits(counts_of(plane)) for plane in _planes(values, differs)) for differs in (False, True)]
         return replace(one, differs=bits[1] < bits[0])
     return one
 
 
-def streams_of(values: Bytes, field: Field, shape: Shape) -> list[Bytes]:
+def streams_of(values: Bytes, field: Field, shape: StreamShape) -> list[Bytes]:
     """Return the streams of a field, uint8 [rows, records, width]."""
     if field.kind == NUMBERS:
         return _planes(values, shape.differs)
@@ -80,7 +80,7 @@ def streams_of(values: Bytes, field: Field, shape: Shape) -> list[Bytes]:
     return [np.concatenate([codes[rows, columns].reshape(-1) for rows, columns, _ in _blocks(shape)])]
 
 
-def blocks_of(part: Part, field: Field, shape: Shape) -> list[list[Block]]:
+def blocks_of(part: Part, field: Field, shape: StreamShape) -> list[list[Block]]:
     """Return the blocks of each stream of a field."""
     if field.kind == CODES:
         spans = [
@@ -94,7 +94,7 @@ def blocks_of(part: Part, field: Field, shape: Shape) -> list[list[Block]]:
     return [[Block(symbols, 0)] for symbols in counts for _ in range(field.width)]
 
 
-def restore(streams: list[Bytes], field: Field, shape: Shape, values: Bytes) -> None:
+def restore(streams: list[Bytes], field: Field, shape: StreamShape, values: Bytes) -> None:
     """Write a field, uint8 [rows, records, width], from its streams."""
     if field.kind == NUMBERS and shape.differs:
         first, rest = streams[: field.width], streams[field.width :]
@@ -108,7 +108,7 @@ def restore(streams: list[Bytes], field: Field, shape: Shape, values: Bytes) -> 
         values[...] = _ordered_codes(streams[0], shape).reshape(values.shape)
 
 
-def _ordered_codes(stream: Bytes, shape: Shape) -> Bytes:
+def _ordered_codes(stream: Bytes, shape: StreamShape) -> Bytes:
     """Return codes, uint8 [rows, columns], from their stream."""
     codes = stream.reshape(len(shape.rows), -1)
     if shape.columns.any():
@@ -125,7 +125,7 @@ def _ordered_codes(stream: Bytes, shape: Shape) -> Bytes:
     return codes
 
 
-def _blocks(shape: Shape) -> Iterator[tuple[slice, slice, int]]:
+def _blocks(shape: StreamShape) -> Iterator[tuple[slice, slice, int]]:
     """Give rows and columns, in order of their classes, of each pair of classes, and the table of the pair."""
     columns = list(_spans(shape.columns))
     for row, row_class in _spans(shape.rows):
@@ -161,13 +161,13 @@ def coded_bits(codes: Bytes, times: float = 1.0) -> float:
     return _classified(codes, True, times)[1]
 
 
-def _classified(codes: Bytes, by_column: bool, times: float = 1.0) -> tuple[Shape, float]:
+def _classified(codes: Bytes, by_column: bool, times: float = 1.0) -> tuple[StreamShape, float]:
     """Return the classes of codes, uint8 [rows, columns], that take the fewest bits, and these."""
     counts = counts_of(codes)
     # From the commonest code on, in both directions: signed bytes and codes with a zero in the middle are alike then.
     reach = np.abs((codes - np.uint8(counts.argmax())).view(np.int8).astype(np.int16))
     of_rows, of_columns = (np.log2(reach.mean(axis=axis, dtype=np.float32) + LEAST_REACH) for axis in (1, 0))
-    one = Shape.plain(*codes.shape)
+    one = StreamShape.plain(*codes.shape)
     best, fewest = one, times * entropy_bits(counts) + TABLE_BITS
     for step in STEPS:
         tried = [replace(one, rows=_numbered(of_rows, step))]
@@ -187,7 +187,7 @@ def _numbered(reach: NDArray[np.float32], step: float) -> Bytes:
     return classes
 
 
-def _bits(codes: Bytes, shape: Shape, times: float) -> float:
+def _bits(codes: Bytes, shape: StreamShape, times: float) -> float:
     """Return the bits that codes, uint8 [rows, columns], take in classes."""
     counts = np.zeros((2 * MOST_CLASSES, SYMBOLS), np.int64)
     tables = shape.columns.astype(np.int32) * SYMBOLS

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.coding.reading import Reading
-from exporter.errors import InputError
+from exporter.coding.byte_reader import Reading
+from exporter.foundation.errors import InputError
 
 Bytes = NDArray[np.uint8]
 Shares = NDArray[np.uint32]

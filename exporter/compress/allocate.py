@@ -16,14 +16,14 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.moments import Site
+from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.caldera import residual
 from exporter.compress.method import MatrixMethod, Method, spread_rows
-from exporter.errors import ExporterError
+from exporter.formats.format import Float32, LowRank, WeightFormat
+from exporter.formats.group import Decision, WeightGroup
+from exporter.foundation.errors import ExporterError
 from exporter.model.model import Model
-from exporter.weights.format import Float32, LowRank, WeightFormat
-from exporter.weights.group import Decision, WeightGroup
 
 Float64 = NDArray[np.float64]
 SAMPLED_ROWS = 32

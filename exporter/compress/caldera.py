@@ -1,6 +1,6 @@
 """CALDERA as runtimes hold it: W = Q + L R in their own formats (Saha et al. 2024, NeurIPS, algorithm 1).
 
-Q and L R take turns as in `exporter.compress.reference.caldera`, with a method of this package in place of the lattice:
+Q and L R alternate as in `exporter.compress.reference.caldera`, with a method of this package in place of the lattice:
 it encodes Q and R in the metric of the inputs, and L in that of what R puts out. Rows count by their sensitivities, as
 they do in the model's divergence (`exporter.calibrate.statistics`); for Q, whose rows are independent of each other,
 that changes nothing.
@@ -12,11 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from exporter.calibrate.moments import Site
-from exporter.compress.ldlq import DAMPING, damped
+from exporter.calibrate.second_moments import Site
 from exporter.compress.lowrank import (
+    balanced_components,
     downdated,
-    evened,
     fitted_left,
     fitted_right,
     largest_channels,
@@ -25,7 +24,8 @@ from exporter.compress.lowrank import (
     weighted_error,
 )
 from exporter.compress.method import Method
-from exporter.weights.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
+from exporter.compress.methods.ldlq import DAMPING, damped
+from exporter.formats.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
 
 Part = Literal["Q", "LR"]
 # Rows count no less than this share of the mean row.
@@ -33,25 +33,25 @@ LEAST_SENSITIVITY = 1e-3
 
 
 @dataclass(frozen=True)
-class Turns:
-    """How Q and L R take turns.
+class Alternation:
+    """How Q and L R alternate.
 
     Attributes:
         order: Which comes first.
-        count: How often each has its turn.
-        factor_turns: How often R is fitted to the rounded L again, within a turn of theirs.
+        iterations: How often each is fitted.
+        factor_iterations: How often R is fitted to the rounded L again, within an iteration.
         outliers: Columns of the largest inputs that L R begins with (Cho et al. 2025, ODLRI); at most the rank.
-        downdate: While Q is chosen, leave to L R what it can mend.
+        downdate: Exclude from Q's loss the directions that L R can represent.
     """
 
     order: tuple[Part, Part] = ("Q", "LR")
-    count: int = 2
-    factor_turns: int = 1
+    iterations: int = 2
+    factor_iterations: int = 1
     outliers: int = 0
     downdate: bool = False
 
 
-TURNS = Turns()
+ALTERNATION = Alternation()
 
 
 def encode_with_factors(
@@ -61,7 +61,7 @@ def encode_with_factors(
     site: Site,
     outputs: Float32,
     method: Method,
-    turns: Turns = TURNS,
+    alternation: Alternation = ALTERNATION,
     factor_method: Method | None = None,
 ) -> EncodedMatrix:
     """Encode one matrix and its factors; of all iterates the best is kept.
@@ -73,17 +73,17 @@ def encode_with_factors(
         site: What was seen of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
         method: Chooses the codes of Q.
-        turns: How they take turns.
+        alternation: In which order, and how often.
         factor_method: Chooses those of L and R; None for the same.
     """
     problem = _Problem(weight, site, outputs, low_rank, method, factor_method or method)
-    factors = problem.on_outliers(turns.outliers) if turns.outliers else None
+    factors = problem.on_outliers(alternation.outliers) if alternation.outliers else None
     base, best, least = None, None, np.inf
-    for part in turns.order * turns.count:
+    for part in alternation.order * alternation.iterations:
         if part == "Q":
-            base = problem.base(format, factors, turns.downdate)
+            base = problem.base(format, factors, alternation.downdate)
         else:
-            factors = problem.factors(weight if base is None else weight - base.planned, turns.factor_turns)
+            factors = problem.factors(weight if base is None else weight - base.planned, alternation.factor_iterations)
         if base is None or factors is None:
             continue
         planned = factors.added_to(base.planned)
@@ -128,12 +128,12 @@ class _Problem:
         right = factors.low_rank.format.decode_rows(factors.right, self._weight.shape[1])
         return _site(damped(downdated(self._moment, right), DAMPING))
 
-    def factors(self, target: Float32, turns: int) -> EncodedFactors:
+    def factors(self, target: Float32, iterations: int) -> EncodedFactors:
         """Return factors for W - Q."""
         scaled = target * self._rows
         best = self._encoded(target, regression(scaled, self._moment, self._low_rank.rank)[1])
         least = self.error(best.added_to(-target))
-        for _ in range(turns):
+        for _ in range(iterations):
             left = best.low_rank.format.decode_rows(best.left, self._low_rank.rank)
             again = self._encoded(target, fitted_right(scaled, left * self._rows))
             error = self.error(again.added_to(-target))
@@ -150,9 +150,9 @@ class _Problem:
         return self._encoded(only, right)
 
     def _encoded(self, target: Float32, right: Float32) -> EncodedFactors:
-        """Encode R, evened, then the L that fits it best as encoded."""
+        """Encode R, balanced_components, then the L that fits it best as encoded."""
         format = self._low_rank.format
-        encoded = self._method_of_right.encode(evened(right, self._moment), format, self._site)
+        encoded = self._method_of_right.encode(balanced_components(right, self._moment), format, self._site)
         left = fitted_left(target, self._moment, encoded.planned)
         image: Float32 = encoded.planned @ self._moment
         moment: Float32 = image @ encoded.planned.T
@@ -168,8 +168,8 @@ def _site(moment: Float32) -> Site:
 def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float32:
     """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
 
-    The error of encoding it foretells that of both together, so that a rank can compete with bits for the same bytes:
-    exactly so where factors come first, and about as well where the matrix does.
+    Its encoding error predicts that of both together, so that a rank can compete with bits for the same bytes: exactly
+    where the factors are fitted first, closely where the matrix is.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.

@@ -7,20 +7,20 @@ from types import MappingProxyType
 
 import numpy as np
 
-from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges
+from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.calibrate.text import Tokens, Windows
-from exporter.compress.caldera import TURNS, Turns, encode_with_factors
-from exporter.compress.correction import Correction
-from exporter.compress.method import Method, load_method, relative_error
-from exporter.effort import EFFORTS, Effort
-from exporter.errors import RequestError
+from exporter.calibrate.windows import Tokens, Windows
+from exporter.compress.caldera import ALTERNATION, Alternation, encode_with_factors
+from exporter.compress.effort import EFFORTS, Effort
+from exporter.compress.error_propagation import ErrorPropagation
+from exporter.compress.method import Method, fits_inputs, load_method, relative_error
+from exporter.formats.format import EncodedMatrix, Float32, LowRank, WeightFormat
+from exporter.formats.group import Decision
+from exporter.foundation.allocator import give_back_freed_memory
+from exporter.foundation.errors import RequestError
 from exporter.model.families import EMBEDDING, LINEARS
 from exporter.model.model import Model
-from exporter.stages import give_back_freed_memory
-from exporter.weights.format import EncodedMatrix, Float32, LowRank, WeightFormat
-from exporter.weights.group import Decision
 
 DIGESTED_ROWS_AT_ONCE = 1024
 # The method that gives factors their codes, whatever gives the matrices theirs.
@@ -28,7 +28,7 @@ FACTORS = "ldlq"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MatrixOutcome:
     """What became of one matrix.
 
     Attributes:
@@ -52,10 +52,10 @@ class CompressedModel:
         encoded: Called after each matrix with its number and the total.
         rewritten: The source in the shape and coordinates that it is compressed in, which decisions and statistics
             are of; None for its own.
-        turns: How matrices and their factors take turns where a decision has factors.
+        alternation: How matrices and their factors alternate where a decision has factors.
         methods: Methods of single matrices, by name, instead of the one that the decision names.
-        corrected_on: Windows, int64 [windows, length], on which matrices make up for what those before them lost; they
-            are then to be encoded in the order in which the model computes with them. None where they do not.
+        propagation_text: Windows, int64 [windows, length], on which matrices compensate for the errors of earlier
+            ones; they must then be encoded in the order of computation. None: they do not.
     """
 
     def __init__(
@@ -66,20 +66,22 @@ class CompressedModel:
         effort: Effort = EFFORTS["balanced"],
         encoded: Callable[[int, int], None] = lambda done, total: None,
         rewritten: Model | None = None,
-        turns: Turns = TURNS,
+        alternation: Alternation = ALTERNATION,
         methods: Mapping[str, Method] = MappingProxyType({}),
-        corrected_on: Tokens | None = None,
+        propagation_text: Tokens | None = None,
     ) -> None:
         self.model = model
         self.rewritten = rewritten or model
         self.decisions = {decision.group.name: decision for decision in decisions}
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, MatrixOutcome] = {}
         self._statistics = statistics
         self._methods = {name: load_method(name, effort) for name in {FACTORS, *(one.method for one in decisions)}}
         self._own_methods = methods
         self._encoded = encoded
-        self._turns = turns
-        self._correction = None if corrected_on is None else Correction(self.rewritten, corrected_on, self._embedded)
+        self._turns = alternation
+        self._propagation = (
+            None if propagation_text is None else ErrorPropagation(self.rewritten, propagation_text, self._embedded)
+        )
 
     def encode(self, name: str) -> EncodedMatrix:
         """Read, compress and return one matrix; its outcome is kept.
@@ -91,7 +93,7 @@ class CompressedModel:
         decision = self.decisions[name]
         weight = self.rewritten.read(name)
         site = self._site(decision)
-        wanted = weight if self._correction is None else self._correction.wanted(decision.group, weight)
+        wanted = weight if self._propagation is None else self._propagation.wanted(decision.group, weight)
         matrix = self._matrix(decision, wanted, site)
         if weight.any() and not matrix.planned.any():
             raise RequestError(
@@ -101,11 +103,11 @@ class CompressedModel:
                 next_step="choose a type that holds float32, such as F32, or for ONNX int4-b32-f32",
             )
         second_moment = None if site is None else site.second_moment
-        self.outcomes[name] = Outcome(
+        self.outcomes[name] = MatrixOutcome(
             weights_digest(matrix.planned), relative_error(weight, matrix.planned, second_moment)
         )
-        if self._correction is not None:
-            self._correction.follow(decision.group, matrix.planned)
+        if self._propagation is not None:
+            self._propagation.follow(decision.group, matrix.planned)
         give_back_freed_memory()
         self._encoded(len(self.outcomes), len(self.decisions))
         return matrix
@@ -151,19 +153,19 @@ class CompressedModel:
         return None if self._statistics is None else self._statistics.site(decision.group.site)
 
 
-def is_corrected(effort: Effort, decisions: Sequence[Decision]) -> bool:
-    """Say whether matrices are to make up for what those before them lost.
+def propagates_errors(effort: Effort, decisions: Sequence[Decision]) -> bool:
+    """Say whether matrices compensate for the errors of earlier ones.
 
     They are where every one has codes that are fitted to its inputs and no factors, and some have less than 16 bits.
     """
-    fitted = all(one.method == "ldlq" and one.low_rank is None for one in decisions)
+    fitted = all(fits_inputs(one.method) and one.low_rank is None for one in decisions)
     rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
-    return effort.corrects and fitted and rounded
+    return effort.propagates_errors and fitted and rounded
 
 
-def corrected_on(effort: Effort, decisions: Sequence[Decision], calibration: Windows) -> Tokens | None:
-    """Return the windows that they do so on, int64 [windows, length]; None where they do not."""
-    return calibration.tokens if is_corrected(effort, decisions) else None
+def propagation_text(effort: Effort, decisions: Sequence[Decision], calibration: Windows) -> Tokens | None:
+    """Return the windows that errors are propagated on, int64 [windows, length]; None where they do not."""
+    return calibration.tokens if propagates_errors(effort, decisions) else None
 
 
 def weights_digest(weight: Float32) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 
 def rotation(size: int) -> Float32:

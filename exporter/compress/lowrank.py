@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compress.hadamard import rotation
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 Factors = tuple[Float32, Float32]
 # Of a Gram matrix's mean diagonal, so that factors with an empty component can be fitted too.
 RIDGE = 1e-7
-# Of the loudest component: what is quieter is not made louder still.
-LEAST_LOUDNESS = 1e-6
+# Of the largest component's magnitude: smaller components are not scaled up any further.
+LEAST_MAGNITUDE = 1e-6
 
 
 def weighted_error(change: Float32, moment: Float32) -> float:
@@ -56,22 +56,22 @@ def regression_on(columns: NDArray[np.int64], target: Float32, moment: Float32, 
     return left, right
 
 
-def evened(right: Float32, moment: Float32) -> Float32:
+def balanced_components(right: Float32, moment: Float32) -> Float32:
     """Return rows of the same span as R's that R x is spread over evenly, float32 [rank, columns].
 
     L R = (L U^-1) (U R) for every invertible U, so a runtime may hold either. It has few bits for L and R, and rounds
-    R x in blocks as it rounds x; but as regression gives them, one component is tens of times as loud as most others of
-    its block, and rounding it costs up to three times what the rounding of x does. U divides each component by the
-    square root of its loudness, which leaves the other half of it to L, and rotates all of them.
+    R x in blocks as it rounds x. As regression gives them, one component is tens of times as large as most others in
+    its block, and rounding costs up to three times what the rounding of x does. U divides each component by the
+    square root of its magnitude, which leaves the other half of it to L, and rotates all of them.
 
     Args:
         right: R, float32 [rank, columns].
         moment: H, float32 [columns, columns].
     """
-    loudness = np.sqrt(np.maximum(np.einsum("ij,ij->i", right @ moment, right), 0))
-    if not loudness.any():
+    magnitude = np.sqrt(np.maximum(np.einsum("ij,ij->i", right @ moment, right), 0))
+    if not magnitude.any():
         return right
-    halves = np.sqrt(np.maximum(loudness, LEAST_LOUDNESS * loudness.max()))
+    halves = np.sqrt(np.maximum(magnitude, LEAST_MAGNITUDE * magnitude.max()))
     rotated: Float32 = rotation(len(right)) @ (right / halves[:, None])
     return rotated
 

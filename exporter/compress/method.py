@@ -6,25 +6,12 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.calibrate.moments import Site
-from exporter.effort import Effort
-from exporter.registry import load, names
-from exporter.weights.format import EncodedMatrix, Float32, WeightFormat
+from exporter.calibrate.second_moments import Site
+from exporter.compress.effort import EFFORTS, Effort
+from exporter.formats.format import EncodedMatrix, Float32, WeightFormat
+from exporter.foundation.registry import load, names
 
-NOT_METHODS = {
-    "method",
-    "compressed",
-    "correction",
-    "allocate",
-    "equalise",
-    "lowrank",
-    "caldera",
-    "curve",
-    "hadamard",
-    "prune",
-    "prunenet",
-}
-
+METHODS = "exporter.compress.methods"
 # More rows at a time would only take more memory.
 ROWS_AT_ONCE = 2048
 
@@ -43,9 +30,16 @@ class ExpectedError:
 
 
 class Method(Protocol):
-    """A way to choose the codes of a matrix in a given format."""
+    """A way to choose the codes of a matrix in a given format.
+
+    Attributes:
+        name: Its name, which is that of its file.
+        fits_inputs: Codes depend on the inputs that were observed. Only then do scaled channels and the propagation of
+            errors from earlier matrices lower the loss.
+    """
 
     name: str
+    fits_inputs: bool
 
     def require(self, format: WeightFormat) -> None:
         """Refuse a format that the method chooses no codes in.
@@ -66,7 +60,7 @@ class Method(Protocol):
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Foretell the error of some rows without fitting them to the text.
+        """Predict the error of some rows without fitting them to the text.
 
         Args:
             weight: float32 [rows, columns]; not changed.
@@ -90,7 +84,7 @@ def spread_rows(rows: int, count: int) -> NDArray[np.int64]:
 
 def method_names() -> list[str]:
     """Return the names of the methods."""
-    return [name for name in names("exporter.compress") if name not in NOT_METHODS]
+    return names(METHODS)
 
 
 def load_method(name: str, effort: Effort) -> Method:
@@ -99,8 +93,17 @@ def load_method(name: str, effort: Effort) -> Method:
     Raises:
         RequestError: there is no such method.
     """
-    method: Method = load("exporter.compress.{}", name, method_names(), "method").at(effort)
+    method: Method = load(f"{METHODS}.{{}}", name, method_names(), "method").at(effort)
     return method
+
+
+def fits_inputs(name: str) -> bool:
+    """Say whether a method's codes depend on the inputs that were observed.
+
+    Raises:
+        RequestError: there is no such method.
+    """
+    return load_method(name, EFFORTS["balanced"]).fits_inputs
 
 
 def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float | None:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter import entries
-from exporter.cache import cache_folder, locked
-from exporter.calibrate.layers import silent
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics
-from exporter.entries import ARRAY, VECTORS, filling, is_whole, load
-from exporter.errors import RequestError
+from exporter.foundation import cache_entries as entries
+from exporter.foundation.cache import cache_folder, locked
+from exporter.foundation.cache_entries import ARRAY, VECTORS, filling, is_whole, load
+from exporter.foundation.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model
@@ -41,7 +41,7 @@ LEAST_KEPT = 0.25
 
 
 @dataclass(frozen=True)
-class Options:
+class ClosedFormOptions:
     """What is asked for.
 
     Attributes:
@@ -66,7 +66,7 @@ class Pruned:
     Attributes:
         model: The model.
         ratio: Share of the channels that went.
-        predicted_kl: KL divergence a token, in nats, that is foretold; None where nothing foretells it.
+        predicted_kl: Predicted KL divergence a token, in nats; None where there is no prediction.
     """
 
     model: Model
@@ -133,7 +133,7 @@ def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int
 
 
 def prune(
-    model: Model, statistics: Statistics, options: Options, progress: Callable[[int, int], None] = silent
+    model: Model, statistics: Statistics, options: ClosedFormOptions, progress: Callable[[int, int], None] = silent
 ) -> Pruned:
     """Return the model without the channels that cost least, repaired; what was done before comes from the cache.
 
@@ -172,7 +172,7 @@ def repair(
         model: The source.
         statistics: Of the inputs and outputs of its `down`.
         kept: For each layer the channels that stay, ascending.
-        damping: See `Options`.
+        damping: See `ClosedFormOptions`.
         progress: Called with layers done and their total.
 
     Raises:
@@ -218,7 +218,7 @@ def _down_file(layer: int) -> str:
 
 
 def losses(model: Model, statistics: Statistics, layer: int, masks: Sequence[Channels]) -> NDArray[np.float64]:
-    """Return the KL divergence that each of several masks of a layer is foretold to cost, float64 [masks].
+    """Return the predicted KL divergence of each of several masks of a layer, float64 [masks].
 
     With nothing repaired, D is what `down` has of the channels that go, B: 1/2 sum_ij (A A^T)_ij H_ij over B.
 
@@ -248,7 +248,7 @@ def _cached(model: Model, statistics: Statistics, *decisive: object) -> Path:
 def _chosen(
     model: Model,
     statistics: Statistics,
-    options: Options,
+    options: ClosedFormOptions,
     widths: tuple[int, ...],
     progress: Callable[[int, int], None],
 ) -> list[Channels]:

@@ -10,9 +10,9 @@ values of the drawn rows from those of all rows, discounted by the number of the
 
 With no other function between P and r, the network is a direction u = P^T r: rows stay by their product with it.
 
-Where the published code does something else than it sets out to, `Options` has a switch, and `PUBLISHED` are its own
-choices. The defaults mend what comes before and after learning: W is what the layer multiplies with, the gains of the
-normalisation before it folded in, the best policy is kept, and the mask is not drawn once more. They leave learning
+Where the published code differs from the paper, `PruneNetOptions` has a switch, and `PUBLISHED` holds the code's
+choices. The defaults correct what comes before and after learning: the gains of the normalisation before it are folded
+into W, the best policy is kept, and the mask is not drawn once more. They leave learning
 itself as published, which learns nothing: no reward is below zero, so every row's chance grows until all are 1. A
 gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise it was drawn with)
 leads astray: the reward is for rows that keep the singular values as they are, and a policy good at that takes the rows
@@ -30,16 +30,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from exporter.cache import cache_folder
-from exporter.calibrate.layers import silent
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.prune import Pruned, losses, planned_widths
-from exporter.entries import VECTORS, kept
-from exporter.errors import RequestError
+from exporter.formats.format import Float32
+from exporter.foundation.cache import cache_folder
+from exporter.foundation.cache_entries import VECTORS, kept
+from exporter.foundation.errors import RequestError
 from exporter.model.families import LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.widths import Channels
-from exporter.weights.format import Float32
 
 Float64 = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ LEAST_WEIGHT = 1e-300
 
 
 @dataclass(frozen=True)
-class Options:
+class PruneNetOptions:
     """How a policy is learned and used.
 
     Attributes:
@@ -69,8 +69,8 @@ class Options:
         exact_probability: The gradient is that of drawing without replacement; published and default: of the sum of
             log o.
         same_noise: The gradient is taken at the o that was drawn by; published and default: at o with fresh noise.
-        deterministic: Rows stay at equal distances of the running sum of their chances (see `spread`); published: they
-            are drawn once more.
+        deterministic: Rows stay at equal distances of the running sum of their probabilities (see `spread`);
+            published: they are drawn once more.
         clip: Most length of a gradient; None, as published (its clipping comes after the gradient is zeroed), for any.
         regularisation: How much KL(alpha || 1/2) counts in the loss.
         folded: W has the normalisation's gains in its columns, so that two ways to store one function are pruned alike;
@@ -92,7 +92,7 @@ class Options:
     folded: bool = True
 
 
-PUBLISHED = Options(keep_best=False, deterministic=False, folded=False)
+PUBLISHED = PruneNetOptions(keep_best=False, deterministic=False, folded=False)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Policy:
 
     Attributes:
         direction: u, float32 [hidden].
-        offset: b r, of which the chances depend and the order of rows does not.
+        offset: b r, of which the probabilities depend and the order of rows does not.
         rewards: Sum of all layers' rewards in each episode, float32 [episodes].
         options: How it was learned.
     """
@@ -109,7 +109,7 @@ class Policy:
     direction: Float32
     offset: float
     rewards: Float32
-    options: Options
+    options: PruneNetOptions
 
     def kept(
         self, model: Model, widths: Sequence[int], statistics: Statistics | None = None, draws: int = DRAWS
@@ -119,8 +119,8 @@ class Policy:
         Args:
             model: The model that it was learned on, or one as wide.
             widths: How many of each layer.
-            statistics: Of the inputs and outputs of its `down`: of several masks of each layer that which is foretold
-                to cost least is taken. None: the policy's own, without any text.
+            statistics: Of the inputs and outputs of its `down`: of several masks of each layer, the one with the least
+                predicted loss is taken. None: the policy's own, without any text.
             draws: How many are drawn beside that.
 
         Raises:
@@ -143,7 +143,7 @@ class Policy:
         return _drawn_mask(logits, width, chance)
 
 
-def learned(model: Model, options: Options, progress: Callable[[int, int], None] = silent) -> Policy:
+def learned(model: Model, options: PruneNetOptions, progress: Callable[[int, int], None] = silent) -> Policy:
     """Return a policy for a model, from the cache if it was learned before.
 
     Args:
@@ -177,7 +177,7 @@ def prune(
         model: The source.
         policy: What was learned on it.
         ratio: Share of the channels that go.
-        multiple: See `exporter.compress.prune.Options`.
+        multiple: See `exporter.compress.prune.ClosedFormOptions`.
         statistics: See `Policy.kept`.
         draws: See `Policy.kept`.
 
@@ -189,13 +189,14 @@ def prune(
 
 
 def spread(logarithms: Float64, count: int) -> Channels:
-    """Return so many rows, ascending, in proportion to their chances and without drawing: systematic sampling.
+    """Return so many rows, ascending, in proportion to their probabilities and without drawing: systematic sampling.
 
-    The rows with the greatest chances would be those on one side of a plane, and what spans the other would be gone:
-    those that stay are where the running sum of the chances passes 1/2, 3/2, ... (Madow and Madow 1944, section 4).
+    The rows with the greatest probabilities all lie on one side of a plane, and nothing would span the other. So the
+    rows that stay are those where the running sum of the probabilities passes 1/2, 3/2, ... (Madow and Madow 1944,
+    section 4).
 
     Args:
-        logarithms: Of what the rows' chances to stay are proportional to, float64 [rows].
+        logarithms: Of what the rows' probabilities to stay are proportional to, float64 [rows].
         count: How many stay.
     """
     # No row is so unlikely that it could not stay where too few others are left.
@@ -203,17 +204,17 @@ def spread(logarithms: Float64, count: int) -> Channels:
     certain = np.zeros(len(weights), bool)
     while True:
         left = count - int(certain.sum())
-        chances = np.where(certain, 0, weights)
-        chances *= left / max(chances.sum(), LEAST_WEIGHT)
-        over = chances >= 1
+        probabilities = np.where(certain, 0, weights)
+        probabilities *= left / max(probabilities.sum(), LEAST_WEIGHT)
+        over = probabilities >= 1
         if not over.any():
             break
         certain |= over
-    places = np.searchsorted(chances.cumsum(), np.arange(left) + 0.5)
+    places = np.searchsorted(probabilities.cumsum(), np.arange(left) + 0.5)
     return np.sort(np.concatenate([np.flatnonzero(certain), places]))
 
 
-def _gate(model: Model, layer: int, options: Options) -> Float32:
+def _gate(model: Model, layer: int, options: PruneNetOptions) -> Float32:
     """Return a layer's gate matrix as a policy sees it, float32 [rows, hidden]."""
     stored = model.read(layer_tensor(layer, f"{LINEARS['gate'][0]}.weight"))
     return stored * model.read(layer_tensor(layer, NORMS["mlp_norm"])) if options.folded else stored
@@ -241,12 +242,14 @@ class _Draw:
     reward: float
 
 
-def _learn(model: Model, options: Options, progress: Callable[[int, int], None]) -> Policy:
+def _learn(model: Model, options: PruneNetOptions, progress: Callable[[int, int], None]) -> Policy:
     gates = [torch.from_numpy(_gate(model, layer, options)) for layer in range(model.architecture.layers)]
     return follow_rewards(gates, options, progress)
 
 
-def follow_rewards(gates: Sequence[torch.Tensor], options: Options, progress: Callable[[int, int], None]) -> Policy:
+def follow_rewards(
+    gates: Sequence[torch.Tensor], options: PruneNetOptions, progress: Callable[[int, int], None]
+) -> Policy:
     """Learn a policy for some gate matrices, each float32 [rows, hidden]."""
     chance = torch.Generator().manual_seed(options.seed)
     spectra = [singular_values(gate) for gate in gates]
@@ -280,7 +283,9 @@ def _state(network: _Network) -> tuple[Float32, float]:
 
 
 @torch.no_grad()
-def _draw(network: _Network, gate: torch.Tensor, spectrum: Float64, options: Options, chance: torch.Generator) -> _Draw:
+def _draw(
+    network: _Network, gate: torch.Tensor, spectrum: Float64, options: PruneNetOptions, chance: torch.Generator
+) -> _Draw:
     """Draw rows of a layer and reward them."""
     noise = _noise(len(gate), chance)
     rows = _drawn(network(gate) + noise, max(1, int((1 - options.ratio) * len(gate))), chance)
@@ -294,7 +299,7 @@ def _follow(
     gate: torch.Tensor,
     draw: _Draw,
     advantage: float,
-    options: Options,
+    options: PruneNetOptions,
     chance: torch.Generator,
 ) -> None:
     """Take a step that makes the rows drawn as much more likely as they were better than usual."""

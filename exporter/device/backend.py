@@ -5,9 +5,9 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from exporter.device.facts import AppMemory, Bandwidth, Operations, Ratio, Seconds, Text, Watts
-from exporter.measures import Basis, Document
-from exporter.toml import impossible
+from exporter.device.provenance import AppMemory, Bandwidth, Operations, Ratio, Seconds, Text, Watts
+from exporter.foundation.config_files import impossible
+from exporter.foundation.quantities import Basis, Document
 
 ArmFeature = Literal["neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
 X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512-bf16", "avx512-vnni", "amx-int8"]

@@ -2,10 +2,10 @@
 
 import math
 
-from exporter.device.facts import Fact
 from exporter.device.profile import DeviceClass, DeviceProfile
-from exporter.errors import ExporterError
-from exporter.measures import Basis, Check, Quantity
+from exporter.device.provenance import Fact
+from exporter.foundation.errors import ExporterError
+from exporter.foundation.quantities import Basis, Check, Quantity
 
 UNIT = "bytes"
 FILE_SIZE = "device.file_size"

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from exporter.device.backend import Backend, BackendName, InstructionSet, Measured
-from exporter.device.facts import (
+from exporter.device.provenance import (
     AppMemory,
     Bandwidth,
     Clock,
@@ -24,10 +24,10 @@ from exporter.device.facts import (
     Text,
     Watts,
 )
-from exporter.errors import InputError, RequestError
-from exporter.measures import Document
-from exporter.registry import names
-from exporter.toml import impossible, named_file, read_document, shown
+from exporter.foundation.config_files import impossible, named_file, read_document, shown
+from exporter.foundation.errors import InputError, RequestError
+from exporter.foundation.quantities import Document
+from exporter.foundation.registry import names
 
 PACKAGE = "exporter.devices"
 SCHEMA_VERSION = 2

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from exporter.errors import InputError
+from exporter.formats.group import WeightGroup
+from exporter.foundation.errors import InputError
 from exporter.model.families import (
     EMBEDDING,
     FAMILIES,
@@ -15,7 +16,6 @@ from exporter.model.families import (
     Family,
     layer_tensor,
 )
-from exporter.weights.group import WeightGroup
 
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 20

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import FLOATS, no_weights
 from exporter.model.tensors import INDEX, SINGLE, require_finite
-from exporter.toml import shown
-from exporter.weights.format import Float32
 
 PREFIX = "model."
 # transformers loads such files, which ranks of a training run write, before all others.

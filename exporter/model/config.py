@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from exporter.errors import InputError
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 from exporter.model.config_keys import honoured
 from exporter.model.families import FAMILIES, Family
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import no_config
 from exporter.model.rotary import check_rotary
-from exporter.toml import shown
 
 CONFIG = "config.json"
 # A config.json that names 20,000 classes takes about 1 MB.

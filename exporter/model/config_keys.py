@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from exporter.errors import InputError
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 from exporter.model.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
-from exporter.toml import shown
 
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)

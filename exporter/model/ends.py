@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.foundation.config_files import shown
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.tokenizer_files import is_id
-from exporter.toml import shown
 
 # The key of a GGUF file of ours: llama.cpp has three keys for tokens that end a text, and takes some texts for ends.
 GGUF_KEY = "edge_exporter.end_tokens"

@@ -5,8 +5,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from exporter.formats.format import Float32
 from exporter.model.model import Model
-from exporter.weights.format import Float32
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Models of more weights are not run whole in float32.

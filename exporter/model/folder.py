@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from exporter.cache import scratch_folder
-from exporter.errors import RequestError
+from exporter.foundation.cache import scratch_folder
+from exporter.foundation.errors import RequestError
 from exporter.model.model import Model, metadata_files
 from exporter.model.tensors import INDEX, SINGLE
 from exporter.model.widths import padded

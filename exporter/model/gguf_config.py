@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.families import FAMILIES
 from exporter.model.gguf_file import GgufFile
 from exporter.model.gguf_rope import llama3_parameters

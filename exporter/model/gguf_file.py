@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.errors import InputError
 from exporter.model.gguf_reader import open_gguf
-from exporter.weights.format import Float32
 
 # Of a file split by llama.cpp: name, number of the part, number of parts.
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

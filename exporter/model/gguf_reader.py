@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from exporter.errors import InputError
-from exporter.toml import shown
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 
 # Files of the largest models have some 60 keys, and a few thousand tensors.
 MOST_KEYS = 1 << 12

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 Float64 = NDArray[np.float64]
 

@@ -9,9 +9,10 @@ import numpy as np
 import transformers
 from transformers import PretrainedConfig
 
-from exporter.cache import cache_folder
-from exporter.entries import kept_folder
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.cache import cache_folder
+from exporter.foundation.cache_entries import kept_folder
+from exporter.foundation.errors import InputError
 from exporter.model.architecture import Architecture
 from exporter.model.families import HEAD
 from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
@@ -20,7 +21,6 @@ from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, SourceFiles, digest_files
 from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
-from exporter.weights.format import Float32
 
 # Raised when what is unpacked from a GGUF file changes.
 METADATA_VERSION = 2

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from exporter.child.process import Child
-from exporter.errors import InputError, RuntimeCrashError, did_you_mean
+from exporter.foundation.errors import InputError, RuntimeCrashError, did_you_mean
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.ends import GGUF_KEY, ends_read
 from exporter.model.gguf_file import GgufFile

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError
-from exporter.toml import deeper_than
+from exporter.foundation.config_files import deeper_than
+from exporter.foundation.errors import InputError
 
 # A tokenizer.json of 262,144 tokens takes 33 MB and holds 2 million values.
 MAX_BYTES = 48 << 20

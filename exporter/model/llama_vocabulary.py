@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 
 PRE_TOKENIZER_KEY = b"tokenizer.ggml.pre"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from exporter.entries import Identity, identity
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.formats.group import WeightGroup
+from exporter.foundation.cache_entries import Identity, identity
+from exporter.foundation.errors import InputError
 from exporter.model.architecture import Architecture
 from exporter.model.tensors import INDEX, TensorSource
-from exporter.weights.format import Float32
-from exporter.weights.group import WeightGroup
 
 # All that a tokenizer of transformers, or this package, may read beside the weights.
 METADATA = (

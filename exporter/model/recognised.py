@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError
 from exporter.model.json_file import read_json_object_if_there
-from exporter.toml import shown
 
 ADAPTER = "adapter_config.json"
 # Types of safetensors whose values are numbers by themselves.

@@ -5,8 +5,8 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from exporter.errors import InputError
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
+from exporter.foundation.errors import InputError
 
 
 def rotary_kind(config: PretrainedConfig) -> str:

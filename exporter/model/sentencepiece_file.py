@@ -11,7 +11,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.tokenizer_files import Added, readable, too_many_tokens
 
 UNIGRAM, BPE = 1, 2

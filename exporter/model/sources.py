@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from exporter.errors import MissingDependencyError, RequestError
+from exporter.foundation.errors import MissingDependencyError, RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.checkpoint import SafetensorsSource, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, load_config, read_config

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from exporter.cache import cache_folder
 from exporter.child.process import Child
-from exporter.entries import JSON, kept
-from exporter.errors import RuntimeCrashError
+from exporter.foundation.cache import cache_folder
+from exporter.foundation.cache_entries import JSON, kept
+from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered, as_taken, render
 
 if TYPE_CHECKING:  # the renderer's process does without its libraries

@@ -5,9 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.errors import InputError
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, QK_NORMS, QKV_BIASES, layer_tensor
-from exporter.weights.format import Float32
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

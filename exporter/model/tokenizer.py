@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from exporter.child.process import Child
-from exporter.errors import InputError, RuntimeCrashError
+from exporter.foundation.errors import InputError, RuntimeCrashError
 from exporter.model.chat import LOAD_S
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.sentencepiece_file import Pieces, as_definition, read_pieces

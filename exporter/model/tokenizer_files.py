@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.json_file import MAX_BYTES, NEXT_STEP, read_json_object, read_json_object_if_there
 
 TOKENIZER, SETTINGS, PIECES, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"

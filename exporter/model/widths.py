@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.formats.format import Float32
 from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model, digest_files
-from exporter.weights.format import Float32
 
 Channels = NDArray[np.int64]
 CHANNEL_AXES = {"gate": 0, "up": 0, "down": 1}

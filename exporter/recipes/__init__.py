@@ -1,1 +1,1 @@
-"""Named recipes, a TOML file each; see `exporter.recipe`."""
+"""Named recipes, a TOML file each; see `exporter.plan.recipe`."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import FailFast, Field, model_validator
 
 from exporter.coding.chunk import Profile
-from exporter.measures import Check, Count, Document, Pruning, Quantity, Status
+from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity, Status
 
 Sentences = Annotated[tuple[str, ...], FailFast()]
 Verdict = Literal["passed", "failed", "incomplete"]
@@ -119,7 +119,7 @@ class TextFacts(Document):
     bytes: Count
 
 
-class Recipe(Document):
+class RecipeFacts(Document):
     """What was asked for: together with the model and the tool's version it decides the content.
 
     Attributes:
@@ -186,7 +186,7 @@ class Report(Document):
     device: str
     device_title: str
     target: str
-    recipe: Recipe
+    recipe: RecipeFacts
     pruning: Pruning | None = None
     size: Size
     accuracy: Accuracy

@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-from exporter.measures import Pruning
+from exporter.foundation.quantities import Pruning
 
 BYTE_UNITS = ("kB", "MB", "GB", "TB")
 

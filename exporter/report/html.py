@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from exporter.measures import Check, Quantity
+from exporter.foundation.quantities import Check, Quantity
 from exporter.report import charts, figures
 from exporter.report.data import Measurements, Report, TensorRow, verdict
 

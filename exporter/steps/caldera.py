@@ -7,13 +7,13 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from exporter.compress.caldera import Part, Turns
+from exporter.compress.caldera import Alternation, Part
 from exporter.compress.compressed import with_factors
+from exporter.formats.group import Decision
+from exporter.foundation.config_files import impossible
 from exporter.model.model import Model
-from exporter.steps.step import EncodingStep
+from exporter.plan.step import EncodingStep
 from exporter.targets.target import Target, base_format, low_rank
-from exporter.toml import impossible
-from exporter.weights.group import Decision
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 CODES = "ldlq"
@@ -47,10 +47,10 @@ class Caldera(EncodingStep):
     downdate: bool = False
 
     @property
-    def turns(self) -> Turns:
-        """How matrices and their factors take turns."""
+    def alternation(self) -> Alternation:
+        """How matrices and their factors alternate."""
         order: tuple[Part, Part] = ("LR", "Q") if self.first == "factors" else ("Q", "LR")
-        return Turns(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)
+        return Alternation(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)
 
     @model_validator(mode="after")
     def _keeps_its_outliers(self) -> Self:

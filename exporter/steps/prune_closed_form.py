@@ -5,10 +5,10 @@ See `exporter.compress.prune`.
 
 from typing import Literal
 
-from exporter.calibrate.layers import Progress
-from exporter.compress.prune import Options, prune, uneven_widths
+from exporter.calibrate.layer_stream import Progress
+from exporter.compress.prune import ClosedFormOptions, prune, uneven_widths
 from exporter.model.model import Model
-from exporter.steps.step import Observe, PruningStep, Work, repair_work
+from exporter.plan.step import Observe, PruningStep, Work, repair_work
 
 
 class ClosedForm(PruningStep):
@@ -28,7 +28,7 @@ class ClosedForm(PruningStep):
 
     def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
         """Choose channels by what they cost on the calibration text, and repair."""
-        options = Options(self.ratio, self.multiple, self.sizes == "equal")
+        options = ClosedFormOptions(self.ratio, self.multiple, self.sizes == "equal")
         return prune(model, observe(model), options, progress).model
 
     def work(self, model: Model) -> Work:

@@ -8,12 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from exporter.calibrate.layers import Progress
+from exporter.calibrate.layer_stream import Progress
 from exporter.compress import prunenet
 from exporter.compress.prune import repair
+from exporter.foundation.config_files import impossible
 from exporter.model.model import Model
-from exporter.steps.step import Observe, PruningStep, Work, repair_work
-from exporter.toml import impossible
+from exporter.plan.step import Observe, PruningStep, Work, repair_work
 
 # Multiplications and additions for the eigenvalues of a matrix, over the cube of its width.
 EIGENVALUES = 4
@@ -64,8 +64,8 @@ class PruneNet(PruningStep):
     def _observes(self) -> bool:
         return self.repair or self._choices > 0
 
-    def _options(self) -> prunenet.Options:
-        options = prunenet.PUBLISHED if self.published else prunenet.Options()
+    def _options(self) -> prunenet.PruneNetOptions:
+        options = prunenet.PUBLISHED if self.published else prunenet.PruneNetOptions()
         ratio = self.ratio if self.learned_at is None else self.learned_at
         return replace(options, ratio=ratio, episodes=self.episodes, seed=self.seed)
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from exporter.coding.chunk import Profile
-from exporter.measures import Document
+from exporter.foundation.quantities import Document
 
 
 class Transport(Document):

@@ -10,14 +10,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from exporter.formats.format import EncodedFactors, Float32, LowRank
+from exporter.formats.ggml import decoded, ggml_format
+from exporter.formats.group import Decision, WeightGroup
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names
-from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import finish_header
-from exporter.weights.format import EncodedFactors, Float32, LowRank
-from exporter.weights.ggml import decoded, ggml_format
-from exporter.weights.group import Decision, WeightGroup
 
 RIGHT, LEFT = "lora_a", "lora_b"
 
@@ -32,7 +32,7 @@ class AdapterWriter:
     """
 
     def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
-        self._writer = gguf.GGUFWriter(path, carriage(model.architecture).architecture)
+        self._writer = gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
         self._writer.add_name(model.name)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -8,24 +8,24 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exporter.arm64.cores import Core
-from exporter.arm64.installation import Installation
-from exporter.arm64.logits import read_logits
-from exporter.cache import require_space, scratch_folder
+from exporter.emulate.arm64.core import Core
+from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.logits import read_logits
+from exporter.formats.format import Float32
+from exporter.formats.ggml import decoded
+from exporter.foundation.cache import require_space, scratch_folder
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
 from exporter.targets.gguf.header import finish_header
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_fields
-from exporter.weights.format import Float32
-from exporter.weights.ggml import decoded
 
 ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE
 
 
 @dataclass(frozen=True)
-class Kernels:
+class ArmKernels:
     """What a product's inputs are rounded to, which in llama.cpp follows from the type of its weights.
 
     Attributes:
@@ -35,8 +35,8 @@ class Kernels:
     reason: str
 
 
-AS_THE_TYPES_SAY = Kernels("llama.cpp rounds a product's inputs as the type of its weights has it")
-FLOAT32 = Kernels("the weights are decoded, and nothing is rounded")
+AS_THE_TYPES_SAY = ArmKernels("llama.cpp rounds a product's inputs as the type of its weights has it")
+FLOAT32 = ArmKernels("the weights are decoded, and nothing is rounded")
 
 
 class EmulatedGguf:
@@ -54,16 +54,16 @@ class EmulatedGguf:
         """Return True: kernels of every core round."""
         return True
 
-    def current(self, artifact: Artifact) -> Kernels:
+    def current(self, artifact: Artifact) -> ArmKernels:
         """Return what the types of the tensors say."""
         return FLOAT32 if _is_decoded(artifact) else AS_THE_TYPES_SAY
 
-    def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Kernels]:
+    def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, ArmKernels]:
         """Return the only way that there is."""
         current = self.current(artifact)
         return {"float32" if current == FLOAT32 else "int8 in blocks": current}
 
-    def configured(self, artifact: Artifact, setting: Kernels, folder: Path) -> Artifact:
+    def configured(self, artifact: Artifact, setting: ArmKernels, folder: Path) -> Artifact:
         """Write the files with all tensors decoded to float32 into another folder."""
         assert setting == FLOAT32
         weights_in_all = sum(int(tensor.n_elements) for path in artifact.weights for tensor in open_gguf(path).tensors)
@@ -74,7 +74,7 @@ class EmulatedGguf:
         return Artifact(artifact.target, folder, weights)
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], by the program of `guest/guest.cpp`."""
+        """Return the logits after each token, float32 [tokens, vocab], by the program `emulated_main`."""
         exact = _is_decoded(artifact)
         # The model, then the adapter.
         files = sorted(artifact.weights, key=lambda path: path.name == ADAPTER_FILE)

@@ -6,9 +6,9 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
+from exporter.formats.format import Float32
 from exporter.model.architecture import Architecture
 from exporter.model.rotary import rotary_frequencies, rotary_kind
-from exporter.weights.format import Float32
 
 
 def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.intake import Read

@@ -13,13 +13,13 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig
 
-from exporter.cache import scratch_folder
 from exporter.child.process import Child
-from exporter.errors import RequestError
+from exporter.foundation.cache import scratch_folder
+from exporter.foundation.errors import RequestError
 from exporter.model.architecture import Architecture
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.tensors import gguf_names
-from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise
 
@@ -62,7 +62,7 @@ def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedCo
     """Write the skeleton and return the width of each matrix."""
     names = gguf_names(architecture.layers)
     widths = {names[group.name]: group.columns for group in architecture.groups()}
-    with closing(gguf.GGUFWriter(path, carriage(architecture).architecture)) as writer:
+    with closing(gguf.GGUFWriter(path, feed_forward_storage(architecture).architecture)) as writer:
         write_header(writer, architecture, config)
         for name, columns in widths.items():
             writer.add_tensor(name, np.zeros((2, columns), np.float32))

@@ -15,10 +15,10 @@ from typing import Any
 import llama_cpp
 from gguf import GGUFWriter
 
-from exporter.cache import cache_folder, scratch_folder
 from exporter.child.process import Child
-from exporter.entries import JSON, kept
-from exporter.errors import InputError
+from exporter.foundation.cache import cache_folder, scratch_folder
+from exporter.foundation.cache_entries import JSON, kept
+from exporter.foundation.errors import InputError
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.llama_vocabulary import Case, Comparison

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 
 def quantise(source: Path, target: Path, mix: str, importance: dict[str, Float32]) -> tuple[int, str]:

@@ -9,13 +9,13 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from exporter.device.memory import LLAMA_CPP_BATCH
-from exporter.errors import InputError
+from exporter.formats.format import Float32
+from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
+from exporter.predict.peak_memory import LLAMA_CPP_BATCH
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
-from exporter.weights.format import Float32
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
 ADAPTER_FILE = "adapter.gguf"
@@ -123,8 +123,8 @@ class LlamaCpp:
         texts = [list(text) for text in texts]
         for position in range(self._position, length - 1):
             rows = self._decode_column([text[position] for text in texts], position)
-            chances = np.random.default_rng([seed, position]).random(len(texts))
-            for text, row, chance in zip(texts, rows, chances, strict=True):
+            draws = np.random.default_rng([seed, position]).random(len(texts))
+            for text, row, chance in zip(texts, rows, draws, strict=True):
                 if len(text) == position + 1:
                     text.append(_drawn(row, chance))
         self._position, self._sampled = length - 1, texts

@@ -9,35 +9,35 @@ from typing import Self
 import gguf
 import numpy as np
 
-from exporter.cache import replacing, scratch_folder
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
+from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.compressed import CompressedModel, check_formats
-from exporter.compress.equalise import Rewritten, evened_if_fitted
-from exporter.device.memory import Peak, host_features, llama_cpp_peak, llama_cpp_weights
 from exporter.device.profile import DeviceProfile
-from exporter.device.speed import Throughput
-from exporter.errors import RequestError, did_you_mean
+from exporter.formats.format import Float32, WeightFormat, plus
+from exporter.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
+from exporter.formats.group import Decision, WeightGroup
+from exporter.foundation.cache import replacing, scratch_folder
+from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.model.ends import GGUF_KEY, ends_written, special_ids
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.model.widths import padded
+from exporter.predict.peak_memory import Peak, host_features, llama_cpp_peak, llama_cpp_weights
+from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
-from exporter.targets.gguf.carriage import carriage
-from exporter.targets.gguf.carried import require_carried
+from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
-from exporter.targets.gguf.kernels import kernels_on
+from exporter.targets.gguf.kernel_speeds import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.supported import require_supported
 from exporter.targets.gguf.vocabulary import copy_vocabulary
-from exporter.targets.target import Carried, shape_of
-from exporter.weights.format import Float32, WeightFormat, plus
-from exporter.weights.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
-from exporter.weights.group import Decision, WeightGroup
+from exporter.targets.target import AsStored, shape_of
 
 MODEL_FILE = "model.gguf"
 
@@ -84,16 +84,16 @@ class Gguf:
         """Return the named mixes, then the single types."""
         return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
 
-    def carried(self, model: Model) -> Carried:
+    def carried(self, model: Model) -> AsStored:
         """Return the model, filled with channels of zeros where the file has one width for layers of several."""
-        require_carried(model)
-        way = carriage(model.architecture)
-        return Carried(padded(model) if way.padded else model, way.reason)
+        require_supported(model)
+        way = feed_forward_storage(model.architecture)
+        return AsStored(padded(model) if way.padded else model, way.reason)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
-        require_carried(model)
-        way = carriage(model.architecture)
+        require_supported(model)
+        way = feed_forward_storage(model.architecture)
         if way.padded:
             raise RequestError(
                 "the feed-forward widths of the layers differ, which the file cannot hold", got=way.reason,
@@ -145,7 +145,7 @@ class Gguf:
         vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
         with scratch_folder() as scratch:
             path = scratch / "empty.gguf"
-            with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
+            with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
                 _add_metadata(writer, model, "")
                 for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
                     writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
@@ -171,14 +171,14 @@ class Gguf:
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with evened channels, where codes are fitted to them."""
-        return evened_if_fitted(model, statistics, decisions)
+        return scaled_if_fitted(model, statistics, decisions)
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
         """Write the vocabulary alone; that of a GGUF file is copied, and is nothing to ask about."""
         if model.gguf:
             return None
         path = folder / MODEL_FILE
-        with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
+        with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
             write_vocabulary(writer, model.folder, model.architecture.vocab)
             finish_header(writer)
         return Artifact(self.name, folder, (path,))
@@ -275,7 +275,7 @@ def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: Ada
     names = gguf_names(model.architecture.layers)
     vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
     vectors |= frequency_factors(model.config, model.architecture.head_dim)
-    with closing(gguf.GGUFWriter(path, carriage(model.architecture).architecture)) as writer:
+    with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
         _add_metadata(writer, model, type)
         for name, vector in vectors.items():
             writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)

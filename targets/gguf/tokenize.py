@@ -11,7 +11,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from exporter.child.process import Child
-from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.foundation.errors import InputError, RequestError, RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered
 from exporter.model.llama_vocabulary import Case, Comparison, compare, llama_tokenize, open_vocabulary
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import gguf
 from gguf import GGUFValueType, GGUFWriter, TokenType
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.ends import special_ids
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.sentencepiece_file import SPACE, Pieces

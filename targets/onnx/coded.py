@@ -19,15 +19,15 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from exporter.coding.container import SUFFIX, restored
+from exporter.coding.in_memory import ResidentFile
 from exporter.coding.layout import MOST_GRAPH_BYTES
-from exporter.coding.resident import ResidentFile
-from exporter.errors import RequestError
+from exporter.formats.format import Bytes, Float32
+from exporter.foundation.errors import RequestError
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
-from exporter.targets.onnx.segments import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
-from exporter.targets.onnx.share import PlainShare
+from exporter.targets.onnx.graph_partition import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
+from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget
 from exporter.targets.runtime import Residence, Timing, require_tokens, resident_bytes
-from exporter.weights.format import Bytes, Float32
 
 Values = dict[str, NDArray[Any]]
 # Threads of dozens of sessions would wait for work beside each other, on the same cores.
@@ -77,7 +77,7 @@ class CodedOnnxRuntime(DecoderFolder):
             if part.name not in self._large:
                 self._sessions[part.name] = self._made(part)[0]
         self._tables = {table.name: table.array(*self._file.read([table.span])) for table in self._cut.tables}
-        self._share = PlainShare({})
+        self._share = PlainWeightBudget({})
         self.keep_up(0)
         _give_back()
         self._load_s = time.perf_counter() - started
@@ -88,7 +88,7 @@ class CodedOnnxRuntime(DecoderFolder):
         Raises:
             RequestError: this machine is slower although all weights are plain.
         """
-        self._share = PlainShare({name: part.weight_bytes for name, part in self._large.items()}, tokens_per_s)
+        self._share = PlainWeightBudget({name: part.weight_bytes for name, part in self._large.items()}, tokens_per_s)
         self._settle()
         if tokens_per_s:
             tokens = self._generated([0], ATTEMPTS, ends=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.ends import SpecialIds, special_ids
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 

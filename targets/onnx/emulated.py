@@ -10,11 +10,12 @@ from typing import Any
 
 import onnx
 
-from exporter.arm64.cores import Core
-from exporter.arm64.installation import Installation
-from exporter.arm64.logits import read_logits
-from exporter.cache import replacing, scratch_folder
-from exporter.measures import from_json
+from exporter.emulate.arm64.core import Core
+from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.logits import read_logits
+from exporter.formats.format import Float32
+from exporter.foundation.cache import replacing, scratch_folder
+from exporter.foundation.quantities import from_json
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
 from exporter.targets.onnx.rounding import (
@@ -25,9 +26,8 @@ from exporter.targets.onnx.rounding import (
     Rounding,
 )
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
-from exporter.weights.format import Float32
 
-GUEST = Path(__file__).with_name("guest.py")
+EMULATED_MAIN = Path(__file__).with_name("emulated_main.py")
 
 
 class EmulatedOnnx:
@@ -80,12 +80,12 @@ class EmulatedOnnx:
         return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], by `guest.py`."""
+        """Return the logits after each token, float32 [tokens, vocab], by `emulated_main.py`."""
         request = {"model": _request(artifact), "tokens": run.tokens, "single": run.single, "threads": run.threads}
         with scratch_folder() as scratch:
             asked, made = scratch / "request.json", scratch / "logits.npy"
             asked.write_text(json.dumps(request), encoding="utf-8")
-            run.installation.machine(run.core).python(GUEST, [asked, made], run.timeout_s)
+            run.installation.machine(run.core).python(EMULATED_MAIN, [asked, made], run.timeout_s)
             return read_logits(made, len(run.tokens))
 
 

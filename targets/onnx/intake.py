@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from exporter.coding.container import original_of, restored_chunks
-from exporter.errors import InputError
-from exporter.measures import from_json
+from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import from_json
 from exporter.model.tokenizer_files import TOKENIZER
 from exporter.targets.artifact import Artifact
 from exporter.targets.intake import Read

@@ -9,11 +9,11 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from exporter.errors import InputError
+from exporter.formats.format import Float32, plus
+from exporter.formats.group import WeightGroup
+from exporter.formats.matmulnbits import MatMulNBitsFormat
+from exporter.foundation.errors import InputError
 from exporter.model.families import EMBEDDING, HEAD, LINEARS
-from exporter.weights.format import Float32, plus
-from exporter.weights.group import WeightGroup
-from exporter.weights.matmulnbits import MatMulNBitsFormat
 
 OUTPUTS_AT_ONCE = 2048
 

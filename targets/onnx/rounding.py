@@ -4,8 +4,8 @@ At level 4 `MatMulNBits` rounds activations to int8 in the weights' own blocks; 
 without dotprod) it computes in float32, for which only 4 bits have a quick kernel. On Arm with dotprod, 4-bit weights
 in blocks of 32 or more without zero points go to KleidiAI's kernels instead, which round activations by whole rows and
 cut scales to bfloat16: on an emulated Cortex-A76 that cost a mean KL of 0.046 against the same weights in float32, and
-ONNX Runtime's own int8 kernels 0.009, as on x86. So KleidiAI is switched off there, rather than computing at level 1,
-which takes three times as long for a token at 4 bits and a hundred times at 8 (`exporter.targets.onnx.kernels`; x86).
+ONNX Runtime's own int8 kernels 0.009, as on x86. So KleidiAI is switched off there. Computing at level 1 instead takes
+three times as long for a token at 4 bits and a hundred times at 8 (on x86; `exporter.targets.onnx.kernel_speeds`).
 """
 
 from dataclasses import dataclass, field

@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime
 import onnxruntime_genai as genai
 
+from exporter.formats.format import Float32
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
-from exporter.weights.format import Float32
 
 # Weights behind a `DequantizeLinear`: multiply them by float32 activations.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}

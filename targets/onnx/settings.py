@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from exporter.measures import Document
+from exporter.foundation.quantities import Document
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI
 
 CONFIGURATION, TOKENIZER_SETTINGS = "genai_config.json", "tokenizer_config.json"

@@ -16,13 +16,13 @@ from onnxruntime_genai.models import builders
 from torch import nn
 from transformers import PretrainedConfig
 
-from exporter.device.memory import ONNX_CHUNK
-from exporter.measures import from_json
+from exporter.foundation.quantities import from_json
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
 from exporter.model.rotary import rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
+from exporter.predict.peak_memory import ONNX_CHUNK
 from exporter.targets.onnx.companions import genai_ids, write_text_files
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 

@@ -9,19 +9,22 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from exporter.cache import replacing, scratch_folder
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
+from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.compressed import CompressedModel, check_formats
-from exporter.compress.equalise import Rewritten, evened_if_fitted
-from exporter.device.memory import Peak, Weights, onnx_weights, onnxruntime_peak
 from exporter.device.profile import DeviceProfile
-from exporter.device.speed import Throughput
-from exporter.errors import RequestError, did_you_mean
+from exporter.formats.format import Float32, WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.group import Decision, WeightGroup
+from exporter.formats.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
+from exporter.foundation.cache import replacing, scratch_folder
+from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
+from exporter.predict.peak_memory import Peak, Weights, onnx_weights, onnxruntime_peak
+from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.onnx.carried import require_carried
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
@@ -37,16 +40,13 @@ from exporter.targets.onnx.graph import (
     put_table,
 )
 from exporter.targets.onnx.intake import require_known
-from exporter.targets.onnx.kernels import ALPHABET, INT4_B32, THROUGHPUT
+from exporter.targets.onnx.kernel_speeds import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.target import Carried, shape_of
-from exporter.weights.format import Float32, WeightFormat
-from exporter.weights.ggml import ggml_format
-from exporter.weights.group import Decision, WeightGroup
-from exporter.weights.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
+from exporter.targets.onnx.supported import require_supported
+from exporter.targets.target import AsStored, shape_of
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = "F32"
@@ -89,14 +89,14 @@ class Onnx:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
 
-    def carried(self, model: Model) -> Carried:
+    def carried(self, model: Model) -> AsStored:
         """Return the model as it is."""
-        require_carried(model)
-        return Carried(model, "every layer of the graph has its own shapes")
+        require_supported(model)
+        return AsStored(model, "every layer of the graph has its own shapes")
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return the same format for every matrix; a tied embedding and head share one storage."""
-        require_carried(model)
+        require_supported(model)
         if type not in self.types():
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
         name = NAMED.get(type, type)
@@ -168,7 +168,7 @@ class Onnx:
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with evened channels, where codes are fitted to them."""
-        return evened_if_fitted(model, statistics, decisions)
+        return scaled_if_fitted(model, statistics, decisions)
 
     def lower_text(self, model: Model, folder: Path) -> Artifact:
         """Write the tokenizer's files and as much of genai_config.json as it needs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai
 
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.chat import Chat, Rendered
 
 TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"

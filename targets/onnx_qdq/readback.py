@@ -4,10 +4,10 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from exporter.formats.format import Float32
+from exporter.formats.group import WeightGroup
 from exporter.targets.onnx.graph import GATHER
 from exporter.targets.onnx.readback import Tables
-from exporter.weights.format import Float32
-from exporter.weights.group import WeightGroup
 
 
 class QdqTables(Tables):

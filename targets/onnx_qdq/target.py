@@ -11,22 +11,22 @@ import onnx_ir as ir
 from exporter.calibrate.ranges import output_place
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
+from exporter.compress.awq_scaling import Rewritten, equalised
 from exporter.compress.compressed import CompressedModel
-from exporter.compress.equalise import Rewritten, equalised
-from exporter.device.memory import Weights
-from exporter.device.speed import Throughput
-from exporter.errors import RequestError, did_you_mean
+from exporter.formats.format import Float32, WeightFormat
+from exporter.formats.group import Decision, WeightGroup
+from exporter.formats.per_channel import ChannelFormat
+from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
+from exporter.predict.peak_memory import Weights
+from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.onnx.carried import require_carried
 from exporter.targets.onnx.graph import DataFile, products
+from exporter.targets.onnx.supported import require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.readback import QdqTables
-from exporter.weights.channel import ChannelFormat
-from exporter.weights.format import Float32, WeightFormat
-from exporter.weights.group import Decision, WeightGroup
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class OnnxQdq(Onnx):
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return int8 with a scale for each row, for every matrix."""
-        require_carried(model)
+        require_supported(model)
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
         scheme = TYPES[type]

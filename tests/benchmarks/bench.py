@@ -14,12 +14,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from exporter.calibrate.text import Windows, file_windows, spread_windows
-from exporter.effort import effort
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
+from exporter.compress.effort import effort
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.accuracy import Reference
 from exporter.targets.artifact import Artifact
-from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
 from tests.benchmarks.measured import WINDOW, measured
 from tests.benchmarks.ours import Exporter

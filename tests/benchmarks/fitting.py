@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import exporter.device
-from exporter.device.coefficients import FILE, UNKNOWN, Coefficients, Part
-from exporter.device.terms import Term, decode_terms, prefill_terms
-from exporter.device.workload import Workload
+import exporter.predict
+from exporter.predict.coefficients import FILE, UNKNOWN, Coefficients, Part
+from exporter.predict.token_cost import Term, decode_terms, prefill_terms
+from exporter.predict.workload import Workload
 from tests.benchmarks.published import Row, log_milliseconds, published
 
 Array = NDArray[np.float64]
@@ -200,7 +200,7 @@ def document() -> str:
     rows = published()
     lines = [
         "# Fitted to tests/benchmarks/published_bench.csv by: python -m tests.benchmarks.fitting",
-        "# Logarithms; what each counts for is in exporter/device/terms.py.",
+        "# Logarithms; what each counts for is in exporter/predict/token_cost.py.",
     ]
     for part in PARTS:
         one = fitted_to(samples(rows, part), part)
@@ -213,6 +213,6 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    file = Path(exporter.device.__file__).parent / FILE
+    file = Path(exporter.predict.__file__).parent / FILE
     file.write_text(document(), encoding="utf-8")
     print(file)

@@ -15,16 +15,16 @@ from gguf import GGMLQuantizationType
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.text import Tokens
+from exporter.calibrate.windows import Tokens
 from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
+from exporter.formats.format import Float32
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.quantise import quantise_parameters
 from exporter.targets.target import load_target
-from exporter.weights.format import Float32
 
 MIXES = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_M")
 

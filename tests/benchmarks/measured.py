@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from exporter.cores import available_cores
+from exporter.foundation.cpu import available_cores
+from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
-from exporter.validate.accuracy import Reference, distance
 from tests.benchmarks.rows import Row
 
 THREADS = available_cores()

@@ -16,7 +16,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from exporter.calibrate.text import Tokens
+from exporter.calibrate.windows import Tokens
 from exporter.child.process import Child
 from exporter.targets.artifact import Artifact
 

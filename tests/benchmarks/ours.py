@@ -3,20 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.budget import Budget, chosen, stock_of_that_size
-from exporter.calibrate.elsewhere import MetElsewhere
+from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predict
-from exporter.compress.compressed import CompressedModel, corrected_on
+from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.effort import effort
 from exporter.compress.method import load_method
-from exporter.device.speed import Cpu
-from exporter.effort import effort
+from exporter.formats.group import Decision
 from exporter.model.families import EMBEDDING
 from exporter.model.model import Model
+from exporter.plan.budget import Budget, chosen, stock_of_that_size
+from exporter.predict.roofline import Cpu
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
-from exporter.weights.group import Decision
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI. Choices are held to what the stock tool makes, so its kernels decide; they
@@ -44,7 +44,7 @@ class Exporter:
         model: The model.
         target: A target's name.
         calibration: The calibration text.
-        evaluation: The text to foretell for.
+        evaluation: The text to predict for.
         effort_name: How much work goes into it.
     """
 
@@ -60,8 +60,8 @@ class Exporter:
         self._storages = self._target.storages(model)
         self._method = load_method(self._target.default_method, self._effort)
         self._choices = predict(self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent)
-        met = collect(model, evaluation.spread(self._effort.foretold_windows), SEED, silent)
-        self._elsewhere = MetElsewhere(self._rewritten.statistics, self._rewritten.of(met))
+        met = collect(model, evaluation.spread(self._effort.prediction_windows), SEED, silent)
+        self._elsewhere = EvaluationStatistics(self._rewritten.statistics, self._rewritten.of(met))
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
@@ -96,12 +96,12 @@ class Exporter:
             self._rewritten.statistics,
             self._effort,
             rewritten=self._rewritten.model,
-            corrected_on=corrected_on(self._effort, ordered, self._calibration),
+            propagation_text=propagation_text(self._effort, ordered, self._calibration),
         )
         artifact = self._target.lower(compressed, "allocated", folder)
         taken = [Storage.of(one) for one in ordered]
-        foretold = predict(self._rewritten.model, taken, self._method, self._elsewhere, silent)
-        return Ours(artifact, sum(choice.kl for (choice,) in foretold))
+        predicted = predict(self._rewritten.model, taken, self._method, self._elsewhere, silent)
+        return Ours(artifact, sum(choice.kl for (choice,) in predicted))
 
 
 def silent(done: int, total: int) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-from exporter.device.speed import PRODUCTS_A_CYCLE
-from exporter.device.workload import Machine, Workload, backend_name, format_family
+from exporter.predict.roofline import PRODUCTS_A_CYCLE
+from exporter.predict.workload import Machine, Workload, backend_name, format_family
 
 FILE = Path(__file__).parent / "published_bench.csv"
 GIB = 1 << 30

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.cache import replacing
+from exporter.foundation.cache import replacing
 
 BENCHMARKS = Path(__file__).resolve().parent
 PICTURES = BENCHMARKS.parents[1] / "docs" / "benchmarks"

@@ -7,9 +7,9 @@ from math import exp
 
 import numpy as np
 
-from exporter.device.coefficients import Part
-from exporter.device.estimate import EIGHTY_PERCENT
-from exporter.device.residual import Point, residual
+from exporter.predict.coefficients import Part
+from exporter.predict.estimate import EIGHTY_PERCENT
+from exporter.predict.gaussian_process import Point, residual
 from tests.benchmarks.fitting import HeldOut, held_out, samples
 from tests.benchmarks.published import Row, published
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.arm64.setup import installation
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import load_device
+from exporter.emulate.arm64.setup import installation
 from exporter.model.sources import open_model
+from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
-from exporter.validate import arm64
 
 INSTALLED = installation()
 

@@ -15,23 +15,23 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import file_windows, spread_windows
+from exporter.calibrate.windows import file_windows, spread_windows
 from exporter.compress.allocate import Choice, Limits, allocate, predict
 from exporter.compress.compressed import CompressedModel, with_factors
+from exporter.compress.effort import effort
 from exporter.compress.method import load_method
-from exporter.compress.reference.caldera import Options, decompose
+from exporter.compress.reference.caldera import CalderaOptions, decompose
 from exporter.compress.reference.rounders import EntropyCoded
-from exporter.effort import effort
+from exporter.formats.format import Float32
+from exporter.formats.group import Decision, WeightGroup
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
-from exporter.validate.accuracy import Distance, Reference, dequantised, distance
-from exporter.weights.format import Float32
-from exporter.weights.group import Decision, WeightGroup
 from tests.benchmarks.measured import THREADS, WINDOW
 from tests.reference import plain_texts, reference_model
 
@@ -40,7 +40,7 @@ EVALUATION_WINDOWS = 8
 EMBEDDING = {"onnx": "int8-b32", "gguf": "Q8_0"}
 PROMPT = 256
 FEED_FORWARD = ("gate", "up", "down")
-QUICK = Options(iterations=2, factor_iterations=3, order=("Q", "LR"))
+QUICK = CalderaOptions(iterations=2, factor_iterations=3, order=("Q", "LR"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Bench:
         bits = 8 * sum(one.stored_bytes for one in layers) / sum(one.group.size for one in layers)
         return self._row(f"{target} {name}", bits, found)
 
-    def published(self, name: str, options: Options, plain: bool = False) -> Row:
+    def published(self, name: str, options: CalderaOptions, plain: bool = False) -> Row:
         """Measure the published form; `plain` rounds without regard to the inputs."""
         taken: list[float] = []
 

@@ -17,26 +17,26 @@ import pytest
 
 from exporter.bundle.transport import code_beside
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows, spread_windows
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
-from exporter.coding.layout import Section, layout_of
+from exporter.coding.layout import FileSection, layout_of
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compressed import CompressedModel
-from exporter.compress.double import doubled, in_scaled_channels
-from exporter.compress.equalise import Rewritten
+from exporter.compress.effort import effort
 from exporter.compress.method import Method
-from exporter.compress.rate import in_even_columns, rated
-from exporter.effort import effort
-from exporter.job import silent
+from exporter.compress.methods.coarse_int8 import doubled, in_scaled_channels
+from exporter.compress.methods.entropy_constrained_int8 import in_even_columns, rated
+from exporter.foundation.progress import silent
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
 from exporter.targets.target import load_target
-from exporter.validate.accuracy import Reference, distance
 from tests.benchmarks.measured import THREADS
 from tests.benchmarks.test_caldera import Bench, Row
 from tests.reference import plain_texts, reference_model
@@ -98,7 +98,7 @@ def linear_bits(world: World, path: Path, scratch: Path) -> float:
         for tensor in tensors:
             part = known[int(tensor.data_offset)]
             file.write(np.ascontiguousarray(tensor.data).tobytes())
-            sections.append(Section(at, part))
+            sections.append(FileSection(at, part))
             at += part.bytes
     size = code_file(scratch / "linears", scratch / "linears.coded", "small", sections)
     return 8 * size.coded_bytes / sum(int(tensor.n_elements) for tensor in tensors)

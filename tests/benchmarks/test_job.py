@@ -1,4 +1,4 @@
-"""What the main job takes, against what `plan` foretold and what is promised: `make benchmark`.
+"""What the main job takes, against what `plan` predicted and what is promised: `make benchmark`.
 
 Times hold for an otherwise idle machine; on a busy one the figures are printed all the same.
 """
@@ -28,10 +28,10 @@ def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: st
     printed(tmp_path, "build", *asked, "-o", "bundle")
     made = json.loads((tmp_path / "bundle/measurements.json").read_text("utf-8"))
     report = json.loads((tmp_path / "bundle/report.json").read_text("utf-8"))
-    print(f"\n{target}: stage, seconds foretold and taken, peak MiB")
+    print(f"\n{target}: stage, seconds predicted and taken, peak MiB")
     for stage in made["stages"]:
-        foretold = planned["stage_seconds"].get(stage["name"], {"value": 0.0})["value"]
-        print(f"  {stage['name']:20} {foretold:7.1f} {stage['seconds']:7.1f} {stage['peak_bytes'] >> 20:7}")
+        predicted = planned["stage_seconds"].get(stage["name"], {"value": 0.0})["value"]
+        print(f"  {stage['name']:20} {predicted:7.1f} {stage['seconds']:7.1f} {stage['peak_bytes'] >> 20:7}")
     peak = max(stage["peak_bytes"] for stage in made["stages"])
     found = {
         "build_seconds": sum(stage["seconds"] for stage in made["stages"]),
@@ -41,7 +41,7 @@ def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: st
     }
     shares = {name: planned[name]["value"] / value for name, value in found.items()}
     for name, share in shares.items():
-        print(f"  {name:20} foretold {planned[name]['value']:,.0f}, found {found[name]:,.0f}, ratio {share:.3f}")
+        print(f"  {name:20} predicted {planned[name]['value']:,.0f}, found {found[name]:,.0f}, ratio {share:.3f}")
     assert peak < 2 << 30
     assert all(0.8 <= share <= 1.2 for share in shares.values())
 

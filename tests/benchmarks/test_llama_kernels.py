@@ -7,7 +7,7 @@ turns with the same model of which one part has another type. The part is all ma
 projections, then these, and then the head; types of 256 weights a block fit the down projections only. What a weight
 takes is Q4_0's plus the difference; Q4_0's own is what each weight more takes in a random model with feed-forwards
 twice as wide. A figure is the products a second over those of Q4_0 with many tokens at once, as
-`exporter.targets.gguf.kernels` holds them; for one token it is what the table has for Q4_0 times what the type is
+`exporter.targets.gguf.kernel_speeds` holds them; for one token it is what the table has for Q4_0 times what the type is
 beside it.
 """
 
@@ -20,19 +20,19 @@ from statistics import median
 from tempfile import mkdtemp
 
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import file_windows
+from exporter.calibrate.windows import file_windows
 from exporter.compress.compressed import CompressedModel
-from exporter.device.memory import host_features
-from exporter.device.speed import Throughput
+from exporter.formats.ggml import ggml_format
+from exporter.formats.group import WeightGroup
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
+from exporter.predict.peak_memory import host_features
+from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.kernels import kernels_on
+from exporter.targets.gguf.kernel_speeds import kernels_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
-from exporter.weights.ggml import ggml_format
-from exporter.weights.group import WeightGroup
 from tests.benchmarks.measured import by_turns
 from tests.benchmarks.ours import silent
 from tests.models import VOCAB, tiny_model
@@ -88,7 +88,7 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
             # Of a prompt only the last token goes through the head.
             if max(abs(one - 1) for one in slower[: 1 if place == "head" else 2]) > WITHIN:
                 far.append((place, type))
-    assert not far, "the table in exporter.targets.gguf.kernels is not of such a machine"
+    assert not far, "the table in exporter.targets.gguf.kernel_speeds is not of such a machine"
 
 
 def _in_head(group: WeightGroup) -> bool:

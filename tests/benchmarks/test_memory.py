@@ -27,13 +27,13 @@ def test_the_peak_is_foretold_within_a_tenth(tmp_path: Path, target: str, type: 
     with open_model("demo") as model:
         decisions = made.decide(model, type, "rtn")
         artifact = made.lower(CompressedModel(model, decisions, None), type, tmp_path)
-        foretold = [made.estimated_peak(model, decisions, context).bytes for context in CONTEXTS]
+        predicted = [made.estimated_peak(model, decisions, context).bytes for context in CONTEXTS]
         vocabulary = model.architecture.vocab
     ratios = []
-    for context, expected in zip(CONTEXTS, foretold, strict=True):
+    for context, expected in zip(CONTEXTS, predicted, strict=True):
         prompt = np.random.default_rng(0).integers(20, vocabulary, context - DECODED - 1).tolist()
         with OpenedArtifact(artifact, context, 1) as child:
             measured = child.measure(prompt, DECODED, 1).peak_bytes
         ratios.append(expected / measured)
-        print(f"\n{target} {type} {context:5}: foretold {expected / 1e6:6.1f} MB, {ratios[-1]:.3f} of what it took")
+        print(f"\n{target} {type} {context:5}: predicted {expected / 1e6:6.1f} MB, {ratios[-1]:.3f} of what it took")
     assert all(abs(ratio - 1) <= MOST_OFF for ratio in ratios), ratios

@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows, spread_windows
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.compress import prune, prunenet
-from exporter.effort import effort
+from exporter.compress.effort import effort
 from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.model.widths import Channels
-from exporter.validate.accuracy import Distance, Reference, distance
+from exporter.prove.accuracy import Distance, Reference, distance
 from tests.benchmarks.measured import WINDOW
 from tests.reference import plain_texts, reference_model
 
@@ -33,7 +33,7 @@ RATIOS = (0.20, 0.25, 0.30)
 EVALUATION_WINDOWS = 16
 SEEDS = 5
 # What does follow the reward.
-FOLLOWING = prunenet.Options(baseline=True, exact_probability=True, same_noise=True, clip=1.0)
+FOLLOWING = prunenet.PruneNetOptions(baseline=True, exact_probability=True, same_noise=True, clip=1.0)
 LEARNED_AT = 0.25
 MOST_LEARNING_S = 120
 # Most KL of the closed form over PruneNet's.
@@ -67,10 +67,10 @@ class Measured:
     def row(self, name: str, pruned: prune.Pruned) -> Distance:
         """Measure a pruned model and print its row."""
         found = self.distance(pruned.model)
-        foretold = "" if pruned.predicted_kl is None else f"foretold {pruned.predicted_kl:.3f}"
+        predicted = "" if pruned.predicted_kl is None else f"predicted {pruned.predicted_kl:.3f}"
         print(
             f"  {pruned.ratio:6.1%}  KL {found.kl_mean:.4f}  same first {found.top1_agreement:.1%}  perplexity "
-            f"{self.perplexity * found.perplexity_ratio:.2f}  {name}  {foretold}",
+            f"{self.perplexity * found.perplexity_ratio:.2f}  {name}  {predicted}",
             flush=True,
         )
         return found
@@ -134,7 +134,7 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
     def pruned(policy: prunenet.Policy, text: Statistics | None = None) -> prune.Pruned:
         return prunenet.prune(measured.model, policy, ratio, 32, text)
 
-    def learned(options: prunenet.Options) -> tuple[prunenet.Policy, float]:
+    def learned(options: prunenet.PruneNetOptions) -> tuple[prunenet.Policy, float]:
         started = time.perf_counter()
         policy = prunenet.learned(measured.model, options)
         return policy, time.perf_counter() - started
@@ -155,14 +155,14 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
         ).kl_mean
         for roles in (("gate",), ("gate", "up", "down"))
     ]
-    policies = [learned(prunenet.Options(ratio, seed=seed)) for seed in range(SEEDS)]
+    policies = [learned(prunenet.PruneNetOptions(ratio, seed=seed)) for seed in range(SEEDS)]
     networks = [
         measured.row(f"PruneNet, seed {seed}, learned in {took:.0f} s", pruned(policy, statistics))
         for seed, (policy, took) in enumerate(policies)
     ]
     network = mean("PruneNet", networks)
     measured.row(f"best of {prunenet.DRAWS} at random", best_of_random(measured, statistics, ratio, chances[0]))
-    transferred, _ = learned(prunenet.Options(LEARNED_AT))
+    transferred, _ = learned(prunenet.PruneNetOptions(LEARNED_AT))
     measured.row(f"PruneNet, learned at {LEARNED_AT:.0%}", pruned(transferred, statistics))
     mean(
         "PruneNet without text",
@@ -177,7 +177,7 @@ def test_prunenet_and_the_closed_form(measured: Measured, statistics: Statistics
     closed = {}
     for even in (True, False):
         started = time.perf_counter()
-        found = prune.prune(measured.model, statistics, prune.Options(ratio, even=even))
+        found = prune.prune(measured.model, statistics, prune.ClosedFormOptions(ratio, even=even))
         name = f"closed form, {'even' if even else 'uneven'}, {time.perf_counter() - started:.0f} s"
         closed[even] = measured.row(name, found).kl_mean
     assert network < random

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 
 from exporter import pipeline
-from exporter.calibrate.text import Tokens, file_windows
+from exporter.calibrate.windows import Tokens, file_windows
 from exporter.compress.compressed import CompressedModel
-from exporter.job import Job
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.recipe import recipe_names
+from exporter.plan.job import Job
+from exporter.plan.recipe import recipe_names
+from exporter.prove.accuracy import Reference, dequantised, distance
+from exporter.prove.proof import ROUNDING_SHARE, Proof, prove
 from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import Target
-from exporter.validate.accuracy import Reference, dequantised, distance
-from exporter.validate.proof import ROUNDING_SHARE, Proof, prove
 from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
 from tests.benchmarks.measured import THREADS, WINDOW
 from tests.benchmarks.picture import Axis, picture
@@ -121,7 +121,7 @@ class Prover:
     def __call__(
         self, target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, *others: Any
     ) -> Proof:
-        """Stand in for `exporter.validate.proof.prove`."""
+        """Stand in for `exporter.prove.proof.prove`."""
         proof = prove(target, artifact, compressed, tokens, *others)
         if proof.rounding.kl_mean > self.much:
             model = dequantised(compressed.rewritten, target.read_back(artifact, compressed.rewritten))

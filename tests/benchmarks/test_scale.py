@@ -78,12 +78,12 @@ def _built(folder: Path, model: str, target: str, *more: str) -> tuple[Resident,
 def _show(bundle: Path, planned: dict[str, Any], peak: Resident, seconds: float) -> None:
     stages = json.loads((bundle / "measurements.json").read_text("utf-8"))["stages"]
     print(
-        f"\n{bundle.name}: {seconds:.0f} s in all, {_size(bundle):,.0f} bytes; stage, seconds foretold and taken, MiB"
+        f"\n{bundle.name}: {seconds:.0f} s in all, {_size(bundle):,.0f} bytes; stage, seconds predicted and taken, MiB"
     )
     for stage in stages:
-        foretold = planned["stage_seconds"].get(stage["name"], {"value": 0.0})["value"]
-        print(f"  {stage['name']:20} {foretold:7.1f} {stage['seconds']:7.1f} {stage['peak_bytes'] >> 20:7}")
-    print(f"  most at once: {peak}; foretold {int(planned['build_peak_bytes']['value']) >> 20:,} MiB")
+        predicted = planned["stage_seconds"].get(stage["name"], {"value": 0.0})["value"]
+        print(f"  {stage['name']:20} {predicted:7.1f} {stage['seconds']:7.1f} {stage['peak_bytes'] >> 20:7}")
+    print(f"  most at once: {peak}; predicted {int(planned['build_peak_bytes']['value']) >> 20:,} MiB")
 
 
 def _size(bundle: Path) -> float:

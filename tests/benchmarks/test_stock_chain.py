@@ -21,13 +21,13 @@ from statistics import median
 
 import pytest
 
-from exporter.calibrate.text import Windows, file_windows, spread_windows
-from exporter.effort import effort
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
+from exporter.compress.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.accuracy import Reference
 from exporter.targets.artifact import Artifact
-from exporter.validate.accuracy import Reference
 from tests.benchmarks import llama_opponents, onnx_opponents
 from tests.benchmarks.measured import THREADS, WINDOW, by_turns, measured
 from tests.benchmarks.ours import Exporter
@@ -43,7 +43,7 @@ CHUNKS = 60
 # Most of ours over the stock chain's wall time; what it lacks, all that is done with the evaluation text, not counted.
 # Nothing is promised of `max`: what it takes is printed beside the others.
 CHAIN_LIMITS = {"fast": 1.2, "balanced": 3.0, "max": float("inf")}
-NOT_IN_THE_CHAIN = ("foretell", "prove")
+NOT_IN_THE_CHAIN = ("predict", "prove")
 DECODE_AT_LEAST, PREFILL_AT_LEAST = 1.0, 0.9
 QUICK_PREFILL_AT_LEAST = 1.1
 PROMPT, DECODE, LOADS, ROUNDS = 256, 32, 12, 2

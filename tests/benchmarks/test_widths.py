@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from exporter.formats.ggml import ggml_format
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
-from exporter.weights.ggml import ggml_format
 from tests.benchmarks import llama_opponents
 from tests.benchmarks.bench import Bench, Conditions
 from tests.benchmarks.rows import Row
@@ -70,10 +70,10 @@ def test_less_kl_than_stock_in_width_768(folders: tuple[Path, Path], tmp_path: P
 
 def table(stock: list[Row], ours: list[Row]) -> float:
     """Print rows side by side and return the largest ratio of KL."""
-    print(f"\n{'':10} {'bytes':>11} {'ours':>8} {'foretold':>8} {'stock':>8} {'ratio':>6}")
+    print(f"\n{'':10} {'bytes':>11} {'ours':>8} {'predicted':>8} {'stock':>8} {'ratio':>6}")
     for theirs, row in zip(stock, ours, strict=True):
-        foretold = "" if row.predicted is None else f"{row.predicted:.4f}"
-        figures = f"{row.kl_mean:8.4f} {foretold:>8} {theirs.kl_mean:8.4f} {row.kl_mean / theirs.kl_mean:6.3f}"
+        predicted = "" if row.predicted is None else f"{row.predicted:.4f}"
+        figures = f"{row.kl_mean:8.4f} {predicted:>8} {theirs.kl_mean:8.4f} {row.kl_mean / theirs.kl_mean:6.3f}"
         print(f"{theirs.name:10} {theirs.file_bytes:11,} {figures}")
     return max(row.kl_mean / theirs.kl_mean for theirs, row in zip(stock, ours, strict=True))
 

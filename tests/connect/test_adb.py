@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bench.cycle import Outcome, Remote, measure_on, quantities
 from exporter.bench.engine import Settings
+from exporter.bench.measurement import BenchOutcome, Remote, measure_on, quantities
 from exporter.device.connect.adb import Adb
 from exporter.device.connect.connection import DroppedError, address_of
 from exporter.device.connect.shell import Line
-from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import SERIAL, AdbServer, free_port, llama_bench
 from tests.connect.waiting import becomes, ended
@@ -19,7 +19,7 @@ from tests.connect.waiting import becomes, ended
 QUICK = Settings(prompt=8, generate=4, depth=0, context=64, repeats=3, sustain_s=1, threads=4)
 
 
-def measured(bundle: Path, binary: Path | None, serial: str = SERIAL, settings: Settings = QUICK) -> Outcome:
+def measured(bundle: Path, binary: Path | None, serial: str = SERIAL, settings: Settings = QUICK) -> BenchOutcome:
     return measure_on(bundle, Remote(address_of(f"adb://{serial}"), binary=binary), settings, None, lambda *_: None)
 
 

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from exporter.device.connect.here import Here
+from exporter.device.connect.local import Local
+from exporter.device.connect.remote_folder import remote_folder
 from exporter.device.connect.shell import line
-from exporter.device.connect.workplace import workplace
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 from tests.commands import ROOT
 from tests.connect.waiting import becomes, ended
 
 # Takes a folder, starts a program there that does not end, says so, and sleeps.
 HOLDER = """
 import sys, threading, time
-from exporter.device.connect.here import Here
+from exporter.device.connect.local import Local
 from exporter.device.connect.shell import line
-from exporter.device.connect.workplace import workplace
-with workplace(Here, sys.argv[1], None, keep=sys.argv[2] == "keep") as place:
+from exporter.device.connect.remote_folder import remote_folder
+with remote_folder(Local, sys.argv[1], None, keep=sys.argv[2] == "keep") as place:
     program = line("%s -c %s %s", sys.executable, "import time; time.sleep(60)", place.path)
     threading.Thread(target=place.work, args=(program, 60), daemon=True).start()
     while not (place.run(line("cat pid"))).output:
@@ -66,12 +66,12 @@ def names(folder: Path) -> list[str]:
 
 def measure(name: str, keep: bool = False) -> None:
     """Take a folder and leave it."""
-    with workplace(Here, name, None, keep):
+    with remote_folder(Local, name, None, keep):
         pass
 
 
 def test_a_folder_goes_with_its_end(folder: Path) -> None:
-    with workplace(Here, "bench-1", None, keep=False) as place:
+    with remote_folder(Local, "bench-1", None, keep=False) as place:
         assert place.path == str(folder / "bench-1")
         assert place.write("file", b"text") == str(folder / "bench-1/file")
         assert (place.run(line("cat -- %s", "file"))).output == "text"
@@ -132,7 +132,7 @@ def test_marks_of_other_machines_on_a_shared_disk_count(folder: Path) -> None:
 
 def test_measurements_of_one_bundle_at_once_have_folders_of_their_own(folder: Path) -> None:
     with ExitStack() as stack:
-        places = [stack.enter_context(workplace(Here, "bench-1", None, keep=False)) for _ in range(4)]
+        places = [stack.enter_context(remote_folder(Local, "bench-1", None, keep=False)) for _ in range(4)]
         assert [Path(place.path).name for place in places] == ["bench-1", "bench-1-2", "bench-1-3", "bench-1-4"]
         with pytest.raises(RequestError, match=r"no folder can be made .* got 'others measure this bundle there'"):
             measure("bench-1")
@@ -142,10 +142,10 @@ def test_measurements_of_one_bundle_at_once_have_folders_of_their_own(folder: Pa
 
 def test_many_begin_and_end_at_once(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from exporter.device.connect.here import Here;"
-        "from exporter.device.connect.workplace import workplace\n"
+        "import sys; from pathlib import Path; from exporter.device.connect.local import Local;"
+        "from exporter.device.connect.remote_folder import remote_folder\n"
         "for i in range(12):\n"
-        "    with workplace(Here, f'bench-{i % 3}', None, keep=False) as place:\n"
+        "    with remote_folder(Local, f'bench-{i % 3}', None, keep=False) as place:\n"
         "        Path(place.path, 'mine').touch(exist_ok=False)\n"
         "        place.write('file', b'text')\n"
         "        assert sorted(one.name for one in Path(place.path).iterdir()) == ['file', 'mine']\n"

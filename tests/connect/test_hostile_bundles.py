@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bench import cycle
-from exporter.bench.cycle import Outcome, Remote, measure_here, measure_on
+from exporter.bench import measurement
+from exporter.bench.bundle_under_test import BundleUnderTest, subject_of
 from exporter.bench.engine import Probe, Settings
-from exporter.bench.subject import Subject, subject_of
+from exporter.bench.measurement import BenchOutcome, Remote, measure_here, measure_on
 from exporter.bundle.manifest import sha256_of
 from exporter.device.connect.connection import address_of
+from exporter.device.connect.remote_folder import Upload
 from exporter.device.connect.shell import Line, line
-from exporter.device.connect.workplace import Parcel
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 from tests.commands import ROOT
 from tests.connect.adb_server import SERIAL, AdbServer, llama_bench
 from tests.connect.sshd import Sshd
@@ -38,7 +38,7 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Hostile(Subject):
+class Hostile(BundleUnderTest):
     """A bundle with more files of its model, or with others: no manifest that is read lists such.
 
     Attributes:
@@ -46,19 +46,19 @@ class Hostile(Subject):
         more: Name -> file.
     """
 
-    proper: Subject | None
+    proper: BundleUnderTest | None
     more: dict[str, Path]
 
     @property
     def model_files(self) -> list[str]:
         return [*(self.proper.model_files if self.proper else []), *self.more]
 
-    def parcels(self) -> list[Parcel]:
-        more = [Parcel(path, name, *sha256_of(path)) for name, path in self.more.items()]
-        return [*(self.proper.parcels() if self.proper else []), *more]
+    def uploads(self) -> list[Upload]:
+        more = [Upload(path, name, *sha256_of(path)) for name, path in self.more.items()]
+        return [*(self.proper.uploads() if self.proper else []), *more]
 
 
-Make = Callable[..., Subject]
+Make = Callable[..., BundleUnderTest]
 
 
 @pytest.fixture
@@ -72,7 +72,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes the bundle that is measured from now on."""
     with ExitStack() as stack:
 
-        def make(bundle: Path, texts: dict[str, str] | None = None, target: str = "", model: str = "") -> Subject:
+        def make(
+            bundle: Path, texts: dict[str, str] | None = None, target: str = "", model: str = ""
+        ) -> BundleUnderTest:
             subject, more = (
                 stack.enter_context(subject_of(bundle)),
                 {model: bundle / "model/model.gguf"} if model else {},
@@ -82,13 +84,13 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
                 more[name].write_text(text)
             hostile = Hostile(**vars(subject), proper=None if model else subject, more=more)
             hostile = replace(hostile, artifact=replace(subject.artifact, target=target or subject.artifact.target))
-            monkeypatch.setattr(cycle, "subject_of", lambda *_, **__: nullcontext(hostile))
+            monkeypatch.setattr(measurement, "subject_of", lambda *_, **__: nullcontext(hostile))
             return hostile
 
         yield make
 
 
-def measured_over_ssh(sshd: Sshd, keep: bool = False) -> Outcome:
+def measured_over_ssh(sshd: Sshd, keep: bool = False) -> BenchOutcome:
     remote = Remote(address_of(sshd.address), python=sys.executable, keep=keep)
     return measure_on(Path("unread"), remote, QUICK, None, lambda *_: None)
 
@@ -129,7 +131,7 @@ def test_files_named_like_modules(sshd: Sshd, world: Path, mark: Path, made: Mak
     subject = made(world / target, {f"{folder}{module}": text for folder in FOLDERS for module in MODULES})
     outcome = measured_over_ssh(sshd)
     assert {check.name: check.status for check in outcome.checks}["selftest"] == "passed"
-    assert outcome.sent_bytes > sum(parcel.size for parcel in subject.parcels())
+    assert outcome.sent_bytes > sum(upload.size for upload in subject.uploads())
     assert not mark.exists()
 
 
@@ -140,7 +142,7 @@ def test_names_that_shells_read_otherwise(sshd: Sshd, bundle: Path, mark: Path, 
     there = {str(path.relative_to(kept / "bundle")) for path in (kept / "bundle").rglob("*") if path.is_file()}
     assert there == set(subject.model_files)
     assert sorted(path.name for path in kept.iterdir()) == ["bundle", "kept", "program"]
-    assert outcome.sent_bytes > sum(parcel.size for parcel in subject.parcels())
+    assert outcome.sent_bytes > sum(upload.size for upload in subject.uploads())
     assert not mark.exists()
     shutil.rmtree(kept.parent)
 

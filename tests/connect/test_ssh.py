@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bench.cycle import Remote, measure_on, quantities
+from exporter.bench.bundle_under_test import subject_of
 from exporter.bench.engine import Settings
+from exporter.bench.measurement import Remote, measure_on, quantities
 from exporter.bench.profile import write_profile
-from exporter.bench.subject import subject_of
 from exporter.device.connect.connection import DroppedError, address_of
 from exporter.device.profile import load_device
-from exporter.errors import InputError, MissingDependencyError, RequestError
+from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
 from tests.commands import cli, started
 from tests.connect.adb_server import free_port
 from tests.connect.sshd import HOST, Sshd, key

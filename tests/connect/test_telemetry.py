@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.bench.cycle import measure_here
 from exporter.bench.engine import Settings
+from exporter.bench.measurement import measure_here
 from exporter.targets.onnx.emulated import GUEST
 from tests.connect.quiet import left_in, quietly
 

@@ -9,11 +9,11 @@ import pytest
 from pydantic import BaseModel
 
 from exporter.device.backend import InstructionSet, Measured
-from exporter.device.facts import Fact, Sizes
 from exporter.device.fit import check_fit
 from exporter.device.profile import PACKAGE, device_names, load_device
-from exporter.device.writing import profile_toml
-from exporter.measures import Quantity
+from exporter.device.profile_writer import profile_toml
+from exporter.device.provenance import Fact, Sizes
+from exporter.foundation.quantities import Quantity
 
 Sourced = Fact | Sizes | InstructionSet | Measured
 every_device = pytest.mark.parametrize("name", device_names())

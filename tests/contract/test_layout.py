@@ -26,18 +26,17 @@ MADE = {"__pycache__", ".DS_Store"}
 
 # A component imports from its own row and from the rows above it.
 ORDER = [
-    {"errors", "cache", "child", "cores", "effort", "entries", "measures", "registry", "toml", "weights"},
-    {"model", "device", "devices", "coding"},
-    {"job", "stages", "confinement"},
-    {"arm64"},
+    {"foundation", "child", "formats"},
+    {"model", "device", "devices", "predict", "coding"},
+    {"emulate"},
     {"calibrate", "compress"},
     {"targets"},
-    {"steps", "recipe", "recipes", "plan", "sampling", "budget", "needs"},
-    {"validate"},
-    {"report", "forecast"},
+    {"plan", "steps", "recipes"},
+    {"prove"},
+    {"report"},
     {"bundle"},
-    {"documents"},
-    {"pipeline", "use"},
+    {"stages"},
+    {"pipeline"},
     {"bench"},
     {"cli"},
     {"__main__"},
@@ -125,10 +124,10 @@ def test_imports_make_no_cycle() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "breach"),
     [
-        ("exporter.weights.format", "from exporter.cli.main import main", "upwards"),
+        ("exporter.formats.format", "from exporter.cli.main import main", "upwards"),
         ("exporter.targets.gguf", "def lower():\n    import exporter.bundle", "upwards"),
         ("exporter.model", "from exporter import pipeline", "upwards"),
-        ("exporter", "import exporter.errors", "upwards"),
+        ("exporter", "import exporter.foundation.errors", "upwards"),
         ("exporter.cli.main", "from targets.gguf import TARGET", "not a name in the wheel"),
         ("exporter.cli.main", "import devices", "not a name in the wheel"),
         ("exporter.cli.main", "from . import build", "not a name in the wheel"),
@@ -172,7 +171,7 @@ def test_the_rule_lets_pass() -> None:
 
 
 def test_the_rule_catches_a_cycle() -> None:
-    modules = {"exporter.job": "from exporter.model import sources", "exporter.model": "import exporter.job"}
+    modules = {"exporter.plan.job": "from exporter.model import sources", "exporter.model": "import exporter.plan.job"}
     assert set(cycle(modules)) == set(modules)
 
 
@@ -212,7 +211,7 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
         "import exporter, exporter.targets, exporter.devices\n"
-        "from exporter.registry import names\n"
+        "from exporter.foundation.registry import names\n"
         "print(*names('exporter.devices', '.toml'))\n"
         "print(*exporter.__path__, exporter.targets.__file__, exporter.devices.__file__, sep='\\n')"
     )

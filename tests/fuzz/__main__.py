@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from exporter.cores import available_cores
+from exporter.foundation.cpu import available_cores
 from tests.fuzz.fuzzing import Tally, fuzz
 
 

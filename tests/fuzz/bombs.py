@@ -13,18 +13,18 @@ import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from exporter.coding.container import MAGIC, check_file
-from exporter.coding.layout import CODES, NUMBERS, Section, array_part
-from exporter.coding.resident import ResidentFile
+from exporter.coding.in_memory import ResidentFile
+from exporter.coding.layout import CODES, NUMBERS, FileSection, array_part
 from exporter.device.profile import load_device
-from exporter.errors import InputError, RuntimeCrashError
+from exporter.foundation.errors import InputError, RuntimeCrashError
 from exporter.model.chat import render
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.gguf_file import open_whole
 from exporter.model.json_file import read_json_object
 from exporter.model.template import open_renderer
 from exporter.model.tokenizer import load_tokenizer
-from exporter.recipe import load_recipe
-from exporter.targets.onnx.segments import cut
+from exporter.plan.recipe import load_recipe
+from exporter.targets.onnx.graph_partition import cut
 from tests.models import VOCAB, tiny_model
 
 Attempt = Callable[[Random], bool]
@@ -72,7 +72,7 @@ def _one_symbol(count: int) -> tuple[int, bytes]:
 
 
 def _hold_large_array(path: Path) -> None:
-    ResidentFile(path, [Section(0, array_part((1 << 50, 1), np.dtype(np.uint8)))])
+    ResidentFile(path, [FileSection(0, array_part((1 << 50, 1), np.dtype(np.uint8)))])
 
 
 # GGUF

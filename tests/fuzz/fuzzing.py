@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from exporter.errors import ExporterError
+from exporter.foundation.errors import ExporterError
 
 if TYPE_CHECKING:  # it brings all of the product along
     from tests.fuzz.subjects import Attempt

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from onnx import GraphProto, ModelProto, helper
 
-from exporter.bundle.manifest import MANIFEST, FileEntry, Header, Manifest
+from exporter.bundle.manifest import MANIFEST, FileEntry, Manifest, ManifestHeader
 from exporter.bundle.opening import opened_bundle
 from exporter.bundle.reading import read_manifest
 from exporter.bundle.transport import code_beside
@@ -27,13 +27,12 @@ from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import write_bundle
 from exporter.cli.show import bundle_facts, gguf_facts
 from exporter.coding.container import PROFILES, SUFFIX, check_file, code_file, original_of, restore_file
+from exporter.coding.in_memory import ResidentFile, Section
 from exporter.coding.layout import array_part, layout_of
-from exporter.coding.resident import ResidentFile, Section
 from exporter.device.fit import check_fit
 from exporter.device.profile import device_names, load_device
-from exporter.errors import ExporterError
-from exporter.job import Job
-from exporter.measures import Quantity
+from exporter.foundation.errors import ExporterError
+from exporter.foundation.quantities import Quantity
 from exporter.model import gguf_source
 from exporter.model.ends import special_ids
 from exporter.model.gguf_file import GgufFile
@@ -43,12 +42,13 @@ from exporter.model.llama_vocabulary import VocabularyFacts
 from exporter.model.model import Model
 from exporter.model.sources import load_config, open_model
 from exporter.model.tokenizer import load_tokenizer, try_tokenizer
-from exporter.plan import make_plan
-from exporter.recipe import load_recipe, recipe_names
+from exporter.plan.job import Job
+from exporter.plan.plan import make_plan
+from exporter.plan.recipe import load_recipe, recipe_names
 from exporter.report.data import canonical_json
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
-from exporter.targets.onnx.segments import cut
+from exporter.targets.onnx.graph_partition import cut
 from exporter.targets.target import load_target
 from tests.fuzz.mutations import (
     changed_value,
@@ -108,8 +108,8 @@ def _bundles(folder: Path) -> list[Path]:
     return made
 
 
-def _header(manifest: Manifest) -> Header:
-    return Header(**{name: getattr(manifest, name) for name in Header.model_fields})
+def _header(manifest: Manifest) -> ManifestHeader:
+    return ManifestHeader(**{name: getattr(manifest, name) for name in ManifestHeader.model_fields})
 
 
 def _used(bundle: Path) -> bool:

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from exporter.arm64.cores import CORES, CORTEX_A72, CORTEX_A76, Core
-from exporter.arm64.installation import Installation
-from exporter.arm64.machine import QEMU, IllegalInstructionError, Machine
-from exporter.arm64.setup import installation
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import load_device
-from exporter.entries import folder_is_whole
-from exporter.errors import RuntimeCrashError
+from exporter.emulate.arm64.core import CORES, CORTEX_A72, CORTEX_A76, Core
+from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.machine import QEMU, EmulatedMachine, IllegalInstructionError
+from exporter.emulate.arm64.setup import installation
+from exporter.foundation.cache_entries import folder_is_whole
+from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.sources import open_model
+from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.emulated import EMULATED
 from exporter.targets.onnx.rounding import KLEIDIAI, WITHOUT_KLEIDIAI
 from exporter.targets.target import load_target
-from exporter.validate import arm64
 from tests.models import tiny_model
 
 # Emulated cores take their time where this machine is busy.
@@ -62,8 +62,8 @@ def executable(path: Path, *instructions: int) -> Path:
     return path
 
 
-def bare(core: Core, folder: Path) -> Machine:
-    return Machine(core, folder, folder)
+def bare(core: Core, folder: Path) -> EmulatedMachine:
+    return EmulatedMachine(core, folder, folder)
 
 
 @needs_qemu

@@ -8,14 +8,16 @@ from pathlib import Path
 import gguf
 import pytest
 
+from exporter.bundle.installed import as_chat
 from exporter.calibrate.sample import notes, opening_ids
 from exporter.child.process import Child
-from exporter.errors import DeadlineError, RequestError, RuntimeCrashError
-from exporter.measures import Check
+from exporter.foundation.errors import DeadlineError, RequestError, RuntimeCrashError
+from exporter.foundation.quantities import Check
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Rendered
 from exporter.model.sources import open_model
 from exporter.model.template import TemplateRenderer
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.tokenize import LlamaTokenizer
 from exporter.targets.gguf.vocabulary import read_vocabulary, write_vocabulary_file
@@ -23,8 +25,6 @@ from exporter.targets.onnx.companions import write_text_files
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.target import load_target
 from exporter.targets.text import open_text
-from exporter.use import as_chat
-from exporter.validate.text import check_text
 from tests.models import TEMPLATE, VOCAB, tiny_model
 
 CHAT = [{"role": "user", "content": "Hello"}]

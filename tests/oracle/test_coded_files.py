@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, code_file, restore_file
 from exporter.coding.layout import CODES, layout_of, parts_of
 from exporter.compress.compressed import CompressedModel, with_factors
-from exporter.compress.double import doubled, in_scaled_channels
-from exporter.compress.rate import in_even_columns, rated
+from exporter.compress.methods.coarse_int8 import doubled, in_scaled_channels
+from exporter.compress.methods.entropy_constrained_int8 import in_even_columns, rated
 from exporter.model.sources import open_model
+from exporter.prove.accuracy import Reference, distance
+from exporter.prove.lowering import Decoded, check_weights
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
-from exporter.validate.accuracy import Reference, distance
-from exporter.validate.lowering import Decoded, check_weights
 from tests.models import tiny_model
 
 RANK = 32

@@ -7,11 +7,11 @@ import onnx
 import pytest
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.coding.chunk import Profile
 from exporter.coding.container import PROFILES, SUFFIX, code_file
 from exporter.compress.compressed import CompressedModel
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx import coded as coding

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter.errors import InputError, RequestError
-from exporter.job import Job
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.config_keys import key_table
 from exporter.model.sources import open_model
-from exporter.plan import make_plan
+from exporter.plan.job import Job
+from exporter.plan.plan import make_plan
 from tests.folders import edit, float_kl, transformers_logits
 from tests.models import tiny_model
 

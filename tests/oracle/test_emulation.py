@@ -16,15 +16,15 @@ import pytest
 from exporter.bundle.verify import verify_bundle
 from exporter.cli.main import app
 from exporter.compress.compressed import CompressedModel
-from exporter.confinement.limits import Limits
 from exporter.device.profile import load_device
-from exporter.errors import CheckError, ExporterError, RuntimeCrashError
-from exporter.measures import Check
+from exporter.emulate.sandbox.limits import ProcessLimits
+from exporter.foundation.errors import CheckError, ExporterError, RuntimeCrashError
+from exporter.foundation.quantities import Check
 from exporter.model.sources import open_model
+from exporter.prove import emulation
+from exporter.prove.emulation import Emulation, EmulationRun, emulate, run_within
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target
-from exporter.validate import emulation
-from exporter.validate.emulation import Emulation, Run, emulate, run_within
 from tests.commands import started
 from tests.models import tiny_model
 
@@ -53,12 +53,12 @@ def named(found: Emulation) -> dict[str, Check]:
 def test_100_mb_fail_under_64_mb_and_pass_a_tenth_above_their_predicted_peak(large: tuple[Artifact, int]) -> None:
     artifact, predicted = large
     assert 90 * MB < artifact.file_bytes < 110 * MB
-    little = named(run_within(artifact, Limits(64 * MB, cores=1), TOKENS, CONTEXT))
+    little = named(run_within(artifact, ProcessLimits(64 * MB, cores=1), TOKENS, CONTEXT))
     assert little["memory"].status == little["run"].status == "failed"
     assert "more than the 64.0 MB that one app may hold; ended by" in little["memory"].detail
     assert little["run"].detail == "it was ended for want of memory"
     assert little["cpu"].status == little["network"].status == "not run"
-    enough = run_within(artifact, Limits(int(1.1 * predicted), cores=1), TOKENS, CONTEXT)
+    enough = run_within(artifact, ProcessLimits(int(1.1 * predicted), cores=1), TOKENS, CONTEXT)
     assert {check.status for check in enough.checks} == {"passed"}, enough.checks
     peak = enough.quantities["peak_bytes"]
     print(f"{artifact.target}: predicted peak {predicted / MB:.1f} MB, emulated {peak.value / MB:.1f} MB")
@@ -150,13 +150,19 @@ def test_ctrl_c_leaves_no_process(world: Path) -> None:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[emulation.Confinement, Run]]:
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[emulation.Confinement, EmulationRun]]:
     """A confinement of this very process, and a run that is made up."""
-    with emulation.confined_child("nothing", 100 * MB, Limits(100 * MB, cores=1, cpu_share=0.5)) as (_, confinement):
-        yield confinement, Run(emulation.Timing(1, 1, 1, 1, 1, 1), wall_s=2, cpu_s=1, network_methods=("seccomp",))
+    with emulation.confined_child("nothing", 100 * MB, ProcessLimits(100 * MB, cores=1, cpu_share=0.5)) as (
+        _,
+        confinement,
+    ):
+        yield (
+            confinement,
+            EmulationRun(emulation.Timing(1, 1, 1, 1, 1, 1), wall_s=2, cpu_s=1, network_methods=("seccomp",)),
+        )
 
 
-def test_what_was_not_limited_is_not_a_pass(held: tuple[emulation.Confinement, Run]) -> None:
+def test_what_was_not_limited_is_not_a_pass(held: tuple[emulation.Confinement, EmulationRun]) -> None:
     confinement, run = held
     confinement.watch.peak_bytes = 50 * MB
     assert emulation._check_cpu(run, confinement).status == "passed"
@@ -169,11 +175,11 @@ def test_what_was_not_limited_is_not_a_pass(held: tuple[emulation.Confinement, R
     assert emulation._check_memory(None, confinement, 0, MB).status == "not run"
     confinement.watch.peak_bytes = 0
     assert "be read" in emulation._check_memory(run, confinement, 0, MB).detail
-    unlimited = replace(confinement, limits=Limits())
+    unlimited = replace(confinement, limits=ProcessLimits())
     assert emulation._check_memory(run, unlimited, 0, MB).status == "not run"
 
 
-def test_how_a_run_failed(held: tuple[emulation.Confinement, Run]) -> None:
+def test_how_a_run_failed(held: tuple[emulation.Confinement, EmulationRun]) -> None:
     confinement, _ = held
     error = RuntimeCrashError("llama.cpp died")
     assert emulation._failure(confinement, error) == "llama.cpp died"

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from exporter.model.ends import special_ids
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.text_checks import preview_text
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.text import foresee
 from tests.models import VOCAB, counting_model
 
 IM_END = 1
@@ -66,7 +66,7 @@ def test_texts_end_where_transformers_ends_them(tmp_path: Path, variant: str) ->
             (tmp_path / target).mkdir()
             artifact = load_target(target).lower_float(model, tmp_path / target)
             assert generated(artifact, prompts) == expected
-            notes = foresee(model, load_target(target)).notes
+            notes = preview_text(model, load_target(target)).notes
             assert bool(notes) == (target == "gguf" and variant != "config")
     if variant == "generation_config":
         assert_gguf_is_a_source_with_the_same_ends(tmp_path, prompts, expected, ends)
@@ -90,7 +90,7 @@ def test_what_llama_cpp_reads_is_used_for_ends_that_it_does_not_know(tmp_path: P
     written(tmp_path / "model", "generation_config")
     with open_model(str(tmp_path / "model")) as model:
         artifact = load_target("gguf").lower_text(model, tmp_path)
-        notes = foresee(model, load_target("gguf")).notes
+        notes = preview_text(model, load_target("gguf")).notes
     assert artifact is not None
     fields = gguf.GGUFReader(artifact.weights[0]).fields
     ids = {role: fields[f"tokenizer.ggml.{role}_token_id"].contents() for role in ("eos", "eot", "eom")}
@@ -105,7 +105,7 @@ def test_what_llama_cpp_reads_is_used_for_ends_that_it_does_not_know(tmp_path: P
 def test_tokens_that_llama_cpp_takes_for_ends_by_their_text_are_told(tmp_path: Path) -> None:
     written(tmp_path / "model", "tokenizer")
     with open_model(str(tmp_path / "model")) as model:
-        (note,) = foresee(model, load_target("gguf")).notes
+        (note,) = preview_text(model, load_target("gguf")).notes
     assert "llama.cpp by itself ends a text also at tokens at which the model does not: '<|im_end|>' (1)" in note
 
 
@@ -122,7 +122,7 @@ def test_ids_that_cannot_be_are_left_out_and_told(tmp_path: Path, target: str) -
         (tmp_path / "artifact").mkdir()
         artifact = load_target(target).lower_float(model, tmp_path / "artifact")
         assert generated(artifact, [195, 99]) == [[196, 197, 198, 199], list(range(100, 110))]
-        notes = foresee(model, load_target(target)).notes
+        notes = preview_text(model, load_target(target)).notes
     assert "eos_token_id of config.json names no token of the model and is left out: 320" in notes
     assert "bos_token_id of generation_config.json names no token of the model and is left out: '0'" in notes
 
@@ -137,7 +137,7 @@ def test_a_model_without_any_end(tmp_path: Path, target: str) -> None:
     with open_model(str(folder)) as model:
         (tmp_path / "artifact").mkdir()
         artifact = load_target(target).lower_float(model, tmp_path / "artifact")
-        (note,) = foresee(model, load_target(target)).notes
+        (note,) = preview_text(model, load_target(target)).notes
     # Tokens that llama.cpp takes for ends: the 11th by its number, <|im_end|> by its text.
     assert generated(artifact, [5]) == [list(range(6, 16))]
     assert "by itself ends a text also at tokens at which the model does not" in note

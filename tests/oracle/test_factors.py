@@ -9,18 +9,18 @@ import onnx
 import pytest
 
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
-from exporter.compress.caldera import Turns
+from exporter.calibrate.windows import Windows
+from exporter.compress.caldera import Alternation
 from exporter.compress.compressed import CompressedModel, with_factors
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import interleaved_rows
+from exporter.prove.accuracy import Reference, dequantised, distance
+from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target, low_rank
-from exporter.validate.accuracy import Reference, dequantised, distance
-from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
@@ -54,7 +54,7 @@ def lower(
     decisions = made.decide(model, TYPES[target], "ldlq")
     factors = low_rank(made, 32, bits)
     decisions = with_factors(decisions, factors, roles) if roles else with_factors(decisions, factors)
-    compressed = CompressedModel(model, decisions, statistics, turns=Turns(count=1))
+    compressed = CompressedModel(model, decisions, statistics, alternation=Alternation(iterations=1))
     return made.lower(compressed, TYPES[target], folder), compressed
 
 

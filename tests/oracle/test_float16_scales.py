@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from exporter.compress.compressed import CompressedModel
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact

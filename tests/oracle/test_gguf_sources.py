@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model import excerpt, gguf_source
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.needs import float_copy_bytes
+from exporter.plan.build_footprint import float_copy_bytes
+from exporter.prove.accuracy import divergence
+from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
-from exporter.validate.accuracy import divergence
-from exporter.validate.source import check_source
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
 from tests.models import tensor_digests, tiny_model
 

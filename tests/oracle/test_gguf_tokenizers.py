@@ -8,7 +8,7 @@ import gguf
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model import gguf_tokenizer
 from exporter.model.gguf_file import open_whole
 from exporter.model.gguf_tokenizer import FORMS, case_warning, unpack_tokenizer

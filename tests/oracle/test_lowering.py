@@ -12,19 +12,19 @@ import pytest
 
 from exporter import pipeline
 from exporter.compress.compressed import CompressedModel
-from exporter.errors import ExporterError, RequestError
-from exporter.job import Job
-from exporter.measures import from_json
+from exporter.foundation.errors import ExporterError, RequestError
+from exporter.foundation.quantities import from_json
 from exporter.model import excerpt
 from exporter.model.sources import open_model
 from exporter.pipeline import for_context, plan
+from exporter.plan.job import Job
+from exporter.prove import accuracy
+from exporter.prove.lowering import MOST_KL, Decoded, check_lowering, float_copy
 from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.target import Gguf
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.target import load_target
-from exporter.validate import accuracy
-from exporter.validate.lowering import MOST_KL, Decoded, check_lowering, float_copy
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.errors import RequestError
+from exporter.formats.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
+from exporter.foundation.errors import RequestError
 from exporter.targets.onnx.readback import _identity_product
-from exporter.weights.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 
 
 def decoded_by_runtime(format: MatMulNBitsFormat, data: np.ndarray, columns: int) -> np.ndarray:

@@ -9,12 +9,12 @@ import pytest
 
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
+from exporter.formats.matmulnbits import matmulnbits_formats
 from exporter.model.sources import open_model
-from exporter.targets.onnx.kernels import ALPHABET, THROUGHPUT
+from exporter.targets.onnx.kernel_speeds import ALPHABET, THROUGHPUT
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.weights.matmulnbits import matmulnbits_formats
 from tests.models import tiny_model
 
 WITHOUT_DOTPROD = {"core-ultra-200v", "raspberry-pi-4"}

@@ -15,27 +15,27 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from safetensors.torch import load_file, save_file
 
-from exporter.calibrate.moments import Site
 from exporter.calibrate.ranges import ChannelRanges, output_place
+from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
+from exporter.compress.awq_scaling import Rewritten, equalised, scaled_channels
 from exporter.compress.compressed import CompressedModel
-from exporter.compress.equalise import Rewritten, equalised, evened
+from exporter.compress.effort import EFFORTS
 from exporter.compress.method import load_method
-from exporter.effort import EFFORTS
-from exporter.errors import RequestError
+from exporter.formats.per_channel import ChannelFormat
+from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.prove.accuracy import Distance, Reference, distance
+from exporter.prove.accuracy import dequantised as with_weights
+from exporter.prove.lowering import Decoded, check_rounding, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx_qdq.graph import parameters
 from exporter.targets.onnx_qdq.readback import dequantised
 from exporter.targets.onnx_qdq.target import TYPES
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.accuracy import Distance, Reference, distance
-from exporter.validate.accuracy import dequantised as with_weights
-from exporter.validate.lowering import Decoded, check_rounding, check_stored_types, check_weights
-from exporter.weights.channel import ChannelFormat
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
@@ -215,7 +215,7 @@ def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -
 
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=SITES), partial(evened, alpha=0.5)])
+@pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=SITES), partial(scaled_channels, alpha=0.5)])
 def test_equalised_channels_compute_the_same(model_of, family: str, rule: Callable[..., Rewritten]) -> None:
     with model_of(family, tied=family != "mistral") as model:
         statistics = observed(model)
@@ -260,7 +260,9 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
 def test_evened_channels_are_as_loud_as_the_formula_says(model_of) -> None:
     with model_of() as model:
         statistics = observed(model)
-        before, after = (one.site("layers.1.mlp_in") for one in (statistics, evened(model, statistics, 0.5).statistics))
+        before, after = (
+            one.site("layers.1.mlp_in") for one in (statistics, scaled_channels(model, statistics, 0.5).statistics)
+        )
         assert before is not None and after is not None
         louder, left = (np.sqrt(one.second_moment.diagonal()) for one in (before, after))
         np.testing.assert_allclose(left, np.sqrt(louder) * np.exp(np.log(louder).mean() / 2), rtol=1e-3)
@@ -304,6 +306,6 @@ def test_static_activations_need_observed_ranges(tmp_path: Path, model_of) -> No
         with pytest.raises(RequestError, match=r"layers\.0\.mlp_in: the ranges of the activations were not observed"):
             equalised(model, Statistics(tmp_path), 0.5, ("mlp_in",))
         with pytest.raises(RequestError, match=r"layers\.0\.attention_in: the activations were not observed"):
-            evened(model, Statistics(tmp_path))
+            scaled_channels(model, Statistics(tmp_path))
         with pytest.raises(RequestError, match="unknown QDQ type 'a8w4'"):
             target.decide(model, "a8w4", "rtn")

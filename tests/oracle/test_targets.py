@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.layers import LayerStream
+from exporter.calibrate.layer_stream import LayerStream
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names, interleaved_rows
+from exporter.prove.accuracy import Reference, distance
+from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact, runtime_of
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.accuracy import Reference, distance
-from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

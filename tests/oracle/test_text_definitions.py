@@ -11,15 +11,15 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from exporter.calibrate.sample import starts
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.ends import special_ids
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer, parity_texts
+from exporter.prove.text_checks import check_text, preview_text
 from exporter.targets.target import load_target
 from exporter.targets.text import TextRuntime, open_text
-from exporter.validate.text import check_text, foresee
 from tests.models import TEXT, VOCAB, tiny_model
 
 LLAMA = {
@@ -82,9 +82,9 @@ def test_sentencepiece_is_the_yardstick_of_its_own_model(
     assert "tokenizer.model itself is what counts: the LlamaTokenizer that transformers makes of it gives other" in note
     with open_model(str(folder)) as model:
         for target in TARGETS:
-            foreseen = foresee(model, load_target(target))
-            assert [check.status for check in foreseen.checks] == ["passed"], foreseen.checks
-            assert note in foreseen.notes
+            preview = preview_text(model, load_target(target))
+            assert [check.status for check in preview.checks] == ["passed"], preview.checks
+            assert note in preview.notes
             assert by_runtime(model, target, tmp_path / target, texts) == [tokenizer.ids(text) for text in texts]
 
 
@@ -103,7 +103,7 @@ def test_the_form_of_llama_2_in_tokenizer_json_is_its_own_yardstick(
     assert AutoTokenizer.from_pretrained(folder)("  two spaces")["input_ids"] != read.ids("  two spaces")
     with open_model(str(folder)) as model:
         for target in TARGETS:
-            assert [check.status for check in foresee(model, load_target(target)).checks] == ["passed"]
+            assert [check.status for check in preview_text(model, load_target(target)).checks] == ["passed"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_text_that_sentencepiece_normalises_is_set_apart(tmp_path: Path) -> None
     tokenizer = load_tokenizer(tmp_path / "model", VOCAB)
     assert tokenizer.ids("ｶﾀｶﾅ  ½") == [1, *own.encode("ｶﾀｶﾅ  ½")]
     with open_model(str(tmp_path / "model")) as model:
-        (check,) = foresee(model, load_target("gguf")).checks
+        (check,) = preview_text(model, load_target("gguf")).checks
     assert check.status == "passed"
     assert "set apart: SentencePiece normalises such text (nmt_nfkc), the runtime does not" in check.detail
 
@@ -135,7 +135,7 @@ def test_unigram_is_carried_by_no_target(tmp_path: Path) -> None:
     with open_model(str(tmp_path / "model")) as model:
         for target in TARGETS:
             with pytest.raises(InputError, match=r"no such tokenizer.* got Unigram.* use a model with a BPE tokenizer"):
-                foresee(model, load_target(target))
+                preview_text(model, load_target(target))
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"x" * 99, lambda data: b""])
@@ -172,9 +172,9 @@ def test_added_tokens_without_a_row_reach_no_artifact(tmp_path: Path) -> None:
     )
     with open_model(str(folder)) as model:
         for target in TARGETS:
-            foreseen = foresee(model, load_target(target))
-            assert {check.status for check in foreseen.checks} == {"passed"}
-            assert note in foreseen.notes
+            preview = preview_text(model, load_target(target))
+            assert {check.status for check in preview.checks} == {"passed"}
+            assert note in preview.notes
             assert by_runtime(model, target, tmp_path / target, texts) == [tokenizer.ids(text) for text in texts]
     held = json.loads((tmp_path / "onnx" / "tokenizer.json").read_text())
     assert max(held["model"]["vocab"].values()) < VOCAB and max(t["id"] for t in held["added_tokens"]) == VOCAB - 1
@@ -192,7 +192,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused_alike_by_every_target
             with pytest.raises(
                 InputError, match="more tokens than the embedding has rows; got id 321, 'word11'"
             ) as one:
-                foresee(model, load_target(target))
+                preview_text(model, load_target(target))
             said.add(str(one.value))
     assert len(said) == 1
 

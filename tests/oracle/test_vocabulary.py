@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.chat import PARITY_CHATS
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.llama_vocabulary import Case, llama_tokenize, open_vocabulary
@@ -21,14 +21,14 @@ from exporter.model.tokenizer import (
     load_tokenizer,
     pre_tokenizer,
 )
+from exporter.prove.parity import check_tokenizer
+from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
 from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 from exporter.targets.text import open_text
-from exporter.validate.parity import check_tokenizer
-from exporter.validate.text import check_text
 
 VOCAB = 900
 TEMPLATE = (

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModel, AutoModelForCausalLM
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.sources import open_model

@@ -10,20 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.compress.compressed import CompressedModel
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 from exporter.model.folder import save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import padded, selected
-from exporter.plan import zero_bytes
+from exporter.plan.plan import zero_bytes
+from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf import carriage as carriages
-from exporter.targets.gguf.carriage import carriage
+from exporter.targets.gguf import feed_forward_storage as carriages
+from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.lowering import Decoded, check_stored_types, check_weights
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
@@ -161,7 +161,7 @@ def test_named_mixes_of_the_pruned_model(tmp_path: Path, source: Model, mix: str
 def test_it_says_how_the_widths_are_carried(
     source: Model, widths: str, architecture: str, filled: bool, reason: str
 ) -> None:
-    way = carriage(with_widths(source, WIDTHS[widths]).architecture)
+    way = feed_forward_storage(with_widths(source, WIDTHS[widths]).architecture)
     assert (way.architecture, way.padded) == (architecture, filled)
     assert reason in way.reason
 

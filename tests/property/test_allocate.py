@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.budget import PREFERENCES, SPEED_KL, Budget, chosen
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
-from exporter.device.speed import Cpu
+from exporter.formats.ggml import ggml_format
+from exporter.plan.budget import PREFERENCES, SPEED_KL, Budget, chosen
+from exporter.predict.roofline import Cpu
 from exporter.targets.target import load_target
-from exporter.weights.ggml import ggml_format
 
 FORMAT = ggml_format("Q8_0")
 SHARES = st.floats(0.0, 1.0)
@@ -116,9 +116,9 @@ def test_the_smallest_budget_is_met_and_nothing_fits_a_smaller_one() -> None:
     assert found is not None and total(found, "bytes") == smallest
 
 
-def budget(limits: Limits, prefer: str, swift: Limits) -> Budget:
+def budget(limits: Limits, prefer: str, no_slower_than_stock: Limits) -> Budget:
     made = Budget(limits, 0, [], prefer, load_target("gguf"), Cpu(1e9, 1e9), [])
-    vars(made)["swift"] = swift
+    vars(made)["no_slower_than_stock"] = no_slower_than_stock
     return made
 
 
@@ -126,11 +126,13 @@ def budget(limits: Limits, prefer: str, swift: Limits) -> Budget:
 def test_speed_costs_no_more_kl_than_it_may_and_none_is_slower_than_stock(seed: int, share: float) -> None:
     choices = problem(seed, 12, 5)
     limits = Limits(bytes=between(choices, "bytes", 0.5))
-    swift = replace(limits, decode_s=between(choices, "decode_s", share))
-    balanced, accurate, quick = (chosen(budget(limits, prefer, swift), choices) for prefer in PREFERENCES)
+    no_slower_than_stock = replace(limits, decode_s=between(choices, "decode_s", share))
+    balanced, accurate, quick = (
+        chosen(budget(limits, prefer, no_slower_than_stock), choices) for prefer in PREFERENCES
+    )
     assert all(within(some, limits) for some in (balanced, accurate, quick))
     assert accurate == allocate(choices, limits)
     assert total(quick, "kl") <= SPEED_KL * total(balanced, "kl")
-    assert within(balanced, swift) or allocate(choices, swift) is None
+    assert within(balanced, no_slower_than_stock) or allocate(choices, no_slower_than_stock) is None
     seconds = [512 * total(some, "prefill_s") + 128 * total(some, "decode_s") for some in (balanced, quick)]
     assert seconds[1] <= seconds[0] * (1 + GAP)

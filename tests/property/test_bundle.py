@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from exporter.bundle.manifest import FileEntry, Header, Manifest, Provenance, files_below
+from exporter.bundle.manifest import FileEntry, Manifest, ManifestHeader, Provenance, files_below
 from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle
-from exporter.errors import InputError
-from exporter.measures import from_json
+from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import from_json
 from exporter.report.data import Report
 from tests.unit.test_bundle import SELF_TEST
 
@@ -22,10 +22,10 @@ PATHS = ["licences/A", "manifest.json", "measurements.json", "model/model.gguf",
 QUICK = settings(max_examples=60, deadline=None)
 
 
-def header() -> Header:
+def header() -> ManifestHeader:
     report = from_json(Report, (DATA / "report.json").read_bytes(), "report.json")
     provenance = Provenance(exporter="0", versions={}, model_digest="", instruction_set="", threads=1)
-    return Header(
+    return ManifestHeader(
         name="p", target=report.target, device=report.device, runtime={}, recipe=report.recipe, provenance=provenance
     )
 

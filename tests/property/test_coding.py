@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.coding import ans, chunk
+from exporter.coding.byte_reader import Reading
 from exporter.coding.chunk import Profile, decode, encode
 from exporter.coding.container import PROFILES, code_file, original_of, restore_file
 from exporter.coding.huffman import huffman_bytes, read_huffman
-from exporter.coding.layout import ANYTHING, CODES, NUMBERS, Field, Part, Section
-from exporter.coding.reading import Reading
+from exporter.coding.layout import ANYTHING, CODES, NUMBERS, Field, FileSection, Part
 from exporter.coding.tables import PRECISION, TOTAL, counts_of, entropy_bits, read_table, shares_of, table_bytes
-from exporter.errors import InputError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 
 Q8_0 = (Field(NUMBERS, 2), Field(CODES, 32))
 FIELDS = st.lists(
@@ -55,7 +55,7 @@ def test_any_file_is_restored_whatever_its_layout_claims(
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     (folder / "file").write_bytes(data)
-    size = code_file(folder / "file", folder / "coded", profile, [Section(start, part) for part in parts])
+    size = code_file(folder / "file", folder / "coded", profile, [FileSection(start, part) for part in parts])
     assert restore_file(folder / "coded", folder / "restored").name == "file"
     assert (folder / "restored").read_bytes() == data
     assert (size.original_bytes, size.coded_bytes) == (len(data), (folder / "coded").stat().st_size)
@@ -65,7 +65,7 @@ def test_any_file_is_restored_whatever_its_layout_claims(
 def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coded")
     (folder / "file").write_bytes(b"header " * 9 + q8_0(16, 64, 1.0))
-    code_file(folder / "file", folder / "coded", request.param, [Section(63, Part(16, 2, Q8_0))])
+    code_file(folder / "file", folder / "coded", request.param, [FileSection(63, Part(16, 2, Q8_0))])
     return folder / "coded"
 
 
@@ -104,7 +104,7 @@ def test_a_payload_that_its_checksum_does_not_guard_is_an_input_error_or_decodes
 @pytest.mark.parametrize("spread", [0.3, 1.0, 3.0, 30.0])
 def test_small_is_within_two_percent_of_the_entropy(tmp_path: Path, spread: float) -> None:
     (tmp_path / "file").write_bytes(q8_0(768, 1024, spread))
-    size = code_file(tmp_path / "file", tmp_path / "coded", "small", [Section(0, Part(768, 32, Q8_0))])
+    size = code_file(tmp_path / "file", tmp_path / "coded", "small", [FileSection(0, Part(768, 32, Q8_0))])
     assert size.coded_bytes <= 1.02 * size.entropy_bytes
 
 
@@ -144,14 +144,14 @@ def test_huffman_is_restored(count: int, spread: float, seed: int) -> None:
 
 def test_classes_take_fewer_bits_than_one_histogram(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(q8_0(768, 1024, 1.5))
-    size = code_file(tmp_path / "file", tmp_path / "coded", "small", [Section(0, Part(768, 32, Q8_0))])
+    size = code_file(tmp_path / "file", tmp_path / "coded", "small", [FileSection(0, Part(768, 32, Q8_0))])
     assert size.coded_bytes < 0.95 * size.entropy_bytes
 
 
 def test_equal_scales_of_a_row_take_two_bytes_a_row(tmp_path: Path) -> None:
     scales = np.random.default_rng(0).uniform(0.001, 0.01, (500, 1)).astype(np.float16)
     (tmp_path / "file").write_bytes(np.repeat(scales, 32, axis=1).tobytes())
-    layout = [Section(0, Part(500, 32, (Field(NUMBERS, 2),)))]
+    layout = [FileSection(0, Part(500, 32, (Field(NUMBERS, 2),)))]
     assert code_file(tmp_path / "file", tmp_path / "coded", "small", layout).coded_bytes < 2 * 500 + 400
 
 

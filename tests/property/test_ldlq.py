@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from exporter.calibrate.moments import Site
-from exporter.compress.ldlq import DAMPING, LEAST_DAMPING, Ldlq, damped, feedback_factor
-from exporter.compress.rtn import RoundToNearest
-from exporter.weights.format import PartedGrid, WeightFormat
-from exporter.weights.ggml import ggml_format
-from exporter.weights.matmulnbits import matmulnbits_format
-from exporter.weights.nested import NestedGrid
+from exporter.calibrate.second_moments import Site
+from exporter.compress.methods.ldlq import DAMPING, LEAST_DAMPING, Ldlq, damped, feedback_factor
+from exporter.compress.methods.rtn import RoundToNearest
+from exporter.formats.format import PartedGrid, WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.k_quants import NestedGrid
+from exporter.formats.matmulnbits import matmulnbits_format
 
 FEEDBACK, DESCENT, RTN = Ldlq(sweeps=0), Ldlq(sweeps=2), RoundToNearest()
 EVERY = np.ones(256, np.float32)

@@ -6,10 +6,10 @@ from math import isfinite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.device.prediction import predict
 from exporter.device.profile import device_names, load_device
-from exporter.device.rates import rates
-from exporter.device.request import Request
+from exporter.predict.prediction import predict
+from exporter.predict.rates import rates
+from exporter.predict.request import Request
 
 FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q2_K", "IQ3_XXS", "int4", "w4a16")
 

@@ -13,16 +13,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.compress import prune as pruning
-from exporter.compress.equalise import equalised
-from exporter.compress.prune import Elimination, Options, eliminate, planned_widths, prune, repair, repaired, shared_out
-from exporter.errors import RequestError
+from exporter.compress.awq_scaling import equalised
+from exporter.compress.prune import (
+    ClosedFormOptions,
+    Elimination,
+    eliminate,
+    planned_widths,
+    prune,
+    repair,
+    repaired,
+    shared_out,
+)
+from exporter.foundation.errors import RequestError
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import selected
-from exporter.validate.accuracy import Reference, distance
+from exporter.prove.accuracy import Reference, distance
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (8, 48))
@@ -125,7 +134,7 @@ def kl(model: Model, other: Model) -> float:
 
 @pytest.mark.parametrize("even", [True, False])
 def test_the_pruned_model_is_what_was_asked_for(model: Model, even: bool) -> None:
-    found = prune(model, statistics_of(model), Options(1 / 3, 16, even))
+    found = prune(model, statistics_of(model), ClosedFormOptions(1 / 3, 16, even))
     widths = found.model.architecture.intermediate
     assert found.ratio == pytest.approx(1 / 3)
     assert sum(widths) == 3 * 64
@@ -145,7 +154,7 @@ def test_what_others_can_stand_for_is_not_missed(model: Model) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with open_model(str(model.folder)) as doubled:
         statistics = statistics_of(doubled)
-        found = prune(doubled, statistics, Options(0.5, 16, even=True, damping=1e-6))
+        found = prune(doubled, statistics, ClosedFormOptions(0.5, 16, even=True, damping=1e-6))
         bare = selected(doubled, [np.arange(48, 96)] * 3, {})
         assert kl(doubled, found.model) < 1e-4
         assert kl(doubled, bare) > 0.01
@@ -153,25 +162,25 @@ def test_what_others_can_stand_for_is_not_missed(model: Model) -> None:
 
 def test_uneven_widths_foretell_no_more_than_even_ones(model: Model) -> None:
     statistics = statistics_of(model)
-    even, uneven = (prune(model, statistics, Options(1 / 3, 16, even)) for even in (True, False))
+    even, uneven = (prune(model, statistics, ClosedFormOptions(1 / 3, 16, even)) for even in (True, False))
     assert even.predicted_kl is not None and uneven.predicted_kl is not None
     assert uneven.predicted_kl <= even.predicted_kl * (1 + 1e-9)
 
 
 def test_it_is_done_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = statistics_of(model)
-    first = prune(model, statistics, Options(1 / 3, 16))
+    first = prune(model, statistics, ClosedFormOptions(1 / 3, 16))
     monkeypatch.setattr(pruning, "eliminate", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(pruning, "repaired", lambda *_: pytest.fail("computed again"))
-    again = prune(model, statistics, Options(1 / 3, 16))
+    again = prune(model, statistics, ClosedFormOptions(1 / 3, 16))
     assert again.model.digest == first.model.digest
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        prune(model, statistics, Options(1 / 3, 32))
+        prune(model, statistics, ClosedFormOptions(1 / 3, 32))
 
 
 def test_any_choice_can_be_repaired(model: Model) -> None:
     statistics = statistics_of(model)
-    best = prune(model, statistics, Options(1 / 3, 16, even=True))
+    best = prune(model, statistics, ClosedFormOptions(1 / 3, 16, even=True))
     drawn = [np.sort(np.random.default_rng(layer).choice(96, 64, replace=False)) for layer in range(3)]
     found = repair(model, statistics, drawn)
     assert found.model.architecture.intermediate == (64, 64, 64)
@@ -204,7 +213,7 @@ def test_what_masks_are_foretold_to_cost(model: Model) -> None:
 def test_what_is_foretold_is_the_loss_of_the_steps(model: Model) -> None:
     """Two ways to the same: the weighted error of the repaired weights, and the sum of what each step added."""
     statistics = statistics_of(model)
-    found = prune(model, statistics, Options(1 / 3, 16, even=True))
+    found = prune(model, statistics, ClosedFormOptions(1 / 3, 16, even=True))
     losses = [
         eliminate(
             pruning._down(model, layer),
@@ -219,7 +228,7 @@ def test_what_is_foretold_is_the_loss_of_the_steps(model: Model) -> None:
 
 def test_statistics_of_the_pruned_model_are_its_own(model: Model) -> None:
     statistics = statistics_of(model)
-    found = prune(model, statistics, Options(1 / 3, 16))
+    found = prune(model, statistics, ClosedFormOptions(1 / 3, 16))
     own = statistics_of(found.model)
     assert own.key != statistics.key
     for layer, width in enumerate(found.model.architecture.intermediate):
@@ -228,10 +237,10 @@ def test_statistics_of_the_pruned_model_are_its_own(model: Model) -> None:
 
 
 def test_pruned_models_are_pruned_again(model: Model) -> None:
-    once = prune(model, statistics_of(model), Options(1 / 3, 16)).model
-    twice = prune(once, statistics_of(once), Options(0.25, 16))
+    once = prune(model, statistics_of(model), ClosedFormOptions(1 / 3, 16)).model
+    twice = prune(once, statistics_of(once), ClosedFormOptions(0.25, 16))
     assert sum(twice.model.architecture.intermediate) < sum(once.architecture.intermediate)
-    even = prune(once, statistics_of(once), Options(0.25, 16, even=True)).model.architecture.intermediate
+    even = prune(once, statistics_of(once), ClosedFormOptions(0.25, 16, even=True)).model.architecture.intermediate
     assert even == planned_widths(once.architecture, 0.25, 16)
     assert even != once.architecture.intermediate
     assert np.isfinite(kl(model, twice.model))
@@ -287,7 +296,7 @@ def test_inputs_must_have_been_observed(model: Model, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "statistics" / statistics.key
     (folder / "layers.1.mlp_out.npy").unlink()
     with pytest.raises(RequestError, match=r"layers\.1\.mlp_out: the inputs of down were not observed"):
-        prune(model, statistics, Options(1 / 3, 16))
+        prune(model, statistics, ClosedFormOptions(1 / 3, 16))
 
 
 def test_a_silent_layer_is_pruned_too(model: Model, tmp_path: Path) -> None:
@@ -297,6 +306,6 @@ def test_a_silent_layer_is_pruned_too(model: Model, tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"].zero_()
     save_file(tensors, weights, metadata={"format": "pt"})
     with open_model(str(model.folder)) as silent:
-        found = prune(silent, statistics_of(silent), Options(1 / 3, 16))
+        found = prune(silent, statistics_of(silent), ClosedFormOptions(1 / 3, 16))
         assert found.model.architecture.intermediate[1] == min(found.model.architecture.intermediate)
         assert np.isfinite(kl(silent, found.model))

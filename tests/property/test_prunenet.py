@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.compress import prunenet
 from exporter.compress.prune import Pruned, losses
-from exporter.compress.prunenet import PUBLISHED, Options, kolmogorov_smirnov, learned, prune, singular_values
-from exporter.errors import RequestError
+from exporter.compress.prunenet import PUBLISHED, PruneNetOptions, kolmogorov_smirnov, learned, prune, singular_values
+from exporter.formats.format import Float32
+from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import TensorSource
-from exporter.weights.format import Float32
 from tests.models import tiny_model
 
 
@@ -83,7 +83,7 @@ def test_torch_draws_in_the_order_that_the_probability_is_of() -> None:
 
 
 # What follows the reward, which is not the default.
-FOLLOWING = Options(0.5, baseline=True, exact_probability=True, same_noise=True, clip=1.0)
+FOLLOWING = PruneNetOptions(0.5, baseline=True, exact_probability=True, same_noise=True, clip=1.0)
 
 
 def test_it_learns_which_rows_carry_the_spectrum() -> None:
@@ -96,18 +96,18 @@ def test_it_learns_which_rows_carry_the_spectrum() -> None:
     assert rewards[-50:].mean() > 1.5 * rewards[:20].mean()
 
 
-def learn(gate: torch.Tensor, options: Options) -> prunenet.Policy:
+def learn(gate: torch.Tensor, options: PruneNetOptions) -> prunenet.Policy:
     return prunenet.follow_rewards([gate], options, lambda done, total: None)
 
 
 def test_a_policy_serves_every_ratio(model: Model) -> None:
-    policy = learned(model, Options(0.5, episodes=3))
+    policy = learned(model, PruneNetOptions(0.5, episodes=3))
     for ratio, width in ((2 / 3, 32), (1 / 3, 64)):
         assert prune(model, policy, ratio, 16).model.architecture.intermediate == (width, width)
 
 
 def test_channels_are_taken_out_of_all_three_matrices(model: Model) -> None:
-    policy = learned(model, Options(0.5, episodes=2))
+    policy = learned(model, PruneNetOptions(0.5, episodes=2))
     found = prune(model, policy, 1 / 3, 32)
     assert found.ratio == pytest.approx(1 / 3)
     assert found.predicted_kl is None
@@ -138,7 +138,10 @@ def test_one_function_is_pruned_alike_however_it_is_stored(model: Model) -> None
     # Powers of two, so that nothing is rounded.
     by = (2.0 ** np.random.default_rng(0).integers(-3, 4, model.architecture.hidden)).astype(np.float32)
     other = replace(model, tensors=Rescaled(model.tensors, by), changes="rescaled")
-    for options, alike in ((Options(0.5, episodes=2), True), (replace(Options(0.5, episodes=2), folded=False), False)):
+    for options, alike in (
+        (PruneNetOptions(0.5, episodes=2), True),
+        (replace(PruneNetOptions(0.5, episodes=2), folded=False), False),
+    ):
         kept, also = (np.array(learned(one, options).kept(one, (64, 64))) for one in (model, other))
         assert np.array_equal(kept, also) is alike
 
@@ -170,18 +173,18 @@ def test_rows_stay_in_proportion_to_their_chances(logits: list[float], data: st.
 
 
 def test_the_same_seed_learns_the_same_and_only_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = learned(model, Options(episodes=2))
+    first = learned(model, PruneNetOptions(episodes=2))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    again = prunenet._learn(model, Options(episodes=2), lambda done, total: None)
+    again = prunenet._learn(model, PruneNetOptions(episodes=2), lambda done, total: None)
     assert torch.equal(before, torch.get_rng_state())
     np.testing.assert_array_equal(first.direction, again.direction)
-    other = learned(model, Options(episodes=2, seed=1))
+    other = learned(model, PruneNetOptions(episodes=2, seed=1))
     assert not np.array_equal(first.direction, other.direction)
     monkeypatch.setattr(prunenet, "_learn", lambda *_: pytest.fail("learned again"))
-    np.testing.assert_array_equal(learned(model, Options(episodes=2)).direction, first.direction)
+    np.testing.assert_array_equal(learned(model, PruneNetOptions(episodes=2)).direction, first.direction)
     with pytest.raises(pytest.fail.Exception, match="learned again"):
-        learned(model, Options(episodes=3))
+        learned(model, PruneNetOptions(episodes=3))
 
 
 SWITCHES = {
@@ -199,13 +202,13 @@ def test_every_switch_changes_what_is_learned(model: Model, switch: str) -> None
 
 
 def test_the_best_policy_is_the_one_that_earned_most(model: Model) -> None:
-    best = learned(model, Options(0.5, episodes=6))
+    best = learned(model, PruneNetOptions(0.5, episodes=6))
     number = int(best.rewards.argmax())
     # The policy of an episode is what all episodes before it made.
-    before = Options(0.5, episodes=number, keep_best=False) if number else None
+    before = PruneNetOptions(0.5, episodes=number, keep_best=False) if number else None
     if before is not None:
         np.testing.assert_array_equal(best.direction, learned(model, before).direction)
-    last = learned(model, Options(0.5, episodes=6, keep_best=False))
+    last = learned(model, PruneNetOptions(0.5, episodes=6, keep_best=False))
     np.testing.assert_array_equal(best.rewards, last.rewards)
 
 
@@ -218,8 +221,8 @@ def test_as_published_the_mask_is_drawn_by_the_seed(model: Model) -> None:
     assert all((np.diff(kept) > 0).all() for kept in first)
 
 
-@pytest.mark.parametrize("options", [Options(episodes=2), replace(PUBLISHED, episodes=2)])
-def test_statistics_choose_among_masks_of_the_policy(model: Model, options: Options) -> None:
+@pytest.mark.parametrize("options", [PruneNetOptions(episodes=2), replace(PUBLISHED, episodes=2)])
+def test_statistics_choose_among_masks_of_the_policy(model: Model, options: PruneNetOptions) -> None:
     windows = Windows.of(np.random.default_rng(0).integers(2, 200, (8, 48)), "file", 0)
     statistics = collect(model, windows, 0, lambda done, total: None)
     policy = learned(model, options)
@@ -236,31 +239,31 @@ def test_statistics_choose_among_masks_of_the_policy(model: Model, options: Opti
 
 def test_a_spectrum_that_stays_earns_most() -> None:
     gate = torch.zeros(6, 3)
-    policy = learn(gate, Options(0.5, episodes=1))
+    policy = learn(gate, PruneNetOptions(0.5, episodes=1))
     assert policy.rewards.tolist() == [prunenet.MOST_REWARD]
 
 
 def test_layers_of_different_widths(model: Model) -> None:
-    uneven = prune(model, learned(model, Options(episodes=1)), 1 / 3, 32).model
-    policy = learned(uneven, Options(episodes=1))
+    uneven = prune(model, learned(model, PruneNetOptions(episodes=1)), 1 / 3, 32).model
+    policy = learned(uneven, PruneNetOptions(episodes=1))
     assert [len(kept) for kept in policy.kept(uneven, (32, 16))] == [32, 16]
 
 
 def test_no_episodes_are_refused(model: Model) -> None:
     with pytest.raises(RequestError, match="PruneNet cannot learn; got 0 episodes, expected 1 or more"):
-        learned(model, Options(episodes=0))
+        learned(model, PruneNetOptions(episodes=0))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_an_impossible_ratio_is_refused(model: Model, ratio: float) -> None:
     with pytest.raises(RequestError, match="the share to prune is impossible"):
-        learned(model, Options(ratio))
+        learned(model, PruneNetOptions(ratio))
     with pytest.raises(RequestError, match="the share to prune is impossible"):
-        prune(model, learned(model, Options(episodes=1)), ratio, 32)
+        prune(model, learned(model, PruneNetOptions(episodes=1)), ratio, 32)
 
 
 def test_a_family_without_a_gate_is_refused(model: Model) -> None:
     family = replace(model.architecture.family, gated=False)
     plain = replace(model, architecture=replace(model.architecture, family=family))
     with pytest.raises(RequestError, match="is not gated"):
-        learned(plain, Options())
+        learned(plain, PruneNetOptions())

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from exporter.calibrate.moments import Site
+from exporter.calibrate.second_moments import Site
 from exporter.coding.streams import coded_bits
-from exporter.compress.double import Double
-from exporter.compress.rate import Rate, damped
-from exporter.compress.rtn import RoundToNearest
-from exporter.errors import RequestError
-from exporter.weights.channel import ChannelFormat
-from exporter.weights.format import Float32, WeightFormat
-from exporter.weights.ggml import ggml_format
-from exporter.weights.matmulnbits import matmulnbits_format
-from exporter.weights.stepped import encode_steps, scale_type, stored_steps
+from exporter.compress.methods.coarse_int8 import Double
+from exporter.compress.methods.entropy_constrained_int8 import Rate, damped
+from exporter.compress.methods.rtn import RoundToNearest
+from exporter.formats.format import Float32, WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.matmulnbits import matmulnbits_format
+from exporter.formats.per_channel import ChannelFormat
+from exporter.formats.row_scaled import encode_steps, scale_type, stored_steps
+from exporter.foundation.errors import RequestError
 
 ROWS, COLUMNS = 384, 128
 FORMATS: list[WeightFormat] = [
@@ -116,8 +116,8 @@ def test_zeroed_weights_are_those_that_move_outputs_least() -> None:
 @pytest.mark.parametrize("method", [Rate(3.0), Double(3.0)], ids=["rate", "double"])
 def test_expected_error_is_about_the_error(method: Rate | Double) -> None:
     format, columns = ggml_format("Q8_0"), np.ones(COLUMNS, np.float32)
-    foretold = method.expected_error(weight(), format, site(), columns)
-    assert foretold.outputs.sum() == pytest.approx(error(method.encode(weight(), format, site()).planned), rel=0.35)
+    predicted = method.expected_error(weight(), format, site(), columns)
+    assert predicted.outputs.sum() == pytest.approx(error(method.encode(weight(), format, site()).planned), rel=0.35)
     blind = method.expected_error(weight(), format, None, columns)
     assert not blind.outputs.any() and blind.lookups.sum() > 0
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.coding import resident
+from exporter.coding import in_memory
 from exporter.coding.container import PROFILES, code_file
-from exporter.coding.layout import Section, array_part
-from exporter.coding.resident import ResidentFile, Span
-from exporter.errors import InputError
+from exporter.coding.in_memory import ResidentFile, Span
+from exporter.coding.layout import FileSection, array_part
+from exporter.foundation.errors import InputError
 
 SIZE = 5000
 
@@ -22,13 +22,13 @@ def original(seed: int) -> bytes:
 
 
 @st.composite
-def arrays(draw: st.DrawFn) -> list[Section]:
+def arrays(draw: st.DrawFn) -> list[FileSection]:
     """Arrays in order, with gaps between them."""
     found, at = [], draw(st.integers(0, 300))
     for _ in range(draw(st.integers(1, 6))):
         kind = draw(st.sampled_from([np.uint8, np.float16, np.float32, np.int64]))
         shape = (draw(st.integers(1, 40)), draw(st.integers(1, 8)))
-        section = Section(at, array_part(shape, np.dtype(kind)))
+        section = FileSection(at, array_part(shape, np.dtype(kind)))
         if at + section.part.bytes > SIZE:
             break
         found.append(section)
@@ -38,10 +38,10 @@ def arrays(draw: st.DrawFn) -> list[Section]:
 
 @settings(max_examples=60, deadline=None)
 @given(arrays(), st.integers(0, 3), st.sampled_from(PROFILES), st.data())
-def test_bytes_of_arrays(sections: list[Section], seed: int, profile: str, data: st.DataObject) -> None:
+def test_bytes_of_arrays(sections: list[FileSection], seed: int, profile: str, data: st.DataObject) -> None:
     whole = original(seed)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resident, "PIECE_BYTES", 256)
+        patch.setattr(in_memory, "PIECE_BYTES", 256)
         path, coded = Path(folder) / "weights", Path(folder) / "weights.coded"
         path.write_bytes(whole)
         code_file(path, coded, profile)  # type: ignore[arg-type]
@@ -68,4 +68,6 @@ def test_arrays_that_overlap_or_are_outside_are_refused(tmp_path: Path, starts: 
     (tmp_path / "weights").write_bytes(original(0))
     code_file(tmp_path / "weights", tmp_path / "coded", "fast")
     with pytest.raises(InputError, match="holds no such array"):
-        ResidentFile(tmp_path / "coded", [Section(start, array_part((10, 10), np.dtype(np.uint8))) for start in starts])
+        ResidentFile(
+            tmp_path / "coded", [FileSection(start, array_part((10, 10), np.dtype(np.uint8))) for start in starts]
+        )

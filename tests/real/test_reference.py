@@ -9,23 +9,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.budget import decide_within, feasible_budget
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows, file_windows
+from exporter.calibrate.windows import Windows, file_windows
 from exporter.child.process import Child
 from exporter.compress.compressed import CompressedModel
-from exporter.effort import effort
-from exporter.job import Job
+from exporter.compress.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan import make_plan
+from exporter.plan.budget import decide_within, feasible_budget
+from exporter.plan.job import Job
+from exporter.plan.plan import make_plan
+from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.validate.accuracy import Distance, Reference, distance
 from tests.models import tensor_digests
 from tests.reference import plain_texts, reference_model
 

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from exporter import cache
-from exporter.arm64 import setup
-from exporter.arm64.cores import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM, lacked, stand_in
-from exporter.arm64.installation import Installation
-from exporter.arm64.logits import read_logits
-from exporter.arm64.machine import Machine
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
-from exporter.entries import kept_folder
-from exporter.errors import MissingDependencyError, RequestError, RuntimeCrashError
+from exporter.emulate.arm64 import setup
+from exporter.emulate.arm64.core import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM, lacked, stand_in
+from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.logits import read_logits
+from exporter.emulate.arm64.machine import EmulatedMachine
+from exporter.foundation import cache
+from exporter.foundation.cache_entries import kept_folder
+from exporter.foundation.errors import MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
+from exporter.prove.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
 from exporter.targets.target import load_target
-from exporter.validate.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
 from tests.models import tiny_model
 
 WAYS = {"rows": KLEIDIAI, "blocks": WITHOUT_KLEIDIAI, "float32": FLOAT32}
@@ -137,7 +137,7 @@ def program(folder: Path, name: str, text: str = "") -> None:
 
 def test_without_qemu_nothing_is_run_and_the_package_is_named(programs: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"emulation of ARM64 is not installed; .* qemu-user-static"):
-        Machine(CORTEX_A76, programs, programs).run(["/bin/true"], 1)
+        EmulatedMachine(CORTEX_A76, programs, programs).run(["/bin/true"], 1)
     with pytest.raises(MissingDependencyError, match="qemu-user-static"):
         setup.install()
     artifact = Artifact("onnx", programs, ())

@@ -11,19 +11,20 @@ import pytest
 
 from exporter import pipeline
 from exporter.bench.profile import format_of
-from exporter.budget import Budget, cost_of_speed, foretell
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import Choice, Limits, Storage
-from exporter.device.speed import Cpu
-from exporter.device.workload import format_family
-from exporter.effort import EFFORTS
-from exporter.errors import RequestError
-from exporter.job import Job, silent
+from exporter.compress.effort import EFFORTS
+from exporter.formats.ggml import ggml_format
+from exporter.foundation.errors import RequestError
+from exporter.foundation.progress import silent
 from exporter.model.sources import open_model
+from exporter.plan.budget import Budget, cost_of_speed, predict_decisions
+from exporter.plan.job import Job
+from exporter.predict.roofline import Cpu
+from exporter.predict.workload import format_family
+from exporter.prove.prompt import DECODE_TOKENS, prompt_for
 from exporter.targets.target import load_target
-from exporter.validate.prompt import DECODE_TOKENS, prompt_for
-from exporter.weights.ggml import ggml_format
 from tests.models import FAMILIES, tiny_model
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
@@ -161,8 +162,8 @@ def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> No
             timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in planned.decisions]
             seconds[prefer] = sum(512 * choice.prefill_s + 128 * choice.decode_s for choice in timed)
             if prefer == "balanced":
-                assert sum(choice.decode_s for choice in timed) <= budget.swift.decode_s < inf
-                assert sum(choice.prefill_s for choice in timed) <= budget.swift.prefill_s < inf
+                assert sum(choice.decode_s for choice in timed) <= budget.no_slower_than_stock.decode_s < inf
+                assert sum(choice.prefill_s for choice in timed) <= budget.no_slower_than_stock.prefill_s < inf
         assert seconds["speed"] < min(seconds["accuracy"], seconds["balanced"])
         # Without a budget, the file may be as large as that of the default type.
         assert pipeline.planned_within(job(target="gguf", prefer="speed"), model)[1] is not None
@@ -203,11 +204,11 @@ def test_each_matrix_is_predicted_by_its_own_method(job: Callable[..., Job]) -> 
     with open_model(asked.source) as model:
         statistics = collect(model, Windows.of(tokens, "file", 0), 0, lambda done, total: None)
         by_method = {
-            method: foretell(target.decide(model, "Q4_0", method), asked, model, statistics, silent)
+            method: predict_decisions(target.decide(model, "Q4_0", method), asked, model, statistics, silent)
             for method in ("rtn", "ldlq")
         }
         mixed = [by_method["rtn" if at % 2 else "ldlq"][at] for at in range(len(by_method["rtn"]))]
-        again = foretell([replace(one, predicted_kl=None) for one in mixed], asked, model, statistics, silent)
+        again = predict_decisions([replace(one, predicted_kl=None) for one in mixed], asked, model, statistics, silent)
     assert [one.predicted_kl for one in again] == [one.predicted_kl for one in mixed]
     assert by_method["rtn"][1].predicted_kl != by_method["ldlq"][1].predicted_kl
 

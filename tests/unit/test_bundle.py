@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bundle.manifest import FileEntry, Header, Manifest, Provenance, files_below, role_of
+from exporter.bundle.manifest import FileEntry, Manifest, ManifestHeader, Provenance, files_below, role_of
 from exporter.bundle.reading import MOST_BYTES, _bytes, read_manifest
 from exporter.bundle.verify import _check_file, verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle, write_tar
-from exporter.errors import ExporterError, InputError, RequestError
-from exporter.measures import Check, from_json
+from exporter.foundation.errors import ExporterError, InputError, RequestError
+from exporter.foundation.quantities import Check, from_json
 from exporter.report.data import Report, to_json
 
 DATA = Path(__file__).parents[1] / "data"
@@ -30,12 +30,12 @@ FILES = {
 }
 
 
-def header() -> Header:
+def header() -> ManifestHeader:
     report = from_json(Report, (DATA / "report.json").read_bytes(), "report.json")
     provenance = Provenance(
         exporter="0.1.0", versions={"gguf": "0.17.1"}, model_digest="ab", instruction_set="avx2", threads=2
     )
-    return Header(
+    return ManifestHeader(
         name="demo",
         target=report.target,
         device=report.device,

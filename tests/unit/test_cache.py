@@ -16,10 +16,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from exporter import cache, entries
-from exporter.cache import cache_folder, disk_of, locked, naming_disk, replacing, scratch_folder, telling
-from exporter.entries import ARRAY, JSON, VECTORS, DamagedEntryError, Form, filling, kept, kept_folder, load, save
-from exporter.errors import InputError, RequestError, RuntimeCrashError
+from exporter.foundation import cache
+from exporter.foundation import cache_entries as entries
+from exporter.foundation.cache import cache_folder, disk_of, locked, naming_disk, replacing, scratch_folder, telling
+from exporter.foundation.cache_entries import (
+    ARRAY,
+    JSON,
+    VECTORS,
+    DamagedEntryError,
+    Form,
+    filling,
+    kept,
+    kept_folder,
+    load,
+    save,
+)
+from exporter.foundation.errors import InputError, RequestError, RuntimeCrashError
 from exporter.model.folder import save_folder
 from exporter.model.model import SourceFiles
 from exporter.model.sources import open_model
@@ -180,7 +192,7 @@ HOLDER = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from exporter.cache import cache_folder, locked, replacing, scratch_folder
+from exporter.foundation.cache import cache_folder, locked, replacing, scratch_folder
 with ExitStack() as opened:
     staging = opened.enter_context(scratch_folder(Path(sys.argv[1]), "bundle", 0o777))
     (staging / "model").mkdir()

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from exporter.child.network import cut_network
 from exporter.child.process import ANSWER, Child
-from exporter.errors import DeadlineError, InputError, RuntimeCrashError
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
+from exporter.foundation.errors import DeadlineError, InputError, RuntimeCrashError
 from tests.taken import ANSWERS, Taken
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")

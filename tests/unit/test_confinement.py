@@ -18,13 +18,13 @@ import pytest
 from exporter.child import network
 from exporter.child.network import cut_network
 from exporter.child.process import Child
-from exporter.confinement import confinement as confining
-from exporter.confinement.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
-from exporter.confinement.confinement import Confinement, confined, controlled, hindrance
-from exporter.confinement.limits import Limits
-from exporter.confinement.watch import proportional_bytes, shared_bytes
-from exporter.cores import available_cores
-from exporter.errors import RequestError, RuntimeCrashError
+from exporter.emulate.sandbox import confined as confining
+from exporter.emulate.sandbox.cgroup import PREFIX, ControlGroup, Controller, Place, control_groups, places
+from exporter.emulate.sandbox.confined import Confinement, confined, controlled, hindrance
+from exporter.emulate.sandbox.limits import ProcessLimits
+from exporter.emulate.sandbox.watch import proportional_bytes, shared_bytes
+from exporter.foundation.cpu import available_cores
+from exporter.foundation.errors import RequestError, RuntimeCrashError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here")
 MB = 1_000_000
@@ -76,7 +76,7 @@ class Worker:
 
 
 @contextmanager
-def limited(limits: Limits, method: str) -> Iterator[tuple[Child, Confinement]]:
+def limited(limits: ProcessLimits, method: str) -> Iterator[tuple[Child, Confinement]]:
     """Confine a worker by the watcher and by stopping alone, or in control groups as well."""
     with (
         control_groups(controlled(limits) if method == "grouped" else {}) as groups,
@@ -91,7 +91,7 @@ def limited(limits: Limits, method: str) -> Iterator[tuple[Child, Confinement]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_too_much_memory_ends_the_process(method: str) -> None:
-    with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
+    with limited(ProcessLimits(memory_bytes=150 * MB), method) as (child, held):
         assert child.call(Worker.hold, MOST_S, 40 * MB) == 40 * MB
         assert not held.out_of_memory
         with pytest.raises(RuntimeCrashError, match="SIGKILL"):
@@ -115,7 +115,7 @@ def test_a_control_group_alone_ends_it_too() -> None:
 def test_mapped_pages_count_and_reserved_ones_do_not(method: str, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(os.urandom(1 << 20) * 200)
-    with limited(Limits(memory_bytes=150 * MB), method) as (child, held):
+    with limited(ProcessLimits(memory_bytes=150 * MB), method) as (child, held):
         assert child.call(Worker.reserve, MOST_S, 10_000 * MB)
         time.sleep(0.1)
         assert child.call(Worker.hold, MOST_S, MB) == MB
@@ -132,7 +132,7 @@ def test_pages_of_the_artifact_count_in_full_whoever_else_maps_them(tmp_path: Pa
     file.write_bytes(os.urandom(1 << 20) * 64)
     worker = Worker()
     worker.map(file)
-    with limited(Limits(), "watched") as (child, _):
+    with limited(ProcessLimits(), "watched") as (child, _):
         child.call(Worker.map, MOST_S, file)
         shared = shared_bytes(child.process_id, [file])
         assert shared == pytest.approx(32 << 20, rel=0.02)
@@ -143,7 +143,7 @@ def test_pages_of_the_artifact_count_in_full_whoever_else_maps_them(tmp_path: Pa
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_never_ends_is_ended(method: str, share: float) -> None:
-    with limited(Limits(cpu_share=share, timeout_s=2), method) as (child, held):
+    with limited(ProcessLimits(cpu_share=share, timeout_s=2), method) as (child, held):
         started = time.monotonic()
         with pytest.raises(RuntimeCrashError, match="SIGKILL"):
             child.call(Worker.stand_still, MOST_S)
@@ -162,8 +162,8 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
     may take time from the limited one, too, so then half is still the most that it gets, but the least is not known.
     """
     with (
-        limited(Limits(cores=1), "watched") as (free, _),
-        limited(Limits(cores=1, cpu_share=0.5), method) as (slow, held),
+        limited(ProcessLimits(cores=1), "watched") as (free, _),
+        limited(ProcessLimits(cores=1, cpu_share=0.5), method) as (slow, held),
     ):
         both = [(free.call(Worker.work, MOST_S, 0.2), slow.call(Worker.work, MOST_S, 0.2)) for _ in range(30)]
     as_quick = median((slow_turns / slow_cpu) / (turns / cpu) for (turns, cpu, _), (slow_turns, slow_cpu, _) in both)
@@ -179,9 +179,9 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
 
 
 def test_cores_are_those_that_are_granted() -> None:
-    with limited(Limits(cores=1), "watched") as (child, _):
+    with limited(ProcessLimits(cores=1), "watched") as (child, _):
         assert len(child.call(Worker.cores, MOST_S)) == 1
-    assert Limits(cores=200).usable_cores == available_cores()
+    assert ProcessLimits(cores=200).usable_cores == available_cores()
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -215,7 +215,7 @@ def test_either_method_cuts_the_network(method: str, says: str, user: int | None
 
 
 def test_a_socket_call_inside_fails() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, limited(Limits(), "watched") as (child, _):
+    with socket.create_server(("127.0.0.1", 0)) as server, limited(ProcessLimits(), "watched") as (child, _):
         assert child.run(cut_network, MOST_S) != []
         assert child.call(Worker.reach, MOST_S, server.getsockname()[1]) != "connected"
 
@@ -246,15 +246,15 @@ def texts() -> tuple[str, str]:
 
 PROGRAM = """
 import os, signal, sys, time
-from exporter.confinement.cgroup import control_groups
-from exporter.confinement.confinement import confined, controlled
-from exporter.confinement.limits import Limits
+from exporter.emulate.sandbox.cgroup import control_groups
+from exporter.emulate.sandbox.confined import confined, controlled
+from exporter.emulate.sandbox.limits import ProcessLimits
 from exporter.child.process import Child
 from tests.unit.test_confinement import Worker
 if __name__ == "__main__":
     # What runs the tests in the background has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    limits = Limits(memory_bytes=500_000_000, cpu_share=0.5)
+    limits = ProcessLimits(memory_bytes=500_000_000, cpu_share=0.5)
     with control_groups(controlled(limits)) as groups, Child("worker", 1 << 40) as child:
         with confined(child.process_id, limits, {"memory": groups["memory"]} if groups else {}):
             child.make(Worker, 60)
@@ -367,7 +367,7 @@ def test_what_groups_tell(tmp_path: Path) -> None:
 )
 def test_impossible_limits_are_one_sentence(limits: dict[str, float], sentence: str) -> None:
     with pytest.raises(RequestError, match=sentence):
-        Limits(**limits)  # type: ignore[arg-type]
+        ProcessLimits(**limits)  # type: ignore[arg-type]
 
 
 def test_what_hinders_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

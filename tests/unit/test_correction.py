@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.layers import LayerStream
+from exporter.calibrate.layer_stream import LayerStream
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
-from exporter.compress.compressed import CompressedModel, corrected_on
-from exporter.compress.correction import INPUTS_SHARE, RIDGE, STREAM_SHARE, Correction
-from exporter.effort import EFFORTS, Effort
+from exporter.calibrate.windows import Windows
+from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.effort import EFFORTS, Effort
+from exporter.compress.error_propagation import INPUTS_SHARE, RIDGE, STREAM_SHARE, ErrorPropagation
+from exporter.formats.format import Float32
 from exporter.model.families import EMBEDDING, LINEARS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.targets.target import load_target
-from exporter.weights.format import Float32
 from tests.models import VOCAB, tiny_model
 
 ROLES = tuple(LINEARS)
@@ -66,7 +66,7 @@ def activations(model: Model, weights: dict[str, Float32]) -> tuple[dict[str, np
 def test_what_is_wanted_follows_the_formula(model: Model) -> None:
     groups = {(group.layer, group.role): group for group in model.groups()}
     table = blurred(model.read(EMBEDDING), 99)
-    correction = Correction(model, TOKENS, lambda tokens: table[tokens])
+    correction = ErrorPropagation(model, TOKENS, lambda tokens: table[tokens])
     source, streams = activations(model, {})
     planned = {EMBEDDING: table}
     for layer in range(model.architecture.layers):
@@ -89,7 +89,7 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
 
 
 def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
-    correction = Correction(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
+    correction = ErrorPropagation(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
     for group in model.groups():
         weight = model.read(group.name)
         np.testing.assert_array_equal(correction.wanted(group, weight), weight)
@@ -97,7 +97,7 @@ def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
 
 
 def test_a_matrix_out_of_turn_is_a_mistake(model: Model) -> None:
-    correction = Correction(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
+    correction = ErrorPropagation(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
     name = layer_tensor(0, "self_attn.o_proj.weight")
     group = next(group for group in model.groups() if group.name == name)
     with pytest.raises(ValueError, match="layer 0 attention_out comes out of turn"):
@@ -110,11 +110,11 @@ def test_a_corrected_model_stays_nearer_to_the_source(model: Model, tmp_path: Pa
     statistics = collect(model, text, 0, lambda done, total: None)
     made = load_target(target)
     decisions = made.decide(model, type, "ldlq")
-    on = corrected_on(LEVEL, decisions, text)
+    on = propagation_text(LEVEL, decisions, text)
     assert on is not None
     errors = []
     for tokens in (None, on):
-        compressed = CompressedModel(model, decisions, statistics, LEVEL, corrected_on=tokens)
+        compressed = CompressedModel(model, decisions, statistics, LEVEL, propagation_text=tokens)
         folder = tmp_path / f"corrected-{tokens is not None}"
         folder.mkdir()
         artifact = made.lower(compressed, type, folder)
@@ -130,7 +130,7 @@ def test_it_is_done_where_codes_are_fitted(model: Model) -> None:
     text = Windows.of(TOKENS, "file", 0)
     target = load_target("gguf")
     ldlq, rtn, floats = (target.decide(model, *asked) for asked in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F32", "ldlq")))
-    assert corrected_on(EFFORTS["balanced"], ldlq, text) is text.tokens
-    assert corrected_on(EFFORTS["fast"], ldlq, text) is None
-    assert corrected_on(EFFORTS["balanced"], rtn, text) is None
-    assert corrected_on(EFFORTS["balanced"], floats, text) is None
+    assert propagation_text(EFFORTS["balanced"], ldlq, text) is text.tokens
+    assert propagation_text(EFFORTS["fast"], ldlq, text) is None
+    assert propagation_text(EFFORTS["balanced"], rtn, text) is None
+    assert propagation_text(EFFORTS["balanced"], floats, text) is None

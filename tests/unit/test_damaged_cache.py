@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from exporter import entries
-from exporter.entries import folder_is_whole, is_whole
-from exporter.errors import InputError, RequestError
-from exporter.job import Job, Progress, silent
+from exporter.foundation import cache_entries as entries
+from exporter.foundation.cache_entries import folder_is_whole, is_whole
+from exporter.foundation.errors import InputError, RequestError
+from exporter.foundation.progress import Progress, silent
 from exporter.pipeline import build
+from exporter.plan.job import Job
 from tests.damage import DAMAGES, cached_files, flipped, left_over
 from tests.gguf_files import float_gguf
 from tests.killing import WORDS, alone, kills, source

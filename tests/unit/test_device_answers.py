@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from exporter.bench.results import MAX_CHARACTERS, Answers, LlamaBenchRows, Measured, Needs, parsed
-from exporter.errors import InputError
+from exporter.bench.results import MAX_CHARACTERS, Answers, LlamaBenchRows, Measurement, Needs, parsed
+from exporter.foundation.errors import InputError
 
 FULL = MAX_CHARACTERS - 64
 HOSTILE = {
@@ -30,7 +30,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("kind", [Answers, Measured, Needs, LlamaBenchRows])
+@pytest.mark.parametrize("kind", [Answers, Measurement, Needs, LlamaBenchRows])
 def test_it_is_refused_soon_and_in_little_memory(kind: type[object], name: str) -> None:
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as caught:

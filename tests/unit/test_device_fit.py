@@ -6,8 +6,8 @@ import pytest
 
 from exporter.device.fit import check_fit
 from exporter.device.profile import DeviceProfile
-from exporter.errors import ExporterError
-from exporter.measures import Check, Quantity
+from exporter.foundation.errors import ExporterError
+from exporter.foundation.quantities import Check, Quantity
 
 GB = 1e9
 GIB = 1 << 30

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from exporter.device.profile import DeviceProfile, device_names, load_device
-from exporter.errors import InputError, RequestError
-from exporter.toml import MAX_FILE_BYTES
+from exporter.foundation.config_files import MAX_FILE_BYTES
+from exporter.foundation.errors import InputError, RequestError
 
 GOOD = """
 schema_version = 2

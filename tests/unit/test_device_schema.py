@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from exporter.device.profile import DeviceProfile, device_names, load_device
-from exporter.device.writing import profile_toml
-from exporter.errors import InputError, RequestError
-from exporter.toml import checked
+from exporter.device.profile_writer import profile_toml
+from exporter.foundation.config_files import checked
+from exporter.foundation.errors import InputError, RequestError
 from tests.commands import cli, printed
 
 GIB = 1 << 30

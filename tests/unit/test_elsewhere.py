@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.calibrate.elsewhere import MetElsewhere
-from exporter.calibrate.layers import silent
+from exporter.calibrate.evaluation_statistics import EvaluationStatistics
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
-from exporter.compress.equalise import evened
-from exporter.compress.ldlq import DAMPING, Ldlq, damped
-from exporter.compress.rtn import RoundToNearest
+from exporter.calibrate.windows import Windows
+from exporter.compress.awq_scaling import scaled_channels
+from exporter.compress.methods.ldlq import DAMPING, Ldlq, damped
+from exporter.compress.methods.rtn import RoundToNearest
+from exporter.formats.ggml import ggml_format
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.weights.ggml import ggml_format
 from tests.models import tiny_model
 
 SITE, NAME = "layers.0.mlp_in", "model.layers.0.mlp.up_proj.weight"
@@ -33,11 +33,13 @@ def windows(seed: int, least: int, most: int) -> Windows:
 
 
 @pytest.fixture
-def met(model: Model) -> MetElsewhere:
-    return MetElsewhere(*(collect(model, text, 0, silent) for text in (windows(0, 2, 100), windows(1, 100, 290))))
+def met(model: Model) -> EvaluationStatistics:
+    return EvaluationStatistics(
+        *(collect(model, text, 0, silent) for text in (windows(0, 2, 100), windows(1, 100, 290)))
+    )
 
 
-def test_codes_are_fitted_to_one_text_and_count_on_the_other(model: Model, met: MetElsewhere) -> None:
+def test_codes_are_fitted_to_one_text_and_count_on_the_other(model: Model, met: EvaluationStatistics) -> None:
     fitted, other = (collect(model, text, 0, silent) for text in (windows(0, 2, 100), windows(1, 100, 290)))
     here, there, both = fitted.read_site(SITE), other.read_site(SITE), met.site(SITE)
     assert here and there and both
@@ -52,7 +54,7 @@ def test_codes_are_fitted_to_one_text_and_count_on_the_other(model: Model, met: 
     assert met.site("tokens") is None
 
 
-def test_the_error_of_rounding_is_that_of_the_other_text(model: Model, met: MetElsewhere) -> None:
+def test_the_error_of_rounding_is_that_of_the_other_text(model: Model, met: EvaluationStatistics) -> None:
     weight, site, columns = model.read(NAME), met.site(SITE), np.zeros(64, np.float32)
     assert site is not None
     change = RoundToNearest().encode(weight, FORMAT, site).planned - weight
@@ -61,7 +63,7 @@ def test_the_error_of_rounding_is_that_of_the_other_text(model: Model, met: MetE
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_the_error_of_feedback_spreads_as_fitted_and_costs_as_met(model: Model, met: MetElsewhere) -> None:
+def test_the_error_of_feedback_spreads_as_fitted_and_costs_as_met(model: Model, met: EvaluationStatistics) -> None:
     weight, site, columns = model.read(NAME), met.site(SITE), np.zeros(64, np.float32)
     assert site is not None
     moment = damped(site.fitted, DAMPING, site.fitted_shrinkage).astype(np.float64)
@@ -76,7 +78,7 @@ def test_the_error_of_feedback_spreads_as_fitted_and_costs_as_met(model: Model, 
 
 def test_other_statistics_come_into_the_same_coordinates(model: Model) -> None:
     statistics = collect(model, windows(0, 2, 100), 0, silent)
-    rewritten = evened(model, statistics)
+    rewritten = scaled_channels(model, statistics)
     again, own = rewritten.of(statistics).site(SITE), rewritten.statistics.site(SITE)
     assert again and own
     np.testing.assert_array_equal(again.second_moment, own.second_moment)

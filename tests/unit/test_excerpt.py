@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from exporter.model.excerpt import excerpt, source_name
 from exporter.model.sources import open_model
 from exporter.model.widths import outlined
-from exporter.validate.accuracy import Reference
+from exporter.prove.accuracy import Reference
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (1, 24))

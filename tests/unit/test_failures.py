@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from exporter import pipeline
 from exporter.cli.main import main
-from exporter.errors import ExporterError, RequestError
-from exporter.job import Job
+from exporter.foundation.errors import ExporterError, RequestError
+from exporter.plan.job import Job
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.target import Gguf
 from tests.models import tiny_model

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter.cache import cache_folder, replacing
-from exporter.calibrate.text import Windows, file_windows, spread_windows
+from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.compress.method import relative_error
-from exporter.errors import ExporterError, InputError, MissingDependencyError, RequestError, did_you_mean
+from exporter.foundation.cache import cache_folder, replacing
+from exporter.foundation.errors import ExporterError, InputError, MissingDependencyError, RequestError, did_you_mean
+from exporter.foundation.registry import load, names
 from exporter.model.tokenizer import load_tokenizer
-from exporter.registry import load, names
-from exporter.validate.selftest import make_self_test, run_self_test
+from exporter.prove.self_test import make_self_test, run_self_test
 from tests.models import tiny_model
 
 

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.gguf_reader import MOST_TEXTS, open_gguf
 
 TOKENS, MERGES = 262_144, 515_000

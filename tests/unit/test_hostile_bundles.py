@@ -15,26 +15,26 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
-from exporter.bench.cycle import measure_here
+from exporter.bench.bundle_under_test import subject_of
 from exporter.bench.engine import Settings
-from exporter.bench.subject import subject_of
+from exporter.bench.measurement import measure_here
 from exporter.bundle import digests
-from exporter.bundle.manifest import VOLATILE, Header, role_of
+from exporter.bundle.installed import answer, self_test
+from exporter.bundle.manifest import VOLATILE, ManifestHeader, role_of
 from exporter.bundle.opening import opened_bundle
 from exporter.bundle.reading import MOST_BYTES, read_manifest
 from exporter.bundle.transport import unpack_bundle
 from exporter.bundle.verify import verify_bundle
-from exporter.cache import cache_folder
 from exporter.cli.main import app
 from exporter.coding.container import Original, _header, code_file, restore_file
-from exporter.errors import ExporterError, InputError
-from exporter.job import silent
-from exporter.measures import Check
+from exporter.foundation.cache import cache_folder
+from exporter.foundation.errors import ExporterError, InputError
+from exporter.foundation.progress import silent
+from exporter.foundation.quantities import Check
 from exporter.model.families import FAMILIES
 from exporter.report.data import canonical_json
 from exporter.targets.onnx.intake import MOST_GRAPH_BYTES
 from exporter.targets.onnx.settings import GenaiModel
-from exporter.use import answer, self_test
 from tests.commands import cli
 
 BUNDLES = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
@@ -79,7 +79,7 @@ def seal(bundle: Path, change: Change = lambda manifest: None) -> None:
     ]  # fmt: skip
     change(document)
     content = {
-        "header": {name: document[name] for name in Header.model_fields},
+        "header": {name: document[name] for name in ManifestHeader.model_fields},
         "files": [entry for entry in document["files"] if entry["path"] not in VOLATILE],
         "schema_version": document["schema_version"],
     }
@@ -215,10 +215,10 @@ def test_settings_are_written_anew_to_a_private_folder(bundle: Path) -> None:
 
 def test_a_device_is_sent_the_settings_as_they_were_written_anew(bundle: Path) -> None:
     with subject_of(bundle) as subject:
-        parcels = {parcel.name: parcel for parcel in subject.parcels()}
-        assert sorted(parcels) == [SETTINGS, GRAPH, f"{GRAPH}.data"]
-        assert parcels[SETTINGS].source == subject.loaded.folder / "genai_config.json"
-        assert parcels[SETTINGS].sha256 == hashlib.sha256(parcels[SETTINGS].source.read_bytes()).hexdigest()
+        uploads = {upload.name: upload for upload in subject.uploads()}
+        assert sorted(uploads) == [SETTINGS, GRAPH, f"{GRAPH}.data"]
+        assert uploads[SETTINGS].source == subject.loaded.folder / "genai_config.json"
+        assert uploads[SETTINGS].sha256 == hashlib.sha256(uploads[SETTINGS].source.read_bytes()).hexdigest()
 
 
 def test_settings_know_every_family() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from exporter.errors import ExporterError
-from exporter.job import Job
+from exporter.foundation.errors import ExporterError
 from exporter.model.sources import open_model
-from exporter.plan import make_plan
+from exporter.plan.job import Job
+from exporter.plan.plan import make_plan
 from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from exporter.child.process import Child
-from exporter.errors import ExporterError, InputError
+from exporter.foundation.errors import ExporterError, InputError
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.ends import special_ids
 from exporter.model.sources import open_model

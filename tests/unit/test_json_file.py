@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.json_file import MAX_DEPTH, MAX_VALUES, read_json_object, read_json_object_if_there
 
 BROKEN = {

@@ -3,21 +3,21 @@
 import numpy as np
 import pytest
 
-from exporter.calibrate.moments import Site
-from exporter.compress.caldera import Turns, encode_with_factors, residual
-from exporter.compress.ldlq import Ldlq
+from exporter.calibrate.second_moments import Site
+from exporter.compress.caldera import Alternation, encode_with_factors, residual
 from exporter.compress.lowrank import (
+    balanced_components,
     downdated,
-    evened,
     fitted_left,
     fitted_right,
     largest_channels,
     regression,
     weighted_error,
 )
-from exporter.weights.format import LowRank, WeightFormat
-from exporter.weights.ggml import ggml_format
-from exporter.weights.matmulnbits import matmulnbits_format
+from exporter.compress.methods.ldlq import Ldlq
+from exporter.formats.format import LowRank, WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.matmulnbits import matmulnbits_format
 
 LDLQ = Ldlq(sweeps=2)
 
@@ -75,13 +75,13 @@ def test_a_downdated_moment_sees_only_what_the_left_factor_cannot_mend() -> None
 def test_evened_components_span_the_same_and_round_finely(rank: int) -> None:
     weight, site, _ = problem(5)
     left, right = regression(weight, site.second_moment, rank)
-    even = evened(right, site.second_moment)
+    even = balanced_components(right, site.second_moment)
     again = fitted_left(weight, site.second_moment, even)
     whole = weighted_error(weight, site.second_moment)
     assert weighted_error(again @ even - left @ right, site.second_moment) < 1e-5 * whole
-    loudness = [np.sqrt(np.einsum("ij,jk,ik->i", one, site.second_moment, one)) for one in (right, even)]
-    assert rank == 1 or loudness[1].max() / np.median(loudness[1]) < loudness[0].max() / np.median(loudness[0])
-    assert not evened(np.zeros_like(right), site.second_moment).any()
+    magnitude = [np.sqrt(np.einsum("ij,jk,ik->i", one, site.second_moment, one)) for one in (right, even)]
+    assert rank == 1 or magnitude[1].max() / np.median(magnitude[1]) < magnitude[0].max() / np.median(magnitude[0])
+    assert not balanced_components(np.zeros_like(right), site.second_moment).any()
 
 
 def test_the_largest_channels_are_those_of_the_largest_inputs() -> None:
@@ -91,10 +91,16 @@ def test_the_largest_channels_are_those_of_the_largest_inputs() -> None:
 
 @pytest.mark.parametrize(
     "turns",
-    [Turns(count=1), Turns(), Turns(("LR", "Q")), Turns(("Q", "LR"), outliers=8), Turns(("Q", "LR"), downdate=True)],
+    [
+        Alternation(iterations=1),
+        Alternation(),
+        Alternation(("LR", "Q")),
+        Alternation(("Q", "LR"), outliers=8),
+        Alternation(("Q", "LR"), downdate=True),
+    ],
 )
 @pytest.mark.parametrize("name", ["Q4_0", "int2-b32"])
-def test_factors_beat_the_matrix_alone_and_more_of_them_beat_fewer(name: str, turns: Turns) -> None:
+def test_factors_beat_the_matrix_alone_and_more_of_them_beat_fewer(name: str, turns: Alternation) -> None:
     weight, site, outputs = problem(6, 128, 96)
     format: WeightFormat = matmulnbits_format(name) if name.startswith("int") else ggml_format(name)
     losses = [squared(LDLQ.encode(weight, format, site).planned - weight, site, outputs)]
@@ -113,7 +119,7 @@ def test_more_turns_never_lose() -> None:
     format = matmulnbits_format("int2-b32")
     losses = []
     for count in (1, 2, 4):
-        made = encode_with_factors(weight, format, low_rank, site, outputs, LDLQ, Turns(count=count))
+        made = encode_with_factors(weight, format, low_rank, site, outputs, LDLQ, Alternation(iterations=count))
         losses.append(squared(made.planned - weight, site, outputs))
     assert losses[2] <= losses[1] * 1.001 <= losses[0] * 1.002
 
@@ -143,7 +149,7 @@ def test_the_expected_error_is_about_what_encoding_makes(rank: int) -> None:
     rows = np.arange(0, 256, 4)
     left = residual(weight, rank, site, outputs)[rows]
     expected = LDLQ.expected_error(left, format, site, np.zeros(128, np.float32))
-    made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Turns(("LR", "Q"), 1))
+    made = encode_with_factors(weight, format, low_rank, site, outputs, Ldlq(sweeps=0), Alternation(("LR", "Q"), 1))
     change = (made.planned - weight)[rows]
     moment = site.second_moment
     assert expected.outputs.sum() == pytest.approx(np.einsum("ij,jk,ik->", change, moment, change), rel=0.25)

@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 
 from exporter.compress.compressed import CompressedModel
-from exporter.device.likely import alike, predicted_peak
-from exporter.device.memory import (
+from exporter.formats.format import WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.group import Decision, WeightGroup
+from exporter.formats.matmulnbits import matmulnbits_format
+from exporter.foundation.errors import RequestError
+from exporter.model.sources import open_model
+from exporter.predict.memory_from_size import alike, predicted_peak
+from exporter.predict.peak_memory import (
     LLAMA_CPP,
     LLAMA_CPP_BATCH,
     ONNX_CHUNK,
     ONNXRUNTIME,
+    ModelShape,
     Peak,
-    Shape,
     Weights,
     host_features,
     llama_cpp_peak,
@@ -23,18 +29,12 @@ from exporter.device.memory import (
     onnxruntime_peak,
     repacked_rows,
 )
-from exporter.errors import RequestError
-from exporter.model.sources import open_model
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
-from exporter.weights.format import WeightFormat
-from exporter.weights.ggml import ggml_format
-from exporter.weights.group import Decision, WeightGroup
-from exporter.weights.matmulnbits import matmulnbits_format
 from tests.models import VOCAB, tiny_model
 
 MIB = 1 << 20
-SMALL = Shape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
+SMALL = ModelShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
 
 
 def decision(format: WeightFormat, rows: int = 64, columns: int = 256, *uses: str) -> Decision:

@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.calibrate.layers import silent
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
-from exporter.job import Job
+from exporter.calibrate.windows import Windows
 from exporter.model.sources import open_model
-from exporter.needs import build_peak_bytes, cache_bytes
-from exporter.recipe import NO_RECIPE
+from exporter.plan.build_footprint import build_peak_bytes, cache_bytes
+from exporter.plan.job import Job
+from exporter.plan.recipe import NO_RECIPE
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 
 FREED = """
 import sys
 import numpy as np
-from exporter.stages import give_back_freed_memory, keep_freed_memory, resident_bytes
+from exporter.foundation.allocator import give_back_freed_memory, keep_freed_memory
+from exporter.stages.stage_times import resident_bytes
 keep_freed_memory()
 before = resident_bytes()
 kept = [(np.ones(16 << 20, np.uint8), np.ones(64 << 10, np.uint8)) for _ in range(16)]
@@ -51,12 +52,12 @@ def test_the_cache_of_statistics_is_as_large_as_foretold(tmp_path: Path, monkeyp
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
         for count in (4, 6):
             collect(model, windows.spread(count), 0, silent)
-        foretold, hidden = cache_bytes(model, job, NO_RECIPE), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
+        predicted, hidden = cache_bytes(model, job, NO_RECIPE), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
         parameters = model.architecture.parameters
-        assert cache_bytes(model, replace(job, evaluation=None), NO_RECIPE) == foretold + 34 * parameters // 32
+        assert cache_bytes(model, replace(job, evaluation=None), NO_RECIPE) == predicted + 34 * parameters // 32
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     # Small files stand beside the second moments; hidden states are gone by now.
-    assert foretold - hidden <= kept <= 1.1 * (foretold - hidden)
+    assert predicted - hidden <= kept <= 1.1 * (predicted - hidden)
 
 
 def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:

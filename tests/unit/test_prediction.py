@@ -9,19 +9,19 @@ from subprocess import CompletedProcess
 
 import pytest
 
-import exporter.device
-from exporter.device.coefficients import FILE, Coefficients, fitted
-from exporter.device.estimate import Estimate
-from exporter.device.point import calibrated, measured_run, write_profile
-from exporter.device.prediction import Prediction, predict
+import exporter.predict
 from exporter.device.profile import DeviceProfile, device_names, load_device
-from exporter.device.request import Request
-from exporter.device.residual import Point, residual
-from exporter.device.terms import Term, decode_terms
-from exporter.device.threads import threads
-from exporter.device.workload import backend_name, format_family
-from exporter.device.writing import profile_toml
-from exporter.errors import RequestError
+from exporter.device.profile_writer import profile_toml
+from exporter.foundation.errors import RequestError
+from exporter.predict.coefficients import FILE, Coefficients, fitted
+from exporter.predict.estimate import Estimate
+from exporter.predict.gaussian_process import Point, residual
+from exporter.predict.measured_runs import calibrated, measured_run, write_profile
+from exporter.predict.prediction import Prediction, predict
+from exporter.predict.request import Request
+from exporter.predict.threads import threads
+from exporter.predict.token_cost import Term, decode_terms
+from exporter.predict.workload import backend_name, format_family
 from tests.benchmarks.fitting import PARTS, fit, samples
 from tests.benchmarks.published import published, soc_name
 from tests.benchmarks.scores import (
@@ -374,7 +374,7 @@ def test_bad_input_on_the_command_line_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_file_of_coefficients_ships() -> None:
-    text = files(exporter.device).joinpath(FILE).read_text("utf-8")
+    text = files(exporter.predict).joinpath(FILE).read_text("utf-8")
     assert set(tomllib.loads(text)) == {"decode", "prefill"}
     assert decode_terms(published()[0].work)[0].weights.keys() <= tomllib.loads(text)["decode"]["values"].keys()
     assert profile_toml(load_device("pixel-9"))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from exporter.calibrate.layers import silent
-from exporter.calibrate.products import TILES, VECTORS, quick_products
+from exporter.calibrate.bf16_matmul import TILES, VECTORS, quick_products
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.models import tiny_model

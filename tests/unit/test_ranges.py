@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import collect
-from exporter.calibrate.text import Windows
+from exporter.calibrate.windows import Windows
 from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.models import tiny_model

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
-from exporter.compress.caldera import Turns
-from exporter.errors import ExporterError, InputError, RequestError
-from exporter.job import Job
-from exporter.measures import Quantity
+from exporter.calibrate.windows import Windows
+from exporter.compress.caldera import Alternation
+from exporter.foundation.errors import ExporterError, InputError, RequestError
+from exporter.foundation.quantities import Quantity
 from exporter.model.families import FAMILIES
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.pipeline import planned_within
-from exporter.plan import Plan
-from exporter.recipe import load_recipe, recipe_names
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan
+from exporter.plan.recipe import load_recipe, recipe_names
 from exporter.report import figures
 from exporter.targets.target import load_target
 from tests.models import tiny_model
@@ -48,7 +48,7 @@ def test_every_named_recipe_loads() -> None:
 def test_a_users_own_recipe(tmp_path: Path) -> None:
     made = load_recipe(str(recipe(tmp_path, GOOD + 'first = "matrix"\nturns_of_each = 3\n')))
     assert (made.name, made.title) == ("mine", "Two bits and factors")
-    assert made.turns == Turns(("Q", "LR"), 3)
+    assert made.alternation == Alternation(("Q", "LR"), 3)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ schema_version = 1
 title = "Coarse and coded"
 
 [[step]]
-method = "double"
+method = "coarse-int8"
 bits = 4
 
 [[step]]
@@ -329,10 +329,14 @@ def test_files_may_be_coded_last(tmp_path: Path) -> None:
         ),
         (
             SHIPPED,
-            SHIPPED.replace("double", "rate") + "[[step]]\nmethod = 'double'\n",
+            SHIPPED.replace("double", "rate") + "[[step]]\nmethod = 'coarse-int8'\n",
             r"nothing can follow it; got double",
         ),
-        ('[[step]]\nmethod = "transport', "[[step]]\nmethod = 'rate'\n[[step]]\nmethod = \"transport", r"double gives"),
+        (
+            '[[step]]\nmethod = "transport',
+            "[[step]]\nmethod = 'entropy-constrained-int8'\n[[step]]\nmethod = \"transport",
+            r"double gives",
+        ),
     ],
 )
 def test_what_cannot_be_coded_is_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.errors import InputError
+from exporter.foundation.errors import InputError
 from exporter.model.sources import open_model
 from tests.folders import Tensors, edit, float_kl, rewrite
 from tests.models import tiny_model

@@ -6,10 +6,10 @@ import pytest
 from exporter.compress.hadamard import random_rotation
 from exporter.compress.lowrank import weighted_error
 from exporter.compress.reference import lattice
-from exporter.compress.reference.caldera import FACTOR_ROUNDERS, Options, decompose
+from exporter.compress.reference.caldera import FACTOR_ROUNDERS, CalderaOptions, decompose
 from exporter.compress.reference.ldlq import BlockLdlq
 from exporter.compress.reference.rounders import E8P, EntropyCoded, entropy, multiples
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 
 
 def problem(seed: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def test_factors_are_rounded_component_by_component(bits: int, most: float) -> N
     assert (missed < most * np.square(components).mean(axis=1)).all()
 
 
-def naive(weight: np.ndarray, moment: np.ndarray, options: Options, step: float) -> list[float]:
+def naive(weight: np.ndarray, moment: np.ndarray, options: CalderaOptions, step: float) -> list[float]:
     """Return the relative error of every iterate; all in float64, by textbook linear algebra, 16-bit factors."""
     h = moment.astype(np.float64) / (moment.trace() / len(moment)) + options.damping * np.eye(len(moment))
     values, vectors = np.linalg.eigh(h)
@@ -146,7 +146,7 @@ def test_on_a_random_problem_the_best_iterate_falls_and_ends_where_the_naive_one
     order: tuple[str, str],
 ) -> None:
     weight, moment = problem(6, 1024, 1024)
-    options = Options(
+    options = CalderaOptions(
         rank=64, factor_bits=16, rounder=FixedStep(1.0), order=order, iterations=3, factor_iterations=2, polish=0,
         rotate=False,
     )  # type: ignore[arg-type]  # fmt: skip
@@ -159,7 +159,9 @@ def test_on_a_random_problem_the_best_iterate_falls_and_ends_where_the_naive_one
 @pytest.mark.parametrize("rounder", [E8P(), EntropyCoded(2.0)])
 def test_rank_lowers_the_error_at_equal_bits_of_the_base(rounder: E8P | EntropyCoded) -> None:
     weight, moment = problem(7, 128, 192)
-    found = [decompose(weight, moment, Options(rank=rank, rounder=rounder, iterations=4)) for rank in (0, 16, 32)]
+    found = [
+        decompose(weight, moment, CalderaOptions(rank=rank, rounder=rounder, iterations=4)) for rank in (0, 16, 32)
+    ]
     regular = moment + np.float32(0.01 * moment.trace() / 192) * np.eye(192, dtype=np.float32)
     losses = [weighted_error(one.planned - weight, regular) / weighted_error(weight, regular) for one in found]
     assert losses == sorted(losses, reverse=True)
@@ -177,7 +179,7 @@ def test_factors_that_begin_on_outliers_go_on_carrying_them() -> None:
     moment = moment * np.outer(outliers, outliers)
     carried = []
     for count in (0, 3):
-        options = Options(rank=8, order=("Q", "LR"), outliers=count, iterations=2, rotate=False)
+        options = CalderaOptions(rank=8, order=("Q", "LR"), outliers=count, iterations=2, rotate=False)
         found = decompose(weight, moment, options)
         product = (found.left @ found.right)[:, columns]
         carried.append(np.square(product).sum() / np.square(weight[:, columns]).sum())
@@ -189,12 +191,12 @@ def test_factors_that_begin_on_outliers_go_on_carrying_them() -> None:
 def test_options_that_do_not_fit_are_refused() -> None:
     weight, moment = problem(9, 16, 20)
     for options, message in (
-        (Options(rank=17), "rank is above the matrix's"),
-        (Options(rank=4, factor_bits=5), "no factors of so many bits"),
-        (Options(rank=4, order=("Q", "Q")), "unknown order of updates"),
-        (Options(rank=4, outliers=2), "forgets the factors that outliers gave"),
-        (Options(rank=4, outliers=5, order=("Q", "LR")), "more outliers than ranks"),
-        (Options(rank=4), "the lattice rounds eight weights at once"),
+        (CalderaOptions(rank=17), "rank is above the matrix's"),
+        (CalderaOptions(rank=4, factor_bits=5), "no factors of so many bits"),
+        (CalderaOptions(rank=4, order=("Q", "Q")), "unknown order of updates"),
+        (CalderaOptions(rank=4, outliers=2), "forgets the factors that outliers gave"),
+        (CalderaOptions(rank=4, outliers=5, order=("Q", "LR")), "more outliers than ranks"),
+        (CalderaOptions(rank=4), "the lattice rounds eight weights at once"),
     ):
         with pytest.raises(RequestError, match=message):
             decompose(weight, moment, options)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.errors import InputError
-from exporter.measures import Check, from_json
+from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import Check, from_json
 from exporter.report import figures
 from exporter.report.data import Measurements, Report, merged, to_json, verdict
 

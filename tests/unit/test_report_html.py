@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.measures import Check, from_json
+from exporter.foundation.quantities import Check, from_json
 from exporter.report import charts
 from exporter.report.data import Measurements, Report
 from exporter.report.html import BASES, render_html

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.sample import starts
-from exporter.job import Job, silent
+from exporter.foundation.progress import silent
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.sampling import sampled_windows
+from exporter.plan.job import Job
+from exporter.stages.sampled_text import sampled_windows
 from exporter.targets.gguf.runtime import _drawn
 from tests.models import VOCAB, tiny_model
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from exporter.targets.onnx.share import PlainShare
+from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget
 
 SIZES = {f"layers.{number}": 100 for number in range(10)} | {"head": 400}
 COSTS = dict.fromkeys(SIZES, 0.02) | {"head": 0.04}
 
 
-def token(share: PlainShare, rest: float) -> float:
+def token(share: PlainWeightBudget, rest: float) -> float:
     """One token: every part that is not kept says its cost, and all of it takes its time."""
     spent = [name for name in SIZES if name not in share.kept]
     for name in spent:
@@ -18,21 +18,21 @@ def token(share: PlainShare, rest: float) -> float:
     return took
 
 
-def settled(share: PlainShare, rest: float) -> float:
+def settled(share: PlainWeightBudget, rest: float) -> float:
     for _ in range(40):
         took = token(share, rest)
     return took
 
 
 def test_nothing_is_kept_without_a_floor() -> None:
-    share = PlainShare(SIZES)
+    share = PlainWeightBudget(SIZES)
     settled(share, 1.0)
     assert not share.kept and share.settled
 
 
 @pytest.mark.parametrize("tokens_per_s", [3.5, 4, 5, 8, 15])
 def test_a_floor_is_held_by_the_fewest_bytes(tokens_per_s: float) -> None:
-    share = PlainShare(SIZES, tokens_per_s)
+    share = PlainWeightBudget(SIZES, tokens_per_s)
     took = settled(share, 0.05)
     assert share.settled and not share.exhausted
     assert took <= 1 / tokens_per_s
@@ -45,7 +45,7 @@ def test_a_floor_is_held_by_the_fewest_bytes(tokens_per_s: float) -> None:
 
 
 def test_more_is_kept_under_load_and_stays() -> None:
-    share = PlainShare(SIZES, 4)
+    share = PlainWeightBudget(SIZES, 4)
     settled(share, 0.02)
     few = len(share.kept)
     assert settled(share, 0.1) <= 0.25
@@ -56,7 +56,7 @@ def test_more_is_kept_under_load_and_stays() -> None:
 
 
 def test_a_floor_that_cannot_be_held_is_told() -> None:
-    share = PlainShare(SIZES, 50)
+    share = PlainWeightBudget(SIZES, 50)
     assert settled(share, 0.05) == pytest.approx(0.05)
     assert share.exhausted and not share.settled
     assert share.kept == set(SIZES)

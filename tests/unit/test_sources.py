@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.compress.compressed import CompressedModel
-from exporter.errors import ExporterError, InputError, RequestError
-from exporter.job import Job
+from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
+from exporter.plan.job import Job
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from exporter.device.profile import device_names, load_device
-from exporter.device.speed import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
+from exporter.formats.ggml import ggml_format
 from exporter.model.sources import open_model
-from exporter.targets.gguf.kernels import ON_AVX512_VNNI, PLAIN_ON_ARM, REPACKED_ON_ARM, kernels_on
+from exporter.predict.roofline import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
+from exporter.targets.gguf.kernel_speeds import ON_AVX512_VNNI, PLAIN_ON_ARM, REPACKED_ON_ARM, kernels_on
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.target import load_target
-from exporter.weights.ggml import ggml_format
 from tests.models import tiny_model
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.layers import silent
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.text import Windows
-from exporter.errors import InputError, RequestError
+from exporter.calibrate.windows import Windows
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.damage import left_over
@@ -30,9 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_model(tmp_path / "model", "qwen2", tied=False)
 
 
-def draw(p: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+def draw(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Draw from each row's distribution: the first token whose cumulative probability passes its chance."""
-    return (p.cumsum(-1) <= chances * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
+    return (p.cumsum(-1) <= draws * p.sum(-1, keepdim=True)).sum(-1, keepdim=True)
 
 
 class Whole:
@@ -226,7 +226,7 @@ def test_activations_that_overflow_name_the_layer(folder: Path, name: str, where
 def test_a_disk_too_small_for_the_statistics_is_refused_before_they_begin(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr("exporter.foundation.cache.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     refused = pytest.raises(RequestError, match=r"not enough free disk space; got 1,000 bytes")
     with open_model(str(folder)) as model, refused:
         collect(model, WINDOWS, 0, silent)

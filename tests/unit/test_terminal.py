@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from exporter.bundle.installed import Answer
 from exporter.bundle.manifest import Manifest, content_digest
 from exporter.cli import main, show
-from exporter.errors import InputError, printable
-from exporter.measures import Check
+from exporter.foundation.errors import InputError, printable
+from exporter.foundation.quantities import Check
+from exporter.prove.text_checks import TextPreview
 from exporter.report.data import canonical_json
-from exporter.use import Answer
-from exporter.validate.text import Foreseen
 from tests.models import tiny_model
 
 BUNDLE = Path(__file__).parents[1] / "data" / "bundles-0.1.0" / "gguf.tar.xz"
@@ -123,7 +123,7 @@ def test_no_text_of_a_bundle_reaches_the_terminal_raw(original: Path, tmp_path: 
 def test_no_answer_of_a_model_reaches_the_terminal_raw(
     original: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("exporter.use.answer", lambda *_: Answer(f"two\n\tlines {HOSTILE}", None))
+    monkeypatch.setattr("exporter.bundle.installed.answer", lambda *_: Answer(f"two\n\tlines {HOSTILE}", None))
     code, printed = run("run", original, "-p", "x")
     assert (code, printed) == (0, "two\n\tlines " + printable(HOSTILE) + "\n")
     _, printed = run("run", original, "-p", "x", "--json")
@@ -144,8 +144,8 @@ def test_no_name_of_a_tensor_reaches_the_terminal_raw(tmp_path: Path, run: Run) 
 def test_no_text_of_a_model_reaches_the_terminal_raw(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(tmp_path / f"model{HOSTILE}".replace("/", ""))
     # As where a template refuses a chat, and says why.
-    foreseen = Foreseen(checks=(Check(name=HOSTILE, status="passed", detail=HOSTILE),), notes=(HOSTILE,))
-    monkeypatch.setattr("exporter.pipeline.foresee", lambda *_: foreseen)
+    preview = TextPreview(checks=(Check(name=HOSTILE, status="passed", detail=HOSTILE),), notes=(HOSTILE,))
+    monkeypatch.setattr("exporter.pipeline.preview_text", lambda *_: preview)
     monkeypatch.setattr("exporter.pipeline.stage_seconds", lambda *_, **__: {"encode": 1.0})
     code, printed = run("plan", model, "-d", "raspberry-pi-5", "-t", "gguf")
     assert code == 0 and printed.count(printable(HOSTILE)) >= 3

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from exporter.errors import DeadlineError, InputError, RequestError, RuntimeCrashError
+from exporter.foundation.errors import DeadlineError, InputError, RequestError, RuntimeCrashError
 from exporter.model.chat import PARITY_CHATS, Chat, Rendered
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.tokenizer import (
@@ -19,7 +19,7 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
 )
-from exporter.validate.parity import check_chat_template, check_tokenizer
+from exporter.prove.parity import check_chat_template, check_tokenizer
 
 
 @pytest.fixture(scope="module")

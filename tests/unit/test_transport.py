@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exporter.bundle.installed import self_test
 from exporter.bundle.manifest import content_digest, sha256_of
 from exporter.bundle.opening import opened_bundle
 from exporter.bundle.reading import read_manifest
@@ -13,9 +14,8 @@ from exporter.bundle.transport import code_beside, unpack_bundle
 from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.coding.container import code_file
-from exporter.errors import InputError, RequestError
-from exporter.job import silent
-from exporter.use import self_test
+from exporter.foundation.errors import InputError, RequestError
+from exporter.foundation.progress import silent
 from tests.unit.test_bundle import failed, header, rewrite, stage
 
 WEIGHTS = np.random.default_rng(0).normal(0, 3, 50_000).round().astype(np.int8).tobytes()

@@ -27,15 +27,15 @@ from exporter.compress.lowrank import (
 from exporter.compress.reference import lattice
 from exporter.compress.reference.ldlq import BlockLdlq
 from exporter.compress.reference.rounders import E8P, Rounder
-from exporter.errors import RequestError
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
+from exporter.foundation.errors import RequestError
 
 Part = Literal["Q", "LR"]
 SCALE_BITS = 16
 
 
 @dataclass(frozen=True)
-class Options:
+class CalderaOptions:
     """How the reference form works.
 
     Attributes:
@@ -118,7 +118,7 @@ class Decomposition:
         return self.base + self.left @ self.right
 
 
-def decompose(weight: Float32, moment: Float32, options: Options) -> Decomposition:
+def decompose(weight: Float32, moment: Float32, options: CalderaOptions) -> Decomposition:
     """Decompose a matrix.
 
     Args:
@@ -159,7 +159,9 @@ def _regular(moment: Float32, damping: float) -> Float32:
     return regular
 
 
-def _alternate(weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: Options) -> Decomposition:
+def _alternate(
+    weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: CalderaOptions
+) -> Decomposition:
     """Let Q and L R take turns and keep the best iterate."""
     base, (left, right) = np.zeros_like(weight), start
     whole = weighted_error(weight, moment)
@@ -185,7 +187,7 @@ def _alternate(weight: Float32, moment: Float32, start: tuple[Float32, Float32],
     return Decomposition(*best, best_bits + factor_bits / weight.size, tuple(errors))
 
 
-def factors(target: Float32, moment: Float32, options: Options) -> tuple[Float32, Float32]:
+def factors(target: Float32, moment: Float32, options: CalderaOptions) -> tuple[Float32, Float32]:
     """Return rounded L and R: the closed form, then each fitted to the other rounded; the best pair is kept."""
     rounded = FACTOR_ROUNDERS[options.factor_bits]
     left, right = regression(target, moment, options.rank)
@@ -223,7 +225,7 @@ def _halves(components: Float32) -> Float32:
 FACTOR_ROUNDERS = {4: _lattice_twice, 8: _integers, 16: _halves}
 
 
-def _base(residual: Float32, moment: Float32, right: Float32, options: Options) -> tuple[Float32, float]:
+def _base(residual: Float32, moment: Float32, right: Float32, options: CalderaOptions) -> tuple[Float32, float]:
     """Return Q for W - L R, and its bits a weight."""
     if options.downdate and right.any():
         moment = downdated(moment, right)

@@ -11,7 +11,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 WIDTH = 8
 SHIFT = np.float32(0.25)

@@ -1,6 +1,6 @@
 """LDLQ with any rounder of a few columns at a time, as QuIP# does it (Tseng et al. 2024, section 4.1).
 
-`exporter.compress.ldlq` does the same for formats whose scales lie in their blocks; here the scale is the matrix's.
+`exporter.compress.methods.ldlq` does the same for formats with a scale in each block; here the matrix has one scale.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from exporter.compress.lowrank import weighted_error
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 
 class BlockLdlq:

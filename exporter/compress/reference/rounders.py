@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from exporter.compress.reference import lattice
-from exporter.weights.format import Float32
+from exporter.formats.format import Float32
 
 Round = Callable[[Float32], Float32]
 Feedback = Callable[[Float32, Round], Float32]

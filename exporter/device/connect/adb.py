@@ -13,15 +13,15 @@ from exporter.device.connect.connection import (
     MAX_ANSWER_BYTES,
     Address,
     Advance,
-    Answer,
+    ShellResult,
     dropped,
     pieces,
     too_long,
     too_much,
 )
 from exporter.device.connect.shell import Line
-from exporter.errors import RequestError
-from exporter.toml import shown
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import RequestError
 
 if TYPE_CHECKING:
     from adbutils import AdbConnection
@@ -67,7 +67,7 @@ class Adb:
         if SHELL_V2 not in features:
             raise RequestError("the phone's adb is too old", where=self.where, expected="Android 7 or newer")
 
-    def run(self, command: Line, timeout_s: float) -> Answer:
+    def run(self, command: Line, timeout_s: float) -> ShellResult:
         """Run a line of shell there; see `Connection.run`."""
         return self._begun(command, timeout_s).end(timeout_s)
 
@@ -148,7 +148,7 @@ class _Running:
         self.said = output[:found].decode(errors="replace").removesuffix("\n")
         del output[:found]
 
-    def end(self, timeout_s: float) -> Answer:
+    def end(self, timeout_s: float) -> ShellResult:
         """Wait for it; see `Running.end`."""
         with closing(self._link):
             # It may have ended by itself.
@@ -156,7 +156,7 @@ class _Running:
                 self._link.conn.sendall(struct.pack("<BI", CLOSE_STDIN, 0))
             self._read(timeout_s, lambda: False)
         output, errors = (text.decode(errors="replace") for text in self._texts.values())
-        return Answer(self._code or 0, output, errors)
+        return ShellResult(self._code or 0, output, errors)
 
     def _read(self, timeout_s: float, enough: Callable[[], bool]) -> None:
         """Read packets until it has ended, or there is enough."""

@@ -6,8 +6,8 @@ from typing import BinaryIO, Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from exporter.device.connect.shell import Line
-from exporter.errors import RequestError, did_you_mean
-from exporter.toml import shown
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import RequestError, did_you_mean
 
 MAX_ANSWER_BYTES = 4 << 20
 CHUNK_BYTES = 64 << 10
@@ -37,7 +37,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShellResult:
     """What a command left: its exit status as a shell counts it (128 and more: a signal), and what it printed."""
 
     code: int
@@ -64,7 +64,7 @@ class Running(Protocol):
 
     said: str
 
-    def end(self, timeout_s: float) -> Answer:
+    def end(self, timeout_s: float) -> ShellResult:
         """End its input, wait for it, and return what it left beside `said`; it raises as `Connection.run` does."""
 
 
@@ -81,7 +81,7 @@ class Connection(Protocol):
     def parent(self) -> Line:
         """Where folders of ours go unless the user says otherwise."""
 
-    def run(self, command: Line, timeout_s: float) -> Answer:
+    def run(self, command: Line, timeout_s: float) -> ShellResult:
         """Run a line of POSIX shell there, with nothing to read.
 
         Raises:

@@ -8,7 +8,7 @@ from exporter.device.backend import ArmFeature, features_named
 from exporter.device.connect.connection import Connection
 from exporter.device.connect.shell import Line
 from exporter.device.profile import DeviceProfile
-from exporter.errors import RequestError
+from exporter.foundation.errors import RequestError
 
 MAX_NAME = 120
 FACTS = Line(

@@ -13,15 +13,15 @@ from exporter.device.connect.connection import (
     MAX_ANSWER_BYTES,
     Address,
     Advance,
-    Answer,
+    ShellResult,
     dropped,
     pieces,
     too_long,
     too_much,
 )
 from exporter.device.connect.shell import Line, line
-from exporter.errors import InputError, RequestError
-from exporter.toml import shown
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError, RequestError
 
 CONNECT_S, LOGIN_S = 15, 30
 # A device that answers none of three probes is gone.
@@ -72,7 +72,7 @@ class Ssh:
             self._end_loop()
             raise
 
-    def run(self, command: Line, timeout_s: float) -> Answer:
+    def run(self, command: Line, timeout_s: float) -> ShellResult:
         """Run a line of shell there; see `Connection.run`."""
         return self._wait(self._run(command, timeout_s))
 
@@ -80,7 +80,7 @@ class Ssh:
         """Start a line of shell there; see `Connection.start`."""
         return self._wait(self._start(command, timeout_s))
 
-    def end(self, process: Process, timeout_s: float) -> Answer:
+    def end(self, process: Process, timeout_s: float) -> ShellResult:
         """End a process's input and wait for it; see `Running.end`."""
         return self._wait(self._end(process, timeout_s))
 
@@ -170,7 +170,7 @@ class Ssh:
             next_step=f"compare it with ssh-keygen -lf on the device, then add it: {scan} >> ~/.ssh/known_hosts",
         )  # fmt: skip
 
-    async def _run(self, command: Line, timeout_s: float) -> Answer:
+    async def _run(self, command: Line, timeout_s: float) -> ShellResult:
         async with self._limited(timeout_s):
             return await self._ended(await self._begun(command))
 
@@ -183,7 +183,7 @@ class Ssh:
                     raise too_much(self.where)
         return _Running(self, process, said.partition(b"\n")[0].decode(errors="replace"))
 
-    async def _end(self, process: Process, timeout_s: float) -> Answer:
+    async def _end(self, process: Process, timeout_s: float) -> ShellResult:
         async with self._limited(timeout_s):
             return await self._ended(process)
 
@@ -199,7 +199,7 @@ class Ssh:
         # The account's own shell may be none that POSIX knows.
         return await self._connection.create_process(line("exec /bin/sh -c %s", str(command)), encoding=None)
 
-    async def _ended(self, process: Process) -> Answer:
+    async def _ended(self, process: Process) -> ShellResult:
         """End a process's input and return what it left; a device that does not close the channel is not waited for."""
         try:
             process.stdin.write_eof()
@@ -210,7 +210,9 @@ class Ssh:
         code = process.returncode
         if code is None:
             raise dropped(self.where, "the command left no exit status")
-        return Answer(128 - code if code < 0 else code, *(text.decode(errors="replace") for text in (output, errors)))
+        return ShellResult(
+            128 - code if code < 0 else code, *(text.decode(errors="replace") for text in (output, errors))
+        )
 
     async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
         read = bytearray()
@@ -239,7 +241,7 @@ class _Running:
         self.said = said
         self._device, self._process = device, process
 
-    def end(self, timeout_s: float) -> Answer:
+    def end(self, timeout_s: float) -> ShellResult:
         """Wait for it; see `Running.end`."""
         return self._device.end(self._process, timeout_s)
 

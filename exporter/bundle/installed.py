@@ -1,0 +1,156 @@
+"""Using a finished bundle: talking to it and testing it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from exporter.bundle.manifest import SELFTEST
+from exporter.bundle.opening import UNPACK, opened_bundle, shipped
+from exporter.bundle.reading import read_document, read_manifest
+from exporter.device.profile import load_device
+from exporter.emulate.sandbox.limits import ProcessLimits, device_limits
+from exporter.foundation.errors import RequestError, RuntimeCrashError
+from exporter.foundation.progress import Progress, silent
+from exporter.foundation.quantities import Check
+from exporter.model.chat import as_taken, render
+from exporter.prove.emulation import Emulation, emulate
+from exporter.prove.self_test import SelfTest, run_self_test
+from exporter.targets.artifact import Artifact, runs_coded
+from exporter.targets.opened import OpenedArtifact
+from exporter.targets.runtime import Residence
+from exporter.targets.text import open_text
+
+if TYPE_CHECKING:  # it brings transformers along
+    from exporter.calibrate.windows import Tokens
+
+WITHOUT_CHAT = "leave out --chat"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a bundle answered.
+
+    Attributes:
+        text: The continuation.
+        residence: What its weights took in memory; None where they are plain.
+    """
+
+    text: str
+    residence: Residence | None
+
+
+def answer(
+    bundle: Path,
+    prompt: str,
+    tokens: int,
+    chat: bool,
+    threads: int,
+    tokens_per_s: float | None = None,
+    check: bool = True,
+) -> Answer:
+    """Return the bundle's greedy continuation of a prompt; a coded one is decoded as it runs, where its target can.
+
+    Args:
+        bundle: The bundle's folder.
+        prompt: Text to continue, or what the user says in a chat.
+        tokens: Most tokens to answer with.
+        chat: Put the prompt into the model's chat template.
+        threads: Threads of the runtime.
+        tokens_per_s: Of a coded bundle, keep as many weights plain as generating so fast takes.
+        check: Compare the model's files with the manifest first.
+
+    Raises:
+        InputError: a file of the bundle is not as its manifest lists it, or no runtime takes it.
+        RequestError: a chat is asked of a model without a chat template that takes it, a speed of a bundle that is not
+            coded, or more than the machine can do.
+    """
+    with opened_bundle(bundle, may_be_coded=True, check=check) as artifact:
+        if tokens_per_s is not None and not artifact.coded:
+            raise RequestError(
+                "the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode"
+            )
+        text = as_chat(artifact, prompt) if chat else prompt
+        with OpenedArtifact(artifact, 2048, threads) as opened:
+            given = opened.tokenize(text)
+            if tokens_per_s is not None:
+                opened.keep_up(tokens_per_s)
+            made = opened.text(opened.generate(given, tokens))
+            return Answer(made.strip(), opened.residence() if artifact.coded else None)
+
+
+def as_chat(artifact: Artifact, prompt: str) -> str:
+    """Return what a user says as the artifact's template renders it, apart from the model: a template may be anything.
+
+    Raises:
+        RequestError: there is no template, or it does not take the prompt.
+    """
+    with open_text(artifact) as child:
+        try:
+            taken = as_taken(lambda form: render(child, form, True), [{"role": "user", "content": prompt}], False)
+        except RuntimeCrashError as error:
+            raise RequestError("the model's chat template cannot be used", got=error, next_step=WITHOUT_CHAT) from error
+    if taken.rendered.text is None:
+        reason = taken.rendered.reason
+        raise RequestError("the model's chat template refuses the prompt", got=reason, next_step=WITHOUT_CHAT)
+    return taken.rendered.text
+
+
+def self_test(bundle: Path, threads: int) -> Check:
+    """Run the self-test of a bundle that was verified in its own runtime; a coded one may have to be unpacked for that.
+
+    Raises:
+        InputError: it is no self-test of ours, or the bundle's model cannot be run.
+    """
+    manifest = read_manifest(bundle)
+    test = read_document(bundle, SELFTEST, SelfTest)
+    if any(file.coded for file in shipped(bundle, manifest)) and not runs_coded(manifest.target):
+        return Check(name="selftest", status="not run", detail=f"the bundle's model is coded: {UNPACK}")
+    with (
+        opened_bundle(bundle, may_be_coded=True, check=False) as artifact,
+        OpenedArtifact(artifact, max(64, len(test.prompt)), threads) as opened,
+    ):
+        return run_self_test(test, opened.logits)
+
+
+def emulate_bundle(
+    bundle: Path,
+    device: str,
+    memory_bytes: int | None,
+    cores: int | None,
+    cpu_share: float,
+    timeout_s: float | None,
+    context: int,
+    progress: Progress = silent,
+) -> Emulation:
+    """Run a bundle as on a device, on this machine.
+
+    Args:
+        bundle: The bundle's folder.
+        device: A profile's name, or the path of a user's own TOML.
+        memory_bytes: Most memory, in place of what one app may use there.
+        cores: Cores, in place of the device's.
+        cpu_share: Share of the time of these cores.
+        timeout_s: Seconds after which the run is ended; None for what the model's size suggests.
+        context: Tokens of context to run at.
+        progress: Called with what is done, steps done and their total.
+
+    Raises:
+        RequestError: a limit is impossible.
+    """
+    profile = load_device(device)
+    with opened_bundle(bundle) as artifact:
+        granted = device_limits(profile, artifact.file_bytes)
+        limits = ProcessLimits(
+            granted.memory_bytes if memory_bytes is None else memory_bytes,
+            granted.cores if cores is None else cores,
+            cpu_share,
+            granted.timeout_s if timeout_s is None else timeout_s,
+        )
+        return emulate(artifact, profile, _some_ids(context)[None], context, progress, limits)
+
+
+def _some_ids(count: int) -> "Tokens":
+    """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on which they are."""
+    return np.random.default_rng(0).integers(100, 300, count)

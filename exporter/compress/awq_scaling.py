@@ -1,0 +1,311 @@
+"""Equalised channels: what the inputs of a matrix lose in range, its columns gain, and the model stays the same.
+
+A static scale for a whole tensor is set by its largest channel. Channel j of the inputs is divided by
+
+    s_j = max|X_j|^a / max|W_j|^(1 - a)
+
+and column j of every matrix behind it multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is folded
+into what makes the channel: the gain of the normalisation before it, the value rows before the output projection (one
+factor for all heads that share them), and the up rows before the down projection.
+
+Where activations get a scale for every few columns as they come, what a channel is worth counts instead, as in AWQ (Lin
+et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of large channels then lie on a finer part of their block's grid, and
+large channels take less from the 8 bits that activations in their block are rounded to.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.calibrate.ranges import ChannelRanges, output_place
+from exporter.calibrate.second_moments import Site
+from exporter.calibrate.statistics import HEAD_SITE, Statistics
+from exporter.compress.method import fits_inputs
+from exporter.formats.format import Float32
+from exporter.formats.group import Decision
+from exporter.foundation.errors import RequestError
+from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
+from exporter.model.model import Model
+
+# Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
+MOST_FACTOR = np.float32(1e4)
+AWQ_ALPHA = 0.25
+Seen = TypeVar("Seen")
+EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model in other coordinates that computes the same, and what its activations look like there.
+
+    Attributes:
+        model: The model.
+        statistics: Of its activations, in those coordinates.
+        factors: Place -> what its channels are divided by, float32 [columns].
+    """
+
+    model: Model
+    statistics: Statistics
+    factors: Mapping[str, Float32] = field(default_factory=dict)
+
+    def of(self, statistics: Statistics) -> Statistics:
+        """Return other statistics of the source in these coordinates."""
+        return _ScaledStatistics(statistics, self.factors) if self.factors else statistics
+
+
+def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collection[str]) -> Rewritten:
+    """Return the model with equalised channels.
+
+    A tied head keeps its inputs as they are: its matrix is the embedding too.
+
+    Args:
+        model: The source; its matrices are read once for their largest weights.
+        statistics: With the ranges of its activations.
+        alpha: How much of the inputs' spread goes into the weights, from 0 to 1.
+        sites: Where to: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
+
+    Raises:
+        RequestError: the ranges were not observed.
+    """
+    return rescaled(
+        model, statistics, sites, lambda site, consumers: _factors(model, statistics, site, consumers, alpha)
+    )
+
+
+def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA) -> Rewritten:
+    """Return the model with channels of magnitude E[x^2]^((1 - alpha) / 2), everywhere but at a tied head.
+
+    Args:
+        model: The source.
+        statistics: Of the source.
+        alpha: How much of the inputs' magnitude goes into the weights, from 0 to 1.
+
+    Raises:
+        RequestError: the activations were not observed.
+    """
+
+    def factors(site: str, _: Collection[str]) -> Float32:
+        power = observed(statistics.power(site), site).astype(np.float64)
+        active = power > 0
+        return _around(np.where(active, power, 1) ** (alpha / 2), active, _geometric_mean)
+
+    return rescaled(model, statistics, EVERY_SITE, factors)
+
+
+def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection[Decision]) -> Rewritten:
+    """Return the model with scaled channels where codes are fitted to the inputs, which is when that pays."""
+    if any(fits_inputs(one.method) and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions):
+        return scaled_channels(model, statistics)
+    return Rewritten(model, statistics)
+
+
+def observed(seen: Seen | None, site: str) -> Seen:
+    """Return what was seen of a site.
+
+    Raises:
+        RequestError: nothing was.
+    """
+    if seen is None:
+        raise RequestError("the activations were not observed", where=site)
+    return seen
+
+
+def rescaled(
+    model: Model,
+    statistics: Statistics,
+    sites: Collection[str],
+    factors_of: Callable[[str, Collection[str]], Float32],
+) -> Rewritten:
+    """Return the model with its columns at some sites multiplied by factors, and the channels there divided.
+
+    Heads that share their values share their factors, the geometric mean. A tied head keeps its inputs as they are.
+
+    Args:
+        model: The source.
+        statistics: Of the source.
+        sites: Where to; as for `equalised`.
+        factors_of: Gives the factors, float32 [columns], of a site and of the matrices behind it.
+    """
+    factors: dict[str, Float32] = {}
+    rows: dict[str, Float32] = {}
+    columns: dict[str, Float32] = {}
+    for place in _places(model, sites):
+        found = factors_of(place.site, place.consumers)
+        made = found
+        if place.by_heads:
+            found, made = _by_heads(model, found)
+        factors[place.site] = found
+        if place.output is not None:
+            factors[place.output] = made
+        columns |= dict.fromkeys(place.consumers, found)
+        rows |= dict.fromkeys(place.producers, made)
+    tensors = _Scaled(model, rows, columns)
+    return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors), factors)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A site, and what is rewritten for it.
+
+    Attributes:
+        site: Its name.
+        producers: The tensors whose rows make its channels.
+        consumers: The matrices whose columns take them.
+        output: Where the maker's outputs are observed; None for a normalisation.
+        by_heads: The producers are values, which several heads share.
+    """
+
+    site: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    output: str | None = None
+    by_heads: bool = False
+
+
+def _places(model: Model, sites: Collection[str]) -> Iterator[_Place]:
+    for layer in range(model.architecture.layers):
+        for place in _layer_places(model, layer):
+            if place.site.rpartition(".")[2] in sites:
+                yield place
+    if HEAD_SITE in sites and not model.architecture.tied:
+        yield _Place(HEAD_SITE, (FINAL_NORM,), (HEAD,))
+
+
+def _layer_places(model: Model, layer: int) -> Iterator[_Place]:
+    def place(site: str, producers: list[str], role: str | None = None) -> _Place:
+        consumers = [layer_tensor(layer, f"{path}.weight") for path, seen in LINEARS.values() if seen == site]
+        output = None if role is None else output_place(layer, role)
+        made = [layer_tensor(layer, name) for name in producers]
+        return _Place(f"layers.{layer}.{site}", tuple(made), tuple(consumers), output, role == "v")
+
+    biases = [name for role, name in model.architecture.family.vectors.items() if role == "v_bias"]
+    yield place("attention_in", [NORMS["attention_norm"]])
+    yield place("attention_out", [f"{LINEARS['v'][0]}.weight", *biases], "v")
+    yield place("mlp_in", [NORMS["mlp_norm"]])
+    yield place("mlp_out", [f"{LINEARS['up'][0]}.weight"], "up")
+
+
+def _factors(model: Model, statistics: Statistics, site: str, consumers: Collection[str], alpha: float) -> Float32:
+    """Return s of eq. 4, float32 [columns]; one for a channel that is never used or always zero."""
+    ranges = statistics.ranges(site)
+    if ranges is None:
+        raise RequestError("the ranges of the activations were not observed", where=site)
+    active = ranges.largest
+    weights = np.max([np.abs(model.read(name)).max(axis=0) for name in consumers], axis=0)
+    both = (active > 0) & (weights > 0)
+    ratio = np.where(both, active, 1) ** alpha / np.where(both, weights, 1) ** (1 - alpha)
+    return _around(ratio, both, np.median)
+
+
+def _around(
+    factors: NDArray[np.floating[Any]], usable: NDArray[np.bool_], middle: Callable[[NDArray[Any]], Any]
+) -> Float32:
+    """Return factors, float32 [columns], over their middle, since only ratios matter; one where they are not usable."""
+    if usable.any():
+        factors = factors / middle(factors[usable])
+    return np.where(usable, np.clip(factors, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
+
+
+def _geometric_mean(values: NDArray[Any]) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
+def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
+    """Make factors of the heads' outputs equal where heads share their values: their geometric mean.
+
+    Returns them for the outputs, float32 [heads x head width], and the values, [key-value heads x head width].
+    """
+    shape = model.architecture
+    heads = np.log(factors).reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
+    shared = np.exp(heads.mean(axis=1, keepdims=True)).astype(np.float32)
+    return np.broadcast_to(shared, heads.shape).reshape(-1), shared.reshape(-1)
+
+
+class _Scaled:
+    """The tensors of a model, rows divided and columns multiplied when they are read."""
+
+    def __init__(self, model: Model, rows: dict[str, Float32], columns: dict[str, Float32]) -> None:
+        self._source = model.tensors
+        self._rows = rows
+        self._columns = columns
+        self.files: list[Path] = model.tensors.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the source."""
+        return self._source.shapes()
+
+    def read(self, name: str) -> Float32:
+        """Return a tensor of the source in the new coordinates."""
+        values = self._source.read(name)
+        if name in self._columns:
+            values = values * self._columns[name]
+        if name in self._rows:
+            divisor = self._rows[name]
+            values = values / (divisor[:, None] if values.ndim == 2 else divisor)
+        return values
+
+
+def _scaled_site(given: Site, factor: Float32) -> Site:
+    """Return what is seen of a site whose channels are divided by factors, float32 [columns].
+
+    A block's peak is assumed to follow its largest channel.
+    """
+    fitted, held = (moment / factor[:, None] / factor for moment in (given.fitted, given.held))
+    power = (1 - given.share) * given.fitted.diagonal() + given.share * given.held.diagonal()
+    peaks = {}
+    for block, peak in given.peaks.items():
+        before, after = (one.reshape(-1, block).max(axis=1) for one in (power, power / factor**2))
+        peaks[block] = peak * np.where(before > 0, after / np.where(before > 0, before, 1), 1)
+    return Site(fitted, held, given.share, given.squares / factor**2, peaks)
+
+
+class _ScaledStatistics(Statistics):
+    """Statistics of the inputs and outputs that the new coordinates have."""
+
+    def __init__(self, source: Statistics, factors: Mapping[str, Float32]) -> None:
+        self._source = source
+        self._factors = factors
+        self._last = None
+
+    @property
+    def key(self) -> str:
+        """What they are of: the source's, and the factors."""
+        total = hashlib.sha256(self._source.key.encode())
+        for name, factor in self._factors.items():
+            total.update(f"{name}:".encode() + factor.tobytes())
+        return total.hexdigest()
+
+    def read_site(self, name: str) -> Site | None:
+        """Return what is seen of a site there without keeping it."""
+        given, factor = self._source.read_site(name), self._factors.get(name)
+        return given if given is None or factor is None else _scaled_site(given, factor)
+
+    def power(self, site: str) -> Float32 | None:
+        """Return E[x^2] there, tokens counting by their weights, float32 [columns]."""
+        return self._scaled(self._source.power(site), site)
+
+    def importance(self, site: str) -> Float32 | None:
+        """Return E[x^2] there, float32 [columns]."""
+        return self._scaled(self._source.importance(site), site)
+
+    def _scaled(self, given: Float32 | None, site: str) -> Float32 | None:
+        return given if given is None or site not in self._factors else given / self._factors[site] ** 2
+
+    def sensitivity(self, layer: int | None, role: str) -> Float32:
+        """Return E[g^2] of each output there, float32 [rows]: what is divided counts the more."""
+        given, factor = self._source.sensitivity(layer, role), self._factors.get(output_place(layer, role))
+        return given if factor is None else given * factor**2
+
+    def lookups(self) -> tuple[Float32, Float32]:
+        """Return the same as for the source: the embedding stays as it is."""
+        return self._source.lookups()
+
+    def ranges(self, place: str) -> ChannelRanges | None:
+        """Return the ranges of a place there."""
+        given = self._source.ranges(place)
+        return given if given is None or place not in self._factors else given.over(self._factors[place])

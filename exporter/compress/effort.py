@@ -1,0 +1,36 @@
+"""Effort levels: how much work goes into a smaller loss of behaviour."""
+
+from dataclasses import dataclass
+
+from exporter.foundation.errors import RequestError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a level spends.
+
+    Attributes:
+        calibration_windows: Windows of the calibration text; with more of them, what is fitted generalises better.
+        prediction_windows: Most windows of the evaluation text that the loss of formats is predicted on.
+        sweeps: How often codes and scales are improved after error feedback.
+        propagates_errors: Whether matrices compensate, on the calibration text, for the errors of earlier ones.
+    """
+
+    calibration_windows: int
+    prediction_windows: int
+    sweeps: int
+    propagates_errors: bool
+
+
+EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(27, 8, 2, True), "max": Effort(96, 8, 6, True)}
+
+
+def effort(name: str) -> Effort:
+    """Return the level of that name.
+
+    Raises:
+        RequestError: there is no such level.
+    """
+    if name not in EFFORTS:
+        raise RequestError(f"unknown effort {name!r}", next_step=did_you_mean(name, EFFORTS))
+    return EFFORTS[name]

@@ -1,0 +1,213 @@
+"""Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from its source.
+
+It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
+when it is whole, so that what was cut short goes on where it stopped; a damaged part is made anew.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from exporter.emulate.arm64.core import CORES
+from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.machine import qemu
+from exporter.foundation.cache import cache_folder, require_space, scratch_folder
+from exporter.foundation.cache_entries import kept_folder
+from exporter.foundation.errors import MissingDependencyError, RequestError
+from exporter.foundation.progress import Progress, silent
+
+DEBIAN_PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1", "zlib1g")
+# Newer releases of Debian trust these keys only where a source names them.
+DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+# The versions that .ci/constraints.txt pins for this machine too: Python 3.11 to 3.14, as a release of Debian has it.
+WHEELS = {
+    "numpy==2.4.6": (
+        "0ab0a9c4ffb1a6d95ef519fe4247dba8eb6b18ad93999f76b7f657039acabd47",
+        "5f9fb9157b4ce2971008323afe46053787b526ef624fea915b261468a8421a0f",
+        "72fbe16c6fac95aedf5937fa873445cec2110be35d8a4e9433d7501fd98dae6b",
+        "40fdc1ae7125e518ea98e53e69a4ebc27e1fd50510c47b7ea130cf21e5e1d42b",
+    ),
+    "onnxruntime==1.32.0": (
+        "2303372a85299b6757b0e11e1cbf13e410ddf7e10c37f4b37e99d1c90e7daf7c",
+        "e36c187006e7a7c8b8d6d57f1a209dd63f52430dca6c282b177718ad6b841054",
+        "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
+        "4135431395c1f37de0811f452c20a8b774f51812fda6c49611ed9899bbdbeeb4",
+    ),
+}
+# wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
+PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
+# llama.cpp as the package for this machine has it.
+SOURCE = {"llama-cpp-python==0.3.36": ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",)}
+EMULATED_MAIN = Path(str(files("exporter.targets.gguf"))) / "emulated_main"
+COMPILERS = {"C": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
+CMAKE_SETTINGS = {
+    "BUILD_SHARED_LIBS": "OFF",
+    "CMAKE_BUILD_TYPE": "Release",
+    "CMAKE_SYSTEM_NAME": "Linux",
+    "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+    **{f"CMAKE_{language}_COMPILER": program for language, program in COMPILERS.items()},
+    # GCC 12.2's vectoriser gets ggml's kernel for Q4_K with i8mm wrong: KL 5.9 nats instead of 0.12 on a tiny model.
+    **{f"CMAKE_{language}_FLAGS": "-fno-tree-vectorize" for language in COMPILERS},
+    "GGML_NATIVE": "OFF",
+    "LLAMA_BUILD_COMMON": "OFF",
+    "LLAMA_CURL": "OFF",
+}
+# The system takes 75 MB, the packages 115, the programs 30; the rest is what they are made from.
+NEED_BYTES = 1_000_000_000
+TIMEOUT_S = 1800.0
+SHOWN_CHARACTERS = 300
+
+
+def installation() -> Installation:
+    """Return the place of the installation of these versions in the cache, whether or not it is complete."""
+    contents = repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
+    contents += b"".join(path.read_bytes() for path in sorted(EMULATED_MAIN.iterdir()))
+    return Installation(cache_folder("arm64", hashlib.sha256(contents).hexdigest()[:12]))
+
+
+def install(progress: Progress = silent) -> Installation:
+    """Install what is missing and return the installation.
+
+    Args:
+        progress: Called with the part that comes next, the parts done and their total.
+
+    Raises:
+        MissingDependencyError: a program that this needs is not there; the message says how to install it.
+        RequestError: a package cannot be had, or there is too little disk space.
+    """
+    qemu()
+    found = installation()
+    require_space(found.folder, NEED_BYTES, "free some space or name another cache in EDGE_EXPORTER_CACHE")
+    parts: dict[Path, Callable[[Path], None]] = {
+        found.root: _debian,
+        found.packages: partial(_wheels, found.root),
+    }
+    if not missing_compilers():
+        parts[found.programs] = _programs
+    for number, (place, make) in enumerate(parts.items()):
+        progress(f"set up: {place.name}", number, len(parts))
+        kept_folder(place, make)
+    progress("set up", len(parts), len(parts))
+    return found
+
+
+def _debian(root: Path) -> None:
+    """Unpack Debian's packages for ARM64; apt works on a state of its own, in which this machine has none."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise MissingDependencyError(
+                f"{tool} is not installed", next_step="set up on Debian, or in a container of it"
+            )
+    # Stays until all is unpacked: apt goes on with the packages that it has.
+    private = root.parent / "apt"
+    archives = private / "cache/archives"
+    for folder in (private / "state/lists/partial", archives / "partial"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (private / "status").touch()
+    sources = private / "sources.list"
+    sources.write_text(_debian_sources(), encoding="utf-8")
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "",
+        "Debug::NoLocking": "true",
+        "Dir::Cache": private / "cache",
+        "Dir::Etc::sourcelist": sources,
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State": private / "state",
+        "Dir::State::status": private / "status",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
+    _run([*apt, "update"])
+    _run([*apt, "install", "-y", "--download-only", *DEBIAN_PACKAGES])
+    for package in sorted(archives.glob("*.deb")):
+        _run(["dpkg-deb", "-x", package, root])
+    shutil.rmtree(private)
+
+
+def _debian_sources() -> str:
+    """Return the sources that this machine has Debian's packages from, one a line."""
+    signed = f"[signed-by={DEBIAN_KEYS}] " if DEBIAN_KEYS.is_file() else ""
+    line = f"deb {signed}$(REPO_URI) $(RELEASE) $(COMPONENT)"
+    lines = _run(["apt-get", "indextargets", "--format", line, "Created-By: Packages", "Origin: Debian"])
+    if not lines.strip():
+        raise RequestError(
+            "apt has no list of Debian's packages here",
+            next_step="run apt-get update; on other systems use a container",
+        )
+    return "".join(sorted(set(lines.splitlines(keepends=True))))
+
+
+def _wheels(root: Path, packages: Path) -> None:
+    """Unpack the wheels for the system's Python."""
+    python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
+    platforms = (f"--platform={platform}" for platform in PLATFORMS)
+    with scratch_folder() as scratch:
+        for wheel in _downloaded(WHEELS, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
+
+
+def missing_compilers() -> list[str]:
+    """Return the programs that building llama.cpp needs and that are not installed."""
+    return [program for program in ("cmake", *COMPILERS.values()) if shutil.which(program) is None]
+
+
+def _programs(programs: Path) -> None:
+    """Compile the program with llama.cpp for each kind of core; the package's files go again."""
+    with scratch_folder(programs.parent) as scratch:
+        (archive,) = _downloaded(SOURCE, scratch, "--no-binary=:all:")
+        with tarfile.open(archive) as opened:
+            opened.extractall(scratch, filter="data")
+        (source,) = scratch.glob("*/vendor/llama.cpp")
+        build = scratch / "build"
+        settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
+        for core in CORES:
+            # What does not depend on the core is compiled once.
+            _cmake("-S", EMULATED_MAIN, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}")
+            _cmake("--build", build, "--parallel", str(os.cpu_count()), "--target", "emulated_main")
+            shutil.copy(build / "emulated_main", programs / core.march)
+
+
+def _cmake(*arguments: Path | str) -> None:
+    _run(["cmake", *arguments], "llama.cpp cannot be compiled", "install the versions of Debian 12, or report this")
+
+
+def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:
+    """Let pip fetch packages into a folder, each with one of its digests, and return the files in order."""
+    wanted, downloads = folder / "wanted.txt", folder / "downloads"
+    lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in packages.items()]
+    wanted.write_text("\n".join(lines), encoding="ascii")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    _run([*pip, *options, "--requirement", wanted, "--dest", downloads])
+    return sorted(downloads.iterdir())
+
+
+def _run(
+    command: Sequence[Path | str],
+    failure: str = "a package cannot be installed",
+    next_step: str = "check the network and try again",
+) -> str:
+    """Run a program of this machine and return what it says; its words are quoted when it fails."""
+    try:
+        done = subprocess.run(
+            list(map(str, command)), check=False, capture_output=True, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RequestError(
+            "no end of an installation", where=command[0], got=f"{TIMEOUT_S:g} s", next_step=next_step
+        ) from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())[-SHOWN_CHARACTERS:]
+        raise RequestError(failure, where=command[0], got=said, next_step=next_step)
+    return done.stdout

@@ -1,0 +1,70 @@
+"""Weight groups and the decision made for each."""
+
+from dataclasses import dataclass
+
+from exporter.formats.format import LowRank, WeightFormat
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """A stored matrix: one source tensor with all its uses.
+
+    Attributes:
+        name: Tensor name in the source model, such as `model.layers.0.mlp.down_proj.weight`.
+        role: Role in the network, such as `down`; see `exporter.model.families`.
+        layer: Index of the decoder layer, or None outside the layers.
+        rows: Outputs (for the embedding: tokens).
+        columns: Inputs.
+        uses: What the storage serves; a tied embedding has `("embedding", "head")`.
+        site: Where its input is observed, such as `layers.0.mlp_out`; see `exporter.calibrate.statistics`.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    rows: int
+    columns: int
+    uses: tuple[str, ...]
+    site: str
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one weight group, and why; data for the plan, the encoder and the report.
+
+    Attributes:
+        group: The weight group.
+        method: Name of the compression method.
+        format: What it is stored in.
+        reason: For people.
+        predicted_kl: What it is predicted to add to the KL divergence a token, in nats; None before statistics.
+        low_rank: Factors that are stored beside it; None for nothing.
+    """
+
+    group: WeightGroup
+    method: str
+    format: WeightFormat
+    reason: str
+    predicted_kl: float | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The format's name, with rank and format of the factors where there are any: `Q4_0+r32-Q8_0`."""
+        return self.format.name if self.low_rank is None else f"{self.format.name}+{self.low_rank.name}"
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the group without its factors."""
+        return self.format.stored_bytes(self.group.rows, self.group.columns)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the group in the model files."""
+        beside = self.low_rank.stored_bytes(self.group.rows, self.group.columns) if self.low_rank else 0
+        return self.base_bytes + beside

@@ -1,0 +1,111 @@
+"""The weight format of static integer graphs: int8, symmetric, one float32 scale for each row of the matrix.
+
+A row is an output channel of the product, or a token of the embedding: what QNN, XNNPACK and ONNX Runtime take beside
+activations that are integers too. A weight is code x scale with codes from -127 to 127: without -128 the grid is
+symmetric, as those runtimes ask. An encoded row holds its codes, then its scale.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.formats.format import Bytes, Float32, fitted_scale, squared_error
+from exporter.foundation.errors import RequestError
+
+LARGEST_CODE = 127
+SCALE_BYTES = 4
+# A scale this small would make weights over it overflow.
+LEAST_SCALE = np.float32(1e-30)
+
+
+@dataclass(frozen=True)
+class _ChannelGrid:
+    """Codes of whole rows: scales, float32 [rows]."""
+
+    scale: Float32
+
+    def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
+        """Return the nearest codes, the bytes of int8 [rows], and what they decode to, float32 [rows]."""
+        codes = np.clip(np.rint(values / self.scale), -LARGEST_CODE, LARGEST_CODE)
+        return codes.astype(np.int8).view(np.uint8), codes * self.scale
+
+    def decode(self, codes: Bytes) -> Float32:
+        """Return what codes, the bytes of int8 [columns, rows], decode to, float32 of the same shape."""
+        return codes.view(np.int8) * self.scale
+
+    def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_ChannelGrid":
+        """Return the grid with the scales that suit the codes best; see `Grid.refit`."""
+        levels = codes.view(np.int8).astype(np.float32)
+        scale = fitted_scale(levels, gram, aim)
+        usable = scale >= LEAST_SCALE
+        better = squared_error(levels * scale, gram, aim) < squared_error(levels * self.scale, gram, aim)
+        return _ChannelGrid(np.where(usable & better, scale, self.scale))
+
+    def pack(self, codes: Bytes) -> Bytes:
+        """Return encoded rows: codes, then the scale's bytes."""
+        return np.concatenate([codes, np.ascontiguousarray(self.scale)[:, None].view(np.uint8)], axis=1)
+
+
+@dataclass(frozen=True)
+class ChannelFormat:
+    """int8 with a scale for each row; a format for rows of one width, since the whole row is its block.
+
+    Attributes:
+        block_columns: The width.
+    """
+
+    block_columns: int
+    needs_importance: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name, `int8-channel`."""
+        return "int8-channel"
+
+    @property
+    def activation_block(self) -> int | None:
+        """None: the graph says how activations are rounded, not the runtime."""
+        return None
+
+    def fits(self, columns: int) -> bool:
+        """Return whether a row has the format's width."""
+        return columns == self.block_columns
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Return the bytes of codes and scales."""
+        return rows * (columns + SCALE_BYTES)
+
+    def encode_rows(self, weight: Float32, importance: Float32 | None) -> Bytes:
+        """Encode whole rows, every weight to its nearest code; the importance changes nothing.
+
+        Raises:
+            RequestError: the rows have another width.
+        """
+        if not self.fits(weight.shape[1]):
+            raise RequestError(
+                f"this {self.name} cannot hold rows of {weight.shape[1]} weights", expected=self.block_columns
+            )
+        grid = self.grid(weight, importance)
+        codes, _ = grid.round(0, weight.T)
+        return grid.pack(np.ascontiguousarray(codes.T))
+
+    def grid(self, block: Float32, importance: Float32 | None) -> _ChannelGrid:
+        """Fix the scale of every row so that its largest weight gets the largest code."""
+        scale = np.abs(block).max(axis=1) / np.float32(LARGEST_CODE)
+        return _ChannelGrid(np.where(scale < LEAST_SCALE, np.float32(1), scale))
+
+    def join(self, blocks: list[Bytes]) -> Bytes:
+        """Return encoded rows from their only block."""
+        (rows,) = blocks
+        return rows
+
+    def split(self, data: Bytes) -> tuple[NDArray[np.int8], Float32]:
+        """Return codes, int8 [rows, columns], and scales, float32 [rows]."""
+        codes = np.ascontiguousarray(data[:, :-SCALE_BYTES]).view(np.int8)
+        return codes, np.ascontiguousarray(data[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
+
+    def decode_rows(self, data: Bytes, columns: int) -> Float32:
+        """Return what `DequantizeLinear` makes of the codes, float32 [rows, columns]."""
+        codes, scale = self.split(data)
+        return codes.astype(np.float32) * scale[:, None]

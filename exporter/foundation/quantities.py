@@ -1,0 +1,90 @@
+"""Documents that are read strictly, numbers that say how they are known, and checks against limits."""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from exporter.foundation.errors import InputError
+
+Basis = Literal["measured", "emulated", "estimated", "published"]
+Status = Literal["passed", "failed", "not run"]
+
+
+class Document(BaseModel):
+    """Base of all that is written to or read from a file: strict, frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+D = TypeVar("D", bound=Document)
+MOST_SHOWN = 200
+# The report on 126 layers has 15,000 commas.
+MOST_COMMAS = 1 << 16
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# No number of things or bytes is larger, and every program holds it.
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+
+
+def from_json(kind: type[D], text: str | bytes, where: object) -> D:
+    """Parse a document of the given kind from untrusted text.
+
+    Raises:
+        InputError: the text is not JSON, has very many values, or is not of the kind's schema.
+    """
+    # Each value takes a hundred bytes, and errors quote them.
+    commas = text.count(",") if isinstance(text, str) else text.count(b",")
+    if commas > MOST_COMMAS:
+        raise InputError(
+            f"not a {kind.__name__} document: it has too many values", where=where, got=f"{commas:,} commas",
+            expected=f"at most {MOST_COMMAS:,}",
+        )  # fmt: skip
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])[:MOST_SHOWN]
+        raise InputError(
+            f"not a {kind.__name__} document: {key or 'the text'}: {first['msg']}",
+            where=where,
+            next_step="get the bundle again, or use the version of edge-exporter that made it",
+        ) from error
+
+
+class Quantity(Document):
+    """A number with its unit and its basis (measured on this host, emulated, estimated, published)."""
+
+    value: float
+    unit: str
+    basis: Basis
+
+
+class Pruning(Document):
+    """Feed-forward channels that were taken away before matrices got their formats.
+
+    Attributes:
+        method: What chose them.
+        removed: Share of them that went, a `fraction`.
+        widths: How many each layer keeps.
+        carried: How the files hold these widths.
+        zero_bytes: `bytes` of the files that hold channels of zeros, where layers are filled up to the widest.
+    """
+
+    method: str
+    removed: Quantity
+    widths: tuple[int, ...]
+    carried: str
+    zero_bytes: Quantity
+
+
+class Check(Document):
+    """The outcome of one check; a check that was not run is never a pass.
+
+    `value` and `limit` share the unit `unit` where the check compares two numbers.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+    unit: str = ""

@@ -1,0 +1,46 @@
+"""Names to files: a method or a device is one file, a target one folder, and the file name is its name.
+
+Listing does not import; loading imports the one module named.
+"""
+
+import importlib
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from types import ModuleType
+
+from exporter.foundation.errors import MissingDependencyError, RequestError, did_you_mean
+
+
+def names(package: str, suffix: str = ".py") -> list[str]:
+    """Return the names of the plug-in files of a package, sorted, without importing them."""
+    entries = files(package).iterdir()
+    return sorted(_name(entry, suffix) for entry in entries if entry.name.endswith(suffix) and entry.name[0] != "_")
+
+
+def folders(package: str, entry: str) -> list[str]:
+    """Return the names of the folders of a package that hold the file `entry`, sorted."""
+    return sorted(_name(found, "") for found in files(package).iterdir() if found.joinpath(entry).is_file())
+
+
+def load(module: str, name: str, known: list[str], kind: str) -> ModuleType:
+    """Import the plug-in called `name` from the module pattern `module`, such as `exporter.compress.{}`.
+
+    Raises:
+        RequestError: no such plug-in.
+        MissingDependencyError: the plug-in needs a library that is not installed.
+    """
+    if name not in known:
+        raise RequestError(f"unknown {kind} {name!r}", next_step=did_you_mean(name, known))
+    try:
+        return importlib.import_module(module.format(name.replace("-", "_")))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("exporter"):
+            raise
+        raise MissingDependencyError(
+            f"{kind} {name!r} needs the library {error.name!r}, which is not installed",
+            next_step=f"install it: pip install {error.name.split('.')[0].replace('_', '-')}",
+        ) from error
+
+
+def _name(entry: Traversable, suffix: str) -> str:
+    return entry.name.removesuffix(suffix).replace("_", "-")

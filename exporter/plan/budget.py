@@ -1,0 +1,290 @@
+"""Decisions within limits of bytes and of a device's time: what every format would cost, and the best use of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import attrgetter
+from types import MappingProxyType
+
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
+from exporter.compress.method import MatrixMethod, load_method
+from exporter.formats.group import Decision
+from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.progress import Progress
+from exporter.model.model import Model
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan
+from exporter.predict.roofline import Cpu, cpu_of
+from exporter.targets.target import Target
+
+PREFERENCES = ("balanced", "accuracy", "speed")
+# A choice that prefers speed may cost so many times the least KL that the limits allow.
+SPEED_KL = 2.0
+# Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
+# What it turns out to have is up to 6 % less than expected (tests/benchmarks/test_stock_chain.py).
+LEAST_PREFILL = 0.98
+# Of the predicted KL of a choice: a least one below that is worth a remark.
+FAR_FROM_LEAST = 0.9
+# What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.
+SAME_SIZE = 1.005
+# Off a rate that is named with few digits, so that it can be had.
+ROUNDED = 1e-3
+# An answer as llama-bench's default tests have it: what a choice that prefers speed makes shortest.
+PROMPT_TOKENS, ANSWER_TOKENS = 512, 128
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is to spend, and on what.
+
+    Attributes:
+        limits: The most that all matrices together may take; see `exporter.compress.allocate.Choice`.
+        fixed_bytes: Bytes of the model files that are no matrix.
+        storages: What formats are chosen for.
+        prefer: `balanced`, `accuracy` or `speed`; see `chosen`.
+        target: Knows how quick its kernels are.
+        cpu: The device's.
+        stock: What the stock tool makes of no more bytes; empty where it makes nothing so small.
+    """
+
+    limits: Limits
+    fixed_bytes: int
+    storages: list[Storage]
+    prefer: str
+    target: Target
+    cpu: Cpu
+    stock: list[Decision]
+
+    @property
+    def file_bytes(self) -> float:
+        """Most bytes of the model files."""
+        return self.limits.bytes + self.fixed_bytes
+
+    @property
+    def scheme(self) -> str:
+        """The limits in words."""
+        words = [_limit_in_words(name, limit, self.fixed_bytes) for name, limit in _set(self.limits).items()]
+        return ", ".join([*words, *([] if self.prefer == "balanced" else [f"{self.prefer} preferred"])])
+
+    @cached_property
+    def no_slower_than_stock(self) -> Limits:
+        """The limits, and those of what the stock tool makes: its times, in proportion to the bytes."""
+        made = [self.timed(Storage.of(one), Choice(one.format, one.stored_bytes, 0)) for one in self.stock]
+        if not made:
+            return self.limits
+        larger = max(self.limits.bytes / sum(choice.bytes for choice in made), 1.0)
+        decode_s = larger * sum(choice.decode_s for choice in made) / (1 + self.target.decode_margin)
+        prefill_s = larger * sum(choice.prefill_s for choice in made) / LEAST_PREFILL
+        return replace(
+            self.limits,
+            decode_s=min(self.limits.decode_s, decode_s),
+            prefill_s=min(self.limits.prefill_s, prefill_s),
+        )
+
+    def timed(self, storage: Storage, choice: Choice) -> Choice:
+        """Return a choice with the time that it takes on the device; a table that is only looked up takes none."""
+        decode_s = prefill_s = 0.0
+        for group in storage.groups:
+            if group.site != "tokens":
+                throughput = self.target.throughput(group, choice.format)
+                bytes = choice.format.stored_bytes(group.rows, group.columns)
+                decode_s += self.cpu.decode_s(group.size, bytes, throughput)
+                prefill_s += self.cpu.prefill_s(group.size, throughput)
+        return replace(choice, decode_s=decode_s, prefill_s=prefill_s)
+
+
+def _set(limits: Limits) -> dict[str, float]:
+    return {name: limit for name, limit in vars(limits).items() if limit != getattr(Limits(), name)}
+
+
+def _limit_in_words(name: str, limit: float, fixed_bytes: int) -> str:
+    if name == "bytes":
+        return f"at most {int(limit + fixed_bytes):,} bytes"
+    return f"at least {1 / limit:,.1f} tokens/s {'decoded' if name == 'decode_s' else 'prefilled'} (estimated)"
+
+
+def feasible_budget(job: Job, planned: Plan) -> Budget | None:
+    """Return the budget that the job names, or None where it names a type, a recipe that decides, or nothing, instead.
+
+    Raises:
+        RequestError: the preference is unknown, or no choice of formats keeps the limits; the nearest that one keeps
+            is named.
+    """
+    if job.prefer not in PREFERENCES:
+        raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
+    if planned.recipe.encoding is not None:
+        return None
+    model, target = planned.model, planned.target
+    most = job.max_file_bytes if job.bits is None else int(job.bits * planned.original.architecture.parameters / 8)
+    times = {
+        "decode_s": job.min_decode_tokens_per_s,
+        "prefill_s": job.min_prefill_tokens_per_s,
+    }
+    seconds = {name: 1 / rate for name, rate in times.items() if rate is not None}
+    if most is None and not seconds:
+        if job.prefer == "balanced":
+            return None
+        most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
+    fixed = target.fixed_bytes(model)
+    limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
+    stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
+    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(planned.device), stock)
+    _require_feasible(budget)
+    return budget
+
+
+def stock_of_that_size(target: Target, model: Model, most_bytes: int) -> list[Decision]:
+    """Return what the stock tool makes of about as many bytes of matrices; empty where it makes nothing so small."""
+    return target.stock(model, int(SAME_SIZE * most_bytes))
+
+
+def _require_feasible(budget: Budget) -> None:
+    """Refuse limits that nothing keeps; needs no predictions.
+
+    Raises:
+        RequestError: nothing does; for each limit, what could be had if the others stayed, is named.
+    """
+    choices = [
+        [budget.timed(storage, Choice(format, stored_bytes(storage, format), 0.0)) for format in storage.formats]
+        for storage in budget.storages
+    ]
+    if allocate(choices, budget.limits) is not None:
+        return
+    nearest = []
+    for name in _set(budget.limits):
+        relaxed = replace(budget.limits, **{name: getattr(Limits(), name)})
+        found = allocate(choices, relaxed, attrgetter(name))
+        if found is not None:
+            least = sum(float(getattr(choice, name)) for choice in found)
+            least *= 1 if name == "bytes" else 1 + ROUNDED
+            nearest.append(_limit_in_words(name, least, budget.fixed_bytes))
+    raise RequestError(
+        "no choice of formats keeps the limits",
+        got=budget.scheme,
+        expected=" or ".join(nearest) or "limits that one choice can keep together",
+        next_step="relax a limit to that",
+    )
+
+
+def surrogate_decisions(budget: Budget, model: Model, method: str) -> list[Decision]:
+    """Return decisions as they would be if every weight counted the same; reads no weights.
+
+    A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
+    """
+    choices = [
+        [
+            budget.timed(storage, Choice(format, bytes, size * 4.0 ** (-8 * bytes / size)))
+            for format in storage.formats
+            for bytes in [stored_bytes(storage, format)]
+        ]
+        for storage in budget.storages
+        for size in [sum(group.size for group in storage.groups)]
+    ]
+    best = chosen(budget, choices)
+    decisions = {
+        group.name: Decision(group, method, choice.format, "estimated; build decides from the calibration text")
+        for storage, choice in zip(budget.storages, best, strict=True)
+        for group in storage.groups
+    }
+    return [decisions[group.name] for group in model.groups()]
+
+
+def decide_within(
+    budget: Budget, job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
+) -> tuple[list[Decision], tuple[str, ...]]:
+    """Return a decision for each matrix that together keep the limits, and remarks on what others would give."""
+    predicted = _choices(budget.storages, job, model, method, statistics, progress)
+    choices = [
+        [budget.timed(storage, choice) for choice in some]
+        for storage, some in zip(budget.storages, predicted, strict=True)
+    ]
+    best, decisions = chosen(budget, choices), {}
+    for storage, choice in zip(budget.storages, best, strict=True):
+        reason = f"on the calibration text predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
+        for group in storage.groups:
+            share = choice.kl * group.size / sum(one.size for one in storage.groups)
+            decisions[group.name] = Decision(group, method, choice.format, reason, share)
+    return [decisions[group.name] for group in model.groups()], cost_of_speed(budget, choices, best)
+
+
+def cost_of_speed(budget: Budget, choices: Sequence[Sequence[Choice]], best: Sequence[Choice]) -> tuple[str, ...]:
+    """Say what the least KL within the limits is, where a balanced choice is held far from it by its speed."""
+    finest = allocate(choices, budget.limits) if budget.prefer == "balanced" else None
+    if finest is None:
+        return ()
+    least, taken = (sum(choice.kl for choice in some) for some in (finest, best))
+    if least > FAR_FROM_LEAST * taken:
+        return ()
+    prefill, decode = (
+        sum(of(choice) for choice in best) / sum(of(choice) for choice in finest)
+        for of in (attrgetter("prefill_s"), attrgetter("decode_s"))
+    )
+    return (
+        "formats are held to the speed of what the stock tool makes of as many bytes: within the same limits "
+        f"--prefer accuracy is expected to lose {least:.2g} nats instead of {taken:.2g}, on the calibration text, and "
+        f"has {prefill:.2f} times the speed in prompts and {decode:.2f} times in answers (estimated)",
+    )
+
+
+def chosen(budget: Budget, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
+    """Return the choices that suit the preference best within the limits.
+
+    `accuracy` takes the least predicted KL. `balanced` does so among choices that are not expected to be slower than
+    what the stock tool makes of as many bytes, where there are any. `speed` takes the quickest that cost little more.
+
+    Raises:
+        RequestError: nothing keeps the limits.
+    """
+    balanced = None if budget.prefer == "accuracy" else allocate(choices, budget.no_slower_than_stock)
+    best = balanced or allocate(choices, budget.limits)
+    if best is None:
+        raise RequestError("no choice of formats keeps the limits", next_step="raise the budget")
+    if budget.prefer != "speed":
+        return best
+    most_kl = SPEED_KL * sum(choice.kl for choice in best)
+    return allocate(choices, replace(budget.limits, kl=most_kl), _answer_s) or best
+
+
+def _answer_s(choice: Choice) -> float:
+    return PROMPT_TOKENS * choice.prefill_s + ANSWER_TOKENS * choice.decode_s
+
+
+def predict_decisions(
+    decisions: list[Decision],
+    job: Job,
+    model: Model,
+    statistics: Statistics,
+    progress: Progress,
+    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
+) -> list[Decision]:
+    """Return decisions that were made by name with the KL divergence that each is predicted to add.
+
+    Methods of single matrices, by name, stand in for the one that a decision names.
+    """
+    predicted: dict[str, float] = {}
+    for method in dict.fromkeys(one.method for one in decisions):
+        some = [one for one in decisions if one.method == method]
+        storages = [Storage.of(one) for one in some]
+        choices = _choices(storages, job, model, method, statistics, progress, methods)
+        predicted |= {one.group.name: choice.kl for one, (choice,) in zip(some, choices, strict=True)}
+    return [replace(one, predicted_kl=predicted[one.group.name]) for one in decisions]
+
+
+def _choices(
+    storages: list[Storage],
+    job: Job,
+    model: Model,
+    method: str,
+    statistics: Statistics,
+    progress: Progress,
+    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
+) -> list[list[Choice]]:
+    return predict(
+        model,
+        storages,
+        load_method(method, job.effort_level),
+        statistics,
+        lambda done, total: progress("predict: matrices", done, total),
+        methods,
+    )

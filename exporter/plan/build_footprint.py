@@ -1,0 +1,102 @@
+"""What memory a build needs, and what disk space for its cache: counted arrays of the stages, said before they start.
+
+Arrays are counted at their sizes in float32 unless it says otherwise; the numbers of them follow from the code of each
+stage.
+"""
+
+from collections.abc import Sequence
+
+from exporter.calibrate.layer_stream import TOKENS_AT_ONCE
+from exporter.calibrate.statistics import disk_bytes, site_columns
+from exporter.compress.compressed import propagates_errors
+from exporter.formats.group import Decision
+from exporter.model.excerpt import excerpt_if_large
+from exporter.model.model import Model
+from exporter.plan.job import Job
+from exporter.plan.recipe import Recipe
+
+# Interpreter, torch, transformers and a runtime's libraries, with what is kept of finished stages.
+BASE_BYTES = 500 << 20
+# Squares of a site's width: both second moments, the damped one, double-precision factor and products, the result.
+FACTOR_SQUARES = 8
+# The largest matrix while it is encoded: its source, itself, what is planned, and rows on their way.
+MATRIX_COPIES = 3.5
+# What deriving a layer keeps of each token: arrays as wide as the residual stream, and as the feed-forward layer.
+HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 9
+
+
+def build_peak_bytes(
+    model: Model,
+    job: Job,
+    recipe: Recipe,
+    decisions: Sequence[Decision],
+    file_bytes: int,
+    runtime_peak_bytes: int,
+) -> int:
+    """Return the memory of the stage that needs most.
+
+    Args:
+        model: The source, which is the largest that any stage has.
+        job: What is asked for.
+        recipe: Its steps.
+        decisions: One for each weight group.
+        file_bytes: Size of the artifact.
+        runtime_peak_bytes: What the runtime takes with it.
+    """
+    matrix = 4 * max(group.size for group in model.groups())
+    widest = max(site_columns(model).values())
+    encoding = int(MATRIX_COPIES * matrix)
+    factoring = FACTOR_SQUARES * 4 * widest**2
+    comparing = _comparing_bytes(model, job, max(file_bytes, float_copy_bytes(model)), runtime_peak_bytes)
+    rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
+    encoded = _corrected_bytes(model, job, decisions) + max(factoring, encoding)
+    return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
+
+
+def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
+    """Return the disk space that statistics, hidden states and sampled text take in the cache."""
+    shape = model.architecture
+    observed = 1 + sum(step.work(model).observes for step in recipe.rewriting)
+    statistics = observed * disk_bytes(model, job.effort_level.calibration_windows * job.window)
+    statistics += disk_bytes(model, job.prediction_windows * job.window)
+    evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
+    sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
+    return statistics + evaluated + sampling
+
+
+def float_copy_bytes(model: Model) -> int:
+    """Return the disk space of the float32 copy that the source, and then the artifact, is checked by."""
+    return 4 * excerpt_if_large(model).architecture.parameters
+
+
+def _statistics_bytes(model: Model, job: Job) -> int:
+    """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
+    shape = model.architecture
+    layer = [group for group in model.groups() if group.layer == 0]
+    weights = 4 * sum(group.size for group in layer)
+    moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
+    tokens = max(TOKENS_AT_ONCE, job.window)
+    derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * max(shape.intermediate))
+    hidden = 3 * 4 * job.effort_level.calibration_windows * job.window * shape.hidden
+    return weights + moments + derivative + hidden
+
+
+def _corrected_bytes(model: Model, job: Job, decisions: Sequence[Decision]) -> int:
+    """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
+    if not propagates_errors(job.effort_level, decisions):
+        return 0
+    shape = model.architecture
+    tokens = job.effort_level.calibration_windows * job.window
+    weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
+    last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
+    hidden = 4 * tokens * (shape.hidden + last)
+    return 2 * (weights + hidden) + 4 * 4 * max(site_columns(model).values()) ** 2
+
+
+def _comparing_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
+    """Return two heads, hidden states, the mapped artifact or its float copy, logits on both sides, and the runtime."""
+    shape = model.architecture
+    heads = 2 * 4 * shape.vocab * shape.hidden
+    hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden
+    logits = 4 * shape.vocab * job.window // 2
+    return heads + hidden + file_bytes + 6 * logits + runtime_peak_bytes

@@ -1,0 +1,174 @@
+"""What a step of a recipe is, of each kind that there is.
+
+`RewritingStep`s come first and give a smaller model; an `EncodingStep` then gives every matrix its format. The step
+`transport`, which codes the files that the target makes, is a third kind, and comes last.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
+
+from exporter.calibrate.layer_stream import Progress
+from exporter.calibrate.statistics import Statistics
+from exporter.compress.awq_scaling import Rewritten
+from exporter.compress.caldera import ALTERNATION, Alternation
+from exporter.compress.method import MatrixMethod
+from exporter.compress.prune import planned_widths
+from exporter.formats.group import Decision
+from exporter.foundation.quantities import Document
+from exporter.model.architecture import Architecture
+from exporter.model.model import Model
+from exporter.model.widths import outlined
+from exporter.targets.target import Target
+
+# The second moment of a layer's channels, its inverse, and products of them, in double precision.
+SQUARES = 5
+# Of a weight in a coded file; finer codes of 8 bits have less to gain.
+CodedBits = Annotated[float, Field(ge=1, le=6)]
+# Gives the statistics of a model on the calibration text, collected when they are asked for.
+Observe = Callable[[Model], Statistics]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rewriting step takes.
+
+    Attributes:
+        operations: Multiplications and additions in double precision.
+        peak_bytes: Memory.
+        observes: It needs statistics of the model that it rewrites.
+    """
+
+    operations: float
+    peak_bytes: int
+    observes: bool
+
+
+class RewritingStep(Document):
+    """A step that gives a smaller model, before matrices get their formats.
+
+    Attributes:
+        method: The step's name, that of its file.
+    """
+
+    method: str
+
+    @abstractmethod
+    def outlined(self, model: Model) -> Model:
+        """Return a model of the shape that the step gives, as far as it is known before; reads no weights.
+
+        Raises:
+            RequestError: the step cannot be done to this model; what would work is named.
+        """
+
+    @abstractmethod
+    def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
+        """Return the model that the step gives.
+
+        Args:
+            model: The source.
+            observe: Gives statistics.
+            progress: Called with what is done and the total.
+        """
+
+    @abstractmethod
+    def work(self, model: Model) -> Work:
+        """Return what the step takes; reads no weights."""
+
+
+class PruningStep(RewritingStep):
+    """A step that takes feed-forward channels away.
+
+    Attributes:
+        ratio: Share of them that goes.
+        multiple: Of so many channels a layer keeps a multiple: 32 fits every runtime's blocks, 256 the K types.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    multiple: Annotated[int, Field(ge=1, le=4096)] = 32
+
+    def widths(self, model: Model) -> tuple[int, ...]:
+        """Return how many channels each layer keeps, as far as it is known before."""
+        return planned_widths(model.architecture, self.ratio, self.multiple)
+
+    def outlined(self, model: Model) -> Model:
+        """Return the model with as many channels as will stay, whichever they are."""
+        return outlined(model, self.widths(model))
+
+
+def repair_work(architecture: Architecture) -> Work:
+    """Return what the repair of `down` takes, which needs statistics: one system of equations for each layer."""
+    operations = sum(2 / 3 * width**3 + 2 * width**2 * architecture.hidden for width in architecture.intermediate)
+    return Work(operations, SQUARES * 8 * max(architecture.intermediate) ** 2, True)
+
+
+class EncodingStep(Document):
+    """A step that gives every matrix its format, and its factors if it has any.
+
+    Attributes:
+        method: The step's name, that of its file.
+    """
+
+    method: str
+
+    @property
+    def alternation(self) -> Alternation:
+        """How matrices and their factors alternate."""
+        return ALTERNATION
+
+    @abstractmethod
+    def decide(self, model: Model, target: Target) -> list[Decision]:
+        """Return a decision for each weight group; reads no weights.
+
+        Raises:
+            RequestError: the target or the model cannot carry what the step asks for; what would work is named.
+        """
+
+    def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model in the coordinates that it is encoded in: by default those that suit the target."""
+        return target.rewritten(model, statistics, decisions)
+
+    def methods(
+        self, decisions: Sequence[Decision], given: Rewritten, progress: Progress
+    ) -> Mapping[str, MatrixMethod]:
+        """Return methods for matrices, by name, in place of the one that decisions name: by default none.
+
+        Args:
+            decisions: Those of `decide`.
+            given: The model in the coordinates of `coordinates`.
+            progress: Called with matrices done and their total.
+
+        Raises:
+            RequestError: what the step asks for cannot be had of these weights.
+        """
+        return {}
+
+
+class CodedStep(EncodingStep):
+    """A step that gives every matrix the target's 8 bits, so coarse that a coded file takes fewer.
+
+    Attributes:
+        bits: Of a weight, on average over all matrices, when the file is coded; tables and scales included.
+        equalise: Encode in coordinates that suit coding, absorbed by what comes before each matrix.
+    """
+
+    bits: CodedBits
+    equalise: bool = True
+
+    def decide(self, model: Model, target: Target) -> list[Decision]:
+        """Return the target's 8 bits for every matrix."""
+        reason = f"{self.method} by the recipe: {self.bits:g} bits a weight on average when coded"
+        return [replace(one, reason=reason) for one in target.decide(model, target.type_of_8_bits, self.method)]
+
+    def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
+        """Return the model in coordinates that suit coding, or as the target has it."""
+        if self.equalise:
+            return self.suited(model, statistics)
+        return super().coordinates(target, model, statistics, decisions)
+
+    @abstractmethod
+    def suited(self, model: Model, statistics: Statistics) -> Rewritten:
+        """Return the model in coordinates that suit coding."""

@@ -1,0 +1,107 @@
+"""The memory of a runtime's process when only a file's size, its format and the number of parameters are known.
+
+Decoders of about as many parameters stand in for the one that is not known. Their shapes are those of the config.json
+that their makers published.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from statistics import median_low
+
+from exporter.foundation.errors import RequestError
+from exporter.predict.peak_memory import (
+    ModelShape,
+    Peak,
+    Weights,
+    host_features,
+    llama_cpp_peak,
+    onnxruntime_peak,
+    repacked_rows,
+)
+
+# Parameters, and layers, hidden, intermediate, heads, key-value heads, head width, vocabulary.
+SHAPES: dict[str, tuple[float, ModelShape]] = {
+    "SmolLM2-135M": (0.135e9, ModelShape(30, 576, 1536, 9, 3, 64, 49152)),
+    "SmolLM2-360M": (0.362e9, ModelShape(32, 960, 2560, 15, 5, 64, 49152)),
+    "Qwen2.5-0.5B": (0.494e9, ModelShape(24, 896, 4864, 14, 2, 64, 151936)),
+    "Qwen3-0.6B": (0.596e9, ModelShape(28, 1024, 3072, 16, 8, 128, 151936)),
+    "TinyLlama-1.1B": (1.10e9, ModelShape(22, 2048, 5632, 32, 4, 64, 32000)),
+    "Llama-3.2-1B": (1.24e9, ModelShape(16, 2048, 8192, 32, 8, 64, 128256)),
+    "Qwen2.5-1.5B": (1.54e9, ModelShape(28, 1536, 8960, 12, 2, 128, 151936)),
+    "SmolLM2-1.7B": (1.71e9, ModelShape(24, 2048, 8192, 32, 32, 64, 49152)),
+    "Qwen2.5-3B": (3.09e9, ModelShape(36, 2048, 11008, 16, 2, 128, 151936)),
+    "Llama-3.2-3B": (3.21e9, ModelShape(28, 3072, 8192, 24, 8, 128, 128256)),
+    "Mistral-7B-v0.3": (7.25e9, ModelShape(32, 4096, 14336, 32, 8, 128, 32768)),
+    "Qwen2.5-7B": (7.62e9, ModelShape(28, 3584, 18944, 28, 4, 128, 152064)),
+    "Llama-3.1-8B": (8.03e9, ModelShape(32, 4096, 14336, 32, 8, 128, 128256)),
+    "Qwen2.5-14B": (14.8e9, ModelShape(48, 5120, 13824, 40, 8, 128, 152064)),
+    "Qwen2.5-32B": (32.8e9, ModelShape(64, 5120, 27648, 40, 8, 128, 152064)),
+    "Llama-3.1-70B": (70.6e9, ModelShape(80, 8192, 28672, 64, 8, 128, 128256)),
+}
+# Others count whose parameters differ by less than this factor, or only the nearest.
+ALIKE = 1.5
+# What the formulas of `exporter.predict.peak_memory` miss where the shape is known.
+ERROR = 0.07
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number of bytes, and where it most likely lies."""
+
+    value: int
+    low: int
+    high: int
+
+
+def predicted_peak(
+    file_bytes: int, parameters: float, format: str, context: int, features: Collection[str] | None = None
+) -> Interval:
+    """Return the most memory that a runtime's process takes, its mapped file included.
+
+    Args:
+        file_bytes: Size of the model's files.
+        parameters: Number of weights.
+        format: A type of GGUF or a named mix of them, such as `Q4_K_M`, for llama.cpp; one that begins with `int`,
+            such as `int4` or `int8-b32`, for ONNX Runtime.
+        context: Tokens of context.
+        features: The processor's, as in device profiles; None for this machine's.
+
+    Raises:
+        RequestError: a number is not positive.
+    """
+    if min(file_bytes, parameters, context) <= 0:
+        raise RequestError(
+            "the memory of such a model cannot be predicted",
+            got=f"{file_bytes} bytes, {parameters:g} parameters, a context of {context} tokens",
+            expected="numbers above zero",
+        )
+    known = host_features() if features is None else features
+    found = sorted(_peak(shape, file_bytes, parameters, format, context, known).bytes for shape in alike(parameters))
+    return Interval(median_low(found), int((1 - ERROR) * found[0]), int((1 + ERROR) * found[-1]))
+
+
+def alike(parameters: float) -> list[ModelShape]:
+    """Return the shapes of decoders with about as many parameters, at least one."""
+    distances = {name: abs(math.log(parameters / count)) for name, (count, _) in SHAPES.items()}
+    most = max(math.log(ALIKE), min(distances.values()))
+    return [SHAPES[name][1] for name, distance in distances.items() if distance <= most]
+
+
+def _peak(
+    shape: ModelShape, file_bytes: int, parameters: float, format: str, context: int, features: Collection[str]
+) -> Peak:
+    looked_up = min(0.5, shape.vocab * shape.hidden / parameters)
+    integers = re.match(r"int(\d)", format)
+    if integers is None:
+        type = re.sub("_[SML]$", "", format)
+        copied = 0.0 if repacked_rows(type, features) is None else (1 - looked_up) * file_bytes
+        # A mix has matrices that are not repacked up to its end, so that its file stays mapped.
+        mapped = looked_up * file_bytes if copied and type == format else file_bytes
+        return llama_cpp_peak(shape, Weights(int(mapped + copied), int(file_bytes + copied)), context)
+    bits = int(integers[1])
+    # Blocks of 32 with float16 scales in the file; with scales and sums in float32 once packed.
+    packed, kept = (file_bytes * (bits + added) / (bits + 0.5) for added in (2, 1))
+    resident = packed + looked_up * kept
+    return onnxruntime_peak(shape, Weights(int(resident), int(resident + looked_up * file_bytes)), context)

@@ -1,0 +1,185 @@
+"""Predicted rates of a device: what the fitted times say of it, moved by what was measured on it."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import log
+
+from exporter.device.backend import Backend, Kernel, Measured
+from exporter.device.profile import DeviceProfile
+from exporter.foundation.errors import RequestError
+from exporter.predict.coefficients import Coefficients, fitted
+from exporter.predict.estimate import Estimate, lognormal
+from exporter.predict.gaussian_process import Point, residual
+from exporter.predict.request import Request
+from exporter.predict.roofline import cpu_of
+from exporter.predict.token_cost import Term, decode_terms, prefill_terms
+from exporter.predict.workload import Family, Machine, Workload, format_family
+
+TOKENS_A_SECOND = "tokens/s"
+INTEGER_DOT = {"dotprod", "i8mm", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx-int8"}
+X86 = {"avx", "avx2", "fma", "f16c"}
+# Bits of a weight, whole files, where a published run does not state the parameters.
+BITS: dict[Family, float] = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
+# Standard deviations of a point's logarithm: published runs of one device differ by the system and the build.
+MEASURED_NOISE, PUBLISHED_NOISE = 0.05, 0.12
+# A profile's own rates: of a fit to several runs, and of kernels that may not be the ones that will run.
+BANDWIDTH_NOISE, KERNEL_NOISE, CARRIED_OVER_NOISE = 0.15, 0.3, 0.5
+# The families of a profile's kernels.
+KERNELS: dict[str, Family] = {
+    "f32": "float", "f16": "float", "bf16": "float", "q8": "eight", "int8": "eight", "q4": "four", "int4": "four",
+    "w4a16": "four", "k": "k", "iq": "low",
+}  # fmt: skip
+# A prompt of 4096 tokens was read at 0.64 of the pace of 512 with 10^9 weights, and at 0.79 with 3 x 10^9: attention
+# grows with the prompt, and is a smaller share of a larger model (Dragon Q8B, CIX P1, i5-4278U; llama.cpp).
+USUAL_PROMPT, SAG, SAG_TOKENS, SAG_POWER = 512, 0.56, 4096 - 512, -0.67
+SAG_DEVIATION = 0.3
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Predicted tokens a second."""
+
+    decode: Estimate
+    prefill: Estimate
+
+
+def workload(profile: DeviceProfile, request: Request) -> Workload:
+    """Return a request on a device as the facts that its speed follows from."""
+    own = _backend(profile, request.backend)
+    peak = (own and own.peak_bandwidth_bytes_per_s) or profile.peak_bandwidth_bytes_per_s
+    operations = own and own.peak_operations_per_s
+    return Workload(
+        backend=request.backend,
+        machine=_machine(profile),
+        bandwidth_bytes_per_s=peak.value,
+        products_per_s=cpu_of(profile).products_per_s,
+        has_integer_dot=bool(INTEGER_DOT & set(profile.isa.features)),
+        format=request.format,
+        file_bytes=request.file_bytes,
+        parameters=request.parameters,
+        context=request.context,
+        runtime=request.runtime,
+        peak_operations_per_s=operations.value if operations else 0.0,
+    )
+
+
+def rates(profile: DeviceProfile, request: Request) -> Rates:
+    """Predict the speeds of a model's file on a device.
+
+    Args:
+        profile: The device; each run in it is a measured point.
+        request: The file, checked.
+    """
+    work, model = workload(profile, request), fitted()
+    decode = _points(profile, model.decode, decode_terms, lambda run: run.decode_tokens_per_s)
+    prefill = _points(profile, model.prefill, prefill_terms, _usual_prefill)
+    bandwidth = list(_bandwidth_points(profile, work, model.decode))
+    kernels = list(_kernel_points(profile, work, model.prefill))
+    return Rates(
+        _rate(work, decode_terms(work), model.decode, decode, bandwidth),
+        at_length(_rate(work, prefill_terms(work), model.prefill, prefill, kernels), request),
+    )
+
+
+def at_length(usual: Estimate, request: Request) -> Estimate:
+    """Return the pace of a prompt of another length than the usual 512."""
+    slower = _slower(request.parameters, request.prompt)
+    if slower == 1:
+        return usual
+    wider = slower**SAG_DEVIATION
+    return Estimate(
+        value=usual.value / slower,
+        low=usual.low / slower / wider,
+        high=usual.high / slower * wider,
+        unit=usual.unit,
+        how=f"{usual.how}; {request.prompt:,} tokens",
+    )
+
+
+def _slower(parameters: float, prompt: int) -> float:
+    """Return how many times longer a token of such a prompt takes than one of the usual 512."""
+    extra = max(prompt - USUAL_PROMPT, 0) / SAG_TOKENS
+    return float(1 + SAG * (parameters / 1e9) ** SAG_POWER * extra)
+
+
+def _usual_prefill(run: Measured) -> float | None:
+    """Return what a run says of the pace of a prompt of 512 tokens."""
+    if run.prefill_tokens_per_s is None or run.parameters is None:
+        return run.prefill_tokens_per_s
+    return run.prefill_tokens_per_s * _slower(run.parameters, run.prompt_tokens or USUAL_PROMPT)
+
+
+def _rate(
+    work: Workload, terms: Sequence[Term], model: Coefficients, runs: Sequence[Point], rates_known: Sequence[Point]
+) -> Estimate:
+    off = residual(work, [*runs, *rates_known], model)
+    timed = sum(point.work.kind == work.kind for point in runs)
+    known = [f"{timed} timed run{'s' * (timed > 1)} on this backend"] if timed else []
+    known += ["the rates in its profile"] if rates_known else []
+    how = " and ".join(["facts of the device", *known] if known else ["facts of the device alone"])
+    return lognormal(log(1e3) - model.log_milliseconds(terms) - off.mean, off.deviation, TOKENS_A_SECOND, how)
+
+
+def _points(
+    profile: DeviceProfile,
+    model: Coefficients,
+    terms: Callable[[Workload], list[Term]],
+    speed: Callable[[Measured], float | None],
+) -> list[Point]:
+    points = []
+    for run in profile.measured:
+        rate, work = speed(run), _workload_of(profile, run)
+        if rate is not None and work is not None:
+            error = log(1e3 / rate) - model.log_milliseconds(terms(work))
+            points.append(Point(work, error, MEASURED_NOISE if run.basis == "measured" else PUBLISHED_NOISE))
+    return points
+
+
+def _workload_of(profile: DeviceProfile, run: Measured) -> Workload | None:
+    """Return what a run was of; nothing, where its format is of no known family."""
+    try:
+        family = format_family(run.format)
+    except RequestError:
+        return None
+    parameters = run.parameters or round(8 * run.file_bytes / BITS[family])
+    request = Request(
+        run.file_bytes, parameters, run.format, run.backend, context=run.context or 64, runtime=run.runtime or ""
+    )
+    return replace(workload(profile, request), file_bytes=run.read_bytes or run.file_bytes)
+
+
+def _bandwidth_points(profile: DeviceProfile, work: Workload, model: Coefficients) -> Iterator[Point]:
+    """Yield what the profile says decoding draws of the memory, where that is more than a guess."""
+    own = _backend(profile, work.backend)
+    usable = own and own.usable_bandwidth_bytes_per_s
+    if usable and usable.basis != "estimated":
+        reading, *others = decode_terms(work)
+        known = Term(reading.milliseconds * work.bandwidth_bytes_per_s / usable.value, {})
+        error = model.log_milliseconds([known, *others]) - model.log_milliseconds([reading, *others])
+        yield Point(work, error, BANDWIDTH_NOISE)
+
+
+def _kernel_points(profile: DeviceProfile, work: Workload, model: Coefficients) -> Iterator[Point]:
+    """Yield what the profile says about reading prompts with kernels of the format's family."""
+    own = _backend(profile, work.backend)
+    kernels: Sequence[Kernel] = own.kernels if own else ()
+    for kernel in kernels:
+        pace = kernel.prefill_operations_per_s
+        if pace is not None and KERNELS[kernel.family] == work.family:
+            error = log(2e3 * work.parameters / pace.value) - model.log_milliseconds(prefill_terms(work))
+            yield Point(work, error, CARRIED_OVER_NOISE if pace.basis == "estimated" else KERNEL_NOISE)
+
+
+def _backend(profile: DeviceProfile, name: str) -> Backend | None:
+    return next((one for one in profile.backends if one.name == name), None)
+
+
+def _machine(profile: DeviceProfile) -> Machine:
+    if X86 & set(profile.isa.features):
+        return "x86"
+    if re.match(r"(Apple )?M\d", profile.soc):
+        return "apple"
+    if profile.device_class in ("phone", "tablet"):
+        return "phone"
+    return "board" if profile.device_class == "board" else "arm"

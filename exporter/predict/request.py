@@ -1,0 +1,79 @@
+"""What a prediction is asked about: a model's file, without the model."""
+
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from exporter.device.backend import BackendName
+from exporter.device.profile import DeviceProfile
+from exporter.foundation.errors import RequestError
+from exporter.predict.workload import backend_name, format_family
+
+MOST_BYTES, MOST_PARAMETERS, MOST_CONTEXT = 1 << 42, 10**13, 1 << 24
+LEAST_BYTES, LEAST_PARAMETERS = 1 << 20, 10**6
+LEAST_BITS, MOST_BITS = 0.5, 40.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model's file and how it is run.
+
+    Attributes:
+        file_bytes: Of the weights; all are taken to be read for each token (a dense model).
+        parameters: Weights of the model.
+        format: As the runtime names it.
+        backend: Processor and interface; see `exporter.predict.workload.backend_name`.
+        context: Tokens in the cache: those that memory is reserved for, and that each token reads.
+        prompt: Tokens of the prompt whose first answer is waited for.
+        runtime: Its name; empty for llama.cpp or one like it.
+    """
+
+    file_bytes: int
+    parameters: int
+    format: str
+    backend: str
+    context: int = 512
+    prompt: int = 512
+    runtime: str = ""
+
+
+def checked_request(request: Request, profile: DeviceProfile) -> Request:
+    """Return the request with its backend as the profiles name it; of `gpu` or `npu` alone the device's first.
+
+    Raises:
+        RequestError: a number is out of bounds, two numbers do not go together, or a name is unknown.
+    """
+    for what, value, low, high in (
+        ("the file's bytes", request.file_bytes, LEAST_BYTES, MOST_BYTES),
+        ("the parameters", request.parameters, LEAST_PARAMETERS, MOST_PARAMETERS),
+        ("the context", request.context, 1, MOST_CONTEXT),
+        ("the prompt", request.prompt, 1, MOST_CONTEXT),
+    ):
+        if not low <= value <= high:
+            raise RequestError(f"{what} cannot be so many", got=f"{value:,}", expected=f"{low:,} to {high:,}")
+    if request.prompt > request.context:
+        raise RequestError(
+            "the prompt exceeds the context",
+            got=f"{request.prompt:,} and {request.context:,} tokens",
+            next_step="give a larger --context or a shorter --prompt",
+        )
+    bits = 8 * request.file_bytes / request.parameters
+    if not LEAST_BITS <= bits <= MOST_BITS:
+        raise RequestError(
+            "the file's bytes and the parameters do not go together",
+            got=f"{bits:.3g} bits a parameter",
+            expected=f"{LEAST_BITS:g} to {MOST_BITS:g}",
+            next_step="give bytes, and parameters as a whole number (7B is 7000000000)",
+        )
+    format_family(request.format)
+    return replace(request, backend=_backend(request.backend, profile))
+
+
+def _backend(text: str, profile: DeviceProfile) -> str:
+    name = backend_name(text)
+    if name in get_args(BackendName):
+        return name
+    names = [one.name for one in profile.backends]
+    for known in names:
+        if known.split(":")[0] == name:
+            return known
+    raise RequestError(f"the device has no {name}", where=profile.name, next_step=f"known: {', '.join(names)}")

@@ -1,0 +1,104 @@
+"""What a token costs, as a sum of times: reading the weights, a fixed part, and work for each weight.
+
+A generated token reads every weight and the cache once (Williams et al. 2009, the roofline's slope); what published
+speeds show beside it is a part that grows slowly with the model (one launch after another, layer by layer) and a part
+for each weight (unpacking, on processors that do not hide it behind the reading). Each time is a number of
+milliseconds that follows from the facts, times e to the power of the named coefficients that the facts call for:
+
+    time = sum over terms of milliseconds x exp(sum of weight x coefficient)
+
+The coefficients are fitted to published speeds; see `exporter.predict.coefficients`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log
+
+from exporter.predict.workload import Workload
+
+# Runtimes whose speed is known to differ from llama.cpp's own program, by a word in their name.
+RUNTIMES = ("cactus", "executorch", "genie", "llama.rn", "mlc", "mnn", "ollama", "termux", "vllm")
+# Formats below 4 bits are bound by being unpacked: no quicker than if they had so many. Kernels that look codes up in a
+# table (IQ1 to IQ3) do half the products a second of those of Q2_K and Q4_0 (`exporter.targets.gguf.kernel_speeds`).
+LEAST_BITS, LEAST_BITS_OF_TABLES = 6.5, 9.0
+# Bytes of one token in the cache, float16, of a model of 10^9 parameters; it grows with the root. Llama 3.2 1B has
+# 32 KiB and 8B 128 KiB, Qwen3 0.6B has 112 KiB.
+KV_BYTES_OF_A_BILLION = 56 * 1024
+# The bandwidth at which the coefficients of its logarithm count nothing.
+MIDDLE_BANDWIDTH = 60e9
+# Operations a second of a GPU for each byte a second of its memory, and of a neural processor, before coefficients; of
+# a small one the share of its data sheet's that published ones had (Hexagon: 8 to 18 of 45 to 100 TOPS).
+GPU_OPERATIONS_PER_BYTE, NPU_OPERATIONS, NPU_SHARE = 24.0, 10e12, 0.2
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the time: `milliseconds` x exp(sum of weight x coefficient)."""
+
+    milliseconds: float
+    weights: Mapping[str, float]
+
+
+def kv_bytes(parameters: float, context: int) -> float:
+    """Return the bytes of the cache, estimated from the size of the model."""
+    return float(KV_BYTES_OF_A_BILLION * (parameters / 1e9) ** 0.5 * context)
+
+
+def decode_terms(work: Workload) -> list[Term]:
+    """Return the parts of the time of one generated token."""
+    kind, family, billions = work.kind, work.family, log(work.parameters / 1e9)
+    bandwidth = log(work.bandwidth_bytes_per_s / MIDDLE_BANDWIDTH)
+    side = "cpu" if kind == "cpu" else "gpu"
+    reading = {"reading": 1.0, f"reading {kind}": 1.0, f"reading {family}": 1.0, f"bandwidth {side}": bandwidth}
+    fixed = {"fixed": 1.0, f"fixed {kind}": 1.0, "fixed size": billions}
+    working = {"working": 1.0, f"working {kind}": 1.0}
+    if kind == "cpu":
+        reading[f"reading cpu {work.machine}"] = 1.0
+        fixed["fixed cpu bandwidth"] = working["working cpu bandwidth"] = bandwidth
+        if not work.has_integer_dot:
+            reading["reading cpu without dot"] = 1.0
+        if work.machine == "phone":
+            working["working cpu phone"] = 1.0
+    if kind == "metal" and family in ("k", "low"):
+        reading |= {"reading metal k": 1.0, "bandwidth metal k": bandwidth}
+    if kind == "opencl" and family in ("k", "low"):
+        reading[f"reading opencl {family}"] = 1.0
+    terms = [
+        Term(1e3 * read_bytes(work) / work.bandwidth_bytes_per_s, reading),
+        Term(1.0, fixed),
+        Term(work.parameters / 1e9, working),
+    ]
+    return [Term(term.milliseconds, {**term.weights, **_runtime(work)}) for term in terms]
+
+
+def read_bytes(work: Workload) -> float:
+    """Return what one token reads: the weights, and the cache."""
+    bits = LEAST_BITS_OF_TABLES if work.format.upper().startswith("IQ") else LEAST_BITS
+    least = bits / 8 * work.parameters if work.family == "low" else 0.0
+    return max(work.file_bytes, least) + kv_bytes(work.parameters, work.context)
+
+
+def prefill_terms(work: Workload) -> list[Term]:
+    """Return the time of one token of a prompt of about 512, as a single part."""
+    kind, family = work.kind, work.family
+    bandwidth = log(work.bandwidth_bytes_per_s / MIDDLE_BANDWIDTH)
+    operations = 2 * work.parameters
+    weights = {f"prompt {kind}": 1.0, f"prompt {'cpu' if kind == 'cpu' else 'gpu'} {family}": 1.0}
+    if kind == "cpu":
+        rate = 2 * work.products_per_s
+        weights[f"prompt cpu {work.machine}"] = 1.0
+    elif kind == "npu":
+        rate = min(NPU_OPERATIONS, NPU_SHARE * work.peak_operations_per_s or NPU_OPERATIONS)
+        weights["prompt npu size"] = log(work.parameters / 1e9)
+    else:
+        rate = GPU_OPERATIONS_PER_BYTE * work.bandwidth_bytes_per_s
+        weights["prompt gpu bandwidth"] = bandwidth
+    if kind == "opencl" and family == "low":
+        weights["prompt opencl low"] = 1.0
+    named = {name.replace("runtime", "prompt runtime"): weight for name, weight in _runtime(work).items()}
+    return [Term(1e3 * operations / rate, weights | named)]
+
+
+def _runtime(work: Workload) -> dict[str, float]:
+    name = work.runtime.lower()
+    return {f"runtime {word}": 1.0 for word in RUNTIMES if word in name}

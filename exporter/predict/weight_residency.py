@@ -1,0 +1,104 @@
+"""Whether a model stays in a device's memory while it runs, and what becomes of its speed where it does not.
+
+Decoding reads all weights in the same order for each token. Once they do not fit, the system drops pages before they
+are read again: a Raspberry Pi 5 fell from 0.92 to 0.02 tokens/s within 50 MB of file (nyunai/edge-llm-leaderboard).
+So a token then waits for storage: for what is missing at best, for the whole file at worst.
+"""
+
+from collections.abc import Mapping
+from math import exp, log
+from typing import Literal
+
+from exporter.device.fit import reserved_bytes
+from exporter.device.profile import DeviceClass, DeviceProfile
+from exporter.foundation.quantities import Document
+from exporter.predict.estimate import Estimate
+
+Status = Literal["fits", "uncertain", "pages", "ended"]
+GB = 1e9
+# Sequential reads of a class's storage, where the profile has none: SD cards, UFS 3, NVMe.
+USUAL_STORAGE: Mapping[DeviceClass, float] = {"board": 90e6, "phone": 2.5e9, "tablet": 2.5e9, "laptop": 2.5e9}
+# A cold load's share of that pace, and what it takes beside reading: 1.3 GB loaded in 0.3 to 1.2 s (iPhone 17 Pro).
+LOAD_SHARES, LOAD_SECONDS = (0.25, 0.6, 1.0), (1.0, 0.1, 0.0)
+
+
+class Residence(Document):
+    """Whether what a model holds while it runs fits.
+
+    Attributes:
+        status: `fits`; `uncertain`, where the ends of the interval disagree; `pages`, where weights are read from
+            storage for each token; `ended`, where the system ends an app that takes so much.
+        limit_bytes: What must not be exceeded.
+        detail: The same in a sentence.
+        decode_in_memory: Tokens/s if all stayed in memory, where it does not.
+        decode_from_storage: Tokens/s once the system reads weights from storage again, where it may come to that.
+    """
+
+    status: Status
+    limit_bytes: float
+    detail: str
+    decode_in_memory: Estimate | None = None
+    decode_from_storage: Estimate | None = None
+
+
+def residence(profile: DeviceProfile, held: Estimate) -> Residence:
+    """Compare what a model holds while it runs with what a device has for one app."""
+    reserve = reserved_bytes(profile)
+    limit, what = profile.ram_bytes.value - reserve, "what the RAM leaves beside the system"
+    app = profile.app_memory_limit_bytes.value
+    if app < limit:
+        limit, what = app, "what one app may use"
+    ends = app == limit and profile.device_class in ("phone", "tablet")
+    # Systems give up some of their own reserve before they page: files of up to 8.5 GB ran on a board of 8 GiB.
+    beyond = held.value > limit if ends else held.low > limit + reserve / 2
+    status: Status = "fits" if held.high <= limit else "uncertain"
+    if beyond:
+        status = "ended" if ends else "pages"
+    numbers = f"it holds {held.value / GB:.2f} GB ({held.low / GB:.2f} to {held.high / GB:.2f}), which"
+    return Residence(status=status, limit_bytes=limit, detail=_sentence(status, numbers, what, limit, profile))
+
+
+def _sentence(status: Status, numbers: str, what: str, limit: float, profile: DeviceProfile) -> str:
+    against = f"{what}, {limit / GB:.2f} GB"
+    if status == "fits":
+        return f"{numbers} is within {against}"
+    if status == "uncertain":
+        return f"{numbers} may exceed {against}"
+    if status == "pages":
+        return f"{numbers} exceeds {against}: each token waits for storage; take a smaller file or context"
+    wider = profile.app_memory_limit_with_entitlement_bytes
+    more = f", {wider.value / GB:.2f} GB with the system's entitlement for more" if wider is not None else ""
+    return f"{numbers} exceeds {against}{more}: the system ends the app; take a smaller file or context"
+
+
+def paged(decode: Estimate, profile: DeviceProfile, file_bytes: int, missing_bytes: float) -> Estimate:
+    """Return the speed of decoding from storage: what is missing for each token at best, the whole file at worst."""
+    read = storage_bytes_per_s(profile)
+    least = min(max(missing_bytes, 0.05 * file_bytes), 0.5 * file_bytes)
+    seconds = [1 / decode.value + lost / read for lost in (least, file_bytes)]
+    best, worst = 1 / seconds[0], 1 / seconds[1]
+    return Estimate(
+        value=exp((log(best) + 2 * log(worst)) / 3),
+        low=worst / 2,
+        high=best,
+        unit=decode.unit,
+        how=f"weights are read from storage, {read / 1e6:,.0f} MB/s, for each token",
+    )
+
+
+def load_ms(profile: DeviceProfile, file_bytes: int) -> Estimate:
+    """Return the time of a first load, from storage."""
+    read = storage_bytes_per_s(profile)
+    high, value, low = (
+        1e3 * (file_bytes / (share * read) + extra) for share, extra in zip(LOAD_SHARES, LOAD_SECONDS, strict=True)
+    )
+    known = profile.storage_read_bytes_per_s is not None
+    source = "the profile's storage" if known else f"a usual storage of a {profile.device_class}"
+    how = f"a first load from {source}, {read / 1e6:,.0f} MB/s; a file that the system still holds loads at once"
+    return Estimate(value=value, low=low, high=high, unit="ms", how=how)
+
+
+def storage_bytes_per_s(profile: DeviceProfile) -> float:
+    """Return the pace of sequential reads, of the profile or else of its class."""
+    storage = profile.storage_read_bytes_per_s
+    return storage.value if storage is not None else USUAL_STORAGE[profile.device_class]

@@ -1,0 +1,112 @@
+"""What runs and on what: the facts that predictions of speed rest on, from names as runtimes and users write them."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from exporter.device.backend import BackendName
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import RequestError, did_you_mean
+
+# A processor's interface decides how much of the memory it draws; those of PCs' GPUs differ less than their drivers.
+Kind = Literal["cpu", "metal", "opencl", "cuda", "gpu", "npu"]
+Machine = Literal["phone", "apple", "x86", "board", "arm"]
+# Formats by what their kernels do: floats, 8 and 4 bits in blocks of one scale, K-quants of 4 bits and more, and all
+# that is unpacked from less.
+Family = Literal["float", "eight", "four", "k", "low"]
+
+KINDS: dict[str, Kind] = {
+    "cpu": "cpu", "gpu:metal": "metal", "gpu:opencl": "opencl", "gpu:cuda": "cuda", "gpu": "gpu", "npu": "npu",
+}  # fmt: skip
+ALIASES: dict[str, BackendName] = {
+    "metal": "gpu:metal", "opencl": "gpu:opencl", "cuda": "gpu:cuda", "vulkan": "gpu:vulkan", "sycl": "gpu:sycl",
+    "rocm": "gpu:rocm", "gpu:hip": "gpu:rocm", "htp": "npu:htp", "npu:htp0": "npu:htp", "npu:hexagon": "npu:htp",
+    "npu:qnn": "npu:htp", "ane": "npu:ane", "npu:coreml": "npu:ane", "openvino": "npu:openvino", "rknn": "npu:rknn",
+}  # fmt: skip
+
+# The first that fits counts; what follows a name (a group size, a mix's letter) does not change its kernels.
+FORMATS: tuple[tuple[str, Family, str], ...] = (
+    (r"(B?F16|F32|FP16|FP32)\b", "float", "F32, F16, BF16"),
+    (r"(Q8_|INT8\b|Q8\b|8-BIT|FP8|A(8|16)W8|W8A(8|16))", "eight", "Q8_0, int8, fp8, a8w8, a16w8"),
+    (r"(UD-)?(Q[456]_K|IQ4_)", "k", "Q4_K, Q5_K, Q6_K and their mixes (_S, _M, _L), IQ4_NL, IQ4_XS"),
+    (r"(UD-)?(Q[23]_K|IQ[123]_|TQ[12]_|Q[123]_0)", "low", "Q2_K, Q3_K, IQ1_S to IQ3_M, TQ1_0, TQ2_0"),
+    (r"(Q[45]_[01]|INT4\b|W4A(8|16)|A(8|16)W4|8DA4W|MXFP4|NVFP4|Q4F16|4-BIT|Q4\b|AWQ|GPTQ|SPINQUANT)", "four",
+     "Q4_0, Q4_1, Q5_0, Q5_1, int4, w4a16, 8da4w, MXFP4"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model's file on a processor.
+
+    Attributes:
+        backend: The processor and its interface.
+        machine: What it is part of.
+        bandwidth_bytes_per_s: The memory's peak.
+        products_per_s: Multiply-adds that the CPU's best 4-bit kernels make of a prompt; zero where that is not known.
+        has_integer_dot: Whether the CPU multiplies bytes four at a time (dotprod, i8mm, VNNI, AVX2).
+        format: The weights'.
+        file_bytes: What a token reads of the file; all of it, where the model is dense.
+        parameters: Weights of the model.
+        context: Tokens in the cache while a token is generated.
+        runtime: Its name; empty where it is not known.
+        peak_operations_per_s: Of a neural processor, by its data sheet; zero where that is not known.
+    """
+
+    backend: str
+    machine: Machine
+    bandwidth_bytes_per_s: float
+    products_per_s: float
+    has_integer_dot: bool
+    format: str
+    file_bytes: float
+    parameters: float
+    context: int = 64
+    runtime: str = ""
+    peak_operations_per_s: float = 0.0
+
+    @property
+    def kind(self) -> Kind:
+        """What the backend is among those that differ in speed."""
+        kind = KINDS.get(self.backend) or KINDS[self.backend.split(":")[0]]
+        # GPUs of phones differ from those of PCs by more than their interface does.
+        return "opencl" if kind == "gpu" and self.machine in ("phone", "board") else kind
+
+    @property
+    def family(self) -> Family:
+        """What the format is among those whose kernels differ."""
+        return format_family(self.format)
+
+
+def backend_name(text: str) -> str:
+    """Return the name of a backend in one spelling: one of the profiles', or `gpu` or `npu` where no more is said.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    name = text.strip().lower()
+    if name in ("gpu", "npu"):
+        return name
+    known = get_args(BackendName)
+    name = ALIASES.get(name, ALIASES.get(name.split()[0] if name else "", cast(BackendName, name)))
+    if name not in known:
+        raise RequestError(f"unknown backend {shown(text)}", next_step=did_you_mean(text, [*known, "gpu", "npu"]))
+    return name
+
+
+def is_known_format(text: str) -> bool:
+    """Say whether `format_family` knows a format."""
+    return any(re.match(pattern, text.strip().upper()) for pattern, _, _ in FORMATS)
+
+
+def format_family(text: str) -> Family:
+    """Return the family of a format, named as its runtime names it.
+
+    Raises:
+        RequestError: it is none that is known.
+    """
+    for pattern, family, _ in FORMATS:
+        if re.match(pattern, text.strip().upper()):
+            return family
+    known = "; ".join(examples for _, _, examples in FORMATS)
+    raise RequestError(f"unknown format {shown(text)}", next_step=f"known: {known}")

@@ -1,0 +1,135 @@
+"""What an artifact computes beside its weights: they are written once more in float32 and run in the same runtime.
+
+Rounding hides a small fault of the graph, of the header or of a vector. In float32 there is next to no rounding: what
+is left is the order of sums, and then a fault stands out.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.formats.format import Float32
+from exporter.formats.group import Decision, WeightGroup
+from exporter.foundation.progress import Progress, silent
+from exporter.foundation.quantities import Check
+from exporter.model.excerpt import excerpt_if_large
+from exporter.model.model import Model
+from exporter.prove.accuracy import Distance, Reference, dequantised, distance
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
+from exporter.targets.target import Target
+
+# Nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
+MOST_KL = 1e-6
+
+
+class Decoded:
+    """Matrices as the runtime decodes them from the artifact's bytes, each digested when it is read."""
+
+    def __init__(self, read: Callable[[WeightGroup], Float32]) -> None:
+        self._read = read
+        self.digests: dict[str, str] = {}
+
+    def __call__(self, group: WeightGroup) -> Float32:
+        """Return a matrix, float32 [rows, columns], rows in the source's order."""
+        weight = self._read(group)
+        self.digests[group.name] = weights_digest(weight)
+        return weight
+
+
+@dataclass(frozen=True)
+class FloatCopy:
+    """The weights of an artifact, written in float32 for the same runtime.
+
+    Attributes:
+        artifact: What was written; the artifact itself where it is in float32 already.
+        model: The float model that it must compute, its matrices as the runtime decodes them from the artifact.
+        whole: It holds every layer, not the first and the last only.
+    """
+
+    artifact: Artifact
+    model: Model
+    whole: bool
+
+
+def in_float32(decisions: Iterable[Decision]) -> bool:
+    """Say whether all matrices are stored in float32."""
+    return all(decision.stored_as == "F32" for decision in decisions)
+
+
+@contextmanager
+def float_copy(
+    target: Target, artifact: Artifact, compressed: CompressedModel, decoded: Decoded
+) -> Iterator[FloatCopy]:
+    """Write the float32 copy of an artifact beside it; it goes at the end.
+
+    Args:
+        target: What made the artifact.
+        artifact: The artifact.
+        compressed: The plan's outcome.
+        decoded: Gives the matrices as the runtime decodes them from the artifact.
+    """
+    model = dequantised(compressed.rewritten, decoded)
+    if in_float32(compressed.decisions.values()):
+        yield FloatCopy(artifact, model, True)
+        return
+    part = excerpt_if_large(model)
+    with TemporaryDirectory(prefix=".float-", dir=artifact.folder.parent) as scratch:
+        yield FloatCopy(target.lower_float(part, Path(scratch)), part, part is model)
+
+
+def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress: Progress = silent) -> Check:
+    """Compare the float32 copy, run by the artifact's runtime, with the float model of the same weights.
+
+    Args:
+        copy: The copy.
+        expected: Its float model's next-token distributions.
+        threads: Threads of the runtime.
+        progress: Called with what is done, steps done and their total.
+
+    Returns:
+        The check `lowering`: its value is the mean KL in nats.
+    """
+    with OpenedArtifact(copy.artifact, expected.tokens.shape[1], threads, exact=True) as opened:
+        found = distance(expected, opened.logits, partial(progress, "prove: windows in float32"))
+    layers = "every layer" if copy.whole else "the first and the last layer"
+    return Check(
+        name="lowering",
+        status="passed" if found.kl_mean <= MOST_KL else "failed",
+        detail=f"KL {found.kl_mean:.1e} of {layers} in float32 against the float model of the same weights",
+        value=found.kl_mean,
+        limit=MOST_KL,
+        unit="nats",
+    )
+
+
+def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check:
+    """Compare the digests of all matrices, decoded from the artifact as its runtime does, with the planned ones."""
+    planned = {name: outcome.planned_sha256 for name, outcome in compressed.outcomes.items()}
+    wrong = [name for name, digest in planned.items() if decoded.get(name) != digest]
+    detail = f"{len(planned) - len(wrong)} of {len(planned)} matrices decode to exactly the planned weights"
+    return _check("lowering.weights", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
+
+
+def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
+    """Compare the formats in the file with those decided on."""
+    stored = target.stored_types(artifact, compressed.rewritten)
+    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
+    detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
+    return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))
+
+
+def check_rounding(rounding: Distance, most_kl: float) -> Check:
+    """Hold the rounding of activations below what a packing error would cost."""
+    detail = f"KL {rounding.kl_mean:.4f} of the artifact against a float model with the artifact's own weights"
+    passed = rounding.kl_mean <= most_kl
+    check = _check("lowering.runtime_rounding", passed, detail)
+    return check.model_copy(update={"value": rounding.kl_mean, "limit": most_kl, "unit": "nats"})
+
+
+def _check(name: str, passed: bool, detail: str) -> Check:
+    return Check(name=name, status="passed" if passed else "failed", detail=detail)

@@ -1,0 +1,134 @@
+"""Everything an artifact is asked before it is packed."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from exporter.calibrate.windows import Tokens
+from exporter.compress.compressed import CompressedModel
+from exporter.foundation.errors import ExporterError
+from exporter.foundation.progress import Progress, silent
+from exporter.foundation.quantities import Check
+from exporter.model.model import Model
+from exporter.model.tokenizer import load_tokenizer
+from exporter.prove.accuracy import Distance, Reference, dequantised, distances
+from exporter.prove.lowering import (
+    Decoded,
+    check_lowering,
+    check_rounding,
+    check_stored_types,
+    check_weights,
+    float_copy,
+)
+from exporter.prove.prompt import DECODE_TOKENS, prompt_for
+from exporter.prove.self_test import SelfTest, make_self_test
+from exporter.prove.text_checks import check_text
+from exporter.targets.artifact import Artifact
+from exporter.targets.opened import OpenedArtifact
+from exporter.targets.runtime import Timing
+from exporter.targets.target import Target
+from exporter.targets.text import open_text
+
+# The runtime's rounding differs little from window to window: the first third of them tells it.
+ROUNDING_SHARE = 3
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found out about an artifact.
+
+    Attributes:
+        accuracy: Against the original model.
+        rounding: Of the artifact against the float model with the artifact's own weights.
+        timing: Speed and memory in a process of its own.
+        checks: Of a GGUF source, lowering, formats, tokenizer and chat template.
+        self_test: What the artifact must answer again.
+    """
+
+    accuracy: Distance
+    rounding: Distance
+    timing: Timing
+    checks: tuple[Check, ...]
+    self_test: SelfTest
+
+
+def prove(
+    target: Target,
+    artifact: Artifact,
+    compressed: CompressedModel,
+    tokens: Tokens,
+    context: int,
+    threads: int,
+    progress: Progress = silent,
+) -> Proof:
+    """Compare an artifact with its original through the real runtime, and time it.
+
+    A tokenizer or chat template that differs is a failed check; an artifact that is not the planned model is refused.
+
+    Args:
+        target: What made the artifact.
+        artifact: The artifact.
+        compressed: The plan's outcome that the artifact must hold.
+        tokens: Evaluation windows, int64 [windows, length].
+        context: Tokens of context to time and to measure memory at.
+        threads: Threads of the runtime.
+        progress: Called with what is done, steps done and their total.
+
+    Raises:
+        ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        InputError: the source is a GGUF file that llama.cpp runs as another model.
+        RuntimeCrashError: the runtime died of the artifact.
+    """
+    model = compressed.model
+    with OpenedArtifact(artifact, context, threads) as opened:
+        prompt = prompt_for(tokens, context)
+        progress("prove: speed", 0, 1)
+        timing = opened.measure(prompt, DECODE_TOKENS, REPEATS)
+        progress("prove: speed", 1, 1)
+    original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
+    own, checks = _lowered(target, artifact, compressed, tokens, threads, progress)
+    with OpenedArtifact(artifact, tokens.shape[1], threads) as opened:
+        accuracy, rounding = distances([original, own], opened.logits, partial(progress, "prove: windows"))
+        checks.append(check_rounding(rounding, target.most_rounding_kl))
+        _require(checks)
+        self_test = make_self_test(opened.logits, model.architecture.vocab, 0)
+    checks += check_parity(artifact, model)
+    return Proof(accuracy, rounding, timing, tuple(checks), self_test)
+
+
+def _lowered(
+    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, threads: int, progress: Progress
+) -> tuple[Reference, list[Check]]:
+    """Return the float model with the artifact's own weights on some windows, and the checks of the lowering."""
+    some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
+    decoded = Decoded(target.read_back(artifact, compressed.rewritten))
+    layers = partial(progress, "prove: layers of the artifact")
+    with float_copy(target, artifact, compressed, decoded) as copy:
+        expected = Reference.of(copy.model, some, layers)
+        own = expected if copy.whole else Reference.of(dequantised(compressed.rewritten, decoded), some, layers)
+        checks = [
+            check_weights(decoded.digests, compressed),
+            check_stored_types(target, artifact, compressed),
+        ]
+        _require(checks)
+        checks.append(check_lowering(copy, expected, threads, progress))
+    _require(checks)
+    return own, checks
+
+
+def _require(lowered: list[Check]) -> None:
+    for check in lowered:
+        if check.status == "failed":
+            raise ExporterError(
+                "the artifact is not the model that was planned, so no bundle is written",
+                where=check.name,
+                got=check.detail,
+                next_step="please report this, with the model's name and the command",
+            )
+
+
+def check_parity(artifact: Artifact, model: Model) -> list[Check]:
+    """Compare the artifact's tokenizer and chat template with the model's own."""
+    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    with open_text(artifact) as child:
+        return check_text(child, tokenizer)

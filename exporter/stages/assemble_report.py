@@ -1,0 +1,241 @@
+"""From what the stages found to the documents of a bundle."""
+
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from exporter import __version__
+from exporter.bundle.manifest import ManifestHeader, Provenance, presentable
+from exporter.calibrate.windows import Windows
+from exporter.coding.container import CodedSize
+from exporter.compress.compressed import CompressedModel
+from exporter.device.fit import FILE_SIZE, check_fit
+from exporter.foundation.quantities import Basis, Check, Quantity
+from exporter.model.model import Model
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan
+from exporter.prove.emulation import NEVER_FAILING, Emulation
+from exporter.prove.proof import Proof
+from exporter.prove.self_test import SelfTest
+from exporter.report.data import (
+    Accuracy,
+    DeviceCheck,
+    HostFacts,
+    Measurements,
+    Memory,
+    ModelFacts,
+    RecipeFacts,
+    Report,
+    Size,
+    Speed,
+    StageTime,
+    TensorRow,
+    TextFacts,
+    to_json,
+)
+from exporter.report.html import render_html
+from exporter.stages.stage_times import Stages
+from exporter.targets.artifact import Artifact
+
+LIBRARIES = (
+    "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai",
+    "zstandard",
+)  # fmt: skip
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
+RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ONNX_RUNTIMES}
+
+
+def describe(
+    job: Job,
+    plan: Plan,
+    compressed: CompressedModel,
+    artifact: Artifact,
+    proof: Proof,
+    emulation: Emulation,
+    coded: CodedSize | None,
+    calibration: Windows,
+    evaluation: Windows,
+    stages: Stages,
+) -> tuple[Report, Measurements]:
+    """Return report and measurements of a finished job."""
+    model = compressed.model
+    measurements = _measurements(plan, artifact, proof, emulation, stages)
+    recipe = RecipeFacts(
+        scheme=plan.scheme,
+        method=plan.method,
+        effort=job.effort,
+        calibration=_text_facts(calibration),
+        evaluation=_text_facts(evaluation),
+        seed=job.seed,
+        context=job.window,
+        transport=plan.transport,
+        remarks=plan.remarks,
+    )
+    report = Report(
+        model=_model_facts(model),
+        device=plan.device.name,
+        device_title=plan.device.title,
+        target=plan.target.name,
+        recipe=recipe,
+        pruning=plan.pruning,
+        size=_size(artifact, coded, model),
+        accuracy=_accuracy(proof, evaluation, compressed),
+        checks=proof.checks,
+        device_checks=tuple(
+            DeviceCheck.of(check, exact=check.name == FILE_SIZE)
+            for check in measurements.checks
+            if check.name not in NEVER_FAILING
+        ),
+        tensors=_rows(compressed),
+    )
+    return report, measurements
+
+
+def _measured(value: float, unit: str, basis: Basis = "measured") -> Quantity:
+    return Quantity(value=float(value), unit=unit, basis=basis)
+
+
+def _text_facts(windows: Windows) -> TextFacts:
+    size = windows.tokens.size
+    return TextFacts(kind=windows.kind, digest=windows.digest, tokens=size, bytes=windows.source_bytes)
+
+
+def _model_facts(model: Model) -> ModelFacts:
+    return ModelFacts(
+        name=model.name,
+        origin=model.origin,
+        architecture=model.architecture.family.architecture,
+        parameters=model.architecture.parameters,
+        digest=model.digest,
+        warnings=model.warnings,
+    )
+
+
+def _size(artifact: Artifact, coded: CodedSize | None, model: Model) -> Size:
+    def both(count: int) -> tuple[Quantity, Quantity]:
+        return _measured(count, "bytes"), _measured(8 * count / model.architecture.parameters, "bits")
+
+    file_bytes, bits = both(artifact.file_bytes)
+    shipped, shipped_bits = (None, None) if coded is None else both(coded.coded_bytes)
+    return Size(file_bytes=file_bytes, bits_per_weight=bits, coded_bytes=shipped, coded_bits_per_weight=shipped_bits)
+
+
+def _accuracy(proof: Proof, evaluation: Windows, compressed: CompressedModel) -> Accuracy:
+    found = proof.accuracy
+    predicted = sum(decision.predicted_kl or 0.0 for decision in compressed.decisions.values())
+    return Accuracy(
+        kl_mean=_measured(found.kl_mean, "nats"),
+        kl_p99=_measured(found.kl_p99, "nats"),
+        top1_agreement=_measured(found.top1_agreement, "fraction"),
+        confident_agreement=_measured(found.confident_agreement, "fraction"),
+        perplexity_ratio=_measured(found.perplexity_ratio, "ratio"),
+        predicted_kl=_measured(predicted, "nats", "estimated"),
+        runtime_rounding_kl=_measured(proof.rounding.kl_mean, "nats"),
+        tokens=found.tokens,
+        text_digest=evaluation.digest,
+    )
+
+
+def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
+    return tuple(
+        TensorRow(
+            name=decision.group.name,
+            role=decision.group.role,
+            layer=decision.group.layer,
+            rows=decision.group.rows,
+            columns=decision.group.columns,
+            format=decision.stored_as,
+            method=decision.method,
+            reason=decision.reason,
+            stored_bytes=decision.stored_bytes,
+            bits_per_weight=8 * decision.stored_bytes / decision.group.size,
+            weight_error=compressed.outcomes[decision.group.name].output_error,
+        )
+        for decision in compressed.decisions.values()
+    )
+
+
+def _measurements(plan: Plan, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages) -> Measurements:
+    timing = proof.timing
+    peak = _measured(timing.peak_bytes, "bytes")
+    return Measurements(
+        speed=Speed(
+            prefill_tokens_per_s=_measured(timing.prefill_tokens_per_s, "tokens/s"),
+            decode_tokens_per_s=_measured(timing.decode_tokens_per_s, "tokens/s"),
+            time_to_first_token_ms=_measured(1000 * timing.first_token_s, "ms"),
+        ),
+        memory=Memory(peak_bytes=peak, interpreter_bytes=_measured(timing.interpreter_bytes, "bytes")),
+        stages=tuple(StageTime(name=s.name, seconds=s.seconds, peak_bytes=s.peak_bytes) for s in stages.done),
+        host=host_facts(),
+        versions=library_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        checks=device_checks(plan, artifact, peak) + emulation.checks,
+        emulation=dict(emulation.quantities),
+    )
+
+
+def device_checks(plan: Plan, artifact: Artifact, peak: Quantity) -> tuple[Check, ...]:
+    """Hold the measured size and memory against the device's limits."""
+    return tuple(check_fit(plan.device, artifact.file_bytes, peak, "measured"))
+
+
+def host_facts() -> HostFacts:
+    """Return what this machine is."""
+    return HostFacts(
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count() or 1,
+        ram_bytes=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+    )
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the bytes."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def header(job: Job, model: Model, report: Report) -> ManifestHeader:
+    """Return what the manifest says besides its files."""
+    versions = library_versions()
+    return ManifestHeader(
+        name=presentable(model.name),
+        target=report.target,
+        device=report.device,
+        runtime={name: versions[name] for name in RUNTIMES.get(report.target, ()) if name in versions},
+        recipe=report.recipe,
+        provenance=Provenance(
+            exporter=__version__,
+            versions=versions,
+            model_digest=model.digest,
+            instruction_set=platform.machine(),
+            threads=job.threads,
+        ),
+    )
+
+
+def write_documents(staging: Path, report: Report, measurements: Measurements, self_test: SelfTest) -> None:
+    """Write report.json, measurements.json, selftest.json and report.html into the staged bundle."""
+    (staging / "selftest.json").write_text(to_json(self_test), encoding="utf-8")
+    (staging / "report.json").write_text(to_json(report), encoding="utf-8")
+    (staging / "measurements.json").write_text(to_json(measurements), encoding="utf-8")
+    (staging / "report.html").write_text(render_html(report, measurements), encoding="utf-8")

@@ -1,0 +1,208 @@
+"""How long each stage of a build will take on this machine: counted work over speeds measured on the spot.
+
+What is counted is arithmetic (multiplications and additions of the matrices) and weights to encode. The machine's
+speed at float32 products and at encoding each format is measured in about a second; the shares of that speed which
+the stages reach were measured on 2 cores of an x86-64 machine.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from exporter.calibrate.bf16_matmul import quick_products
+from exporter.calibrate.second_moments import STRIPES, Site
+from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
+from exporter.compress.compressed import propagates_errors, weights_digest
+from exporter.compress.method import load_method, relative_error
+from exporter.formats.format import WeightFormat
+from exporter.formats.ggml import ggml_format
+from exporter.formats.group import Decision
+from exporter.model.model import Model
+from exporter.plan.build_footprint import float_copy_bytes
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan
+from exporter.prove.prompt import DECODE_TOKENS
+from exporter.prove.proof import REPEATS, ROUNDING_SHARE
+from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS
+
+# Shares of the speed of large products: layers with their attention, one token at a time for many texts, a prompt in
+# a runtime, double-precision factors.
+LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE = 0.8, 0.42, 0.9, 0.15
+# What layers do beside their products, where these may be quick: a share of the time of float32's products.
+BESIDE_PRODUCTS = 0.7
+# Two turns of a matrix and of its factors, against the matrix alone: measured on 576 x 576 weights.
+TIMES_WITH_FACTORS = 4.3
+DECODED_BYTES_PER_SECOND = 8e9
+# Comparing one position's logits, and decoding a weight from the artifact.
+COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = 35.0, 20.0
+OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5, 1.0
+PROBE_ROWS, PROBE_COLUMNS = 1024, 512
+
+
+def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str, float]:
+    """Return stage -> seconds of a build that finds nothing in the cache; reads no weights.
+
+    Args:
+        planned: The plan.
+        job: What is asked for.
+        storages: The formats to choose from; empty where they are named.
+    """
+    original, model = planned.original, planned.model
+    flops_per_s = _flops_per_s()
+    with quick_products():
+        layer_flops_per_s = 1 / (1 / _flops_per_s() + BESIDE_PRODUCTS / flops_per_s)
+    evaluation = job.evaluation_windows * job.window
+    token, before = _token_flops(model, job.window), _token_flops(original, job.window)
+    prompt = token / (PROMPT_SHARE * flops_per_s)
+    checked = SOURCE_WINDOWS * job.window
+    checking = _copying(original, job, checked * (before / (LAYERS_SHARE * flops_per_s) + prompt))
+    return {
+        "open": OPEN_SECONDS,
+        "calibration text": _sampling(original, job, before / (SAMPLING_SHARE * flops_per_s)),
+        **({"check the source": checking} if original.gguf else {}),
+        **_rewriting(planned, _statistics(original, job, layer_flops_per_s), flops_per_s),
+        "statistics": _statistics(model, job, layer_flops_per_s),
+        "allocate": _prediction(storages, job, flops_per_s),
+        "predict": _statistics(model, job, layer_flops_per_s, job.prediction_windows)
+        + _prediction([Storage.of(one) for one in planned.decisions], job, flops_per_s),
+        "compress and lower": VOCABULARY_SECONDS
+        + _encoding(planned.decisions, job, flops_per_s)
+        + _correcting(planned, job, layer_flops_per_s, flops_per_s),
+        "prove": 2 * CHILD_SECONDS
+        + PARITY_SECONDS
+        + (1 + REPEATS) * job.context * prompt
+        + REPEATS * DECODE_TOKENS * planned.file_bytes / DECODED_BYTES_PER_SECOND
+        + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
+        + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
+        + evaluation * prompt
+        + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS
+        + _copying(model, job, evaluation / ROUNDING_SHARE * prompt),
+    }
+
+
+def _copying(model: Model, job: Job, running_s: float) -> float:
+    """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
+    weights = float_copy_bytes(model) / 4
+    share = weights / model.architecture.parameters
+    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", ggml_format("F32"), job)
+    return CHILD_SECONDS + weights * 1e-9 * nanoseconds + share * running_s
+
+
+def _statistics(model: Model, job: Job, layer_flops_per_s: float, windows: int | None = None) -> float:
+    """Return the seconds of running some windows, or those to calibrate on, forwards, forwards again and backwards."""
+    tokens = (windows or job.effort_level.calibration_windows) * job.window
+    return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / layer_flops_per_s
+
+
+def _rewriting(planned: Plan, statistics_s: float, flops_per_s: float) -> dict[str, float]:
+    """Return the seconds of the stage in which the recipe's steps make the model smaller, if it has such steps."""
+    works = [step.work(planned.original) for step in planned.recipe.rewriting]
+    seconds = sum(w.operations / (FACTOR_SHARE * flops_per_s) + w.observes * statistics_s for w in works)
+    return {"rewrite": seconds} if works else {}
+
+
+def _token_flops(model: Model, window: int) -> float:
+    """Return the arithmetic of one token of a window: its matrices, and on average half a window of keys and values."""
+    shape = model.architecture
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * window / 2
+    return 2.0 * shape.parameters + attention
+
+
+def _moment_flops(model: Model) -> float:
+    """Return the arithmetic of one token's second moments."""
+    sites = {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+    return (1 + 1 / STRIPES) * sum(columns**2 for columns in sites.values())
+
+
+def _sampling(model: Model, job: Job, token_seconds: float) -> float:
+    if job.calibration and job.evaluation:
+        return 0.0
+    tokens = (job.effort_level.calibration_windows + job.evaluation_windows) * job.window
+    quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"), job)
+    return VOCABULARY_SECONDS + quick + tokens * token_seconds
+
+
+def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
+    """Return the seconds of encoding some rows to the nearest, and of each site's factor and its products."""
+    names = {format.name: format for storage in storages for format in storage.formats}
+    speeds = {name: _encode_nanoseconds("rtn", format, job, SAMPLED_ROWS) for name, format in names.items()}
+    seconds = 0.0
+    for storage in storages:
+        for group in storage.groups:
+            rows = min(group.rows, SAMPLED_TABLE_ROWS if group.layer is None else SAMPLED_ROWS)
+            seconds += sum(rows * group.columns * 1e-9 * speeds[format.name] for format in storage.formats)
+    sites = {group.site: group.columns for storage in storages for group in storage.groups}
+    factors = sum(columns**3 for columns in sites.values())
+    return seconds + (2 / 3 / FACTOR_SHARE + 2 / 3) * factors / flops_per_s
+
+
+def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
+    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
+    kinds = {(decision.method, decision.format.name): decision for decision in decisions}
+    speeds = {kind: _encode_nanoseconds(decision.method, decision.format, job) for kind, decision in kinds.items()}
+    seconds = 0.0
+    for decision in decisions:
+        size, columns = decision.group.size, decision.group.columns
+        feedback = decision.method != "rtn"
+        sweeps = job.effort_level.sweeps if feedback else 0
+        own = size * 1e-9 * speeds[decision.method, decision.format.name]
+        own += (4.0 * (1 + sweeps) * size * columns + feedback * 2 / 3 * columns**3 / FACTOR_SHARE) / flops_per_s
+        seconds += own * (TIMES_WITH_FACTORS if decision.low_rank else 1)
+    return seconds
+
+
+def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: float) -> float:
+    """Return the seconds of two models side by side through the layers, and of their difference at each site."""
+    if not propagates_errors(job.effort_level, planned.decisions):
+        return 0.0
+    model, hidden = planned.model, planned.model.architecture.hidden
+    layers = [group for group in model.groups() if group.layer is not None]
+    sites = {group.site: group for group in layers}
+    tokens = job.effort_level.calibration_windows * job.window
+    models = 2 * sum(group.size for group in layers)
+    moments = sum(
+        (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.role in ("o", "down"))
+        for one in sites.values()
+    )
+    factors = sum(one.columns**3 for one in sites.values()) / 3
+    return 2.0 * tokens * (models + moments) / layer_flops_per_s + factors / FACTOR_SHARE / flops_per_s
+
+
+def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int = PROBE_ROWS) -> float:
+    """Return the time a weight takes to be encoded, decoded and digested, measured on random weights.
+
+    What a call takes by itself is shared by as many rows as it is given: it is most of the time where they are few.
+    """
+    chance = np.random.default_rng(0)
+    columns = PROBE_COLUMNS
+    if not format.fits(columns):
+        # Whole rows are its blocks.
+        columns = format.block_columns
+    weight = chance.standard_normal((rows, columns), np.float32)
+    inputs = chance.standard_normal((2 * columns, columns), np.float32)
+    second_moment = inputs.T @ inputs / np.float32(len(inputs))
+    site = Site(second_moment, second_moment, 0.0, np.ascontiguousarray(second_moment.diagonal()), {})
+
+    def encode() -> None:
+        planned = load_method(method, job.effort_level).encode(weight, format, site).planned
+        weights_digest(planned)
+        relative_error(weight, planned, None)
+
+    return 1e9 * _median_seconds(encode, 3) / weight.size
+
+
+def _flops_per_s() -> float:
+    """Return this machine's float32 speed at the shapes that layers have."""
+    left, right = torch.ones(2048, 1024), torch.ones(1024, 1024)
+    return 2.0 * 2048 * 1024 * 1024 / _median_seconds(lambda: left @ right, 12)
+
+
+def _median_seconds(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]

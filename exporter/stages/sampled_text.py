@@ -1,0 +1,58 @@
+"""The stage that lets the model write its own calibration and evaluation text, through a quick Q8_0 artifact.
+
+llama.cpp samples for every target: both targets are then calibrated and compared on the same text, which is
+sampled once and kept in the cache.
+"""
+
+import hashlib
+
+import numpy as np
+
+from exporter.calibrate.sample import notes, starts
+from exporter.calibrate.windows import Windows
+from exporter.compress.compressed import CompressedModel
+from exporter.foundation.cache import cache_folder, scratch_folder
+from exporter.foundation.cache_entries import ARRAY, kept
+from exporter.foundation.progress import Progress
+from exporter.model.model import Model
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
+from exporter.plan.job import Job
+from exporter.targets.opened import OpenedArtifact
+from exporter.targets.target import load_target
+
+QUICK_TYPE = "Q8_0"
+# Raised when the same seed gives another text.
+VERSION = 2
+
+
+def sampled_windows(job: Job, model: Model, tokenizer: ModelTokenizer, progress: Progress) -> tuple[Windows, Windows]:
+    """Return calibration and evaluation windows, different sequences of one seeded sampling."""
+    count = job.effort_level.calibration_windows + job.evaluation_windows
+    decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
+    key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
+    path = cache_folder("samples") / f"{key}.npy"
+    tokens = kept(path, ARRAY, lambda: _sample(model, starts(tokenizer, count, job.seed), job, progress))
+    split = job.effort_level.calibration_windows
+    return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
+
+
+def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
+    """Say what a reader must know of texts that the model wrote itself, if one of these is."""
+    if all(text.kind == "file" for text in texts):
+        return ()
+    return notes(load_tokenizer(model.folder, model.architecture.vocab))
+
+
+def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
+    target = load_target("gguf")
+    # Beside the samples: the folder of temporary files may be small, or in memory.
+    with scratch_folder(cache_folder("samples"), "quick") as scratch:
+        compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
+        artifact = target.lower(compressed, QUICK_TYPE, scratch)
+        with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
+            texts = openings
+            # Sampling continues from where it is, so that progress can be shown between calls.
+            for length in range(64, job.window + 64, 64):
+                texts = opened.sample(texts, min(length, job.window), job.seed)
+                progress("sample: tokens", min(length, job.window), job.window)
+    return np.array(texts)

@@ -1,0 +1,39 @@
+"""How a GGUF file carries feed-forward parts of unequal widths.
+
+llama.cpp gives every layer of most architectures the width that `feed_forward_length` states for the first. Its `deci`
+computes what `llama` does and reads one width for each layer.
+"""
+
+from dataclasses import dataclass
+
+from exporter.model.architecture import Architecture
+
+WITH_WIDTHS = {"llama": "deci"}
+
+
+@dataclass(frozen=True)
+class FeedForwardStorage:
+    """What becomes of a model's feed-forward widths.
+
+    Attributes:
+        architecture: `general.architecture` of the file.
+        padded: Layers are filled with channels of zeros up to the widest, since the file has one width for all.
+        reason: For people.
+    """
+
+    architecture: str
+    padded: bool
+    reason: str
+
+
+def feed_forward_storage(architecture: Architecture) -> FeedForwardStorage:
+    """Say how a GGUF file carries the feed-forward widths of a model."""
+    own = architecture.family.gguf_architecture
+    if architecture.even:
+        return FeedForwardStorage(own, False, f"all layers are {architecture.intermediate[0]} wide")
+    if own in WITH_WIDTHS:
+        with_widths = WITH_WIDTHS[own]
+        return FeedForwardStorage(with_widths, False, f"written as {with_widths!r}, which reads a width for each layer")
+    widest = max(architecture.intermediate)
+    filled = f"zeros fill each up to {widest}, of which equal widths need none"
+    return FeedForwardStorage(own, True, f"llama.cpp's {own!r} has one width for all layers: {filled}")

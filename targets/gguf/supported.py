@@ -1,0 +1,53 @@
+"""What of a decoder llama.cpp computes as transformers does; all else is refused before a weight is read."""
+
+from transformers import PretrainedConfig
+
+from exporter.foundation.errors import RequestError
+from exporter.model.gguf_rope import BETA_FAST, BETA_SLOW, same_yarn
+from exporter.model.model import Model
+from exporter.model.rotary import rotary_kind
+
+# The graphs of these architectures have it built in; both names mean x * sigmoid(x).
+ACTIVATIONS = ("silu", "swish")
+# Architectures that read a tensor of frequency factors, which llama3's scaling is written as.
+WITH_FACTORS = ("llama",)
+# Architectures whose query matrix is square: the heads are together as wide as the residual stream.
+SQUARE = ("qwen2",)
+ELSEWHERE = "use --target onnx, which computes it"
+
+
+def require_supported(model: Model) -> None:
+    """Refuse a model that llama.cpp would compute otherwise, or not load.
+
+    Raises:
+        RequestError: see above; the property, the limit and a target without it are named.
+    """
+    shape, config = model.architecture, model.config
+    family = shape.family.gguf_architecture
+    if config.hidden_act not in ACTIVATIONS:
+        raise RequestError(
+            "llama.cpp has the activation of the feed-forward parts built in", where="hidden_act",
+            got=repr(config.hidden_act), expected="'silu'", next_step=ELSEWHERE,
+        )  # fmt: skip
+    if rotary_kind(config) == "llama3" and family not in WITH_FACTORS:
+        raise RequestError(
+            f"llama.cpp's {family!r} has no rotary embeddings of type 'llama3'", where="rope_parameters",
+            got="'llama3'", expected="'default', 'linear', 'dynamic' or 'yarn'", next_step=ELSEWHERE,
+        )  # fmt: skip
+    if rotary_kind(config) == "yarn" and not same_yarn(config, shape.head_dim):
+        raise RequestError(
+            "llama.cpp slows other pairs down with YaRN than this model", where="rope_parameters",
+            got=_yarn_keys(config), expected=f"beta_fast {BETA_FAST:g}, beta_slow {BETA_SLOW:g}, truncate true",
+            next_step=ELSEWHERE,
+        )  # fmt: skip
+    if family in SQUARE and shape.heads * shape.head_dim != shape.hidden:
+        raise RequestError(
+            f"llama.cpp's {family!r} reads heads that are together as wide as the hidden state", where="head_dim",
+            got=f"{shape.heads} heads of {shape.head_dim}, hidden size {shape.hidden}", expected="equal widths",
+            next_step=ELSEWHERE,
+        )  # fmt: skip
+
+
+def _yarn_keys(config: PretrainedConfig) -> str:
+    keys = ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+    return ", ".join(f"{key} {config.rope_parameters[key]}" for key in keys if key in config.rope_parameters).lower()

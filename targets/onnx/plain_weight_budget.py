@@ -1,0 +1,58 @@
+"""Which parts of a model are kept plain, so that a floor of tokens/s is held with as few bytes as that takes."""
+
+from collections.abc import Mapping
+from statistics import median
+
+# Where the floor is missed, it is aimed at with so much to spare.
+SPARE = 1.1
+# Tokens, since the last change, whose median tells the speed.
+LOOKS = 3
+
+
+class PlainWeightBudget:
+    """The parts that are kept plain.
+
+    Args:
+        sizes: Bytes that each part takes when it is plain.
+        tokens_per_s: The floor; 0 keeps nothing plain.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], tokens_per_s: float = 0) -> None:
+        self._sizes = dict(sizes)
+        self._most_s = 1 / tokens_per_s if tokens_per_s else float("inf")
+        self._costs: dict[str, float] = {}
+        self._took: list[float] = []
+        self.kept: set[str] = set()
+
+    @property
+    def settled(self) -> bool:
+        """Whether enough tokens in a row kept up with the floor."""
+        return len(self._took) == LOOKS and median(self._took) <= self._most_s
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether tokens were too slow although every part was plain."""
+        return self.kept == set(self._sizes) and len(self._took) == LOOKS and not self.settled
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed of the last tokens; None where there were too few since the last change."""
+        return 1 / median(self._took) if len(self._took) == LOOKS else None
+
+    def spent(self, part: str, seconds: float) -> None:
+        """Say what it took to make a part ready that was not plain."""
+        self._costs[part] = seconds
+
+    def adapt(self, seconds: float) -> None:
+        """Say how long a token took, and keep more where that is too long."""
+        self._took = [*self._took, seconds][-LOOKS:]
+        if len(self._took) < LOOKS:
+            return
+        took = median(self._took)
+        if took <= self._most_s:
+            return
+        for part in sorted(self._costs, key=lambda part: self._sizes[part] / self._costs[part]):
+            if took > self._most_s / SPARE and part not in self.kept:
+                self.kept.add(part)
+                took -= self._costs[part]
+                self._took = []

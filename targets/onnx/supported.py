@@ -1,0 +1,24 @@
+"""What of a decoder ONNX Runtime's operators compute; all else is refused before a weight is read."""
+
+from exporter.foundation.errors import RequestError
+from exporter.model.model import Model
+
+# GroupQueryAttention refuses a rotary table whose rows, half a head wide, are no multiple of 8.
+HEAD_WIDTHS = 16
+
+
+def require_supported(model: Model) -> None:
+    """Refuse a model that ONNX Runtime does not run.
+
+    Activations and kinds of rotary embeddings need no look: the builder writes every activation that is read, and
+    rotary tables are transformers' own.
+
+    Raises:
+        RequestError: see above; the property, the limit and a target without it are named.
+    """
+    width = model.architecture.head_dim
+    if width % HEAD_WIDTHS:
+        raise RequestError(
+            "ONNX Runtime's attention turns heads of certain widths only", where="head_dim", got=width,
+            expected=f"a multiple of {HEAD_WIDTHS}", next_step="use --target gguf, which takes any even width",
+        )  # fmt: skip
