@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
 MEASUREMENTS = "measurements.json"
+PLAN = "plan.json"
 SELFTEST = "selftest.json"
 
 # The manifest cannot list itself, nor what will be computed over it.
@@ -24,8 +25,9 @@ UNLISTED = frozenset({MANIFEST})
 # These differ from run to run: they are listed with their hashes, but stay out of the content digest.
 VOLATILE = frozenset({MEASUREMENTS, REPORT_PAGE})
 
-Role = Literal["model", "tokenizer", "config", "report", "measurements", "selftest", "licence", "other"]
+Role = Literal["model", "tokenizer", "config", "plan", "report", "measurements", "selftest", "licence", "other"]
 TOP_ROLES: dict[str, Role] = {
+    PLAN: "plan",
     REPORT: "report",
     REPORT_PAGE: "report",
     MEASUREMENTS: "measurements",

@@ -6,13 +6,13 @@ import stat
 from pathlib import Path
 from typing import TypeVar
 
-from exporter.bundle.manifest import MANIFEST, MEASUREMENTS, REPORT, SELFTEST, Manifest
+from exporter.bundle.manifest import MANIFEST, MEASUREMENTS, PLAN, REPORT, SELFTEST, Manifest
 from exporter.foundation.errors import InputError
 from exporter.foundation.quantities import Document, from_json
 from exporter.report.data import to_json
 
 # The report on a model of 126 layers has 0.5 MB, the other documents a few thousand bytes.
-MOST_BYTES = {MANIFEST: 1 << 20, REPORT: 4 << 20, MEASUREMENTS: 1 << 20, SELFTEST: 1 << 16}
+MOST_BYTES = {MANIFEST: 1 << 20, PLAN: 8 << 20, REPORT: 4 << 20, MEASUREMENTS: 1 << 20, SELFTEST: 1 << 16}
 # Of a link the system says that it loops, of a socket that it has no device.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 D = TypeVar("D", bound=Document)

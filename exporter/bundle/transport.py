@@ -14,8 +14,8 @@ from exporter.bundle.opening import require_original, shipped
 from exporter.bundle.reading import read_manifest, unreadable
 from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import move_into_place, staging_folder
-from exporter.coding.chunk import Profile
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
+from exporter.coding.profiles import Profile
 from exporter.foundation.errors import InputError, RequestError
 from exporter.foundation.progress import Progress
 

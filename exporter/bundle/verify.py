@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from exporter.bundle.manifest import (
     MEASUREMENTS,
+    PLAN,
     REPORT,
     REPORT_PAGE,
     SELFTEST,
@@ -26,8 +27,9 @@ from exporter.bundle.reading import read_document, read_manifest, unreadable
 from exporter.coding.container import check_file
 from exporter.foundation.errors import ExporterError, InputError
 from exporter.foundation.quantities import Check, Document
+from exporter.plan.plan import Plan
 from exporter.prove.self_test import SelfTest
-from exporter.report.data import Measurements, Report, disagreements
+from exporter.report.data import Measurements, Report, agree, disagreements
 
 # The check of what a runtime is given.
 MODEL = "model"
@@ -166,6 +168,7 @@ def _check_digest(name: str, digest: str, expected: str, note: str = "") -> Chec
 
 
 def _check_documents(bundle: Path, manifest: Manifest) -> list[Check]:
+    plan, of_plan = _read(bundle, PLAN, Plan)
     report, of_report = _read(bundle, REPORT, Report)
     measurements, of_measurements = _read(bundle, MEASUREMENTS, Measurements)
     _, of_self_test = _read(bundle, SELFTEST, SelfTest)
@@ -173,11 +176,16 @@ def _check_documents(bundle: Path, manifest: Manifest) -> list[Check]:
         same = (report.device, report.target, report.recipe) == (manifest.device, manifest.target, manifest.recipe)
         wrong = "" if same else "it reports on another device, target or recipe than the manifest's"
         of_report = _check(REPORT, wrong, passed=f"{len(report.checks)} checks, {len(report.tensors)} tensors")
+    if plan is not None and report is not None:
+        wrong = "" if agree(plan, report) else f"it is not the plan of what {REPORT} reports on"
+        of_plan = _check(PLAN, wrong, passed=f"it decides {len(plan.matrices)} matrices of {REPORT}")
     if report is not None and measurements is not None:
         differing = disagreements(report, measurements)
         wrong = f"it does not agree with {REPORT}" if differing else ""
         of_measurements = _check(MEASUREMENTS, wrong, _some(differing), passed=f"made {measurements.created}")
-    return [of_report, of_measurements, of_self_test]
+    # Version 0.1.0 wrote no plan.
+    planned = [of_plan] if manifest.schema_version > 1 else []
+    return [*planned, of_report, of_measurements, of_self_test]
 
 
 def _read(bundle: Path, name: str, kind: type[D]) -> tuple[D | None, Check]:

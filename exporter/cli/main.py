@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Never
+from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 
@@ -15,9 +16,12 @@ from exporter.cli import bench as benching
 from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
 from exporter.cli import predict as prediction
-from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, NoCheckOption, fail_on, require_bundle
-from exporter.foundation.cpu import available_cores
+from exporter.cli.arguments import BundleArgument, JsonOption, NoCheckOption, fail_on, require_bundle
+from exporter.cli.job_options import THREADS, ThreadsOption, takes_job
 from exporter.foundation.errors import ExporterError, RequestError, printable
+
+if TYPE_CHECKING:
+    from exporter.plan.job import Job
 
 app = typer.Typer(
     name="edge-exporter",
@@ -32,108 +36,29 @@ app.add_typer(profiles.app, name="devices")
 app.add_typer(prediction.app)
 app.add_typer(emulating.app, name="emulate")
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
-]
-TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto: the one that the device prefers.")
-]
-TypeOption = Annotated[
-    str | None, typer.Option("--type", help="Named mix or format for all matrices, such as Q4_K_M or int4.")
-]
-MethodOption = Annotated[
-    str | None,
-    typer.Option("--method", help="How weights are quantised: ldlq (error feedback) or rtn (round to nearest)."),
-]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe name, such as caldera, or a .toml file.")]
-SavePrunedOption = Annotated[
-    Path | None,
-    typer.Option("--save-pruned", help="New folder for the pruned model, in transformers' format."),
-]
-TransportOption = Annotated[
-    Literal["small", "fast"] | None,
-    typer.Option("--transport", help="Entropy-code the model files: small, or fast to unpack."),
-]
-MaxFileBytesOption = Annotated[
-    int | None,
-    typer.Option("--max-file-bytes", min=1, help="Maximum size of the model files; each matrix gets its best format."),
-]
-BitsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--bits", min=0.1, help="The same limit in bits per weight of MODEL, everything in the files counted."
-    ),
-]
-MinDecodeOption = Annotated[
-    float | None,
-    typer.Option("--min-decode", min=1e-3, help="Minimum decode speed in tokens/s (estimated)."),
-]
-MinPrefillOption = Annotated[
-    float | None, typer.Option("--min-prefill", min=1e-3, help="Minimum prefill speed in tokens/s (estimated).")
-]
-PreferOption = Annotated[
-    str,
-    typer.Option(
-        "--prefer", help="accuracy; speed: at most twice the loss; or balanced: no slower than the stock tool."
-    ),
-]
-EffortOption = Annotated[
-    str, typer.Option("--effort", help="How long to work for a smaller loss: fast, balanced or max.")
-]
-CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", help="UTF-8 text to calibrate on; by default the model samples its own.")
-]
-EvaluationOption = Annotated[Path | None, typer.Option("--evaluation", help="UTF-8 text to measure accuracy on.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Random seed.")]
-ContextOption = Annotated[
-    int, typer.Option("--context", min=64, help="Context length, in tokens, for speed and memory.")
-]
-ThreadsOption = Annotated[
-    int, typer.Option("--threads", min=1, max=1 << 16, help="Threads for the runtimes on this machine.")
-]
-EmulateOption = Annotated[
-    bool, typer.Option("--emulate", help="Also run the model on this machine under the device's limits.")
-]
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
-THREADS = min(available_cores(), 8)
 
 
 @app.command(epilog="Example: edge-exporter build demo --device galaxy-s24-ultra -o phone")
+@takes_job
 def build(
-    model: ModelArgument,
-    device: DeviceOption,
+    job: "Job",
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle; must not exist.")],
-    target: TargetOption = "auto",
-    type: TypeOption = None,
-    method: MethodOption = None,
-    recipe: RecipeOption = None,
-    transport: TransportOption = None,
-    max_file_bytes: MaxFileBytesOption = None,
-    bits: BitsOption = None,
-    min_decode: MinDecodeOption = None,
-    min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "balanced",
-    effort: EffortOption = "balanced",
-    calibration: CalibrationOption = None,
-    evaluation: EvaluationOption = None,
-    seed: SeedOption = 0,
-    context: ContextOption = 512,
     threads: ThreadsOption = THREADS,
-    save_pruned: SavePrunedOption = None,
-    emulate: EmulateOption = False,
+    save_pruned: Annotated[
+        Path | None, typer.Option("--save-pruned", help="New folder for the pruned model, in transformers' format.")
+    ] = None,
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Also run the model on this machine under the device's limits.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build a verified bundle for a device."""
     from exporter.cli import show
     from exporter.pipeline import build as run_build
-    from exporter.plan.job import Job
 
-    job = Job(
-        model, device, target, type, method, output, calibration, evaluation, seed, context=context, threads=threads,
-        max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, save_pruned=save_pruned,
-        transport=transport, emulate=emulate,
-    )  # fmt: skip
+    job = replace(job, output=output, threads=threads, save_pruned=save_pruned, emulate=emulate)
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
     checks = bundle.report.checks + bundle.measurements.checks
@@ -142,38 +67,14 @@ def build(
 
 
 @app.command(epilog="Example: edge-exporter plan demo --device raspberry-pi-5 --type Q4_0")
-def plan(
-    model: ModelArgument,
-    device: DeviceOption,
-    target: TargetOption = "auto",
-    type: TypeOption = None,
-    method: MethodOption = None,
-    recipe: RecipeOption = None,
-    transport: TransportOption = None,
-    max_file_bytes: MaxFileBytesOption = None,
-    bits: BitsOption = None,
-    min_decode: MinDecodeOption = None,
-    min_prefill: MinPrefillOption = None,
-    prefer: PreferOption = "balanced",
-    effort: EffortOption = "balanced",
-    calibration: CalibrationOption = None,
-    evaluation: EvaluationOption = None,
-    context: ContextOption = 512,
-    as_json: JsonOption = False,
-) -> None:
+@takes_job
+def plan(job: "Job", *, as_json: JsonOption = False) -> None:
     """Show what build would do and need, without reading weights."""
     from exporter.cli import show
     from exporter.pipeline import plan as run_plan
-    from exporter.plan.job import Job
 
-    job = Job(
-        model, device, target, type, method, None, calibration, evaluation, context=context,
-        max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
-        min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe,
-        transport=transport,
-    )  # fmt: skip
-    made, seconds = run_plan(job)
-    show.document(show.plan_facts(made, seconds), as_json, lambda: show.plan(made, seconds))
+    made = run_plan(job)
+    show.document(show.outline_facts(made), as_json, lambda: show.outline(made))
     fail_on(made.checks)
 
 
@@ -234,6 +135,8 @@ def compare(
     """Show bundles side by side, all measured on the same tokens."""
     from exporter.cli import show
 
+    if len(bundles) < 2:
+        raise RequestError("there is nothing to compare with", got=bundles[0], next_step="name a second bundle")
     for bundle in bundles:
         require_bundle(bundle)
     facts = [show.bundle_facts(bundle) for bundle in bundles]

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,14 +19,14 @@ from rich.table import Table
 from exporter.bundle.manifest import MEASUREMENTS, REPORT, REPORT_PAGE
 from exporter.bundle.reading import read_document, read_manifest
 from exporter.foundation.errors import InputError, printable
-from exporter.foundation.quantities import Check, Pruning
+from exporter.foundation.quantities import Check, Pruning, Quantity
 from exporter.report.data import Measurements, Report, merged
 from exporter.report.figures import pruned
 from exporter.report.figures import text as figure
 
-if TYPE_CHECKING:  # a plan brings torch along, which most commands do without
+if TYPE_CHECKING:  # they bring torch along, which most commands do without
     from exporter.bundle.installed import Answer
-    from exporter.plan.plan import Plan
+    from exporter.plan.outline import Outline
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}
@@ -154,7 +155,8 @@ def bundle(path: Path) -> None:
         if quantity is not None:
             table.add_row(title, _figure(quantity), f"[dim]{plain(quantity['basis'])}[/]")
     console.print(table)
-    _pruning(facts["pruning"])
+    removed = facts["pruning"]
+    _pruning(None if removed is None else Pruning.model_validate(removed, strict=False))
     _notes((*facts["model"]["warnings"], *facts["recipe"]["remarks"]))
     checks(Check.model_validate(check) for check in facts["checks"])
     digests = (
@@ -172,9 +174,8 @@ def _notes(sentences: Iterable[str]) -> None:
         console.print(f"[yellow]note:[/] {plain(sentence)}")
 
 
-def _pruning(facts: dict[str, Any] | None) -> None:
-    if facts is not None:
-        pruning = Pruning.model_validate(facts, strict=False)
+def _pruning(pruning: Pruning | None) -> None:
+    if pruning is not None:
         console.print(f"{plain(pruning.method)} removed {plain(pruned(pruning))}")
 
 
@@ -197,62 +198,30 @@ def checks_facts(found: tuple[Check, ...]) -> dict[str, object]:
     return {"checks": [check.model_dump(mode="json") for check in found]}
 
 
-def plan_facts(made: "Plan", seconds: dict[str, float]) -> dict[str, object]:
-    """Return a plan as one JSON-able object; every number of it is estimated."""
-    estimates = {
-        "file_bytes": (made.file_bytes, "bytes"),
-        "runtime_peak_bytes": (made.runtime_peak_bytes, "bytes"),
-        "build_peak_bytes": (made.build_peak_bytes, "bytes"),
-        "disk_bytes": (made.disk_bytes, "bytes"),
-        "cache_bytes": (made.cache_bytes, "bytes"),
-        "build_seconds": (sum(seconds.values()), "s"),
-    }
-    return {
-        "model": made.original.name,
-        "warnings": list(made.original.warnings),
-        "device": made.device.name,
-        "target": made.target.name,
-        "recipe": made.recipe.name,
-        "type": made.type,
-        "method": made.method,
-        "pruning": None if made.pruning is None else made.pruning.model_dump(mode="json"),
-        **{name: _estimated(value, unit) for name, (value, unit) in estimates.items()},
-        "stage_seconds": {stage: _estimated(taken, "s") for stage, taken in seconds.items()},
-        **checks_facts(made.checks),
-        "decisions": [
-            {"name": d.group.name, "format": d.stored_as, "method": d.method, "bytes": d.stored_bytes,
-             "reason": d.reason}
-            for d in made.decisions
-        ],
-    }  # fmt: skip
+def outline_facts(made: "Outline") -> dict[str, object]:
+    """Return an outline as one JSON-able object."""
+    return made.model_dump(mode="json")
 
 
-def _estimated(value: float, unit: str) -> dict[str, object]:
-    return {"value": value, "unit": unit, "basis": "estimated"}
-
-
-def plan(made: "Plan", seconds: dict[str, float]) -> None:
-    """Print a plan."""
-    facts: dict[str, Any] = plan_facts(made, seconds)
+def outline(made: "Outline") -> None:
+    """Print an outline."""
     console.print(
-        f"[bold]{plain(made.original.name)}[/] for {plain(made.device.title)}: {plain(made.target.name)}, "
+        f"[bold]{plain(made.model)}[/] for {plain(made.device_title)}: {plain(made.target)}, "
         f"{plain(made.scheme)} by {plain(made.method)}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes", "build_seconds"):
-        table.add_row(name.replace("_", " "), figure(facts[name]["value"], facts[name]["unit"]), "[dim]estimated[/]")
-    for stage, quantity in facts["stage_seconds"].items():
-        table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity['value'], 's')}[/]", "")
+        quantity: Quantity = getattr(made, name)
+        table.add_row(name.replace("_", " "), figure(quantity.value, quantity.unit), "[dim]estimated[/]")
+    for stage, quantity in made.stage_seconds.items():
+        table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity.value, 's')}[/]", "")
     console.print(table)
-    _pruning(facts["pruning"])
+    _pruning(made.pruning)
     console.print("[dim]calibration text, statistics and the original's own answers stay in the cache[/]")
-    counts: dict[tuple[str, str], int] = {}
-    for decision in made.decisions:
-        key = (decision.stored_as, decision.reason)
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter((decision.format, decision.reason) for decision in made.decisions)
     for (format, reason), count in counts.items():
         console.print(f"{count:4d} x {plain(format):<8} [dim]{plain(reason)}[/]")
-    _notes(facts["warnings"])
+    _notes(made.warnings)
     checks(made.checks)
 
 

@@ -7,7 +7,6 @@ cores, and restoring takes memory for a few of them only.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,11 @@ from exporter.coding import ans
 from exporter.coding.byte_reader import Reading
 from exporter.coding.huffman import huffman_bytes, read_huffman, read_zstd, searched_bytes
 from exporter.coding.layout import ANYTHING, CODES, KINDS, NUMBERS, Field, Part
+from exporter.coding.profiles import Profile
 from exporter.coding.streams import MOST_CLASSES, Block, StreamShape, blocks_of, restore, shape_of, streams_of
 from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits, read_table, shares_of, table_bytes
 from exporter.foundation.errors import InputError
 
-Profile = Literal["small", "fast"]
 # What a chunk may consist of, so that restoring it takes a few times its bytes: a table takes 18 KiB. More is coded as
 # bytes of which nothing is known.
 MOST_PARTS, MOST_FIELDS, MOST_BLOCKS, MOST_TABLES = 1 << 12, 8, 1 << 16, 1 << 12

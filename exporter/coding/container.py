@@ -20,8 +20,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, TypeVar, get_args
 
 from exporter.coding.byte_reader import Reading
-from exporter.coding.chunk import CodedChunk, Profile, decode, encode
+from exporter.coding.chunk import CodedChunk, decode, encode
 from exporter.coding.layout import FileSection, Part, layout_of, parts_of
+from exporter.coding.profiles import Profile
 from exporter.foundation.cache import replacing
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import ExporterError, InputError, RequestError

@@ -8,7 +8,7 @@ matrix under limits of bytes and seconds is a multiple-choice knapsack problem, 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Self
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.caldera import residual
-from exporter.compress.method import MatrixMethod, Method, spread_rows
+from exporter.compress.effort import Effort
+from exporter.compress.method import MatrixMethod, Method, load_method, spread_rows
 from exporter.formats.format import Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import ExporterError
@@ -81,7 +83,7 @@ class Limits:
     prefill_s: float = math.inf
 
 
-def predict(
+def predicted_choices(
     model: Model,
     storages: Sequence[Storage],
     method: Method,
@@ -116,6 +118,46 @@ def predict(
         )
     progress(len(storages), len(storages))
     return found
+
+
+def with_predicted_kl(
+    decisions: Sequence[Decision],
+    given: Rewritten,
+    evaluation: Statistics,
+    effort: Effort,
+    methods: Mapping[str, MatrixMethod],
+    progress: Callable[[int, int], None],
+) -> list[Decision]:
+    """Return decisions with the KL divergence that each is predicted to add on both texts.
+
+    Args:
+        decisions: The decisions.
+        given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
+        evaluation: The statistics to predict the loss on the evaluation text with.
+        effort: What a method spends.
+        methods: Methods of single matrices, by name, in place of the one that the decision names.
+        progress: Called with predictions done and their total.
+    """
+    methods_by_name = {name: load_method(name, effort) for name in dict.fromkeys(one.method for one in decisions)}
+    predicted = []
+    for before, statistics in ((0, given.statistics), (len(decisions), evaluation)):
+        found = []
+        for done, one in enumerate(decisions, before):
+            progress(done, 2 * len(decisions))
+            choices = predicted_choices(
+                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, _unseen, methods
+            )
+            found.append(choices[0][0].kl)
+        predicted.append(found)
+    progress(2 * len(decisions), 2 * len(decisions))
+    return [
+        replace(one, calibration_kl=first, predicted_kl=second)
+        for one, first, second in zip(decisions, *predicted, strict=True)
+    ]
+
+
+def _unseen(done: int, total: int) -> None:
+    """Report no progress."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import HEAD_SITE, Statistics
-from exporter.compress.method import fits_inputs
+from exporter.compress.method import method_kind
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
@@ -99,7 +99,10 @@ def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALP
 
 def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection[Decision]) -> Rewritten:
     """Return the model with scaled channels where codes are fitted to the inputs, which is when that pays."""
-    if any(fits_inputs(one.method) and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions):
+    if any(
+        method_kind(one.method).supports_error_propagation and one.format.stored_bytes(1, 256) < 2 * 256
+        for one in decisions
+    ):
         return scaled_channels(model, statistics)
     return Rewritten(model, statistics)
 

@@ -14,7 +14,7 @@ from exporter.calibrate.windows import Tokens, Windows
 from exporter.compress.caldera import ALTERNATION, Alternation, encode_with_factors
 from exporter.compress.effort import EFFORTS, Effort
 from exporter.compress.error_propagation import ErrorPropagation
-from exporter.compress.method import Method, fits_inputs, load_method, relative_error
+from exporter.compress.method import Method, load_method, method_kind, relative_error
 from exporter.formats.format import EncodedMatrix, Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision
 from exporter.foundation.allocator import give_back_freed_memory
@@ -158,7 +158,7 @@ def propagates_errors(effort: Effort, decisions: Sequence[Decision]) -> bool:
 
     They are where every one has codes that are fitted to its inputs and no factors, and some have less than 16 bits.
     """
-    fitted = all(fits_inputs(one.method) and one.low_rank is None for one in decisions)
+    fitted = all(method_kind(one.method).supports_error_propagation and one.low_rank is None for one in decisions)
     rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
     return effort.propagates_errors and fitted and rounded
 

@@ -1,6 +1,9 @@
 """Effort levels: how much work goes into a smaller loss of behaviour."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from exporter.foundation.errors import RequestError, did_you_mean
 
@@ -16,12 +19,13 @@ class Effort:
         propagates_errors: Whether matrices compensate, on the calibration text, for the errors of earlier ones.
     """
 
-    calibration_windows: int
-    prediction_windows: int
-    sweeps: int
+    calibration_windows: Annotated[int, Field(ge=1, le=1 << 16)]
+    prediction_windows: Annotated[int, Field(ge=1, le=1 << 16)]
+    sweeps: Annotated[int, Field(ge=0, le=1000)]
     propagates_errors: bool
 
 
+DEFAULT = "balanced"
 EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(27, 8, 2, True), "max": Effort(96, 8, 6, True)}
 
 

@@ -34,12 +34,14 @@ class Method(Protocol):
 
     Attributes:
         name: Its name, which is that of its file.
-        fits_inputs: Codes depend on the inputs that were observed. Only then do scaled channels and the propagation of
-            errors from earlier matrices lower the loss.
+        error_feedback: The rounding error of a column is corrected in later columns, by the inputs' second moments.
+        supports_error_propagation: The method encodes whatever target it is given, by the inputs of that matrix. Scaled
+            channels and error propagation lower the loss of such a method.
     """
 
     name: str
-    fits_inputs: bool
+    error_feedback: bool
+    supports_error_propagation: bool
 
     def require(self, format: WeightFormat) -> None:
         """Refuse a format that the method chooses no codes in.
@@ -97,13 +99,13 @@ def load_method(name: str, effort: Effort) -> Method:
     return method
 
 
-def fits_inputs(name: str) -> bool:
-    """Say whether a method's codes depend on the inputs that were observed.
+def method_kind(name: str) -> Method:
+    """Return a method by name, to ask for its properties.
 
     Raises:
         RequestError: there is no such method.
     """
-    return load_method(name, EFFORTS["balanced"]).fits_inputs
+    return load_method(name, EFFORTS["balanced"])
 
 
 def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float | None:

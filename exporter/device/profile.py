@@ -7,6 +7,7 @@ The schema has version 2. What is not known is absent. Profiles of version 1 are
 one number about backends, the CPU's `effective_bandwidth_bytes_per_s`.
 """
 
+import hashlib
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -100,6 +101,11 @@ class DeviceProfile(Document):
     threads: Threads
     backends: tuple[Backend, ...] = Field(strict=False, min_length=1, max_length=16)
     measured: tuple[Measured, ...] = Field(default=(), strict=False, max_length=1000)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that the profile says."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def cores(self) -> int:

@@ -42,7 +42,9 @@ class Decision:
         method: Name of the compression method.
         format: What it is stored in.
         reason: For people.
-        predicted_kl: What it is predicted to add to the KL divergence a token, in nats; None before statistics.
+        predicted_kl: KL divergence a token, in nats, that it is predicted to add on the evaluation text; None before
+            statistics.
+        calibration_kl: The same on the calibration text.
         low_rank: Factors that are stored beside it; None for nothing.
     """
 
@@ -51,6 +53,7 @@ class Decision:
     format: WeightFormat
     reason: str
     predicted_kl: float | None = None
+    calibration_kl: float | None = None
     low_rank: LowRank | None = None
 
     @property

@@ -1,24 +1,17 @@
-"""Decisions within limits of bytes and of a device's time: what every format would cost, and the best use of them."""
+"""Budgets: limits of bytes and of a device's time, and the choice of formats that suits a preference best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from types import MappingProxyType
 
-from exporter.calibrate.statistics import Statistics
-from exporter.compress.allocate import Choice, Limits, Storage, allocate, predict, stored_bytes
-from exporter.compress.method import MatrixMethod, load_method
+from exporter.compress.allocate import Choice, Limits, Storage, allocate, stored_bytes
 from exporter.formats.group import Decision
-from exporter.foundation.errors import RequestError, did_you_mean
-from exporter.foundation.progress import Progress
+from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
-from exporter.plan.job import Job
-from exporter.plan.plan import Plan
-from exporter.predict.roofline import Cpu, cpu_of
+from exporter.predict.roofline import Cpu
 from exporter.targets.target import Target
 
-PREFERENCES = ("balanced", "accuracy", "speed")
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
@@ -93,6 +86,23 @@ class Budget:
                 prefill_s += self.cpu.prefill_s(group.size, throughput)
         return replace(choice, decode_s=decode_s, prefill_s=prefill_s)
 
+    def all_timed(self, choices: Sequence[Sequence[Choice]]) -> list[list[Choice]]:
+        """Return the choices of each storage with the time that they take on the device."""
+        return [
+            [self.timed(storage, choice) for choice in some]
+            for storage, some in zip(self.storages, choices, strict=True)
+        ]
+
+
+def decisions_of(budget: Budget, best: Sequence[Choice], model: Model, codes: str, reason: str) -> list[Decision]:
+    """Return a decision for each weight group of a model, in its order, from one choice for each storage."""
+    formats = {
+        group.name: choice.format
+        for storage, choice in zip(budget.storages, best, strict=True)
+        for group in storage.groups
+    }
+    return [Decision(group, codes, formats[group.name], reason) for group in model.groups()]
+
 
 def _set(limits: Limits) -> dict[str, float]:
     return {name: limit for name, limit in vars(limits).items() if limit != getattr(Limits(), name)}
@@ -104,51 +114,23 @@ def _limit_in_words(name: str, limit: float, fixed_bytes: int) -> str:
     return f"at least {1 / limit:,.1f} tokens/s {'decoded' if name == 'decode_s' else 'prefilled'} (estimated)"
 
 
-def feasible_budget(job: Job, planned: Plan) -> Budget | None:
-    """Return the budget that the job names, or None where it names a type, a recipe that decides, or nothing, instead.
-
-    Raises:
-        RequestError: the preference is unknown, or no choice of formats keeps the limits; the nearest that one keeps
-            is named.
-    """
-    if job.prefer not in PREFERENCES:
-        raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
-    if planned.recipe.encoding is not None:
-        return None
-    model, target = planned.model, planned.target
-    most = job.max_file_bytes if job.bits is None else int(job.bits * planned.original.architecture.parameters / 8)
-    times = {
-        "decode_s": job.min_decode_tokens_per_s,
-        "prefill_s": job.min_prefill_tokens_per_s,
-    }
-    seconds = {name: 1 / rate for name, rate in times.items() if rate is not None}
-    if most is None and not seconds:
-        if job.prefer == "balanced":
-            return None
-        most = target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
-    fixed = target.fixed_bytes(model)
-    limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
-    stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
-    budget = Budget(limits, fixed, target.storages(model), job.prefer, target, cpu_of(planned.device), stock)
-    _require_feasible(budget)
-    return budget
-
-
 def stock_of_that_size(target: Target, model: Model, most_bytes: int) -> list[Decision]:
     """Return what the stock tool makes of about as many bytes of matrices; empty where it makes nothing so small."""
     return target.stock(model, int(SAME_SIZE * most_bytes))
 
 
-def _require_feasible(budget: Budget) -> None:
+def require_feasible(budget: Budget) -> None:
     """Refuse limits that nothing keeps; needs no predictions.
 
     Raises:
         RequestError: nothing does; for each limit, what could be had if the others stayed, is named.
     """
-    choices = [
-        [budget.timed(storage, Choice(format, stored_bytes(storage, format), 0.0)) for format in storage.formats]
-        for storage in budget.storages
-    ]
+    choices = budget.all_timed(
+        [
+            [Choice(format, stored_bytes(storage, format), 0.0) for format in storage.formats]
+            for storage in budget.storages
+        ]
+    )
     if allocate(choices, budget.limits) is not None:
         return
     nearest = []
@@ -165,47 +147,6 @@ def _require_feasible(budget: Budget) -> None:
         expected=" or ".join(nearest) or "limits that one choice can keep together",
         next_step="relax a limit to that",
     )
-
-
-def surrogate_decisions(budget: Budget, model: Model, method: str) -> list[Decision]:
-    """Return decisions as they would be if every weight counted the same; reads no weights.
-
-    A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
-    """
-    choices = [
-        [
-            budget.timed(storage, Choice(format, bytes, size * 4.0 ** (-8 * bytes / size)))
-            for format in storage.formats
-            for bytes in [stored_bytes(storage, format)]
-        ]
-        for storage in budget.storages
-        for size in [sum(group.size for group in storage.groups)]
-    ]
-    best = chosen(budget, choices)
-    decisions = {
-        group.name: Decision(group, method, choice.format, "estimated; build decides from the calibration text")
-        for storage, choice in zip(budget.storages, best, strict=True)
-        for group in storage.groups
-    }
-    return [decisions[group.name] for group in model.groups()]
-
-
-def decide_within(
-    budget: Budget, job: Job, model: Model, method: str, statistics: Statistics, progress: Progress
-) -> tuple[list[Decision], tuple[str, ...]]:
-    """Return a decision for each matrix that together keep the limits, and remarks on what others would give."""
-    predicted = _choices(budget.storages, job, model, method, statistics, progress)
-    choices = [
-        [budget.timed(storage, choice) for choice in some]
-        for storage, some in zip(budget.storages, predicted, strict=True)
-    ]
-    best, decisions = chosen(budget, choices), {}
-    for storage, choice in zip(budget.storages, best, strict=True):
-        reason = f"on the calibration text predicted to add KL {choice.kl:.2g} for {choice.bytes:,} bytes"
-        for group in storage.groups:
-            share = choice.kl * group.size / sum(one.size for one in storage.groups)
-            decisions[group.name] = Decision(group, method, choice.format, reason, share)
-    return [decisions[group.name] for group in model.groups()], cost_of_speed(budget, choices, best)
 
 
 def cost_of_speed(budget: Budget, choices: Sequence[Sequence[Choice]], best: Sequence[Choice]) -> tuple[str, ...]:
@@ -248,43 +189,3 @@ def chosen(budget: Budget, choices: Sequence[Sequence[Choice]]) -> list[Choice]:
 
 def _answer_s(choice: Choice) -> float:
     return PROMPT_TOKENS * choice.prefill_s + ANSWER_TOKENS * choice.decode_s
-
-
-def predict_decisions(
-    decisions: list[Decision],
-    job: Job,
-    model: Model,
-    statistics: Statistics,
-    progress: Progress,
-    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
-) -> list[Decision]:
-    """Return decisions that were made by name with the KL divergence that each is predicted to add.
-
-    Methods of single matrices, by name, stand in for the one that a decision names.
-    """
-    predicted: dict[str, float] = {}
-    for method in dict.fromkeys(one.method for one in decisions):
-        some = [one for one in decisions if one.method == method]
-        storages = [Storage.of(one) for one in some]
-        choices = _choices(storages, job, model, method, statistics, progress, methods)
-        predicted |= {one.group.name: choice.kl for one, (choice,) in zip(some, choices, strict=True)}
-    return [replace(one, predicted_kl=predicted[one.group.name]) for one in decisions]
-
-
-def _choices(
-    storages: list[Storage],
-    job: Job,
-    model: Model,
-    method: str,
-    statistics: Statistics,
-    progress: Progress,
-    methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
-) -> list[list[Choice]]:
-    return predict(
-        model,
-        storages,
-        load_method(method, job.effort_level),
-        statistics,
-        lambda done, total: progress("predict: matrices", done, total),
-        methods,
-    )

@@ -1,4 +1,4 @@
-"""What memory a build needs, and what disk space for its cache: counted arrays of the stages, said before they start.
+"""The memory that a build needs, and the disk space of its cache, from the arrays that each stage holds.
 
 Arrays are counted at their sizes in float32 unless it says otherwise; the numbers of them follow from the code of each
 stage.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from exporter.calibrate.layer_stream import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.compress.compressed import propagates_errors
+from exporter.compress.effort import Effort
 from exporter.formats.group import Decision
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
@@ -19,7 +20,7 @@ from exporter.plan.recipe import Recipe
 BASE_BYTES = 500 << 20
 # Squares of a site's width: both second moments, the damped one, double-precision factor and products, the result.
 FACTOR_SQUARES = 8
-# The largest matrix while it is encoded: its source, itself, what is planned, and rows on their way.
+# Copies of the largest matrix during encoding: source, target, decoded result, and one block of rows.
 MATRIX_COPIES = 3.5
 # What deriving a layer keeps of each token: arrays as wide as the residual stream, and as the feed-forward layer.
 HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 9
@@ -38,7 +39,7 @@ def build_peak_bytes(
     Args:
         model: The source, which is the largest that any stage has.
         job: What is asked for.
-        recipe: Its steps.
+        recipe: The steps and the effort.
         decisions: One for each weight group.
         file_bytes: Size of the artifact.
         runtime_peak_bytes: What the runtime takes with it.
@@ -49,16 +50,16 @@ def build_peak_bytes(
     factoring = FACTOR_SQUARES * 4 * widest**2
     comparing = _comparing_bytes(model, job, max(file_bytes, float_copy_bytes(model)), runtime_peak_bytes)
     rewriting = max((step.work(model).peak_bytes for step in recipe.rewriting), default=0)
-    encoded = _corrected_bytes(model, job, decisions) + max(factoring, encoding)
-    return BASE_BYTES + max(_statistics_bytes(model, job), encoded, comparing, rewriting)
+    encoded = _propagation_bytes(model, job, recipe.spends, decisions) + max(factoring, encoding)
+    return BASE_BYTES + max(_statistics_bytes(model, job, recipe.spends), encoded, comparing, rewriting)
 
 
 def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     """Return the disk space that statistics, hidden states and sampled text take in the cache."""
     shape = model.architecture
     observed = 1 + sum(step.work(model).observes for step in recipe.rewriting)
-    statistics = observed * disk_bytes(model, job.effort_level.calibration_windows * job.window)
-    statistics += disk_bytes(model, job.prediction_windows * job.window)
+    statistics = observed * disk_bytes(model, recipe.spends.calibration_windows * job.window)
+    statistics += disk_bytes(model, min(job.evaluation_windows, recipe.spends.prediction_windows) * job.window)
     evaluated = 4 * job.window * shape.hidden * job.evaluation_windows
     sampling = 0 if job.calibration and job.evaluation else 34 * shape.parameters // 32
     return statistics + evaluated + sampling
@@ -69,7 +70,7 @@ def float_copy_bytes(model: Model) -> int:
     return 4 * excerpt_if_large(model).architecture.parameters
 
 
-def _statistics_bytes(model: Model, job: Job) -> int:
+def _statistics_bytes(model: Model, job: Job, effort: Effort) -> int:
     """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
     shape = model.architecture
     layer = [group for group in model.groups() if group.layer == 0]
@@ -77,16 +78,16 @@ def _statistics_bytes(model: Model, job: Job) -> int:
     moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
     tokens = max(TOKENS_AT_ONCE, job.window)
     derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * max(shape.intermediate))
-    hidden = 3 * 4 * job.effort_level.calibration_windows * job.window * shape.hidden
+    hidden = 3 * 4 * effort.calibration_windows * job.window * shape.hidden
     return weights + moments + derivative + hidden
 
 
-def _corrected_bytes(model: Model, job: Job, decisions: Sequence[Decision]) -> int:
+def _propagation_bytes(model: Model, job: Job, effort: Effort, decisions: Sequence[Decision]) -> int:
     """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
-    if not propagates_errors(job.effort_level, decisions):
+    if not propagates_errors(effort, decisions):
         return 0
     shape = model.architecture
-    tokens = job.effort_level.calibration_windows * job.window
+    tokens = effort.calibration_windows * job.window
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
     last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
     hidden = 4 * tokens * (shape.hidden + last)

@@ -1,171 +1,238 @@
-"""What a job would do and need, said before a weight is read."""
+"""plan.json: everything that was decided about a model, complete once the statistics are there.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+A plan holds the recipe with every option of every step, and the format of each matrix with its predicted loss. With
+the same model and texts it gives the same bundle again: `edge-exporter build MODEL --plan plan.json`. What this machine
+needs for the build is not in it.
+"""
 
-from exporter.calibrate.statistics import Statistics
-from exporter.coding.chunk import Profile
-from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import check_methods
-from exporter.compress.method import MatrixMethod
-from exporter.device.fit import check_fit
-from exporter.device.profile import DeviceProfile, load_device
-from exporter.formats.group import Decision
-from exporter.foundation.errors import RequestError
-from exporter.foundation.progress import Progress
-from exporter.foundation.quantities import Basis, Check, Pruning, Quantity
-from exporter.model.architecture import Architecture
-from exporter.model.model import Model
-from exporter.plan.build_footprint import build_peak_bytes, cache_bytes, float_copy_bytes
-from exporter.plan.job import Job, require_no_contradiction
-from exporter.plan.recipe import NO_RECIPE, Recipe, load_recipe
-from exporter.targets.target import AsStored, Target, load_target
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import FailFast, Field
+
+from exporter.compress.effort import Effort
+from exporter.foundation.config_files import shown
+from exporter.foundation.errors import InputError, RequestError
+from exporter.foundation.quantities import Count, Document, Sha256, from_json
+
+if TYPE_CHECKING:  # they bring torch along, which those who only read a plan do without
+    from exporter.calibrate.windows import Windows
+    from exporter.formats.format import LowRank
+    from exporter.formats.group import Decision
+    from exporter.plan.step import Draft
+
+# That of 126 layers has 0.6 MB.
+MOST_BYTES = 8 << 20
+SCHEMA_VERSION = 1
+VERSION = re.compile(rb'"schema_version": *([0-9]{1,9})')
+Word = Annotated[str, Field(max_length=64)]
+Sentence = Annotated[str, Field(max_length=1000)]
+Nats = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Decisions and needs.
+class TextFacts(Document):
+    """What may be said of a text that is private: how it came about, the SHA-256 of its tokens, and its size."""
+
+    kind: Literal["file", "self-sampled"]
+    digest: str
+    tokens: Count
+    bytes: Count
+
+    @classmethod
+    def of(cls, windows: "Windows") -> "TextFacts":
+        """Return the facts of a text."""
+        return cls(kind=windows.kind, digest=windows.digest, tokens=windows.tokens.size, bytes=windows.source_bytes)
+
+
+class RecipeDocument(Document):
+    """A recipe in which every option of every step is stated; see `exporter.plan.recipe`.
 
     Attributes:
-        original: The source.
-        model: What decisions are for: the source, or what the recipe's steps leave of it, as the target carries it.
-            Before it is rewritten, its shape alone is meant.
-        device: The profile.
-        target: The target.
-        recipe: The steps.
-        type: Named mix or format.
-        method: Compression method.
-        decisions: One for each weight group.
-        pruning: What a step takes away from feed-forward parts; None for nothing.
-        file_bytes: Estimated size of the model files.
-        runtime_peak_bytes: Estimated peak memory of the runtime at the job's context.
-        build_peak_bytes: Estimated peak memory of the build.
-        disk_bytes: Disk space that the build needs where the bundle is written.
-        cache_bytes: Disk space that it needs in the cache.
-        text_checks: What the runtime makes of tokenizer and chat template.
-        checks: These, and the estimates against the device's limits.
-        transport: The profile that the model files are coded with to be shipped; None where they are shipped plain.
-        remarks: Sentences on what other options would have given, once that is known.
+        name: The recipe's name; None where options on the command line are all there is.
+        title: One line for people.
+        steps: The options of each step, in order; `method` names the step.
+        effort: The name of the effort level.
+        spends: What that level spends.
     """
 
-    original: Model
-    model: Model
-    device: DeviceProfile
-    target: Target
-    recipe: Recipe
-    type: str = ""
-    method: str = ""
-    decisions: list[Decision] = field(default_factory=list)
-    pruning: Pruning | None = None
-    file_bytes: int = 0
-    runtime_peak_bytes: int = 0
-    build_peak_bytes: int = 0
-    disk_bytes: int = 0
-    cache_bytes: int = 0
-    text_checks: tuple[Check, ...] = ()
-    checks: tuple[Check, ...] = ()
-    transport: Profile | None = None
-    remarks: tuple[str, ...] = ()
+    name: Annotated[str, Field(max_length=255)] | None
+    title: Sentence
+    steps: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=16)]
+    effort: Word
+    spends: Effort
+
+
+class Factors(Document):
+    """Low-rank factors beside a matrix."""
+
+    rank: Annotated[int, Field(ge=1, le=1 << 16)]
+    format: Word
+
+    @classmethod
+    def of(cls, low_rank: "LowRank | None") -> "Factors | None":
+        """Return what a plan says of factors; None where there are none."""
+        return None if low_rank is None else cls(rank=low_rank.rank, format=low_rank.format.name)
+
+
+class PlannedMatrix(Document):
+    """The decision on one matrix.
+
+    Attributes:
+        name: Tensor name in the source model.
+        format: The weight format's name.
+        factors: Low-rank factors beside it; None for none.
+        method: The method that chooses codes.
+        reason: Why this format, for people.
+        calibration_kl: KL divergence a token, in nats, that it is predicted to add on the calibration text.
+        evaluation_kl: The same on the evaluation text.
+    """
+
+    name: Annotated[str, Field(max_length=1000)]
+    format: Word
+    factors: Factors | None = None
+    method: Word
+    reason: Sentence
+    calibration_kl: Nats
+    evaluation_kl: Nats
 
     @property
-    def scheme(self) -> str:
-        """The recipe where there is one, and the type where the recipe leaves that open."""
-        named = [] if self.recipe is NO_RECIPE else [f"recipe {self.recipe.name}"]
-        return ", ".join([*named, *([self.type] if self.recipe.encoding is None else [])])
+    def stored_as(self) -> str:
+        """The format's name, with rank and format of the factors where there are any: `Q4_0+r32-Q8_0`."""
+        return self.format if self.factors is None else f"{self.format}+r{self.factors.rank}-{self.factors.format}"
 
-    def coordinates(self, statistics: Statistics) -> Rewritten:
-        """Return the model in the coordinates that it is encoded in."""
-        encoding = self.recipe.encoding
-        if encoding is None:
-            return self.target.rewritten(self.model, statistics, self.decisions)
-        return encoding.coordinates(self.target, self.model, statistics, self.decisions)
+    @classmethod
+    def of(cls, decision: "Decision") -> "PlannedMatrix":
+        """Return a final decision."""
+        return cls(
+            name=decision.group.name,
+            format=decision.format.name,
+            factors=Factors.of(decision.low_rank),
+            method=decision.method,
+            reason=decision.reason,
+            calibration_kl=decision.calibration_kl or 0.0,
+            evaluation_kl=decision.predicted_kl or 0.0,
+        )
 
-    def methods(self, given: Rewritten, progress: Progress) -> Mapping[str, MatrixMethod]:
-        """Return methods of single matrices, by name, from the model in those coordinates."""
-        if self.recipe.encoding is None:
-            return {}
-        return self.recipe.encoding.methods(self.decisions, given, partial(progress, "steps: matrices"))
+
+class Plan(Document):
+    """What a build does.
+
+    Attributes:
+        model_digest: SHA-256 over the source's files.
+        device: Name of the device profile.
+        device_digest: SHA-256 over the profile's content.
+        target: Name of the target.
+        recipe: The steps with every option, and the effort.
+        seed: Seed of everything random.
+        window: Tokens of a window in calibration and evaluation.
+        context: Tokens of context that memory and speed are stated for.
+        calibration: The text that statistics come from.
+        evaluation: The text that accuracy is measured on.
+        evaluation_windows: Its windows.
+        matrices: A decision for each weight group, in the model's order.
+        notes: Sentences on what other options would give.
+    """
+
+    schema_version: Literal[1] = 1
+    model_digest: Sha256
+    device: Annotated[str, Field(max_length=255)]
+    device_digest: Sha256
+    target: Word
+    recipe: RecipeDocument
+    seed: Count
+    window: Annotated[int, Field(ge=1, le=1 << 20)]
+    context: Annotated[int, Field(ge=1, le=1 << 30)]
+    calibration: TextFacts
+    evaluation: TextFacts
+    evaluation_windows: Annotated[int, Field(ge=1, le=1 << 16)]
+    matrices: Annotated[tuple[PlannedMatrix, ...], FailFast(), Field(min_length=1, max_length=1 << 16)]
+    notes: Annotated[tuple[Sentence, ...], Field(max_length=100)] = ()
+
+    def decisions(self, draft: "Draft") -> "list[Decision]":
+        """Return the decisions for the weight groups that the plan's recipe was drafted for.
+
+        Raises:
+            InputError: the plan does not decide each matrix once, or decides what its own recipe cannot.
+        """
+        names = [one.name for one in self.matrices]
+        if names != [one.group.name for one in draft.decisions]:
+            raise _not_each_once(names, [one.group.name for one in draft.decisions])
+        formats = {one.group.name: {one.format.name: one.format} for one in draft.decisions}
+        for storage in draft.storages:
+            formats |= {group.name: {one.name: one for one in storage.formats} for group in storage.groups}
+        decided = []
+        for one, drafted in zip(self.matrices, draft.decisions, strict=True):
+            factors = Factors.of(drafted.low_rank)
+            if one.format not in formats[one.name] or (one.factors, one.method) != (factors, drafted.method):
+                raise InputError(
+                    "the plan decides what its own recipe cannot",
+                    where=shown(one.name),
+                    got=_words(one.format, one.factors, one.method),
+                    expected=_words(" or ".join(formats[one.name]), factors, drafted.method),
+                    next_step="make a new plan with edge-exporter build",
+                )
+            decided.append(replace(drafted, format=formats[one.name][one.format], reason=one.reason))
+        return decided
+
+    def require_text(self, title: str, found: "Windows") -> None:
+        """Refuse a text that is not the plan's.
+
+        Args:
+            title: `calibration` or `evaluation`.
+            found: The text.
+
+        Raises:
+            InputError: it is another one.
+        """
+        planned: TextFacts = getattr(self, title)
+        if found.digest != planned.digest:
+            raise InputError(
+                f"the plan was made on another {title} text",
+                got=f"{found.kind}, {found.tokens.size:,} tokens, SHA-256 {found.digest[:16]}",
+                expected=f"{planned.kind}, {planned.tokens:,} tokens, SHA-256 {planned.digest[:16]}",
+                next_step=f"give that text with --{title}, or make a new plan",
+            )
 
 
-def make_plan(model: Model, job: Job) -> Plan:
-    """Decide on every weight group and estimate sizes and memory; reads no weights.
+def _words(format: str, factors: Factors | None, method: str) -> str:
+    return f"{format}{'' if factors is None else f' and factors {factors.format} of rank {factors.rank}'} by {method}"
+
+
+def _not_each_once(planned: Sequence[str], present: Sequence[str]) -> InputError:
+    missing = [name for name in present if name not in set(planned)]
+    unknown = [name for name in planned if name not in set(present)]
+    fault = (
+        f"none for {missing[0]}" if missing else f"one for {unknown[0]}" if unknown else "another order, or one twice"
+    )
+    return InputError(
+        "the plan does not decide each matrix of the model once", where="matrices", got=shown(fault),
+        expected=f"{len(present)} decisions in the model's order", next_step="make a new plan with edge-exporter build",
+    )  # fmt: skip
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the plan in a file.
 
     Raises:
-        RequestError: the device, target, type, method or recipe is unknown, or they do not go together.
+        RequestError: there is no such file.
+        InputError: it is too large, or no plan of this version.
     """
-    recipe = NO_RECIPE if job.recipe is None else load_recipe(job.recipe)
-    require_no_contradiction(job, bool(recipe.rewriting), recipe.encoding is not None)
-    device = load_device(job.device)
-    target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
-    if recipe.transport and job.transport:
-        raise RequestError(
-            "--transport and the recipe's step transport contradict each other", where=job.recipe,
-            next_step="leave out --transport",
+    if not path.is_file():
+        raise RequestError("there is no such file", where=path, next_step="give the plan.json of a bundle")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InputError("the plan cannot be read", where=path, got=error.strerror) from error
+    if len(text) > MOST_BYTES:
+        raise InputError("the plan is too large", where=path, expected=f"at most {MOST_BYTES:,} bytes")
+    found = VERSION.search(text)
+    if found is not None and int(found[1]) > SCHEMA_VERSION:
+        raise InputError(
+            "the plan is of a newer schema", where=path, got=f"version {int(found[1])}", expected=SCHEMA_VERSION,
+            next_step="use the version of edge-exporter that made it",
         )  # fmt: skip
-    planned = Plan(model, model, device, target, recipe, transport=recipe.transport or job.transport)
-    return with_model(planned, job, recipe.outlined(model), "estimated")
-
-
-def with_model(planned: Plan, job: Job, model: Model, basis: Basis) -> Plan:
-    """Return the plan for what the recipe's steps leave of the source; `basis` says how its shape is known."""
-    target, encoding = planned.target, planned.recipe.encoding
-    carried = target.carried(model)
-    planned = replace(planned, model=carried.model)
-    if encoding is None:
-        type, method = job.type or target.default_type, job.method or target.default_method
-        planned = with_decisions(replace(planned, method=method), job, target.decide(carried.model, type, method), type)
-    else:
-        decisions = encoding.decide(carried.model, target)
-        planned = with_decisions(replace(planned, method=encoding.method), job, decisions, encoding.method)
-    return planned if model is planned.original else replace(planned, pruning=_pruning(planned, model, carried, basis))
-
-
-def with_text(planned: Plan, checks: Sequence[Check], notes: Iterable[str]) -> Plan:
-    """Return the plan with what is known of the artifact's text."""
-    original = planned.original.noting(notes)
-    return replace(planned, original=original, text_checks=tuple(checks), checks=(*checks, *planned.checks))
-
-
-def with_decisions(planned: Plan, job: Job, decisions: list[Decision], type: str) -> Plan:
-    """Return the plan with other decisions and all that follows from them, under a name for their mix."""
-    target, model, original = planned.target, planned.model, planned.original
-    check_methods(decisions)
-    file_bytes = target.estimated_file_bytes(model, decisions)
-    peak = target.estimated_peak(model, decisions, job.context).bytes
-    quantity = Quantity(value=float(peak), unit="bytes", basis="estimated")
-    return replace(
-        planned,
-        type=type,
-        decisions=decisions,
-        file_bytes=file_bytes,
-        runtime_peak_bytes=peak,
-        build_peak_bytes=build_peak_bytes(original, job, planned.recipe, decisions, file_bytes, peak),
-        # Coded files stand beside the plain ones until the bundle is complete; a GGUF source is checked before that.
-        disk_bytes=file_bytes + max(file_bytes if planned.transport else 0, float_copy_bytes(original)) + (64 << 20),
-        cache_bytes=cache_bytes(original, job, planned.recipe),
-        checks=(*planned.text_checks, *check_fit(planned.device, file_bytes, quantity, "estimated")),
-    )
-
-
-def _pruning(planned: Plan, pruned: Model, carried: AsStored, basis: Basis) -> Pruning:
-    before, after = planned.original.architecture, pruned.architecture
-    removed = 1 - sum(after.intermediate) / sum(before.intermediate)
-    return Pruning(
-        method=" and ".join(step.method for step in planned.recipe.rewriting),
-        removed=Quantity(value=removed, unit="fraction", basis=basis),
-        widths=after.intermediate,
-        carried=carried.how,
-        zero_bytes=Quantity(value=float(zero_bytes(after, planned.decisions)), unit="bytes", basis=basis),
-    )
-
-
-def zero_bytes(architecture: Architecture, decisions: list[Decision]) -> int:
-    """Return the bytes that channels of zeros take.
-
-    Args:
-        architecture: Of the model without them.
-        decisions: For the model with them, one for each weight group.
-    """
-    bare = {group.name: group.size for group in architecture.groups()}
-    return sum(one.stored_bytes * (one.group.size - bare[one.group.name]) // one.group.size for one in decisions)
+    return from_json(Plan, text, path)

@@ -1,22 +1,26 @@
-"""What a step of a recipe is, of each kind that there is.
+"""The kinds of steps that a recipe can have.
 
-`RewritingStep`s come first and give a smaller model; an `EncodingStep` then gives every matrix its format. The step
-`transport`, which codes the files that the target makes, is a third kind, and comes last.
+Rewriting steps come first and give a smaller model. One encoding step then gives every matrix its format. The step
+`transport` codes the files that the target has written, and comes last.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from math import inf
+from typing import Annotated, Self
 
 from pydantic import Field
 
 from exporter.calibrate.layer_stream import Progress
 from exporter.calibrate.statistics import Statistics
+from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.caldera import ALTERNATION, Alternation
+from exporter.compress.effort import Effort
 from exporter.compress.method import MatrixMethod
 from exporter.compress.prune import planned_widths
+from exporter.device.profile import DeviceProfile
 from exporter.formats.group import Decision
 from exporter.foundation.quantities import Document
 from exporter.model.architecture import Architecture
@@ -105,6 +109,53 @@ def repair_work(architecture: Architecture) -> Work:
     return Work(operations, SQUARES * 8 * max(architecture.intermediate) ** 2, True)
 
 
+@dataclass(frozen=True)
+class EncodingTask:
+    """What matrices get their formats for.
+
+    Attributes:
+        original: The source.
+        model: The model to encode: the source, or what the rewriting steps leave of it, in the target's shape.
+        device: The device's profile.
+        target: The target, on that device.
+        effort: How much work goes into a smaller loss.
+    """
+
+    original: Model
+    model: Model
+    device: DeviceProfile
+    target: Target
+    effort: Effort
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What an encoding step decides before statistics; reads no weights.
+
+    Attributes:
+        decisions: One for each weight group, as far as it is known.
+        scheme: The formats in words, such as `Q4_K_M` or `at most 79,103,310 bytes`; empty: the recipe's name says it.
+        storages: The formats that `decided` chooses from; empty where it has no choice.
+        most_file_bytes: The most bytes that the model files may take.
+        most_matrix_bytes: The most that all matrices in them may take.
+    """
+
+    decisions: list[Decision]
+    scheme: str = ""
+    storages: Sequence[Storage] = ()
+    most_file_bytes: float = inf
+    most_matrix_bytes: float = inf
+
+    def decided(self, given: Rewritten, progress: Progress) -> tuple[list[Decision], tuple[str, ...]]:
+        """Return the final decisions, and sentences on what other options would give.
+
+        Args:
+            given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
+            progress: Called with matrices done and their total.
+        """
+        return self.decisions, ()
+
+
 class EncodingStep(Document):
     """A step that gives every matrix its format, and its factors if it has any.
 
@@ -119,12 +170,21 @@ class EncodingStep(Document):
         """How matrices and their factors alternate."""
         return ALTERNATION
 
+    @property
+    def chooses_codes_by(self) -> str:
+        """What chooses the codes, for people: a method's name, or the step's own."""
+        return self.method
+
+    def resolved(self, target: Target) -> Self:
+        """Return the step with the target's defaults in place of options that were left open."""
+        return self
+
     @abstractmethod
-    def decide(self, model: Model, target: Target) -> list[Decision]:
-        """Return a decision for each weight group; reads no weights.
+    def draft(self, task: EncodingTask) -> Draft:
+        """Return what is decided before statistics; reads no weights.
 
         Raises:
-            RequestError: the target or the model cannot carry what the step asks for; what would work is named.
+            RequestError: the target or the model cannot hold what the step asks for; the error names what would work.
         """
 
     def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
@@ -137,7 +197,7 @@ class EncodingStep(Document):
         """Return methods for matrices, by name, in place of the one that decisions name: by default none.
 
         Args:
-            decisions: Those of `decide`.
+            decisions: The final ones.
             given: The model in the coordinates of `coordinates`.
             progress: Called with matrices done and their total.
 
@@ -158,10 +218,11 @@ class CodedStep(EncodingStep):
     bits: CodedBits
     equalise: bool = True
 
-    def decide(self, model: Model, target: Target) -> list[Decision]:
+    def draft(self, task: EncodingTask) -> Draft:
         """Return the target's 8 bits for every matrix."""
         reason = f"{self.method} by the recipe: {self.bits:g} bits a weight on average when coded"
-        return [replace(one, reason=reason) for one in target.decide(model, target.type_of_8_bits, self.method)]
+        decisions = task.target.decide(task.model, task.target.type_of_8_bits, self.method)
+        return Draft([replace(one, reason=reason) for one in decisions])
 
     def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model in coordinates that suit coding, or as the target has it."""

@@ -9,10 +9,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import FailFast, Field, model_validator
 
-from exporter.coding.chunk import Profile
+from exporter.coding.profiles import Profile
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity, Status
+from exporter.plan.plan import Plan, TextFacts
 
 Sentences = Annotated[tuple[str, ...], FailFast()]
+# Left out where there is none, as in version 0.1.0.
+Predicted = Annotated[float | None, Field(exclude_if=lambda kl: kl is None)]
 Verdict = Literal["passed", "failed", "incomplete"]
 
 
@@ -52,6 +55,9 @@ class TensorRow(Document):
         bits_per_weight: Stored bits for each weight, scales and padding included.
         weight_error: Relative squared error of the planned weights under the second moments of the inputs;
             None where the outputs are all zero.
+        calibration_kl: KL divergence a token, in nats, that the decision is predicted to add on the calibration text;
+            None in reports of version 0.1.0.
+        evaluation_kl: The same on the evaluation text.
     """
 
     name: str
@@ -65,6 +71,8 @@ class TensorRow(Document):
     stored_bytes: Count
     bits_per_weight: float
     weight_error: float | None
+    calibration_kl: Predicted = None
+    evaluation_kl: Predicted = None
 
 
 class Accuracy(Document):
@@ -108,15 +116,6 @@ class Size(Document):
     bits_per_weight: Quantity
     coded_bytes: Quantity | None = None
     coded_bits_per_weight: Quantity | None = None
-
-
-class TextFacts(Document):
-    """What may be said of a text that is private: how it came about, its SHA-256 and its size."""
-
-    kind: Literal["file", "self-sampled"]
-    digest: str
-    tokens: Count
-    bytes: Count
 
 
 class RecipeFacts(Document):
@@ -280,6 +279,22 @@ def disagreements(report: Report, measurements: Measurements) -> list[str]:
     wrong = {name for name, count in counts.items() if count > 1}
     wrong |= {one.name for one in report.device_checks if one.name not in told or not one.agrees_with(told[one.name])}
     return sorted(wrong)
+
+
+def agree(plan: Plan, report: Report) -> bool:
+    """Return whether a plan is that of what a report is on: the model, the texts, and the decision on each matrix."""
+    facts = report.recipe
+    planned = (plan.model_digest, plan.device, plan.target, plan.recipe.effort, plan.seed, plan.window)
+    reported = (report.model.digest, report.device, report.target, facts.effort, facts.seed, facts.context)
+    texts = (plan.calibration, plan.evaluation, plan.notes) == (facts.calibration, facts.evaluation, facts.remarks)
+    return texts and planned == reported and [_planned(row) for row in report.tensors] == [
+        (one.name, one.stored_as, one.method, one.reason, one.calibration_kl, one.evaluation_kl)
+        for one in plan.matrices
+    ]  # fmt: skip
+
+
+def _planned(row: TensorRow) -> tuple[object, ...]:
+    return (row.name, row.format, row.method, row.reason, row.calibration_kl, row.evaluation_kl)
 
 
 def merged(report: Report, measurements: Measurements) -> dict[str, object]:

@@ -9,15 +9,17 @@ from pathlib import Path
 import psutil
 
 from exporter import __version__
-from exporter.bundle.manifest import ManifestHeader, Provenance, presentable
-from exporter.calibrate.windows import Windows
+from exporter.bundle.manifest import PLAN, ManifestHeader, Provenance, presentable
 from exporter.coding.container import CodedSize
 from exporter.compress.compressed import CompressedModel
 from exporter.device.fit import FILE_SIZE, check_fit
+from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Basis, Check, Quantity
 from exporter.model.model import Model
 from exporter.plan.job import Job
+from exporter.plan.outline import pruning
 from exporter.plan.plan import Plan
+from exporter.plan.resolve import ResolvedJob
 from exporter.prove.emulation import NEVER_FAILING, Emulation
 from exporter.prove.proof import Proof
 from exporter.prove.self_test import SelfTest
@@ -34,7 +36,6 @@ from exporter.report.data import (
     Speed,
     StageTime,
     TensorRow,
-    TextFacts,
     to_json,
 )
 from exporter.report.html import render_html
@@ -50,40 +51,39 @@ RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ON
 
 
 def describe(
-    job: Job,
+    resolved: ResolvedJob,
     plan: Plan,
+    scheme: str,
     compressed: CompressedModel,
     artifact: Artifact,
     proof: Proof,
     emulation: Emulation,
     coded: CodedSize | None,
-    calibration: Windows,
-    evaluation: Windows,
     stages: Stages,
 ) -> tuple[Report, Measurements]:
     """Return report and measurements of a finished job."""
     model = compressed.model
-    measurements = _measurements(plan, artifact, proof, emulation, stages)
+    measurements = _measurements(resolved, artifact, proof, emulation, stages)
     recipe = RecipeFacts(
-        scheme=plan.scheme,
-        method=plan.method,
-        effort=job.effort,
-        calibration=_text_facts(calibration),
-        evaluation=_text_facts(evaluation),
-        seed=job.seed,
-        context=job.window,
-        transport=plan.transport,
-        remarks=plan.remarks,
+        scheme=scheme,
+        method=resolved.encoding.chooses_codes_by,
+        effort=plan.recipe.effort,
+        calibration=plan.calibration,
+        evaluation=plan.evaluation,
+        seed=plan.seed,
+        context=plan.window,
+        transport=resolved.recipe.transport,
+        remarks=plan.notes,
     )
     report = Report(
         model=_model_facts(model),
-        device=plan.device.name,
-        device_title=plan.device.title,
-        target=plan.target.name,
+        device=plan.device,
+        device_title=resolved.device.title,
+        target=plan.target,
         recipe=recipe,
-        pruning=plan.pruning,
+        pruning=pruning(resolved, list(compressed.decisions.values())),
         size=_size(artifact, coded, model),
-        accuracy=_accuracy(proof, evaluation, compressed),
+        accuracy=_accuracy(proof, plan),
         checks=proof.checks,
         device_checks=tuple(
             DeviceCheck.of(check, exact=check.name == FILE_SIZE)
@@ -97,11 +97,6 @@ def describe(
 
 def _measured(value: float, unit: str, basis: Basis = "measured") -> Quantity:
     return Quantity(value=float(value), unit=unit, basis=basis)
-
-
-def _text_facts(windows: Windows) -> TextFacts:
-    size = windows.tokens.size
-    return TextFacts(kind=windows.kind, digest=windows.digest, tokens=size, bytes=windows.source_bytes)
 
 
 def _model_facts(model: Model) -> ModelFacts:
@@ -124,9 +119,9 @@ def _size(artifact: Artifact, coded: CodedSize | None, model: Model) -> Size:
     return Size(file_bytes=file_bytes, bits_per_weight=bits, coded_bytes=shipped, coded_bits_per_weight=shipped_bits)
 
 
-def _accuracy(proof: Proof, evaluation: Windows, compressed: CompressedModel) -> Accuracy:
+def _accuracy(proof: Proof, plan: Plan) -> Accuracy:
     found = proof.accuracy
-    predicted = sum(decision.predicted_kl or 0.0 for decision in compressed.decisions.values())
+    predicted = sum(matrix.evaluation_kl for matrix in plan.matrices)
     return Accuracy(
         kl_mean=_measured(found.kl_mean, "nats"),
         kl_p99=_measured(found.kl_p99, "nats"),
@@ -136,7 +131,7 @@ def _accuracy(proof: Proof, evaluation: Windows, compressed: CompressedModel) ->
         predicted_kl=_measured(predicted, "nats", "estimated"),
         runtime_rounding_kl=_measured(proof.rounding.kl_mean, "nats"),
         tokens=found.tokens,
-        text_digest=evaluation.digest,
+        text_digest=plan.evaluation.digest,
     )
 
 
@@ -154,12 +149,16 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
             stored_bytes=decision.stored_bytes,
             bits_per_weight=8 * decision.stored_bytes / decision.group.size,
             weight_error=compressed.outcomes[decision.group.name].output_error,
+            calibration_kl=decision.calibration_kl or 0.0,
+            evaluation_kl=decision.predicted_kl or 0.0,
         )
         for decision in compressed.decisions.values()
     )
 
 
-def _measurements(plan: Plan, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages) -> Measurements:
+def _measurements(
+    resolved: ResolvedJob, artifact: Artifact, proof: Proof, emulation: Emulation, stages: Stages
+) -> Measurements:
     timing = proof.timing
     peak = _measured(timing.peak_bytes, "bytes")
     return Measurements(
@@ -173,14 +172,14 @@ def _measurements(plan: Plan, artifact: Artifact, proof: Proof, emulation: Emula
         host=host_facts(),
         versions=library_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        checks=device_checks(plan, artifact, peak) + emulation.checks,
+        checks=device_checks(resolved.device, artifact, peak) + emulation.checks,
         emulation=dict(emulation.quantities),
     )
 
 
-def device_checks(plan: Plan, artifact: Artifact, peak: Quantity) -> tuple[Check, ...]:
+def device_checks(device: DeviceProfile, artifact: Artifact, peak: Quantity) -> tuple[Check, ...]:
     """Hold the measured size and memory against the device's limits."""
-    return tuple(check_fit(plan.device, artifact.file_bytes, peak, "measured"))
+    return tuple(check_fit(device, artifact.file_bytes, peak, "measured"))
 
 
 def host_facts() -> HostFacts:
@@ -233,8 +232,9 @@ def header(job: Job, model: Model, report: Report) -> ManifestHeader:
     )
 
 
-def write_documents(staging: Path, report: Report, measurements: Measurements, self_test: SelfTest) -> None:
-    """Write report.json, measurements.json, selftest.json and report.html into the staged bundle."""
+def write_documents(staging: Path, plan: Plan, report: Report, measurements: Measurements, self_test: SelfTest) -> None:
+    """Write plan.json, report.json, measurements.json, selftest.json and report.html into the staged bundle."""
+    (staging / PLAN).write_text(to_json(plan), encoding="utf-8")
     (staging / "selftest.json").write_text(to_json(self_test), encoding="utf-8")
     (staging / "report.json").write_text(to_json(report), encoding="utf-8")
     (staging / "measurements.json").write_text(to_json(measurements), encoding="utf-8")

@@ -6,7 +6,7 @@ the stages reach were measured on 2 cores of an x86-64 machine.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from exporter.calibrate.bf16_matmul import quick_products
 from exporter.calibrate.second_moments import STRIPES, Site
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compressed import propagates_errors, weights_digest
-from exporter.compress.method import load_method, relative_error
+from exporter.compress.effort import Effort
+from exporter.compress.method import load_method, method_kind, relative_error
 from exporter.formats.format import WeightFormat
 from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
 from exporter.model.model import Model
 from exporter.plan.build_footprint import float_copy_bytes
-from exporter.plan.job import Job
-from exporter.plan.plan import Plan
+from exporter.plan.resolve import ResolvedJob
+from exporter.plan.step import Draft
 from exporter.prove.prompt import DECODE_TOKENS
 from exporter.prove.proof import REPEATS, ROUNDING_SHARE
 from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS
@@ -41,15 +42,15 @@ OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5,
 PROBE_ROWS, PROBE_COLUMNS = 1024, 512
 
 
-def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str, float]:
+def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[str, float]:
     """Return stage -> seconds of a build that finds nothing in the cache; reads no weights.
 
     Args:
-        planned: The plan.
-        job: What is asked for.
-        storages: The formats to choose from; empty where they are named.
+        resolved: The job.
+        draft: Its decisions before statistics.
+        file_bytes: Estimated size of the model files.
     """
-    original, model = planned.original, planned.model
+    job, original, model = resolved.job, resolved.original, resolved.model
     flops_per_s = _flops_per_s()
     with quick_products():
         layer_flops_per_s = 1 / (1 / _flops_per_s() + BESIDE_PRODUCTS / flops_per_s)
@@ -57,48 +58,48 @@ def stage_seconds(planned: Plan, job: Job, storages: list[Storage]) -> dict[str,
     token, before = _token_flops(model, job.window), _token_flops(original, job.window)
     prompt = token / (PROMPT_SHARE * flops_per_s)
     checked = SOURCE_WINDOWS * job.window
-    checking = _copying(original, job, checked * (before / (LAYERS_SHARE * flops_per_s) + prompt))
+    checking = _copying(original, resolved.effort, checked * (before / (LAYERS_SHARE * flops_per_s) + prompt))
+
+    def statistics(of: Model, windows: int) -> float:
+        """Return the seconds of running some windows forwards, forwards again and backwards."""
+        return windows * job.window * (3 * _token_flops(of, job.window) + _moment_flops(of)) / layer_flops_per_s
+
+    windows = resolved.effort.calibration_windows
     return {
         "open": OPEN_SECONDS,
-        "calibration text": _sampling(original, job, before / (SAMPLING_SHARE * flops_per_s)),
+        "calibration text": _sampling(resolved, before / (SAMPLING_SHARE * flops_per_s)),
         **({"check the source": checking} if original.gguf else {}),
-        **_rewriting(planned, _statistics(original, job, layer_flops_per_s), flops_per_s),
-        "statistics": _statistics(model, job, layer_flops_per_s),
-        "allocate": _prediction(storages, job, flops_per_s),
-        "predict": _statistics(model, job, layer_flops_per_s, job.prediction_windows)
-        + _prediction([Storage.of(one) for one in planned.decisions], job, flops_per_s),
+        **_rewriting(resolved, statistics(original, windows), flops_per_s),
+        "statistics": statistics(model, windows),
+        "allocate": _prediction(draft.storages, resolved.effort, flops_per_s),
+        "predict": statistics(model, resolved.prediction_windows)
+        + 2 * _prediction([Storage.of(one) for one in draft.decisions], resolved.effort, flops_per_s),
         "compress and lower": VOCABULARY_SECONDS
-        + _encoding(planned.decisions, job, flops_per_s)
-        + _correcting(planned, job, layer_flops_per_s, flops_per_s),
+        + _encoding(draft.decisions, resolved.effort, flops_per_s)
+        + _correcting(resolved, draft.decisions, layer_flops_per_s, flops_per_s),
         "prove": 2 * CHILD_SECONDS
         + PARITY_SECONDS
         + (1 + REPEATS) * job.context * prompt
-        + REPEATS * DECODE_TOKENS * planned.file_bytes / DECODED_BYTES_PER_SECOND
+        + REPEATS * DECODE_TOKENS * file_bytes / DECODED_BYTES_PER_SECOND
         + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
         + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
         + evaluation * prompt
         + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS
-        + _copying(model, job, evaluation / ROUNDING_SHARE * prompt),
+        + _copying(model, resolved.effort, evaluation / ROUNDING_SHARE * prompt),
     }
 
 
-def _copying(model: Model, job: Job, running_s: float) -> float:
+def _copying(model: Model, effort: Effort, running_s: float) -> float:
     """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
     weights = float_copy_bytes(model) / 4
     share = weights / model.architecture.parameters
-    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", ggml_format("F32"), job)
+    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", ggml_format("F32"), effort)
     return CHILD_SECONDS + weights * 1e-9 * nanoseconds + share * running_s
 
 
-def _statistics(model: Model, job: Job, layer_flops_per_s: float, windows: int | None = None) -> float:
-    """Return the seconds of running some windows, or those to calibrate on, forwards, forwards again and backwards."""
-    tokens = (windows or job.effort_level.calibration_windows) * job.window
-    return tokens * (3 * _token_flops(model, job.window) + _moment_flops(model)) / layer_flops_per_s
-
-
-def _rewriting(planned: Plan, statistics_s: float, flops_per_s: float) -> dict[str, float]:
+def _rewriting(resolved: ResolvedJob, statistics_s: float, flops_per_s: float) -> dict[str, float]:
     """Return the seconds of the stage in which the recipe's steps make the model smaller, if it has such steps."""
-    works = [step.work(planned.original) for step in planned.recipe.rewriting]
+    works = [step.work(resolved.original) for step in resolved.recipe.rewriting]
     seconds = sum(w.operations / (FACTOR_SHARE * flops_per_s) + w.observes * statistics_s for w in works)
     return {"rewrite": seconds} if works else {}
 
@@ -116,18 +117,20 @@ def _moment_flops(model: Model) -> float:
     return (1 + 1 / STRIPES) * sum(columns**2 for columns in sites.values())
 
 
-def _sampling(model: Model, job: Job, token_seconds: float) -> float:
+def _sampling(resolved: ResolvedJob, token_seconds: float) -> float:
+    job, effort = resolved.job, resolved.effort
     if job.calibration and job.evaluation:
         return 0.0
-    tokens = (job.effort_level.calibration_windows + job.evaluation_windows) * job.window
-    quick = model.architecture.parameters * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"), job)
+    tokens = (effort.calibration_windows + job.evaluation_windows) * job.window
+    weights = resolved.original.architecture.parameters
+    quick = weights * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"), effort)
     return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
 
-def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
+def _prediction(storages: Sequence[Storage], effort: Effort, flops_per_s: float) -> float:
     """Return the seconds of encoding some rows to the nearest, and of each site's factor and its products."""
     names = {format.name: format for storage in storages for format in storage.formats}
-    speeds = {name: _encode_nanoseconds("rtn", format, job, SAMPLED_ROWS) for name, format in names.items()}
+    speeds = {name: _encode_nanoseconds("rtn", format, effort, SAMPLED_ROWS) for name, format in names.items()}
     seconds = 0.0
     for storage in storages:
         for group in storage.groups:
@@ -138,29 +141,31 @@ def _prediction(storages: list[Storage], job: Job, flops_per_s: float) -> float:
     return seconds + (2 / 3 / FACTOR_SHARE + 2 / 3) * factors / flops_per_s
 
 
-def _encoding(decisions: list[Decision], job: Job, flops_per_s: float) -> float:
+def _encoding(decisions: list[Decision], effort: Effort, flops_per_s: float) -> float:
     """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
     kinds = {(decision.method, decision.format.name): decision for decision in decisions}
-    speeds = {kind: _encode_nanoseconds(decision.method, decision.format, job) for kind, decision in kinds.items()}
+    speeds = {kind: _encode_nanoseconds(decision.method, decision.format, effort) for kind, decision in kinds.items()}
     seconds = 0.0
     for decision in decisions:
         size, columns = decision.group.size, decision.group.columns
-        feedback = decision.method != "rtn"
-        sweeps = job.effort_level.sweeps if feedback else 0
+        feedback = method_kind(decision.method).error_feedback
+        sweeps = effort.sweeps if feedback else 0
         own = size * 1e-9 * speeds[decision.method, decision.format.name]
         own += (4.0 * (1 + sweeps) * size * columns + feedback * 2 / 3 * columns**3 / FACTOR_SHARE) / flops_per_s
         seconds += own * (TIMES_WITH_FACTORS if decision.low_rank else 1)
     return seconds
 
 
-def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: float) -> float:
+def _correcting(
+    resolved: ResolvedJob, decisions: list[Decision], layer_flops_per_s: float, flops_per_s: float
+) -> float:
     """Return the seconds of two models side by side through the layers, and of their difference at each site."""
-    if not propagates_errors(job.effort_level, planned.decisions):
+    if not propagates_errors(resolved.effort, decisions):
         return 0.0
-    model, hidden = planned.model, planned.model.architecture.hidden
+    model, hidden = resolved.model, resolved.model.architecture.hidden
     layers = [group for group in model.groups() if group.layer is not None]
     sites = {group.site: group for group in layers}
-    tokens = job.effort_level.calibration_windows * job.window
+    tokens = resolved.effort.calibration_windows * resolved.job.window
     models = 2 * sum(group.size for group in layers)
     moments = sum(
         (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.role in ("o", "down"))
@@ -170,7 +175,7 @@ def _correcting(planned: Plan, job: Job, layer_flops_per_s: float, flops_per_s: 
     return 2.0 * tokens * (models + moments) / layer_flops_per_s + factors / FACTOR_SHARE / flops_per_s
 
 
-def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int = PROBE_ROWS) -> float:
+def _encode_nanoseconds(method: str, format: WeightFormat, effort: Effort, rows: int = PROBE_ROWS) -> float:
     """Return the time a weight takes to be encoded, decoded and digested, measured on random weights.
 
     What a call takes by itself is shared by as many rows as it is given: it is most of the time where they are few.
@@ -186,7 +191,7 @@ def _encode_nanoseconds(method: str, format: WeightFormat, job: Job, rows: int =
     site = Site(second_moment, second_moment, 0.0, np.ascontiguousarray(second_moment.diagonal()), {})
 
     def encode() -> None:
-        planned = load_method(method, job.effort_level).encode(weight, format, site).planned
+        planned = load_method(method, effort).encode(weight, format, site).planned
         weights_digest(planned)
         relative_error(weight, planned, None)
 

@@ -25,15 +25,16 @@ QUICK_TYPE = "Q8_0"
 VERSION = 2
 
 
-def sampled_windows(job: Job, model: Model, tokenizer: ModelTokenizer, progress: Progress) -> tuple[Windows, Windows]:
-    """Return calibration and evaluation windows, different sequences of one seeded sampling."""
-    count = job.effort_level.calibration_windows + job.evaluation_windows
+def sampled_windows(
+    job: Job, windows: int, model: Model, tokenizer: ModelTokenizer, progress: Progress
+) -> tuple[Windows, Windows]:
+    """Return so many calibration windows and the evaluation windows, different sequences of one seeded sampling."""
+    count = windows + job.evaluation_windows
     decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
     key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
     tokens = kept(path, ARRAY, lambda: _sample(model, starts(tokenizer, count, job.seed), job, progress))
-    split = job.effort_level.calibration_windows
-    return Windows.of(tokens[:split], "self-sampled", 0), Windows.of(tokens[split:], "self-sampled", 0)
+    return Windows.of(tokens[:windows], "self-sampled", 0), Windows.of(tokens[windows:], "self-sampled", 0)
 
 
 def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from exporter.compress.caldera import Alternation, Part
 from exporter.compress.compressed import with_factors
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
-from exporter.model.model import Model
-from exporter.plan.step import EncodingStep
-from exporter.targets.target import Target, base_format, low_rank
+from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.targets.target import base_format, low_rank
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 CODES = "ldlq"
@@ -28,11 +27,11 @@ class Caldera(EncodingStep):
         factor_bits: Of a weight of L and R.
         roles: Matrices that get factors.
         embedding_bits: Of embedding and head, which get none.
-        turns_of_each: How often Q and the factors have their turn.
+        iterations: How often each of Q and the factors is fitted.
         first: Which of them comes first. Factors of what Q has lost do better than factors of the whole matrix (0.033
             against 0.038 nats beside Q4_0, 0.74 against 0.76 beside 2 bits), and what they multiply rounds more finely.
         outliers: Columns of the largest inputs that the factors begin with (Cho et al. 2025, ODLRI).
-        downdate: While Q is chosen, leave to the factors what they can mend.
+        downdate: Exclude from Q's loss the directions that the factors can represent.
     """
 
     method: Literal["caldera"]
@@ -41,7 +40,7 @@ class Caldera(EncodingStep):
     factor_bits: Literal[4, 8, 16] = 4
     roles: tuple[Role, ...] = Field(default=get_args(Role), strict=False, min_length=1)
     embedding_bits: Annotated[int, Field(ge=1, le=8)] = 8
-    turns_of_each: Annotated[int, Field(ge=1, le=20)] = 2
+    iterations: Annotated[int, Field(ge=1, le=20)] = 2
     first: Literal["factors", "matrix"] = "matrix"
     outliers: Annotated[int, Field(ge=0, le=4096)] = 0
     downdate: bool = False
@@ -50,7 +49,7 @@ class Caldera(EncodingStep):
     def alternation(self) -> Alternation:
         """How matrices and their factors alternate."""
         order: tuple[Part, Part] = ("LR", "Q") if self.first == "factors" else ("Q", "LR")
-        return Alternation(order, self.turns_of_each, outliers=self.outliers, downdate=self.downdate)
+        return Alternation(order, self.iterations, outliers=self.outliers, downdate=self.downdate)
 
     @model_validator(mode="after")
     def _keeps_its_outliers(self) -> Self:
@@ -60,8 +59,9 @@ class Caldera(EncodingStep):
             raise impossible("factors that come first forget the outliers", 'first = "factors"', 'first = "matrix"')
         return self
 
-    def decide(self, model: Model, target: Target) -> list[Decision]:
+    def draft(self, task: EncodingTask) -> Draft:
         """Return the formats of Q and of embedding and head, and the factors."""
+        model, target = task.model, task.target
         factors = low_rank(target, self.rank, self.factor_bits)
         inner = {group.columns for group in model.groups() if group.layer is not None}
         outer = {group.columns for group in model.groups() if group.layer is None}
@@ -70,7 +70,7 @@ class Caldera(EncodingStep):
             Decision(group, CODES, table if group.layer is None else matrix, f"{self.method} by the recipe")
             for group in model.groups()
         ]
-        return with_factors(decisions, factors, self.roles)
+        return Draft(with_factors(decisions, factors, self.roles))
 
 
 STEP = Caldera

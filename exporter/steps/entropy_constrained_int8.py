@@ -20,8 +20,8 @@ from exporter.compress.methods.entropy_constrained_int8 import DEFAULT_BITS, in_
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
-from exporter.plan.step import CodedBits, CodedStep
-from exporter.targets.target import Target, low_rank
+from exporter.plan.step import CodedBits, CodedStep, Draft, EncodingTask
+from exporter.targets.target import low_rank
 
 # A weight beside factors; fewer are not worth a code.
 LEAST_BITS = 1.0
@@ -45,12 +45,12 @@ class TargetRate(CodedStep):
         """Factors come first: what they take of a matrix, its codes need not tell."""
         return Alternation(("LR", "Q"))
 
-    def decide(self, model: Model, target: Target) -> list[Decision]:
+    def draft(self, task: EncodingTask) -> Draft:
         """Return the target's 8 bits for every matrix, and the factors."""
-        decisions = super().decide(model, target)
+        draft = super().draft(task)
         if self.rank is None:
-            return decisions
-        decisions = with_factors(decisions, low_rank(target, self.rank, self.factor_bits))
+            return draft
+        decisions = with_factors(draft.decisions, low_rank(task.target, self.rank, self.factor_bits))
         if self._left(decisions) < LEAST_BITS:
             raise RequestError(
                 "the factors leave the matrices too few bits",
@@ -58,7 +58,7 @@ class TargetRate(CodedStep):
                 expected=f"{LEAST_BITS} or more",
                 next_step="choose a smaller rank or more bits",
             )
-        return decisions
+        return Draft(decisions)
 
     def _left(self, decisions: Sequence[Decision]) -> float:
         """Return the bits a weight that factors leave."""

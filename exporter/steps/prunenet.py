@@ -4,14 +4,14 @@ The published system (Sengupta et al. 2025); see `exporter.compress.prunenet`.
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from exporter.calibrate.layer_stream import Progress
 from exporter.compress import prunenet
 from exporter.compress.prune import repair
-from exporter.foundation.config_files import impossible
+from exporter.foundation.config_files import impossible, shown
 from exporter.model.model import Model
 from exporter.plan.step import Observe, PruningStep, Work, repair_work
 
@@ -46,23 +46,21 @@ class PruneNet(PruningStep):
         policy = prunenet.learned(model, self._options(), progress)
         statistics = observe(model) if self._observes else None
         if statistics is not None and self.repair:
-            kept = policy.kept(model, self.widths(model), statistics, self._choices)
+            kept = policy.kept(model, self.widths(model), statistics, self.draws)
             return repair(model, statistics, kept).model
-        return prunenet.prune(model, policy, self.ratio, self.multiple, statistics, self._choices).model
+        return prunenet.prune(model, policy, self.ratio, self.multiple, statistics, self.draws).model
 
-    @model_validator(mode="after")
-    def _draws_once_as_published(self) -> Self:
-        if self.published and "draws" in self.model_fields_set:
-            raise impossible("the published form draws one mask", f"draws = {self.draws}", "one of the two options")
-        return self
-
-    @property
-    def _choices(self) -> int:
-        return 0 if self.published else self.draws
+    @model_validator(mode="before")
+    @classmethod
+    def _draws_once_as_published(cls, table: dict[str, Any]) -> dict[str, Any]:
+        published = table.get("published") is True
+        if published and table.get("draws", 0) != 0:
+            raise impossible("the published form draws one mask", f"draws = {shown(table['draws'])}", "draws = 0")
+        return {**table, "draws": 0} if published else table
 
     @property
     def _observes(self) -> bool:
-        return self.repair or self._choices > 0
+        return self.repair or self.draws > 0
 
     def _options(self) -> prunenet.PruneNetOptions:
         options = prunenet.PUBLISHED if self.published else prunenet.PruneNetOptions()
@@ -76,8 +74,8 @@ class PruneNet(PruningStep):
             2 * width * shape.hidden**2 + EIGENVALUES * shape.hidden**3 for width in shape.intermediate
         )
         held = 4 * shape.hidden * sum(shape.intermediate) + 2 * 8 * shape.hidden * max(shape.intermediate)
-        if self._choices:
-            operations += sum(2 * width**2 * (shape.hidden + self._choices) for width in shape.intermediate)
+        if self.draws:
+            operations += sum(2 * width**2 * (shape.hidden + self.draws) for width in shape.intermediate)
         repairing = repair_work(shape)
         if self._observes:
             held = max(held, repairing.peak_bytes)

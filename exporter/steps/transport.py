@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from exporter.coding.chunk import Profile
+from exporter.coding.profiles import Profile
 from exporter.foundation.quantities import Document
 
 

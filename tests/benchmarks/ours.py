@@ -6,7 +6,7 @@ from pathlib import Path
 from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.compress.allocate import Choice, Limits, Storage, predict
+from exporter.compress.allocate import Choice, Limits, Storage, predicted_choices
 from exporter.compress.compressed import CompressedModel, propagation_text
 from exporter.compress.effort import effort
 from exporter.compress.method import load_method
@@ -59,9 +59,11 @@ class Exporter:
         self._rewritten = self._target.rewritten(model, statistics, usual)
         self._storages = self._target.storages(model)
         self._method = load_method(self._target.default_method, self._effort)
-        self._choices = predict(self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent)
-        met = collect(model, evaluation.spread(self._effort.prediction_windows), SEED, silent)
-        self._elsewhere = EvaluationStatistics(self._rewritten.statistics, self._rewritten.of(met))
+        self._choices = predicted_choices(
+            self._rewritten.model, self._storages, self._method, self._rewritten.statistics, silent
+        )
+        seen = collect(model, evaluation.spread(self._effort.prediction_windows), SEED, silent)
+        self._on_evaluation = EvaluationStatistics(self._rewritten.statistics, self._rewritten.of(seen))
 
     def made(self, max_file_bytes: int, folder: Path, embedding: str | None = None, prefer: str = "balanced") -> Ours:
         """Make an artifact of no more bytes; `embedding` names the only format that the embedding may have."""
@@ -100,7 +102,7 @@ class Exporter:
         )
         artifact = self._target.lower(compressed, "allocated", folder)
         taken = [Storage.of(one) for one in ordered]
-        predicted = predict(self._rewritten.model, taken, self._method, self._elsewhere, silent)
+        predicted = predicted_choices(self._rewritten.model, taken, self._method, self._on_evaluation, silent)
         return Ours(artifact, sum(choice.kl for (choice,) in predicted))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import file_windows, spread_windows
-from exporter.compress.allocate import Choice, Limits, allocate, predict
+from exporter.compress.allocate import Choice, Limits, allocate, predicted_choices
 from exporter.compress.compressed import CompressedModel, with_factors
 from exporter.compress.effort import effort
 from exporter.compress.method import load_method
@@ -89,7 +89,9 @@ class Bench:
         made, method = load_target(target), load_method("ldlq", effort("balanced"))
         storages = [one for one in made.storages(self.model) if one.groups[0].layer is not None]
         if target not in self._choices:
-            self._choices[target] = predict(self.model, storages, method, self._statistics, lambda done, total: None)
+            self._choices[target] = predicted_choices(
+                self.model, storages, method, self._statistics, lambda done, total: None
+            )
         room = bits / 8 * sum(group.size for group in self._groups())
         best = allocate(self._choices[target], Limits(bytes=room))
         assert best is not None

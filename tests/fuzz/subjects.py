@@ -43,8 +43,8 @@ from exporter.model.model import Model
 from exporter.model.sources import load_config, open_model
 from exporter.model.tokenizer import load_tokenizer, try_tokenizer
 from exporter.plan.job import Job
-from exporter.plan.plan import make_plan
 from exporter.plan.recipe import load_recipe, recipe_names
+from exporter.plan.resolve import resolve
 from exporter.report.data import canonical_json
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
@@ -330,7 +330,7 @@ def _unpacked(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
 def _planned(model: Model, target: str = "onnx") -> bool:
     """Plan for a model and read its tensors."""
     load_target("gguf").carried(model)
-    make_plan(model, Job("model", DEVICE, target, "int8", context=64))
+    resolve(Job("model", DEVICE, target, "int8", context=64), model).draft()
     for name in model.tensors.shapes():
         model.read(name)
     return True
@@ -506,7 +506,7 @@ def recipes(folder: Path) -> Attempt:
     def use(model: Model) -> bool:
         load_recipe(str(path))
         job = Job("model", DEVICE, "onnx", context=64, recipe=str(path))
-        make_plan(model, job)
+        resolve(job, model).draft()
         return True
 
     def attempt(chance: Random) -> bool:

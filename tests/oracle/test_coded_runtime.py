@@ -8,8 +8,8 @@ import pytest
 
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.coding.chunk import Profile
 from exporter.coding.container import PROFILES, SUFFIX, code_file
+from exporter.coding.profiles import Profile
 from exporter.compress.compressed import CompressedModel
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model

@@ -11,7 +11,7 @@ from exporter.foundation.errors import InputError, RequestError
 from exporter.model.config_keys import key_table
 from exporter.model.sources import open_model
 from exporter.plan.job import Job
-from exporter.plan.plan import make_plan
+from exporter.plan.resolve import resolve
 from tests.folders import edit, float_kl, transformers_logits
 from tests.models import tiny_model
 
@@ -86,7 +86,7 @@ def test_what_a_runtime_lacks_is_refused_at_plan(
     monkeypatch.setattr("exporter.model.architecture.Architecture.check_shapes", lambda *_: None)
     folder = made(tmp_path / "model", family, changes)
     with open_model(str(folder)) as model, pytest.raises(RequestError, match=match):
-        make_plan(model, Job(str(folder), "raspberry-pi-5", target, context=64))
+        resolve(Job(str(folder), "raspberry-pi-5", target, context=64), model).draft()
 
 
 @pytest.mark.parametrize(

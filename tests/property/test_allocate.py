@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
 from exporter.formats.ggml import ggml_format
-from exporter.plan.budget import PREFERENCES, SPEED_KL, Budget, chosen
+from exporter.plan.budget import SPEED_KL, Budget, chosen
+from exporter.plan.resolve import PREFERENCES
 from exporter.predict.roofline import Cpu
 from exporter.targets.target import load_target
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from exporter.coding import ans, chunk
 from exporter.coding.byte_reader import Reading
-from exporter.coding.chunk import Profile, decode, encode
+from exporter.coding.chunk import decode, encode
 from exporter.coding.container import PROFILES, code_file, original_of, restore_file
 from exporter.coding.huffman import huffman_bytes, read_huffman
 from exporter.coding.layout import ANYTHING, CODES, NUMBERS, Field, FileSection, Part
+from exporter.coding.profiles import Profile
 from exporter.coding.tables import PRECISION, TOTAL, counts_of, entropy_bits, read_table, shares_of, table_bytes
 from exporter.foundation.errors import InputError, RequestError
 

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows, file_windows
 from exporter.child.process import Child
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.effort import effort
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.budget import decide_within, feasible_budget
 from exporter.plan.job import Job
-from exporter.plan.plan import make_plan
+from exporter.plan.resolve import resolve
 from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.quantise import quantise
@@ -103,9 +103,8 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
     job = Job(str(folder), "raspberry-pi-5", target, effort="fast", max_file_bytes=stock.file_bytes, prefer="accuracy")
-    budget = feasible_budget(job, make_plan(model, job))
-    assert budget is not None
-    decisions, _ = decide_within(budget, job, model, "ldlq", statistics, lambda stage, done, total: None)
+    draft = resolve(job, model).draft()
+    decisions, _ = draft.decided(Rewritten(model, statistics), lambda done, total: None)
     (tmp_path / "ours").mkdir()
     ours = made.lower(CompressedModel(model, decisions, statistics, EFFORT), "allocated", tmp_path / "ours")
     assert ours.file_bytes <= stock.file_bytes

@@ -11,16 +11,21 @@ import pytest
 
 from exporter import pipeline
 from exporter.bench.profile import format_of
+from exporter.calibrate.evaluation_statistics import EvaluationStatistics
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.compress.allocate import Choice, Limits, Storage
+from exporter.compress.allocate import Choice, Limits, Storage, with_predicted_kl
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.effort import EFFORTS
 from exporter.formats.ggml import ggml_format
+from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
-from exporter.foundation.progress import silent
 from exporter.model.sources import open_model
-from exporter.plan.budget import Budget, cost_of_speed, predict_decisions
+from exporter.plan.budget import Budget, cost_of_speed
 from exporter.plan.job import Job
+from exporter.plan.outline import needs_of
+from exporter.plan.step import Draft
 from exporter.predict.roofline import Cpu
 from exporter.predict.workload import format_family
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
@@ -28,6 +33,12 @@ from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
+
+
+def budget_of(draft: Draft) -> Budget:
+    budget = vars(draft)["budget"]
+    assert isinstance(budget, Budget)
+    return budget
 
 
 @pytest.fixture
@@ -69,7 +80,7 @@ def test_a_budget_is_kept_and_spent(
     # No matrix of this model is so large that a step of its format is more than a tenth of the budget.
     assert matrices > spent * (most - fixed)
     assert len({row.format for row in bundle.report.tensors}) > 1
-    assert all("predicted to add KL" in row.reason for row in bundle.report.tensors)
+    assert all((row.calibration_kl or 0) > 0 and (row.evaluation_kl or 0) > 0 for row in bundle.report.tensors)
     assert bundle.report.recipe.scheme == f"at most {most:,} bytes{named}"
     # What a measurement is written down as must be a format that a prediction knows.
     assert format_family(format_of(bundle.report))
@@ -80,8 +91,7 @@ def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[...,
     for index, bits in enumerate((14.0, 16.0, 18.0)):
         made = pipeline.build(Job(**{**vars(job(target="gguf", bits=bits)), "output": tmp_path / str(index)}))
         assert made.report.size.bits_per_weight.value <= bits
-        found = [re.search(r"KL (\S+) for", row.reason) for row in made.report.tensors]
-        predicted.append(sum(float(one.group(1)) for one in found if one))
+        predicted.append(sum(row.calibration_kl or 0.0 for row in made.report.tensors))
     assert predicted == sorted(predicted, reverse=True)
 
 
@@ -111,21 +121,19 @@ def test_limits_of_time_are_kept_with_those_of_bytes_and_refused_where_they_cann
 ) -> None:
     with open_model(job().source) as model:
         most = load_target(target).fixed_bytes(model) + int(0.9 * model.architecture.parameters)
-        planned, budget = pipeline.planned_within(job(target=target, max_file_bytes=most), model)
-        assert budget is not None
-        free = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in planned.decisions]
+        resolved, draft = pipeline.drafted(job(target=target, max_file_bytes=most), model)
+        budget = budget_of(draft)
+        free = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in draft.decisions]
         rate = 1.3 / sum(choice.decode_s for choice in free)
-        quick, limited = pipeline.planned_within(
-            job(target=target, max_file_bytes=most, min_decode_tokens_per_s=rate), model
-        )
-        assert limited is not None and quick.file_bytes < planned.file_bytes
+        limited, quick = pipeline.drafted(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=rate), model)
+        assert needs_of(limited, quick.decisions).file < needs_of(resolved, draft.decisions).file
         timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in quick.decisions]
         assert sum(choice.decode_s for choice in timed) <= 1 / rate
-        assert re.fullmatch(r"at most [\d,]+ bytes, at least [\d,.]+ tokens/s decoded \(estimated\)", limited.scheme)
+        assert re.fullmatch(r"at most [\d,]+ bytes, at least [\d,.]+ tokens/s decoded \(estimated\)", quick.scheme)
         with pytest.raises(RequestError, match=r"got at most .*, expected at least \S+ tokens/s decoded") as refused:
-            pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=1e9), model)
+            pipeline.drafted(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=1e9), model)
         named = float(re.search(r"expected at least (\S+) tokens/s", str(refused.value)).group(1).replace(",", ""))  # type: ignore[union-attr]
-        pipeline.planned_within(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=0.999 * named), model)
+        pipeline.drafted(job(target=target, max_file_bytes=most, min_decode_tokens_per_s=0.999 * named), model)
 
 
 def test_what_the_speed_costs_is_said_where_it_is_much() -> None:
@@ -157,16 +165,16 @@ def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> No
         most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.architecture.parameters)
         seconds = {}
         for prefer in ("balanced", "accuracy", "speed"):
-            planned, budget = pipeline.planned_within(job(target="gguf", max_file_bytes=most, prefer=prefer), model)
-            assert budget is not None
-            timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in planned.decisions]
+            _, draft = pipeline.drafted(job(target="gguf", max_file_bytes=most, prefer=prefer), model)
+            budget = budget_of(draft)
+            timed = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in draft.decisions]
             seconds[prefer] = sum(512 * choice.prefill_s + 128 * choice.decode_s for choice in timed)
             if prefer == "balanced":
                 assert sum(choice.decode_s for choice in timed) <= budget.no_slower_than_stock.decode_s < inf
                 assert sum(choice.prefill_s for choice in timed) <= budget.no_slower_than_stock.prefill_s < inf
         assert seconds["speed"] < min(seconds["accuracy"], seconds["balanced"])
         # Without a budget, the file may be as large as that of the default type.
-        assert pipeline.planned_within(job(target="gguf", prefer="speed"), model)[1] is not None
+        assert pipeline.drafted(job(target="gguf", prefer="speed"), model)[1].most_file_bytes < inf
     with pytest.raises(RequestError, match=r"unknown preference 'sped'; .*'speed'"):
         pipeline.plan(job(prefer="sped"))
 
@@ -198,19 +206,24 @@ def test_an_unknown_effort_is_refused_before_any_work(job: Callable[..., Job]) -
             start(job(effort="bold"))
 
 
-def test_each_matrix_is_predicted_by_its_own_method(job: Callable[..., Job]) -> None:
-    asked, target = job(), load_target("gguf")
-    tokens = np.random.default_rng(0).integers(2, 200, (4, 48))
-    with open_model(asked.source) as model:
-        statistics = collect(model, Windows.of(tokens, "file", 0), 0, lambda done, total: None)
-        by_method = {
-            method: predict_decisions(target.decide(model, "Q4_0", method), asked, model, statistics, silent)
-            for method in ("rtn", "ldlq")
-        }
-        mixed = [by_method["rtn" if at % 2 else "ldlq"][at] for at in range(len(by_method["rtn"]))]
-        again = predict_decisions([replace(one, predicted_kl=None) for one in mixed], asked, model, statistics, silent)
-    assert [one.predicted_kl for one in again] == [one.predicted_kl for one in mixed]
-    assert by_method["rtn"][1].predicted_kl != by_method["ldlq"][1].predicted_kl
+def test_each_matrix_is_predicted_by_its_own_method_on_both_texts(job: Callable[..., Job]) -> None:
+    target, effort = load_target("gguf"), EFFORTS["balanced"]
+    tokens = np.random.default_rng(0).integers(2, 200, (8, 48))
+    with open_model(job().source) as model:
+        one, other = (collect(model, Windows.of(some, "file", 0), 0, silent) for some in (tokens[:4], tokens[4:]))
+        given, on_other = Rewritten(model, one), EvaluationStatistics(one, other)
+
+        def predicted(decisions: list[Decision]) -> list[tuple[float | None, float | None]]:
+            made = with_predicted_kl(decisions, given, on_other, effort, {}, silent)
+            return [(decision.calibration_kl, decision.predicted_kl) for decision in made]
+
+        decided = {method: target.decide(model, "Q4_0", method) for method in ("rtn", "ldlq")}
+        mixed = [decided["rtn" if at % 2 else "ldlq"][at] for at in range(len(decided["rtn"]))]
+        rtn, ldlq, both = (predicted(some) for some in (decided["rtn"], decided["ldlq"], mixed))
+    assert both == [(rtn if at % 2 else ldlq)[at] for at in range(len(rtn))]
+    assert rtn[1] != ldlq[1]
+    # The texts differ, so what the same error costs does.
+    assert all(first != second for first, second in ldlq)
 
 
 @pytest.mark.parametrize("context", [64, 128, 4096])

@@ -191,4 +191,4 @@ def test_a_plan_within_limits_is_one_json_document(world: Path) -> None:
     limits = ("--bits", "30", "--min-decode", "10", "--prefer", "speed")
     planned = cli(world, "plan", "model", "--device", "raspberry-pi-5", "--target", "gguf", *limits, "--json")
     assert planned.returncode == 0, planned.stderr
-    assert "10.0 tokens/s decoded (estimated), speed preferred" in json.loads(planned.stdout)["type"]
+    assert "10.0 tokens/s decoded (estimated), speed preferred" in json.loads(planned.stdout)["scheme"]

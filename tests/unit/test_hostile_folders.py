@@ -13,7 +13,7 @@ import pytest
 from exporter.foundation.errors import ExporterError
 from exporter.model.sources import open_model
 from exporter.plan.job import Job
-from exporter.plan.plan import make_plan
+from exporter.plan.resolve import resolve
 from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
 
@@ -55,7 +55,7 @@ def ends_in_a_sentence(folder: Path) -> bool:
         with open_model(str(folder)) as model:
             # The plan for GGUF asks llama.cpp in a child process, which takes a second.
             load_target("gguf").carried(model)
-            make_plan(model, Job(str(folder), "raspberry-pi-5", "onnx", "int8", context=64))
+            resolve(Job(str(folder), "raspberry-pi-5", "onnx", "int8", context=64), model).draft()
     except ExporterError as error:
         assert error.exit_code in (2, 3), error
         assert len(str(error)) < 2000

@@ -11,10 +11,11 @@ import pytest
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
+from exporter.compress.effort import effort
 from exporter.model.sources import open_model
 from exporter.plan.build_footprint import build_peak_bytes, cache_bytes
 from exporter.plan.job import Job
-from exporter.plan.recipe import NO_RECIPE
+from exporter.plan.recipe import Recipe
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 
@@ -33,6 +34,10 @@ print(resident_bytes() - before)
 """
 
 
+def recipe(level: str = "balanced", **spends: int) -> Recipe:
+    return Recipe(None, "nothing", (), level, replace(effort(level), **spends))
+
+
 def left_after_freeing(giving_back: bool) -> int:
     command = [sys.executable, "-c", FREED, str(giving_back)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -44,17 +49,17 @@ def test_freed_blocks_are_kept_until_they_are_given_back() -> None:
     assert left_after_freeing(True) < 32 << 20
 
 
-def test_the_cache_of_statistics_is_as_large_as_foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_statistics_is_as_large_as_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     text = Path("text")
-    job = Job("model", "device", calibration=text, evaluation=text, window=16, calibration_windows=4)
+    job = Job("model", "device", calibration=text, evaluation=text, window=16)
     windows = Windows.of(np.random.default_rng(0).integers(0, 300, (6, 16)), "file", 0)
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
         for count in (4, 6):
             collect(model, windows.spread(count), 0, silent)
-        predicted, hidden = cache_bytes(model, job, NO_RECIPE), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
-        parameters = model.architecture.parameters
-        assert cache_bytes(model, replace(job, evaluation=None), NO_RECIPE) == predicted + 34 * parameters // 32
+        predicted, hidden = cache_bytes(model, job, recipe(calibration_windows=4)), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
+        sampled = cache_bytes(model, replace(job, evaluation=None), recipe(calibration_windows=4))
+        assert sampled == predicted + 34 * model.architecture.parameters // 32
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     # Small files stand beside the second moments; hidden states are gone by now.
     assert predicted - hidden <= kept <= 1.1 * (predicted - hidden)
@@ -65,19 +70,19 @@ def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     peaks = []
     for name, hidden, intermediate in (("small", 64, 96), ("wide", 64, 4096), ("large", 128, 8192)):
         with open_model(str(tiny_model(tmp_path / name, hidden=hidden, intermediate=intermediate))) as model:
-            peaks.append(build_peak_bytes(model, job, NO_RECIPE, [], 0, 0))
-            assert build_peak_bytes(model, job, NO_RECIPE, [], 4 << 30, 1 << 30) > 5 << 30
+            peaks.append(build_peak_bytes(model, job, recipe(), [], 0, 0))
+            assert build_peak_bytes(model, job, recipe(), [], 4 << 30, 1 << 30) > 5 << 30
     assert sorted(peaks) == peaks
     # Two second moments of the widest site in float32, and their sums beside it.
     assert peaks[2] - peaks[0] > 2 * 4 * 8192**2
 
 
 def test_memory_of_correction_counts_where_matrices_are_corrected(tmp_path: Path) -> None:
-    job = Job("model", "device", effort="max", evaluation_windows=1)
+    job = Job("model", "device", evaluation_windows=1)
     target = load_target("gguf")
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=768))) as model:
         peaks = {
-            name: build_peak_bytes(model, job, NO_RECIPE, target.decide(model, *name), 0, 0)
+            name: build_peak_bytes(model, job, recipe("max"), target.decide(model, *name), 0, 0)
             for name in (("Q4_0", "ldlq"), ("Q4_0", "rtn"), ("F16", "ldlq"))
         }
     assert peaks["Q4_0", "ldlq"] > peaks["Q4_0", "rtn"] == peaks["F16", "ldlq"]

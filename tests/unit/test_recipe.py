@@ -9,15 +9,18 @@ import pytest
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.caldera import Alternation
+from exporter.device.profile import load_device
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.foundation.quantities import Quantity
 from exporter.model.families import FAMILIES
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.pipeline import planned_within
+from exporter.pipeline import drafted
 from exporter.plan.job import Job
-from exporter.plan.plan import Plan
+from exporter.plan.outline import needs_of, pruning
 from exporter.plan.recipe import load_recipe, recipe_names
+from exporter.plan.resolve import ResolvedJob
+from exporter.plan.step import Draft, EncodingTask
 from exporter.report import figures
 from exporter.targets.target import load_target
 from tests.models import tiny_model
@@ -46,9 +49,9 @@ def test_every_named_recipe_loads() -> None:
 
 
 def test_a_users_own_recipe(tmp_path: Path) -> None:
-    made = load_recipe(str(recipe(tmp_path, GOOD + 'first = "matrix"\nturns_of_each = 3\n')))
+    made = load_recipe(str(recipe(tmp_path, GOOD + 'first = "matrix"\niterations = 3\n')))
     assert (made.name, made.title) == ("mine", "Two bits and factors")
-    assert made.alternation == Alternation(("Q", "LR"), 3)
+    assert made.encoding is not None and made.encoding.alternation == Alternation(("Q", "LR"), 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_a_users_own_recipe(tmp_path: Path) -> None:
         (
             'method = "caldera"',
             "",
-            r"step 1: a step must name its method; got None, expected one of caldera, double, prune",
+            r"step 1: a step must name its method; got None, expected one of allocate, caldera, coarse-int8, ",
         ),
         ("rank = 32", "ranks = 32", r"step 1: unknown key 'ranks'; did you mean 'rank'\?"),
         ("rank = 32", "rank = 0", r"step 1: rank: the value is wrong; got 0"),
@@ -98,7 +101,8 @@ def test_matrices_get_the_fewest_bits_and_factors_and_the_embedding_eight(tmp_pa
     made = load_recipe(str(recipe(tmp_path, GOOD)))
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         assert made.encoding is not None
-        decisions = made.encoding.decide(model, load_target(target))
+        task = EncodingTask(model, model, load_device("galaxy-s24-ultra"), load_target(target), made.spends)
+        decisions = made.encoding.draft(task).decisions
         outer = {one.stored_as for one in decisions if one.group.layer is None}
         inner = {one.stored_as for one in decisions if one.group.layer is not None}
     # The widths are 64 and 96: no type of 256 columns fits, but 2 bits in blocks of 32 do.
@@ -129,20 +133,20 @@ def test_what_cannot_be_carried_is_refused_at_plan_time(
         open_model(str(tiny_model(tmp_path / "model"))) as model,
         pytest.raises(ExporterError, match=message),
     ):
-        planned_within(Job("model", "galaxy-s24-ultra", target, recipe=str(path)), model)
+        drafted(Job("model", "galaxy-s24-ultra", target, recipe=str(path)), model)
 
 
 def test_factors_take_their_share_of_a_rate(tmp_path: Path) -> None:
-    text = GOOD.replace("caldera", "rate")
+    text = GOOD.replace("caldera", "entropy-constrained-int8")
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=512))) as model:
         job = Job("model", "galaxy-s24-ultra", "onnx", recipe=str(recipe(tmp_path, text + "bits = 5.0\n")))
-        planned, _ = planned_within(job, model)
-        assert {one.stored_as for one in planned.decisions} == {"int8-b32", "int8-b32+r32-int8-b32"}
+        _, draft = drafted(job, model)
+        assert {one.stored_as for one in draft.decisions} == {"int8-b32", "int8-b32+r32-int8-b32"}
         few = Job("model", "galaxy-s24-ultra", "onnx", recipe=str(recipe(tmp_path, text + "bits = 2.0\n")))
         with pytest.raises(
             RequestError, match=r"the factors leave the matrices too few bits; got 0\.\d\d of 2 beside "
         ):
-            planned_within(few, model)
+            drafted(few, model)
 
 
 PRUNED = """
@@ -165,7 +169,7 @@ CODED = GOOD.partition("title")[2].partition("\n")[2]
          r"once; got prunenet, then prune-closed-form; leave one out and choose the ratio of the other"),
         (PRUNED.replace("0.34", "1.5"), r"step 1: ratio: the value is wrong; got 1.5, expected less than 1"),
         (PRUNED + "sizes = 'equal'", r"step 1: unknown key 'sizes'"),
-        (PRUNED + "published = true\ndraws = 0", r"step 1: the published form draws one mask; got draws = 0"),
+        (PRUNED + "published = true\ndraws = 16", r"step 1: the published form draws one mask; got draws = 16"),
         (PRUNED + "episodes = 0", r"step 1: episodes: the value is wrong; got 0"),
         (PRUNED.replace("prunenet", "prune-closed-form") + "sizes = 'even'", r"expected 'per-layer' or 'equal'"),
     ],
@@ -178,17 +182,20 @@ def test_orders_and_options_that_cannot_be(tmp_path: Path, text: str, message: s
 def test_pruning_may_come_before_what_gives_formats(tmp_path: Path) -> None:
     path = str(recipe(tmp_path, PRUNED + CODED))
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", "gguf", recipe=path), model)
-    assert (planned.scheme, planned.method) == ("recipe mine", "caldera")
-    assert planned.pruning is not None and planned.pruning.widths == (64, 64)
-    assert {one.stored_as for one in planned.decisions} == {"Q8_0", "Q4_0+r32-Q8_0"}
+        resolved, draft = drafted(Job("model", "galaxy-s24-ultra", "gguf", recipe=path), model)
+    assert (resolved.scheme(draft), resolved.encoding.chooses_codes_by) == ("recipe mine", "caldera")
+    pruned = pruning(resolved, draft.decisions)
+    assert pruned is not None and pruned.widths == (64, 64)
+    assert {one.stored_as for one in draft.decisions} == {"Q8_0", "Q4_0+r32-Q8_0"}
 
 
-def planned_with(folder: Path, text: str, family: str = "llama", target: str = "gguf", **more: object) -> Plan:
+def drafted_with(
+    folder: Path, text: str, family: str = "llama", target: str = "gguf", **more: object
+) -> tuple[ResolvedJob, Draft]:
     folder.mkdir(exist_ok=True)
     path = str(recipe(folder, text))
     with open_model(str(tiny_model(folder / "model", family, layers=3))) as model:
-        return planned_within(Job("model", "galaxy-s24-ultra", target, recipe=path, **more), model)[0]  # type: ignore[arg-type]
+        return drafted(Job("model", "galaxy-s24-ultra", target, recipe=path, **more), model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -204,11 +211,12 @@ def planned_with(folder: Path, text: str, family: str = "llama", target: str = "
 def test_without_a_step_that_gives_formats_the_job_does(
     tmp_path: Path, target: str, more: dict[str, object], scheme: str, method: str
 ) -> None:
-    planned = planned_with(tmp_path, PRUNED, "llama", target, **more)
-    assert (planned.scheme, planned.method) == (scheme, method)
-    assert planned.pruning is not None
-    assert planned.pruning.removed == Quantity(value=1 - 192 / 288, unit="fraction", basis="estimated")
-    assert {one.group.rows for one in planned.decisions if one.group.role in ("gate", "up")} == {64}
+    resolved, draft = drafted_with(tmp_path, PRUNED, "llama", target, **more)
+    assert (resolved.scheme(draft), resolved.encoding.chooses_codes_by) == (scheme, method)
+    pruned = pruning(resolved, draft.decisions)
+    assert pruned is not None
+    assert pruned.removed == Quantity(value=1 - 192 / 288, unit="fraction", basis="estimated")
+    assert {one.group.rows for one in draft.decisions if one.group.role in ("gate", "up")} == {64}
 
 
 @pytest.mark.parametrize(
@@ -224,11 +232,12 @@ def test_the_plan_says_how_the_files_hold_the_widths(
     tmp_path: Path, family: str, target: str, sizes: str, widths: tuple[int, ...], carried: str, zeros: bool
 ) -> None:
     text = PRUNED.replace('"prunenet"', f'"prune-closed-form"\nsizes = "{sizes}"')
-    pruning = planned_with(tmp_path, text, family, target).pruning
-    assert pruning is not None and pruning.widths == widths
-    assert carried in pruning.carried
-    assert (pruning.zero_bytes.value > 0) is zeros
-    said = figures.pruned(pruning)
+    resolved, draft = drafted_with(tmp_path, text, family, target)
+    pruned = pruning(resolved, draft.decisions)
+    assert pruned is not None and pruned.widths == widths
+    assert carried in pruned.carried
+    assert (pruned.zero_bytes.value > 0) is zeros
+    said = figures.pruned(pruned)
     assert said.startswith("33.3 % of the feed-forward channels (estimated), ") and ("of zeros" in said) is zeros
 
 
@@ -238,13 +247,13 @@ def test_what_cannot_be_pruned_is_refused_at_plan_time(
 ) -> None:
     text = PRUNED.replace("prunenet", method)
     with pytest.raises(RequestError, match=r"rounds to none of a layer's channels; got 0.01 of 96.* smaller multiple"):
-        planned_with(tmp_path, text.replace("0.34", "0.01"))
-    narrow = planned_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 72"), type="Q8_0")
+        drafted_with(tmp_path, text.replace("0.34", "0.01"))
+    _, narrow = drafted_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 72"), type="Q8_0")
     assert {one.format.name for one in narrow.decisions if one.group.columns == 72} == {"F16"}
     assert all("falls back to F16" in one.reason for one in narrow.decisions if one.group.columns == 72)
     monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"], gated=False))
     with pytest.raises(RequestError, match=r"the feed-forward part of a LlamaForCausalLM is not gated"):
-        planned_with(tmp_path / "third", text)
+        drafted_with(tmp_path / "third", text)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +280,12 @@ def test_prunenet_reads_text_where_something_is_chosen_or_fitted_by_it(
 def test_more_pruning_needs_less_and_more_observing_more(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model", layers=3))) as model:
         plain, quarter, observed = (
-            planned_within(Job("model", "galaxy-s24-ultra", "gguf", recipe=name), model)
+            drafted(Job("model", "galaxy-s24-ultra", "gguf", recipe=name), model)
             for name in (None, str(recipe(tmp_path, PRUNED + "draws = 0")), "prune-closed-form")
         )
-    assert quarter[0].file_bytes < plain[0].file_bytes
-    assert quarter[0].cache_bytes == plain[0].cache_bytes < observed[0].cache_bytes
+        needs = [needs_of(resolved, draft.decisions) for resolved, draft in (plain, quarter, observed)]
+    assert needs[1].file < needs[0].file
+    assert needs[1].cache == needs[0].cache < needs[2].cache
 
 
 @pytest.mark.parametrize("recipe_name", [None, "caldera"])
@@ -285,7 +295,7 @@ def test_nothing_pruned_is_saved_without_pruning(tmp_path: Path, recipe_name: st
         open_model(str(tiny_model(tmp_path / "model"))) as model,
         pytest.raises(RequestError, match=r"--save-pruned: there is no pruned model to save; .* --recipe prunenet"),
     ):
-        planned_within(job, model)
+        drafted(job, model)
 
 
 SHIPPED = """
@@ -305,7 +315,7 @@ TRANSPORT = SHIPPED[SHIPPED.index('[[step]]\nmethod = "transport') :]
 
 def test_files_may_be_coded_last(tmp_path: Path) -> None:
     made = load_recipe(str(recipe(tmp_path, SHIPPED)))
-    assert (made.encoding.method, made.transport) == ("double", "fast")
+    assert made.encoding is not None and (made.encoding.method, made.transport) == ("coarse-int8", "fast")
     assert load_recipe(str(recipe(tmp_path, GOOD))).transport is None
     assert load_recipe(str(recipe(tmp_path, GOOD + TRANSPORT))).transport == "fast"
 
@@ -329,13 +339,13 @@ def test_files_may_be_coded_last(tmp_path: Path) -> None:
         ),
         (
             SHIPPED,
-            SHIPPED.replace("double", "rate") + "[[step]]\nmethod = 'coarse-int8'\n",
-            r"nothing can follow it; got double",
+            SHIPPED.replace("coarse", "entropy-constrained") + "[[step]]\nmethod = 'coarse-int8'\n",
+            r"nothing can follow it; got coarse-int8",
         ),
         (
             '[[step]]\nmethod = "transport',
             "[[step]]\nmethod = 'entropy-constrained-int8'\n[[step]]\nmethod = \"transport",
-            r"double gives",
+            r"coarse-int8 gives",
         ),
     ],
 )
@@ -346,22 +356,24 @@ def test_what_cannot_be_coded_is_one_sentence(tmp_path: Path, old: str, new: str
 
 
 @pytest.mark.parametrize(("target", "format"), [("gguf", "Q8_0"), ("onnx", "int8-b32"), ("onnx-qdq", "int8-channel")])
-@pytest.mark.parametrize("name", ["double", "rate"])
-def test_steps_for_coding_take_the_targets_eight_bits(tmp_path: Path, name: str, target: str, format: str) -> None:
+@pytest.mark.parametrize(("name", "method"), [("double", "coarse-int8"), ("rate", "entropy-constrained-int8")])
+def test_steps_for_coding_take_the_targets_eight_bits(
+    tmp_path: Path, name: str, method: str, target: str, format: str
+) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", target, recipe=name), model)
-    assert {one.stored_as for one in planned.decisions} == {format}
-    assert {one.method for one in planned.decisions} == {name}
-    assert planned.transport == "small"
+        resolved, draft = drafted(Job("model", "galaxy-s24-ultra", target, recipe=name), model)
+    assert {one.stored_as for one in draft.decisions} == {format}
+    assert {one.method for one in draft.decisions} == {method}
+    assert resolved.recipe.transport == "small"
 
 
-def test_coding_is_asked_for_once(tmp_path: Path) -> None:
+def test_coding_is_requested_once(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         job = Job("model", "galaxy-s24-ultra", "gguf", recipe="double", transport="fast")
         with pytest.raises(RequestError, match=r"--transport and the recipe's step transport contradict each other"):
-            planned_within(job, model)
-        planned, _ = planned_within(Job("model", "galaxy-s24-ultra", "gguf", type="Q8_0", transport="fast"), model)
-    assert planned.transport == "fast"
+            drafted(job, model)
+        resolved, _ = drafted(Job("model", "galaxy-s24-ultra", "gguf", type="Q8_0", transport="fast"), model)
+    assert resolved.recipe.transport == "fast"
 
 
 @pytest.mark.parametrize(
@@ -377,4 +389,4 @@ def test_a_recipe_and_what_it_decides_contradict_each_other(tmp_path: Path, more
         open_model(str(tiny_model(tmp_path / "model"))) as model,
         pytest.raises(RequestError, match=r"--recipe and --.* contradict each other"),
     ):
-        planned_within(job, model)
+        drafted(job, model)

@@ -34,7 +34,9 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(
         monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / cache))
         job = Job(str(folder), "pixel-9", seed=seed, window=96, calibration_windows=3, evaluation_windows=2)
         with open_model(str(folder)) as model:
-            calibration, evaluation = sampled_windows(job, model, load_tokenizer(folder), silent)
+            calibration, evaluation = sampled_windows(
+                job, job.calibration_windows or 0, model, load_tokenizer(folder), silent
+            )
         assert calibration.kind == evaluation.kind == "self-sampled"
         assert (calibration.tokens.shape, evaluation.tokens.shape) == ((3, 96), (2, 96))
         return np.concatenate([calibration.tokens, evaluation.tokens])

@@ -52,7 +52,8 @@ class Double:
     roots: Float32 | None = None
     step: float | None = None
     name = "coarse-int8"
-    fits_inputs = False
+    supports_error_propagation = False
+    error_feedback = False
 
     def of_rows(self, rows: NDArray[np.int64]) -> "Double":
         """Return the method for some rows of its matrix."""

@@ -56,7 +56,8 @@ class Rate:
     roots: Float32 | None = None
     step: float | None = None
     name = "entropy-constrained-int8"
-    fits_inputs = False
+    supports_error_propagation = False
+    error_feedback = True
 
     def of_rows(self, rows: NDArray[np.int64]) -> "Rate":
         """Return the method for some rows of its matrix."""

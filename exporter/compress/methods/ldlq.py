@@ -45,7 +45,8 @@ class Ldlq:
     """
 
     name = "ldlq"
-    fits_inputs = True
+    supports_error_propagation = True
+    error_feedback = True
 
     def __init__(self, damping: float = DAMPING, sweeps: int = SWEEPS) -> None:
         self._damping = damping

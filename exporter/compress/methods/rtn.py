@@ -12,7 +12,8 @@ class RoundToNearest:
     """The format's reference quantiser, as the runtime's own tools would use it."""
 
     name = "rtn"
-    fits_inputs = False
+    supports_error_propagation = False
+    error_feedback = False
 
     def require(self, format: WeightFormat) -> None:
         """Refuse nothing: it chooses codes in every format."""

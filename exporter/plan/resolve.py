@@ -1,0 +1,275 @@
+"""From a job to what it works with: the recipe that its options stand for, the profile, the target, the models."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from exporter.calibrate.layer_stream import Progress as StepProgress
+from exporter.calibrate.windows import Windows
+from exporter.compress.awq_scaling import Rewritten
+from exporter.compress.compressed import check_methods
+from exporter.compress.effort import DEFAULT, Effort, effort
+from exporter.device.profile import DeviceProfile, load_device
+from exporter.formats.group import Decision
+from exporter.foundation.errors import InputError, RequestError, did_you_mean
+from exporter.foundation.quantities import Basis, Check
+from exporter.model.model import Model
+from exporter.plan.job import Job
+from exporter.plan.plan import Plan, PlannedMatrix, TextFacts
+from exporter.plan.recipe import Recipe, Table, load_recipe, step_of
+from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.steps.transport import Transport
+from exporter.targets.target import AsStored, Target, load_target
+
+# The context of Llama 3.1 to 3.3: what most models for long texts were made for.
+MOST_POSITIONS_UNASKED = 131_072
+PREFERENCES = ("balanced", "accuracy", "speed")
+
+
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job with everything that its names stand for; reads no weights.
+
+    Attributes:
+        job: What is asked for, with windows no longer than the model's context.
+        recipe: The steps, with one that gives matrices their formats, and every option.
+        original: The source.
+        pruned: What the rewriting steps leave of it: only its shape, until they were run.
+        shape: How the shape of `pruned` is known.
+        stored: `pruned` as the target's files can hold it.
+        device: The profile.
+        target: The target, on that device.
+        text_checks: How the runtime treats the tokenizer and the chat template.
+    """
+
+    job: Job
+    recipe: Recipe
+    original: Model
+    pruned: Model
+    shape: Basis
+    stored: AsStored
+    device: DeviceProfile
+    target: Target
+    text_checks: tuple[Check, ...] = ()
+
+    @property
+    def effort(self) -> Effort:
+        """How much work goes into a smaller loss."""
+        return self.recipe.spends
+
+    @property
+    def model(self) -> Model:
+        """The model whose matrices are encoded."""
+        return self.stored.model
+
+    @property
+    def prediction_windows(self) -> int:
+        """Windows of the evaluation text that the loss of formats is predicted on."""
+        return min(self.job.evaluation_windows, self.effort.prediction_windows)
+
+    @property
+    def encoding(self) -> EncodingStep:
+        """The step that gives every matrix its format."""
+        encoding = self.recipe.encoding
+        assert encoding is not None
+        return encoding
+
+    def draft(self) -> Draft:
+        """Return what is decided before statistics; reads no weights.
+
+        Raises:
+            RequestError: the target or the model cannot hold what the recipe asks for.
+        """
+        draft = self.encoding.draft(EncodingTask(self.original, self.model, self.device, self.target, self.effort))
+        check_methods(draft.decisions)
+        return draft
+
+    def decided(self, draft: Draft, given: Rewritten, progress: StepProgress) -> tuple[list[Decision], tuple[str, ...]]:
+        """Return the final decisions and the notes: those of the plan that is repeated, or else the recipe's.
+
+        Args:
+            draft: The decisions before statistics.
+            given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
+            progress: Called with matrices done and their total.
+
+        Raises:
+            InputError: the plan does not fit its own recipe.
+        """
+        if self.job.repeats is None:
+            return draft.decided(given, progress)
+        decisions = self.job.repeats.decisions(draft)
+        stored = sum(one.stored_bytes for one in decisions)
+        if stored > draft.most_matrix_bytes:
+            raise InputError(
+                "the plan's formats exceed its own budget", where="matrices", got=f"{stored:,} bytes",
+                expected=f"at most {draft.most_matrix_bytes:,.0f}",
+                next_step="make a new plan with edge-exporter build",
+            )  # fmt: skip
+        return decisions, self.job.repeats.notes
+
+    def scheme(self, draft: Draft) -> str:
+        """Return the recipe's name and the formats, in words."""
+        named = [] if self.recipe.name is None else [f"recipe {self.recipe.name}"]
+        return ", ".join([*named, *([draft.scheme] if draft.scheme else [])])
+
+    def plan(
+        self, decisions: Sequence[Decision], notes: Sequence[str], calibration: Windows, evaluation: Windows
+    ) -> Plan:
+        """Return the finished plan.
+
+        Args:
+            decisions: The final ones, with their predicted losses.
+            notes: Sentences on what other options would give.
+            calibration: The text that statistics come from.
+            evaluation: The text that accuracy is measured on.
+        """
+        return Plan(
+            model_digest=self.original.digest,
+            device=self.device.name,
+            device_digest=self.device.digest,
+            target=self.target.name,
+            recipe=self.recipe.document,
+            seed=self.job.seed,
+            window=self.job.window,
+            context=self.job.context,
+            calibration=TextFacts.of(calibration),
+            evaluation=TextFacts.of(evaluation),
+            evaluation_windows=self.job.evaluation_windows,
+            matrices=tuple(map(PlannedMatrix.of, decisions)),
+            notes=tuple(notes),
+        )
+
+    def with_text(self, checks: Sequence[Check], notes: Iterable[str]) -> "ResolvedJob":
+        """Return the job with what is known of how the artifact treats text."""
+        return replace(self, original=self.original.noting(notes), text_checks=tuple(checks))
+
+    def with_rewritten(self, model: Model) -> "ResolvedJob":
+        """Return the job with the model that the rewriting steps gave."""
+        return replace(self, pruned=model, shape="measured", stored=self.target.carried(model))
+
+
+def resolve(job: Job, model: Model) -> ResolvedJob:
+    """Return the job with everything that its names stand for; reads no weights.
+
+    Raises:
+        RequestError: the device, target, type, method or recipe is unknown, or they do not go together, or the context
+            is longer than the model's.
+        InputError: the job repeats a plan for another model or device.
+    """
+    longest = model.architecture.context_length
+    if job.context > longest:
+        raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")
+    job, model = replace(job, window=min(job.window, longest)), for_context(model, job.context)
+    if job.device is None:
+        raise RequestError("no device is named", next_step="name one with --device; edge-exporter devices lists them")
+    device = load_device(job.device)
+    target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
+    if job.repeats is None:
+        recipe = recipe_for(job, target)
+    else:
+        _require_same(job.repeats, model, device)
+        recipe = Recipe.of(job.repeats.recipe)
+    pruned = recipe.outlined(model)
+    return ResolvedJob(job, recipe, model, pruned, "estimated", target.carried(pruned), device, target)
+
+
+def for_context(model: Model, context: int) -> Model:
+    """Return the model for no more positions than are usual, or than are asked for: tables of positions take room."""
+    longest, bounded = model.architecture.context_length, max(context, MOST_POSITIONS_UNASKED)
+    if longest <= bounded:
+        return model
+    note = f"the artifact is made for {bounded:,} of the model's {longest:,} positions; --context asks for more"
+    architecture = replace(model.architecture, context_length=bounded)
+    return replace(model, architecture=architecture, warnings=(*model.warnings, note))
+
+
+def recipe_for(job: Job, target: Target) -> Recipe:
+    """Return the recipe that a job's options stand for, with the target's defaults in place of what is left open.
+
+    `--type` and `--method` are short for a step `named-type`; the limits and `--prefer` for a step `allocate`;
+    `--transport` for a step `transport` at the end. `--effort` sets the recipe's.
+
+    Raises:
+        RequestError: options decide the same thing twice, or have no effect; or a name is unknown.
+    """
+    given = None if job.recipe is None else load_recipe(job.recipe)
+    _require_no_conflict(job, given)
+    rewriting = () if given is None else given.rewriting
+    encoding = None if given is None else given.encoding
+    if encoding is None:
+        step = step_of(_encoding_table(job), "the options")
+        assert isinstance(step, EncodingStep)
+        encoding = step
+    profile = job.transport or (None if given is None else given.transport)
+    transport = () if profile is None else (Transport(method="transport", profile=profile),)
+    level = job.effort or (DEFAULT if given is None else given.effort)
+    spends = effort(level)
+    if job.calibration_windows is not None:
+        spends = replace(spends, calibration_windows=job.calibration_windows)
+    name, title = (None, "as the options say") if given is None else (given.name, given.title)
+    return Recipe(name, title, (*rewriting, encoding.resolved(target), *transport), level, spends)
+
+
+def _encoding_table(job: Job) -> Table:
+    """Return the options of the step that the job's options stand for."""
+    limits = {
+        "max_file_bytes": job.max_file_bytes,
+        "bits": job.bits,
+        "min_decode": job.min_decode_tokens_per_s,
+        "min_prefill": job.min_prefill_tokens_per_s,
+    }
+    if job.prefer != "balanced" or any(limit is not None for limit in limits.values()):
+        named = {"method": "allocate", **limits, "prefer": job.prefer, "codes": job.method}
+    else:
+        named = {"method": "named-type", "type": job.type, "codes": job.method}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _require_no_conflict(job: Job, recipe: Recipe | None) -> None:
+    """Refuse options that decide the same thing twice, or that have no effect.
+
+    Raises:
+        RequestError: they are named.
+    """
+    if job.prefer not in PREFERENCES:
+        raise RequestError(f"unknown preference {job.prefer!r}", next_step=did_you_mean(job.prefer, PREFERENCES))
+    if job.save_pruned is not None and (recipe is None or not recipe.rewriting):
+        raise RequestError(
+            "there is no pruned model to save",
+            where="--save-pruned",
+            next_step="name a recipe that prunes, such as --recipe prunenet",
+        )
+    if job.transport is not None and recipe is not None and recipe.transport is not None:
+        raise RequestError(
+            "--transport and the recipe's step transport contradict each other", where=job.recipe,
+            next_step="leave out --transport",
+        )  # fmt: skip
+    encodes = recipe is not None and recipe.encoding is not None
+    limits = {
+        "--max-file-bytes": job.max_file_bytes is not None,
+        "--bits": job.bits is not None,
+        "--min-decode": job.min_decode_tokens_per_s is not None,
+        "--min-prefill": job.min_prefill_tokens_per_s is not None,
+        f"--prefer {job.prefer}": job.prefer != "balanced",
+    }
+    options = {"--recipe": encodes, "--type": job.type is not None}
+    if encodes:
+        options["--method"] = job.method is not None
+    named = [option for option, given in {**options, **limits}.items() if given]
+    alone = {"--recipe", "--type"} & set(named)
+    if len(named) > 1 and (alone or {"--max-file-bytes", "--bits"} <= set(named)):
+        raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
+
+
+def _require_same(plan: Plan, model: Model, device: DeviceProfile) -> None:
+    if model.digest != plan.model_digest:
+        raise InputError(
+            "the plan was made for another model", where=model.name, got=f"SHA-256 {model.digest[:16]}",
+            expected=f"SHA-256 {plan.model_digest[:16]}", next_step="give that model, or make a new plan",
+        )  # fmt: skip
+    if (device.name, device.digest) != (plan.device, plan.device_digest):
+        raise InputError(
+            "the plan was made for another device profile", where=device.name,
+            got=f"{device.name}, SHA-256 {device.digest[:16]}",
+            expected=f"{plan.device}, SHA-256 {plan.device_digest[:16]}",
+            next_step="give that profile with --device, or make a new plan",
+        )  # fmt: skip

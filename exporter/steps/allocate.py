@@ -1,0 +1,130 @@
+"""The step `allocate`: each matrix gets the format that keeps behaviour best within limits of bytes and speed."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from exporter.calibrate.layer_stream import Progress
+from exporter.compress.allocate import Choice, Limits, predicted_choices, stored_bytes
+from exporter.compress.awq_scaling import Rewritten
+from exporter.compress.effort import Effort
+from exporter.compress.method import load_method
+from exporter.formats.group import Decision
+from exporter.foundation.config_files import impossible
+from exporter.plan.budget import Budget, chosen, cost_of_speed, decisions_of, require_feasible, stock_of_that_size
+from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.predict.roofline import cpu_of
+from exporter.steps.named_type import Name
+from exporter.targets.target import Target
+
+Rate = Annotated[float, Field(gt=0, le=1e12)]
+
+
+class Allocate(EncodingStep):
+    """Options of the step. Without any limit, the bytes of the target's default type are the limit.
+
+    Attributes:
+        max_file_bytes: Most bytes of the model files.
+        bits: The same as bits a weight of the source, everything in the files counted.
+        min_decode: Least tokens/s that the device is expected to generate.
+        min_prefill: Least tokens/s that it is expected to read of a prompt.
+        prefer: `accuracy`: the least loss; `balanced`: that of choices no slower than the stock tool's at as many
+            bytes; `speed`: the fastest of those with at most twice the loss.
+        codes: The method that chooses codes, `ldlq` or `rtn`; None for the target's default.
+    """
+
+    method: Literal["allocate"]
+    max_file_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+    bits: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    min_decode: Rate | None = None
+    min_prefill: Rate | None = None
+    prefer: Literal["balanced", "accuracy", "speed"] = "balanced"
+    codes: Name | None = None
+
+    @model_validator(mode="after")
+    def _has_one_size(self) -> Self:
+        if self.max_file_bytes is not None and self.bits is not None:
+            got = f"max_file_bytes = {self.max_file_bytes}, bits = {self.bits:g}"
+            raise impossible("the size is limited twice", got, "one of the two")
+        return self
+
+    @property
+    def chooses_codes_by(self) -> str:
+        """The method that chooses codes."""
+        return self.codes or self.method
+
+    def resolved(self, target: Target) -> Self:
+        """Return the step with the target's default method where none is named."""
+        return self.model_copy(update={"codes": self.codes or target.default_method})
+
+    def draft(self, task: EncodingTask) -> Draft:
+        """Return the decisions as they would be if every weight counted the same.
+
+        A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
+
+        Raises:
+            RequestError: no choice of formats keeps the limits; the nearest one that does is named.
+        """
+        budget = self._budget(task)
+        require_feasible(budget)
+        choices = [
+            [
+                Choice(format, count, size * 4.0 ** (-8 * count / size))
+                for format in storage.formats
+                for count in [stored_bytes(storage, format)]
+            ]
+            for storage in budget.storages
+            for size in [sum(group.size for group in storage.groups)]
+        ]
+        codes = self.codes or task.target.default_method
+        best = chosen(budget, budget.all_timed(choices))
+        decisions = decisions_of(budget, best, task.model, codes, "estimated; build decides from the calibration text")
+        draft = Draft(decisions, budget.scheme, budget.storages, budget.file_bytes, budget.limits.bytes)
+        return _Allocation(**vars(draft), codes=codes, effort=task.effort, budget=budget)
+
+    def _budget(self, task: EncodingTask) -> Budget:
+        rates = {"decode_s": self.min_decode, "prefill_s": self.min_prefill}
+        seconds = {name: 1 / rate for name, rate in rates.items() if rate is not None}
+        target, model, most = task.target, task.model, self._most_bytes(task)
+        fixed = target.fixed_bytes(model)
+        limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
+        stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
+        return Budget(limits, fixed, target.storages(model), self.prefer, target, cpu_of(task.device), stock)
+
+    def _most_bytes(self, task: EncodingTask) -> int | None:
+        if self.max_file_bytes is not None:
+            return self.max_file_bytes
+        if self.bits is not None:
+            return int(self.bits * task.original.architecture.parameters / 8)
+        if self.min_decode is not None or self.min_prefill is not None:
+            return None
+        target, model = task.target, task.model
+        return target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
+
+
+@dataclass(frozen=True)
+class _Allocation(Draft):
+    """Formats that are chosen once statistics are there.
+
+    Attributes:
+        codes: The method that chooses codes.
+        effort: What it spends.
+        budget: The limits.
+    """
+
+    codes: str = field(kw_only=True)
+    effort: Effort = field(kw_only=True)
+    budget: Budget = field(kw_only=True)
+
+    def decided(self, given: Rewritten, progress: Progress) -> tuple[list[Decision], tuple[str, ...]]:
+        """Return the decisions with the least predicted loss on the calibration text that suit the preference."""
+        budget, method = self.budget, load_method(self.codes, self.effort)
+        predicted = predicted_choices(given.model, budget.storages, method, given.statistics, progress)
+        choices = budget.all_timed(predicted)
+        best = chosen(budget, choices)
+        decisions = decisions_of(budget, best, given.model, self.codes, "the least predicted loss within the limits")
+        return decisions, cost_of_speed(budget, choices, best)
+
+
+STEP = Allocate
