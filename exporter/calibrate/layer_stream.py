@@ -74,7 +74,7 @@ class LayerStream:
             yield part, self._output(module, given), given
 
     def attended(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the input of a layer's output projection, float32 [windows, length, columns], for its hidden states."""
+        """Return the input of a layer's output projection, float32 [windows, length, columns], from `hidden`."""
         attention: Any = module.get_submodule("self_attn")
         projection, attention.o_proj = attention.o_proj, nn.Identity()
         try:
