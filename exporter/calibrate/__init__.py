@@ -1,1 +1,1 @@
-"""Calibration: texts, the float model run layer by layer, and what its activations tell."""
+"""Calibration: texts, the float model run layer by layer, and statistics of its activations."""

@@ -1,4 +1,4 @@
-"""Products of float32 matrices in less time, where what they are for needs no more than some digits."""
+"""bfloat16 matrix products where reduced precision is enough."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,18 +7,18 @@ from typing import Any, cast
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# A processor's instructions that multiply bfloat16, by torch's names for them.
+# torch's names for instruction sets that multiply bfloat16.
 TILES, VECTORS = "amx_bf16", "avx512_bf16"
 
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Let torch round what it multiplies to bfloat16, and sum in float32, where the processor has instructions for it.
+    """Let torch multiply in bfloat16 and accumulate in float32, if the processor has instructions for it.
 
-    Rounding is off by at most 1/256 of a value, and by chance: what formats do to weights is some ten times that. On
-    two cores of servers products took 0.2 to 0.4 of float32's time with `TILES`, and 0.4 to 0.6 with `VECTORS` alone.
-    There what comes out is rounded, too, and what is added up in place, as second moments are, stays float32: rounded
-    ones need not be positive definite. Other processors multiply float32.
+    Rounding errors are random and at most 1/256 of a value; quantising weights causes about ten times that. On two
+    server cores, matrix products took 0.2 to 0.4 of float32's time with `TILES`, and 0.4 to 0.6 with only `VECTORS`.
+    With `VECTORS`, results are also rounded. Products added in place, such as second moments, then stay float32, since
+    rounded moments need not be positive definite. Other processors multiply in float32.
     """
     able = torch.cpu.get_capabilities()
     if able.get(TILES):
@@ -33,9 +33,10 @@ def quick_products() -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Keep torch from rounding positions of tokens, of which bfloat16 has no odd one past 256.
+    """Let torch multiply in full precision, for token positions: bfloat16 cannot represent odd numbers above 256.
 
-    With `TILES` every product is quick; with `VECTORS` only those with a layer's or the head's weights are.
+    With `TILES`, every matrix product is otherwise rounded; with `VECTORS`, only those with a layer's or the head's
+    weights.
     """
     with _precision("ieee"):
         yield
@@ -43,7 +44,7 @@ def exact_products() -> Iterator[None]:
 
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
-    # torch adds this attribute while it is imported, out of sight of types.
+    # torch adds this attribute at import, so type checkers do not see it.
     products = cast(Any, torch.backends.mkldnn).matmul
     before = products.fp32_precision
     products.fp32_precision = name
@@ -54,9 +55,9 @@ def _precision(name: str) -> Iterator[None]:
 
 
 class _Rounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what float32 matrices are multiplied from and into."""
+    """Rounds the inputs and results of float32 matrix products to bfloat16."""
 
-    # Where nothing can be derived a layer's product comes as `linear`, else as what it and its derivative consist of.
+    # A layer's matrix product arrives as `linear` without autograd, and as its component operations with it.
     products = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""The float model, run by transformers' own modules with one layer's weights in memory at a time."""
+"""Runs the float model with transformers' own modules and one layer's weights in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
 
-# Windows are run together up to so many tokens: matrix products are fast there, and activations still small.
+# Tokens per batch of windows: enough for fast matrix products, few enough for small activations.
 TOKENS_AT_ONCE = 2048
 Progress = Callable[[int, int], None]
 
@@ -35,7 +35,7 @@ class LayerStream:
         self._model = model
         skeleton = weightless_module(model)
         self._decoder = cast(Any, skeleton.model)
-        # The rotary embedding has buffers that follow from the config alone.
+        # The buffers of the rotary embedding follow from the config.
         self._rotary = type(self._decoder.rotary_emb)(skeleton.config)
 
     @property
@@ -50,7 +50,7 @@ class LayerStream:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Load one decoder layer; its weights go at the end."""
+        """Load one decoder layer, and free its weights on exit."""
         module: nn.Module = self._decoder.layers[index]
         state = {name: torch.from_numpy(self._model.read(layer_tensor(index, name))) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
@@ -61,20 +61,20 @@ class LayerStream:
             give_back_freed_memory()
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
-        """Replace the hidden states, float32 [windows, length, hidden], by a layer's output, some windows at a time."""
+        """Replace hidden states, float32 [windows, length, hidden], by a layer's output, in batches of windows."""
         for part in parts(hidden):
             hidden[part] = self._output(module, hidden[part])
 
     def differentiable(
         self, module: nn.Module, hidden: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield some windows at a time: which they are, a layer's output, and the input that it can be derived by."""
+        """Yield for each batch of windows: its slice, the layer's output, and the input to differentiate by."""
         for part in parts(hidden):
             given = hidden[part].clone().requires_grad_()
             yield part, self._output(module, given), given
 
     def attended(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what a layer's output projection is given, float32 [windows, length, columns], for its own input."""
+        """Return the input of a layer's output projection, float32 [windows, length, columns], from `hidden`."""
         attention: Any = module.get_submodule("self_attn")
         projection, attention.o_proj = attention.o_proj, nn.Identity()
         try:
@@ -85,7 +85,7 @@ class LayerStream:
         return attended
 
     def _where(self, hidden: torch.Tensor) -> dict[str, Any]:
-        """Return what layers are told of the positions."""
+        """Return the position arguments of a layer."""
         positions = torch.arange(hidden.shape[1])[None]
         with exact_products():
             return {"position_ids": positions, "position_embeddings": self._rotary(hidden[:1], positions)}
@@ -95,7 +95,7 @@ class LayerStream:
         return output
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the head sees: the final normalisation of the last layer's output."""
+        """Return the head's input: the last layer's output after the final norm."""
         norm = self._decoder.norm
         norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
         normalised: torch.Tensor = norm(hidden)
@@ -107,21 +107,21 @@ class LayerStream:
 
 
 def parts(hidden: torch.Tensor) -> Iterator[slice]:
-    """Return which windows are run together."""
+    """Return the slices of windows that run together."""
     windows, length, _ = hidden.shape
     step = max(1, TOKENS_AT_ONCE // length)
     return (slice(first, first + step) for first in range(0, windows, step))
 
 
 def check_finite(hidden: torch.Tensor, where: str) -> None:
-    """Raise where activations are not finite."""
+    """Raise an `InputError` if activations are not finite."""
     if not torch.isfinite(hidden.sum()):
         raise InputError("the activations are not finite", where=where, next_step="check the model's weights there")
 
 
 @torch.inference_mode()
 def hidden_states(stream: LayerStream, windows: NDArray[np.int64], progress: Progress = silent) -> torch.Tensor:
-    """Return the normalised hidden states that the head sees, float32 [windows, length, hidden]."""
+    """Return the normalised hidden states that the head takes, float32 [windows, length, hidden]."""
     hidden = stream.embed(windows)
     for index in range(stream.layers):
         progress(index, stream.layers)

@@ -1,6 +1,6 @@
-"""The ranges of activations: the least and the greatest value of every channel that goes into or out of a matrix.
+"""Ranges of activations: the minimum and maximum of every input and output channel of a matrix.
 
-Kept by channel, so that the range of a whole tensor follows exactly for any scaling of its channels.
+They are stored per channel, so the range of a whole tensor follows exactly for any scaling of its channels.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from exporter.foundation.cache_entries import ARRAY, Filling, load
 from exporter.model.families import LINEARS
 
 HEAD_OUTPUT = "head_out"
-# The head's outputs are many: they are ranged at so many positions, evenly spread.
+# The head has many outputs, so their ranges are taken at this number of evenly spaced positions.
 HEAD_POSITIONS = 512
 HEAD_POSITIONS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class ChannelRanges:
-    """Least and greatest values of the channels of a place, each float32 [channels]."""
+    """Minimum and maximum of the channels at a place, each float32 [channels]."""
 
     low: Float32
     high: Float32
@@ -42,18 +42,18 @@ class ChannelRanges:
 
 
 def output_place(layer: int | None, role: str) -> str:
-    """Return the name of the place where a matrix's outputs are seen, such as `layers.3.q_out`."""
+    """Return the name of the place of a matrix's outputs, such as `layers.3.q_out`."""
     return HEAD_OUTPUT if layer is None else f"layers.{layer}.{role}_out"
 
 
 def load_ranges(folder: Path, place: str) -> ChannelRanges | None:
-    """Return what was saved of a place, a site or an `output_place`; None where nothing was."""
+    """Return the saved ranges of a place, a site or an `output_place`; None if there are none."""
     path = folder / f"{place}.range.npy"
     return ChannelRanges(*load(path, ARRAY)) if path.is_file() else None
 
 
 class _Extremes:
-    """Running least and greatest values of the channels of one place."""
+    """Running minimum and maximum of the channels of one place."""
 
     def __init__(self) -> None:
         self._low: torch.Tensor | None = None
@@ -74,7 +74,7 @@ class _Extremes:
 
 @contextmanager
 def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[None]:
-    """Range the inputs and outputs of a layer's matrices while it runs, then save them."""
+    """Record the ranges of inputs and outputs of a layer's matrices while it runs, then save them."""
     places: dict[str, _Extremes] = {}
 
     def see(place: str, values: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[
         see(place, given[0])
 
     def outputs(place: str, linear: nn.Module, _: object, made: torch.Tensor) -> None:
-        # What the product alone makes: the runtime adds the bias afterwards.
+        # Exclude the bias, which the runtime adds after the matrix product.
         bias = linear.bias
         see(place, made - bias if isinstance(bias, torch.Tensor) else made)
 
@@ -106,12 +106,12 @@ def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[
 
 
 def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Filling, site: str) -> None:
-    """Range the head's inputs, and its outputs at some positions.
+    """Save the ranges of the head's inputs, and of its outputs at some positions.
 
     Args:
-        hidden: What the head sees, float32 [windows, length, hidden].
+        hidden: The head's input, float32 [windows, length, hidden].
         head: The matrix, float32 [vocab, hidden].
-        folder: Where to save.
+        folder: Folder to save to.
         site: Name of the head's input.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Running sums over the inputs of matrices, and what they look like in the cache.
+"""Running sums over the inputs of matrices, and their form in the cache.
 
-A token counts by its weight: how much the model's behaviour depends there on the outputs that the inputs serve
+A token is weighted by how much the model's behaviour at this token depends on the outputs of these inputs
 (Kim et al. 2025, GuidedQuant, section 3: H = E[g^2 x x^T] instead of E[x x^T]).
 """
 
@@ -15,11 +15,11 @@ from exporter.formats.format import Float32
 from exporter.foundation.cache_entries import ARRAY, VECTORS, Filling, load, require_whole
 from exporter.foundation.errors import InputError
 
-# Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the whole square.
+# Horizontal stripes of a symmetric sum, each as wide as its last row needs: 5/8 of the work of the full square.
 STRIPES = 4
-# Columns that runtimes round activations together with; see `Site.peaks`.
+# Numbers of columns that runtimes round activations in; see `Site.peaks`.
 ACTIVATION_BLOCKS = (16, 32, 64, 128, 256)
-# Of so many windows the last is held back from the sums that codes are fitted to, to tell how well they generalise.
+# Every HELD_EVERY-th window is held out from the sums that codes are fitted to, to measure how well they generalise.
 HELD_EVERY = 4
 ROWS_AT_ONCE = 512
 TINY = np.float32(np.finfo(np.float32).tiny)
@@ -27,14 +27,14 @@ TINY = np.float32(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class Site:
-    """What was seen of the inputs x of a site, each mean weighted by the tokens' weights but for `squares`.
+    """Statistics of the inputs x of a site; all means but `squares` use the tokens' weights.
 
     Attributes:
         fitted: E[x x^T] over most windows, float32 [columns, columns].
-        held: The same over the windows that were held back; equal to `fitted` where there were none.
-        share: The weight of the windows held back among all.
-        squares: E[x^2], every token counting the same, float32 [columns]: llama.cpp's importance matrix.
-        peaks: Block size -> E[max |x|^2] of each block of so many columns, float32 [columns / block size].
+        held: The same over the held-out windows; equal to `fitted` if there were none.
+        share: Fraction of the total weight in held-out windows.
+        squares: E[x^2] with equal token weights, float32 [columns]: llama.cpp's importance matrix.
+        peaks: Block size -> E[max |x|^2] of each block of columns, float32 [columns / block size].
     """
 
     fitted: Float32
@@ -50,10 +50,10 @@ class Site:
 
     @cached_property
     def shrinkage(self) -> float:
-        """How much of the correlations in `second_moment` to give up, since other windows would have had others.
+        """Shrinkage of the correlations in `second_moment`, from 0 to 1, for their sampling variance.
 
-        sum_ij Var(r_ij) / sum_ij r_ij^2 over i != j (Schaefer and Strimmer 2005, eq. 10, target D), from 0 to 1. The
-        variance follows from how much the windows that were held back differ from the others; 0 where there were none.
+        sum_ij Var(r_ij) / sum_ij r_ij^2 over i != j (Schaefer and Strimmer 2005, eq. 10, target D). The variance is
+        estimated from the difference between held-out and other windows; 0 if none were held out.
         """
         if self.share in (0.0, 1.0):
             return 0.0
@@ -74,13 +74,13 @@ class Site:
 
 
 def _mean(fitted: Float32, held: Float32, share: float) -> Float32:
-    """Return the mean over all windows from those over most of them and over the others."""
+    """Return the mean over all windows from the means over the fitted and the held-out windows."""
     mean: Float32 = fitted + np.float32(share) * (held - fitted)
     return mean
 
 
 def _correlated(stripe: Float32, scale: Float32, rows: slice) -> float:
-    """Return the sum of squares off the diagonal of some rows, float32 [rows, columns], scaled both ways."""
+    """Return the off-diagonal sum of squares of some rows, float32 [rows, columns], with rows and columns scaled."""
     scaled = stripe * scale
     scaled *= scale[rows, None]
     scaled[:, rows][np.diag_indices(len(scaled))] = 0
@@ -88,19 +88,19 @@ def _correlated(stripe: Float32, scale: Float32, rows: slice) -> float:
 
 
 def shrunk(moment: Float32, shrinkage: float, diagonal: Float32) -> Float32:
-    """Return a moment with a share of all that lies off the diagonal given up, and another diagonal."""
+    """Return a moment with its off-diagonal elements shrunk and its diagonal replaced."""
     made = moment * np.float32(1 - shrinkage)
     made[np.diag_indices_from(made)] = diagonal
     return made
 
 
 def add_products(total: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) -> None:
-    """Add the sum of x x^T over rows x, times a scale, to a square; right of its diagonal only some of it is added.
+    """Add the scaled sum of x x^T over rows x to a square matrix; the upper triangle is only partly updated.
 
     Args:
         total: float32 [columns, columns].
         rows: float32 [rows, columns].
-        scale: What the products are multiplied by.
+        scale: Factor of the sum.
     """
     step = -(-len(total) // STRIPES)
     for first in range(0, len(total), step):
@@ -109,7 +109,7 @@ def add_products(total: torch.Tensor, rows: torch.Tensor, scale: float = 1.0) ->
 
 
 class _Moment:
-    """A weighted sum of x x^T; only what lies on and left of the diagonal is summed."""
+    """A weighted sum of x x^T; only the lower triangle is valid."""
 
     def __init__(self, columns: int) -> None:
         self._total = torch.zeros(columns, columns)
@@ -123,7 +123,7 @@ class _Moment:
         self.weight += float(weights.sum(dtype=torch.float64))
 
     def mean(self) -> Float32:
-        """Return E[x x^T]; what lies right of the diagonal means nothing."""
+        """Return E[x x^T]; only the lower triangle is valid."""
         total = self._total.numpy()
         if self.weight > 0:
             total /= self.weight
@@ -145,7 +145,7 @@ class Moments:
         Args:
             inputs: float32 [windows, length, columns].
             weights: float32 [windows, length], at least 0, about 1 on average.
-            first_window: Number of the first of these windows; every `HELD_EVERY`th is held back.
+            first_window: Number of the first of these windows; every `HELD_EVERY`th is held out.
         """
         numbers = torch.arange(first_window, first_window + len(inputs))
         held = numbers % HELD_EVERY == HELD_EVERY - 1
@@ -161,10 +161,10 @@ class Moments:
         self._tokens += len(every)
 
     def save(self, folder: Filling, site: str) -> None:
-        """Write the means under the site's name; the sums are used up.
+        """Write the means under the site's name; this destroys the sums.
 
-        Two symmetric matrices fit into one square: the fitted one on and below the diagonal, the one held back
-        above it, its diagonal beside.
+        Two symmetric matrices share one square: the fitted one on and below the diagonal, the held-out one above it.
+        The held-out diagonal is stored separately.
 
         Raises:
             InputError: they are not finite.
@@ -184,7 +184,7 @@ class Moments:
 
 
 def load_site(folder: Path, site: str) -> Site | None:
-    """Return what was saved of a site, or None where its inputs were not observed."""
+    """Return the saved statistics of a site, or None if its inputs were not observed."""
     path = folder / f"{site}.npy"
     if not path.is_file():
         return None
@@ -202,7 +202,7 @@ def load_site(folder: Path, site: str) -> Site | None:
 
 
 def load_power(folder: Path, site: str) -> Float32 | None:
-    """Return the diagonal of `Site.second_moment`, float32 [columns], without the rest; None where not observed."""
+    """Return only the diagonal of `Site.second_moment`, float32 [columns]; None if not observed."""
     path = folder / f"{site}.npy"
     if not path.is_file():
         return None
@@ -214,7 +214,7 @@ def load_power(folder: Path, site: str) -> Float32 | None:
 
 
 def _mirror(source: Float32, target: Float32) -> None:
-    """Write what lies left of the diagonal of a square over what lies right of it in another, stripe by stripe."""
+    """Write the transposed lower triangle of one square matrix to the upper triangle of another, stripe by stripe."""
     for first in range(0, len(source), ROWS_AT_ONCE):
         stripe = slice(first, first + ROWS_AT_ONCE)
         target[:first, stripe] = source[stripe, :first].T

@@ -1,16 +1,17 @@
-"""What the calibration text tells of every matrix, collected layer by layer and kept in the cache.
+"""Statistics of every matrix on the calibration text, collected layer by layer and kept in the cache.
 
-A small change D of a matrix W with inputs x moves its outputs by D x, and the model's next-token distributions by a KL
-divergence of about 1/2 E[(g^T D x)^2] a token, where g is the gradient, at those outputs, of the log-likelihood of
-tokens drawn from the model itself (the Fisher information is the Hessian of the KL: Martens 2020, section 9). With the
-outputs taken one by one, and their gradients' pattern over the tokens as one (Kim et al. 2025, GuidedQuant, eq. 8),
+A small change D of a matrix W with inputs x changes its outputs by D x. It changes the model's next-token distributions
+by a KL divergence of about 1/2 E[(g^T D x)^2] per token. Here g is the gradient, at those outputs, of the
+log-likelihood of tokens drawn from the model itself (the Fisher information is the Hessian of the KL: Martens 2020,
+section 9). If outputs are treated as independent and their squared gradients share one pattern over the tokens (Kim et
+al. 2025, GuidedQuant, eq. 8), then
 
     KL = 1/2 sum_i s_i (D H D^T)_ii,    s_i = E[g_i^2],    H = E[w x x^T],    w = |g|^2 / E|g|^2,
 
-so a row's error counts by its sensitivity s_i, and a token by its weight w. Table rows that are looked up by tokens
-count by how often they are.
+so a row's error is weighted by its sensitivity s_i, and a token by its weight w. Rows of the embedding are weighted by
+how often they are looked up.
 
-The model runs forwards once and keeps every layer's inputs on disk, then backwards from the head to the embedding.
+The model runs forwards once, storing every layer's inputs on disk, then backwards from the head to the embedding.
 """
 
 import hashlib
@@ -43,14 +44,14 @@ from exporter.model.model import Model
 
 VERSION = 6
 HEAD_SITE = "head_in"
-# Written when all others are there.
+# Written after all other files.
 LAST = "lookups.npz"
 POSITIONS_AT_ONCE = 512
 NO_SPACE = "free some space or name another folder in EDGE_EXPORTER_CACHE"
 
 
 class Statistics:
-    """Statistics by site and matrix, and ranges by place, in files of a cache folder; read when asked for.
+    """Statistics by site and matrix, and ranges by place, read lazily from a cache folder.
 
     A site is where the input of one or more matrices is observed: `layers.3.mlp_in`, `head_in`. The embedding's
     input is the token itself, so an untied embedding has none.
@@ -62,26 +63,26 @@ class Statistics:
 
     @property
     def key(self) -> str:
-        """What they are of: a digest of model, text and seed."""
+        """A digest of model, text and seed."""
         return self._folder.name
 
     def site(self, name: str) -> Site | None:
-        """Return what was seen at a site; None where nothing was observed. The last one read is kept."""
+        """Return the statistics of a site, caching the last one read; None if it was not observed."""
         if self._last is None or self._last[0] != name:
             self._last = None
             self._last = name, self.read_site(name)
         return self._last[1]
 
     def read_site(self, name: str) -> Site | None:
-        """Return the same without keeping it."""
+        """Return the statistics of a site without caching them."""
         return load_site(self._folder, name)
 
     def power(self, site: str) -> Float32 | None:
-        """Return E[x^2] of every column, tokens counting by their weights, float32 [columns]; None as for `site`."""
+        """Return E[x^2] of every column with tokens weighted, float32 [columns]; None as for `site`."""
         return load_power(self._folder, site)
 
     def importance(self, site: str) -> Float32 | None:
-        """Return E[x^2] of every column, every token counting the same, float32 [columns]; None as for `site`."""
+        """Return E[x^2] of every column with equal token weights, float32 [columns]; None as for `site`."""
         path = self._folder / f"{site}.npz"
         return load(path, VECTORS)["squares"] if path.is_file() else None
 
@@ -90,12 +91,12 @@ class Statistics:
         return load(self._folder / f"{_gradients(layer)}.npz", VECTORS)[role]
 
     def lookups(self) -> tuple[Float32, Float32]:
-        """Return how often each token is looked up, float32 [vocab], and E[g^2] of what is looked up, [hidden]."""
+        """Return the frequency of each token, float32 [vocab], and E[g^2] of the embedded tokens, [hidden]."""
         found = load(self._folder / LAST, VECTORS)
         return found["tokens"], found["embedding"]
 
     def ranges(self, place: str) -> ChannelRanges | None:
-        """Return the ranges of a site or of `exporter.calibrate.ranges.output_place`; None where not observed."""
+        """Return the ranges of a site or of an `exporter.calibrate.ranges.output_place`; None if not observed."""
         return load_ranges(self._folder, place)
 
 
@@ -109,12 +110,12 @@ def statistics_key(model: Model, windows: Windows, seed: int) -> str:
 
 
 def site_columns(model: Model) -> dict[str, int]:
-    """Return the width of each site that is observed."""
+    """Return the width of each observed site."""
     return {group.site: group.columns for group in model.groups() if group.site != "tokens"}
 
 
 def disk_bytes(model: Model, tokens: int) -> int:
-    """Return what the statistics take on disk while they are collected: moments, every layer's inputs, gradients."""
+    """Return the disk space needed to collect the statistics: moments, every layer's inputs, gradients."""
     shape = model.architecture
     return 4 * (
         sum(columns**2 for columns in site_columns(model).values()) + tokens * shape.hidden * (shape.layers + 3)
@@ -123,15 +124,15 @@ def disk_bytes(model: Model, tokens: int) -> int:
 
 @quick_products()
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
-    """Run the float model forwards and backwards over the windows, one layer's weights in memory at a time.
+    """Run the float model forwards and backwards over the windows, with one layer's weights in memory at a time.
 
-    Layers that an interrupted run finished are not run again.
+    An interrupted run resumes after the last finished layer.
 
     Args:
         model: The model.
         windows: The calibration text.
         seed: Seed of the tokens drawn from the model.
-        progress: Called with layers done, each twice, and their total.
+        progress: Called with the layers done and their total; each layer counts twice.
 
     Raises:
         InputError: activations or gradients are not finite (named by layer).
@@ -140,7 +141,7 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
     folder = cache_folder("statistics", statistics_key(model, windows, seed))
     if not _whole(folder, model):
         with locked(folder):
-            # Where something of what an earlier run left is missing, all is made anew, the second time.
+            # If files of an earlier run are missing, the second iteration starts from scratch.
             for _ in range(2):
                 if not _whole(folder, model):
                     _go_on(model, windows, seed, folder, progress)
@@ -153,7 +154,7 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
 
 
 def _whole(folder: Path, model: Model) -> bool:
-    """Return whether a folder holds all statistics as they were written."""
+    """Return whether a folder holds all statistics undamaged."""
     layers = range(model.architecture.layers)
     sites = site_columns(model)
     places = [*sites, HEAD_OUTPUT, *(output_place(layer, role) for layer in layers for role in LINEARS)]
@@ -164,7 +165,7 @@ def _whole(folder: Path, model: Model) -> bool:
 
 
 def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Progress) -> None:
-    """Collect what an earlier run did not."""
+    """Collect the statistics that an earlier run did not."""
     there = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if (folder / LAST).exists() or not all(map(is_whole, there)):
         for path in there:
@@ -181,8 +182,7 @@ def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Pr
             before = _backwards(stream, index, _kept(folder, _inputs(index)), _kept(folder, _gradient(index)), files)
             check_finite(before, f"gradient of layer {index}")
             _keep(files, _gradient(index - 1), before)
-            # The gradient goes first: while it is there, a killed run begins again with this layer, and needs its
-            # inputs.
+            # Delete the gradient first: while it exists, a resumed run starts with this layer and needs its inputs.
             (folder / _gradient(index)).unlink()
             for after in (index, index + 1):
                 (folder / _inputs(after)).unlink(missing_ok=True)
@@ -198,7 +198,7 @@ def _inputs(layer: int) -> str:
 
 
 def _gradient(layer: int) -> str:
-    """Name the file of the gradient at a layer's outputs; those of layer -1 are the embedding's."""
+    """Return the file name of the gradient at a layer's outputs; layer -1 is the embedding."""
     return f"gradient.{layer}.npy"
 
 
@@ -207,7 +207,7 @@ def _numbers(folder: Path, kind: str) -> list[int]:
 
 
 def _keep(files: Filling, name: str, values: torch.Tensor) -> None:
-    """Write what only a killed run goes on from."""
+    """Write a temporary file for resuming an interrupted run."""
     files.save(name, ARRAY, values.numpy(), lasting=False)
 
 
@@ -251,7 +251,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) 
         for first in range(0, len(normalised), POSITIONS_AT_ONCE):
             part = slice(first, first + POSITIONS_AT_ONCE)
             p = (normalised[part].detach() @ head.T).softmax(-1)
-            # The expectation of g^2 over drawn tokens, exactly.
+            # The exact expectation of g^2 over drawn tokens.
             variance = torch.addcmul(p, p, p, value=-1)
             total += variance.sum(0)
             weights[part] = variance.sum(-1)
@@ -266,7 +266,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) 
 
 
 def _drawn(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Return the token at which the probabilities, [positions, vocab], summed up, pass draws in [0, 1).
+    """Sample a token per row of probabilities, [positions, vocab], by inverse-transform sampling of draws in [0, 1).
 
     This takes a tenth of the time of torch.multinomial.
     """
@@ -290,7 +290,7 @@ def _backwards(
             tokens = {role: _squares(gradients.pop(role), role, sums) for role in LINEARS}
             for site, roles in sites.items():
                 moments[site].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
-            # Nothing of these windows is kept while the next are derived.
+            # Free the activations of these windows before the next.
             seen.clear()
     for site in sites:
         moments.pop(site).save(files, f"layers.{index}.{site}")
@@ -304,24 +304,24 @@ def _columns(module: nn.Module, role: str) -> int:
 
 
 def _squares(gradient: torch.Tensor, role: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Add the squares of a gradient, [windows, length, rows], to its role's; return their sums by token."""
+    """Add the squares of a gradient, [windows, length, rows], to the sum of its role; return their sums by token."""
     squares = gradient.square()
     sums[role] = sums.get(role, torch.zeros(())) + squares.sum(dim=(0, 1))
     return squares.sum(-1)
 
 
 def _weights(tokens: list[torch.Tensor]) -> torch.Tensor:
-    """Return the weight of each token, [windows, length], about 1 on average: the matrices of a site count alike.
+    """Return the weight of each token, [windows, length], about 1 on average; matrices of a site count equally.
 
     Args:
-        tokens: Each matrix's squared gradients by token, float32 [windows, length].
+        tokens: Squared gradients of each matrix by token, float32 [windows, length].
     """
     return torch.stack([weights / weights.mean().clamp(min=1e-30) for weights in tokens]).mean(0)
 
 
 @contextmanager
 def _observed(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Keep, by role, the inputs of a layer's matrices and the gradients at their outputs while it is derived."""
+    """Record, by role, the inputs of a layer's matrices and the gradients at their outputs."""
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Calibration and evaluation texts: read, check, cut into windows of tokens."""
+"""Calibration and evaluation texts: reads and checks them, and cuts them into windows of tokens."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from exporter.model.tokenizer import ModelTokenizer
 
 MAX_TEXT_BYTES = 256 << 20
 LEAST_WINDOWS = 4
-# More than any text has on average: to tokenise much more than is used wastes time.
+# More than the average of any text; limits how much text is tokenised.
 CHARACTERS_A_TOKEN = 16
 Tokens = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of tokens with where they came from.
+    """Windows of tokens and their origin.
 
     Attributes:
         tokens: int64 [windows, length].
-        kind: A user's file, or text that the model itself sampled.
+        kind: A user's file, or text sampled from the model itself.
         digest: SHA-256 of the tokens.
         source_bytes: Size of the text.
     """
@@ -36,12 +36,12 @@ class Windows:
 
     @classmethod
     def of(cls, tokens: Tokens, kind: Literal["file", "self-sampled"], source_bytes: int) -> "Windows":
-        """Make windows and digest them."""
+        """Make windows with their digest."""
         tokens = np.ascontiguousarray(tokens, np.int64)
         return cls(tokens, kind, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), source_bytes)
 
     def spread(self, count: int) -> "Windows":
-        """Return so many of the windows, at equal distances, or all where there are no more."""
+        """Return `count` evenly spaced windows, or all if there are fewer."""
         return Windows.of(self.tokens[_evenly(len(self.tokens), count)], self.kind, self.source_bytes)
 
 
@@ -76,9 +76,9 @@ def file_windows(path: Path, tokenizer: ModelTokenizer, count: int, length: int)
 
 
 def spread_windows(path: Path, tokenizer: ModelTokenizer, count: int, length: int) -> Windows:
-    """Return `count` windows from all over a file, in its order, or as many as it holds (at least 4).
+    """Return `count` windows spread over a file, in order, or as many as it holds (at least 4).
 
-    What is fitted to them generalises better than what is fitted to as many from the beginning.
+    Fitting to them generalises better than fitting to as many from the beginning.
 
     Raises:
         RequestError, InputError: see `read_text`; or the text is too short.
@@ -95,12 +95,12 @@ def spread_windows(path: Path, tokenizer: ModelTokenizer, count: int, length: in
 
 
 def _evenly(total: int, count: int) -> slice | NDArray[np.intp]:
-    """Return the places of `count` of `total` things at equal distances, or of all where there are no more."""
+    """Return `count` evenly spaced indices below `total`, or all if there are fewer."""
     return slice(None) if total <= count else np.arange(count) * total // count
 
 
 def _windows(text: str, tokenizer: ModelTokenizer, length: int) -> Tokens:
-    """Return the whole windows of a text, int64 [windows, length]."""
+    """Return the complete windows of a text, int64 [windows, length]."""
     ids = tokenizer.inner_ids(text)
     found = len(ids) // length
     return np.array(ids[: found * length], np.int64).reshape(found, length)

@@ -1,1 +1,1 @@
-"""Work in child processes: without a network, under limits, and asked through a pipe that carries data alone."""
+"""Child processes without network and with resource limits, called through a pipe that transports only data."""

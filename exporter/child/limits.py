@@ -1,4 +1,4 @@
-"""Limits that a child process puts on itself before it does its work."""
+"""Limits that a child process sets on itself before it starts work."""
 
 import ctypes
 import math
@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """Let the system end this process when its parent dies, even where it stands still at the time."""
+    """Let the system kill this process when its parent dies, even if this process is stopped at the time."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -24,15 +24,15 @@ def end_with(parent: int) -> None:
 
 
 def leave_no_core() -> None:
-    """Let the system write no image of this process where it dies."""
+    """Disable core dumps of this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process write to no more than so many bytes of memory beyond what it has, nor to more than there are.
+    """Limit the writable memory of this process to `more_bytes` beyond its current size, and to the physical memory.
 
-    The limit is that of data: the address space is no measure, since runtimes map files and reserve more than they use.
-    Only Linux holds a process to it.
+    This limits data and not address space, since runtimes map files and reserve more than they use. Only Linux enforces
+    it.
     """
     if sys.platform != "linux":
         return
@@ -42,9 +42,9 @@ def limit_memory(more_bytes: int) -> None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """Let the system end this process once it has used all its cores for so many seconds from now."""
+    """Let the system kill this process once it has used the CPU time of all its cores for `seconds` from now."""
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    # Whole seconds; the parent's deadline comes first.
+    # In whole seconds, rounded up so that the parent's deadline comes first.
     allowed = math.ceil(time.process_time() + seconds * available_cores()) + 1
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, most))

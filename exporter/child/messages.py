@@ -1,7 +1,7 @@
-"""What goes through the pipe to a child process: a header of JSON, then the bytes of the arrays in it.
+"""Messages to and from a child process: a JSON header, then the bytes of its arrays.
 
-Both ends know the kind of every value by an annotation, and take nothing else. JSON carries any text, lone surrogates
-too, and any float. Nothing that arrives is run, as it is where pickles are read.
+Both ends know the type of every value from annotations and accept nothing else. The JSON supports any text, including
+lone surrogates, and any float. Unlike with pickles, received data is never executed.
 """
 
 import json
@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:  # most messages carry no arrays
+if TYPE_CHECKING:  # most messages contain no arrays
     import numpy as np
     from numpy.typing import NDArray
 
@@ -27,23 +27,23 @@ LENGTHS = struct.Struct("<IQ")
 DTYPES = frozenset(("|i1", "|u1", "<i2", "<u2", "<f2", "<i4", "<u4", "<f4", "<i8", "<u8", "<f8"))
 MOST_DIMENSIONS = 8
 ALIGNMENT = 8
-# Of an error.
+# Length limit of an error message.
 MESSAGE_CHARACTERS = 4000
-# The system waits for no more than some weeks at a time.
+# The system can wait at most a few weeks at a time.
 WAIT_S = 3600.0
-# One read or write; more does not make it faster.
+# Bytes per read or write; larger steps are not faster.
 STEP = 1 << 20
 
 
 class WrongKindError(Exception):
-    """A value or a message is not of the kind that was agreed."""
+    """A value or a message is not of the expected kind."""
 
 
 class Room(NamedTuple):
-    """The most bytes that a message may have.
+    """The maximum size of a message.
 
     Attributes:
-        header: Bytes of JSON; what Python makes of them may take 48 times as much.
+        header: Bytes of JSON; the parsed Python objects may take 48 times as much.
         arrays: Bytes of all arrays together.
     """
 
@@ -52,14 +52,14 @@ class Room(NamedTuple):
 
 
 class Arrays:
-    """The arrays of a message, one after the other, each on a multiple of 8 bytes."""
+    """The concatenated arrays of a message, each aligned to 8 bytes."""
 
     def __init__(self, data: "NDArray[np.uint8] | None" = None) -> None:
         self.parts: list[NDArray[np.uint8]] = []
         self._data, self._at = data, 0
 
     def put(self, array: "NDArray[Any]") -> Json:
-        """Take an array, and return what stands for it in the header."""
+        """Append an array, and return its description for the header."""
         import numpy as np
 
         dtype = array.dtype.newbyteorder("<").str
@@ -70,7 +70,7 @@ class Arrays:
         return {"dtype": dtype, "shape": list(array.shape)}
 
     def take(self, header: Json) -> "NDArray[Any]":
-        """Return the next array, a view, by what stands for it in the header."""
+        """Return the next array as a view, given its description in the header."""
         import numpy as np
 
         dtype, shape = (header.get("dtype"), header.get("shape")) if isinstance(header, dict) else (None, None)
@@ -90,7 +90,7 @@ class Arrays:
 
 
 class Kind(NamedTuple):
-    """How values of one annotation become JSON, and are made of it again; both raise `WrongKindError`."""
+    """Conversion of values of one annotation to JSON and back; both directions raise `WrongKindError`."""
 
     pack: Callable[[Any, Arrays], Json]
     unpack: Callable[[Json, Arrays], Any]
@@ -98,10 +98,10 @@ class Kind(NamedTuple):
 
 @cache
 def kind_of(annotation: Any) -> Kind:
-    """Return how values of an annotation are sent.
+    """Return the conversion for values of an annotation.
 
     Raises:
-        TypeError: there is no way to send them.
+        TypeError: they cannot be sent.
     """
     if annotation in PLAIN:
         return PLAIN[annotation]
@@ -115,7 +115,7 @@ def kind_of(annotation: Any) -> Kind:
 
 
 def _instance(value: Any, expected: type) -> Any:
-    # A bool is an int to Python.
+    # In Python, a bool is an int.
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise WrongKindError(f"a {expected.__name__} was expected, not a {type(value).__name__}")
     return value
@@ -135,12 +135,12 @@ def _float(value: Any) -> float:
 
 
 def _checked(check: Callable[[Any], Any]) -> Kind:
-    """Return the kind of values that JSON has itself."""
+    """Return the kind of values that JSON supports natively."""
     return Kind(lambda value, _: check(value), lambda data, _: check(data))
 
 
 def _json(value: Any, arrays: Arrays) -> Json:
-    """Return a value as it is, if JSON gives back the same."""
+    """Return a value unchanged if JSON preserves it."""
     if isinstance(value, list):
         return [_json(one, arrays) for one in value]
     if isinstance(value, dict):
@@ -151,7 +151,7 @@ def _json(value: Any, arrays: Arrays) -> Json:
 
 
 def _several(values: Any) -> Any:
-    # A text is a sequence of texts to Python.
+    # In Python, a string is a sequence of strings.
     if isinstance(values, str) or not isinstance(values, Collection):
         raise WrongKindError(f"several values were expected, not a {type(values).__name__}")
     return values
@@ -210,7 +210,7 @@ def _mapping(inner: tuple[Any, ...]) -> Kind:
 
 
 def _dataclass(made: type) -> Kind:
-    from dataclasses import fields  # here, for a child process without any starts sooner
+    from dataclasses import fields  # here, since a child process without dataclasses starts faster
 
     hints = get_type_hints(made)
     kinds = {field.name: kind_of(hints[field.name]) for field in fields(made)}
@@ -264,13 +264,13 @@ def send(descriptor: int, header: Json, arrays: Arrays, end: float = math.inf) -
     """Send a message.
 
     Args:
-        descriptor: One end of a pipe; without a deadline it may be a blocking one.
+        descriptor: One end of a pipe; it may be blocking if there is no deadline.
         header: JSON.
         arrays: The arrays in it.
-        end: Deadline, of the monotonic clock.
+        end: Deadline on the monotonic clock.
 
     Raises:
-        TimeoutError: the other end did not take it until then.
+        TimeoutError: the other end did not read it before the deadline.
         OSError: the other end is closed.
     """
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -283,14 +283,14 @@ def receive(descriptor: int, room: Room, end: float = math.inf) -> tuple[Json, A
     """Receive a message.
 
     Args:
-        descriptor: One end of a pipe; without a deadline it may be a blocking one.
-        room: The most that is taken.
-        end: Deadline, of the monotonic clock.
+        descriptor: One end of a pipe; it may be blocking if there is no deadline.
+        room: The maximum size.
+        end: Deadline on the monotonic clock.
 
     Raises:
-        TimeoutError: the message was not there until then.
+        TimeoutError: the message did not arrive before the deadline.
         EOFError: the other end was closed.
-        WrongKindError: it is no message, or a larger one.
+        WrongKindError: it is not a message, or is too large.
     """
     lengths = bytearray(LENGTHS.size)
     _read(descriptor, memoryview(lengths), end)
@@ -305,7 +305,7 @@ def receive(descriptor: int, room: Room, end: float = math.inf) -> tuple[Json, A
     if arrays_size:
         import numpy as np
 
-        # Pages that nothing is written to take no memory.
+        # Pages that are never written take no memory.
         data = np.empty(arrays_size, np.uint8)
         _read(descriptor, data.data, end)
     try:
@@ -335,7 +335,7 @@ def _read(descriptor: int, left: memoryview, end: float) -> None:
 
 
 def _wait(descriptor: int, event: int, end: float) -> None:
-    """Wait until a pipe can be read or written to; what is there after the deadline still counts."""
+    """Wait until a pipe is readable or writable; a pipe that is ready after the deadline still counts."""
     waiting = select.poll()
     waiting.register(descriptor, event)
     while not waiting.poll(1000 * min(max(0.0, end - time.monotonic()), WAIT_S)):

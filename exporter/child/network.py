@@ -1,6 +1,6 @@
-"""No network for this process: a network namespace without interfaces, and a filter that refuses sockets.
+"""Cuts this process off the network: a network namespace without interfaces, and a filter that refuses sockets.
 
-Both need no privilege where the system allows user namespaces and seccomp; each works without the other.
+Neither needs privileges if the system allows user namespaces and seccomp. Each works without the other.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 LOAD, JUMP_IF_EQUAL, JUMP_IF_NOT_BELOW, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
-# Kernel's number of the architecture, and of socket(); io_uring could open sockets past the filter.
+# The kernel's numbers of the architecture and of socket(). io_uring could bypass the filter to open sockets.
 ARCHITECTURES = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
 IO_URING_SETUP = 425
-# Calls of x86's x32 interface, which have numbers of their own from here.
+# First system call number of x86's x32 interface.
 X32_CALLS = 0x40000000
 # Documentation address of RFC 5737; connecting a datagram socket sends nothing.
 NOWHERE = ("192.0.2.1", 9)
@@ -27,9 +27,9 @@ NOWHERE = ("192.0.2.1", 9)
 
 @cache
 def cut_network() -> list[str]:
-    """Take the network away from this process for good, and return the methods that did it; none where none works.
+    """Cut this process off the network permanently, and return the methods that worked; empty if none did.
 
-    It is done once; later calls return the same. The process must have one thread; threads and processes that it starts
+    Later calls return the same result. The process must have only one thread. Threads and processes that it starts
     later have no network either.
     """
     if sys.platform != "linux":
@@ -49,13 +49,13 @@ def reaches_network() -> bool:
 
 
 def _leave() -> bool:
-    """Enter a network namespace of our own, through a user namespace where that takes a privilege."""
+    """Enter a new network namespace, through a user namespace if that requires privileges."""
     user, group = os.geteuid(), os.getegid()
     if _call("unshare", CLONE_NEWNET):
         return True
     if not _call("unshare", CLONE_NEWUSER | CLONE_NEWNET):
         return False
-    # The process is nobody there until it is mapped to itself; it works as nobody, too.
+    # Map the user to itself; the process also works unmapped, as nobody.
     with suppress(OSError):
         for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             Path("/proc/self", file).write_text(text, encoding="ascii")
@@ -71,7 +71,7 @@ class _Program(ctypes.Structure):
 
 
 def _refuse_sockets() -> bool:
-    """Let socket() fail with EPERM from here on, Unix sockets included: a daemon behind one may have a network."""
+    """Make socket() fail with EPERM, including Unix sockets, since a daemon behind one may have network access."""
     if os.uname().machine not in ARCHITECTURES:
         return False
     architecture, socket_call = ARCHITECTURES[os.uname().machine]

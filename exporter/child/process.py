@@ -1,4 +1,4 @@
-"""Work in a child process: a runtime may abort or be taken over by a model, and its memory must be its own."""
+"""Runs work in a child process, since a model may crash or take over a runtime, and its memory must be separate."""
 
 import inspect
 import os
@@ -30,15 +30,15 @@ from exporter.foundation.errors import DeadlineError, ExporterError, RuntimeCras
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How often a thread of GNU OpenMP looks whether the others are done before it sleeps. Its default of 300,000 is some
-# 10 ms, which on a core that another process wants too is lost at each of a token's hundreds of barriers: llama.cpp on
-# two cores, one of them busy, decodes 2.2 times as fast with 1,000, and as fast as ever where both are free.
+# Spins of a GNU OpenMP thread at a barrier before it sleeps. The default of 300,000 takes about 10 ms. On a core shared
+# with another process, this is lost at each of a token's hundreds of barriers. With 1,000, llama.cpp decodes 2.2 times
+# as fast on two cores with one of them busy, and equally fast if both are free.
 SPINS = "1000"
 PROGRAM = "import sys; sys.path[:] = {}; from exporter.child.serve import serve; serve({}, {}, {})"
-# Logits of half a window of 512 tokens, for a vocabulary of 393,216. A text of 10 MB; what Python makes of a header of
-# that size takes less than 512 MiB, whatever it says.
+# Arrays: logits of half a window of 512 tokens, for a vocabulary of 393,216. Header: a text of 10 MB; any header of
+# that size takes less than 512 MiB in Python.
 ANSWER = Room(header=10 << 20, arrays=384 << 20)
-# What a process that closed its pipe may take to die.
+# Time limit for a process to exit after closing its pipe.
 DYING_S = 2.0
 LOG_BYTES, LOG_LINES = 4096, 3
 ERRORS = {
@@ -49,14 +49,14 @@ ERRORS = {
 class Child:
     """A child process that makes one object and answers calls to its methods, or runs functions.
 
-    It has no network, ends when this process does, and writes no core. Arguments and results are data of the kinds
-    that `exporter.child.messages` knows, checked on both sides by the annotations; an error of another process's making
-    is one of `exporter.foundation.errors`. Its standard output and error go to a file without a name; the last lines
-    where it dies. The system ends it with the thread that made it, too.
+    It has no network, ends when this process does, and writes no core dump. The system also kills it when the thread
+    that made it ends. Arguments and results must be of kinds supported by `exporter.child.messages`; both sides check
+    them against the annotations. Errors of the child are raised as those of `exporter.foundation.errors`. Its standard
+    output and error go to an unnamed file, whose last lines are reported if it dies.
 
     Args:
-        title: What runs, for messages: "llama.cpp", "ONNX Runtime".
-        memory_bytes: Most memory beyond what the libraries take that the first function or class needs.
+        title: Name of the runtime for messages: "llama.cpp", "ONNX Runtime".
+        memory_bytes: Memory limit beyond the libraries that the first function or class loads.
     """
 
     def __init__(self, title: str, memory_bytes: int) -> None:
@@ -68,22 +68,22 @@ class Child:
         self._pipe.setblocking(False)
         with theirs:
             program = PROGRAM.format(ascii([*map(str, sys.path)]), theirs.fileno(), os.getpid(), memory_bytes)
-            # In a group of its own: Ctrl-C reaches this process, which decides.
+            # In its own process group, so that Ctrl-C reaches only this process, which decides.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", program], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
                 pass_fds=[theirs.fileno()], env={"GOMP_SPINCOUNT": SPINS} | os.environ, process_group=0,
             )  # fmt: skip
 
     def make(self, factory: Callable[P, object], deadline_s: float, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Let the child make the object whose methods are called; what that raises, `ready` or the first call raises.
+        """Let the child make the object whose methods are called; `ready` or the first call raises any error.
 
         Args:
-            factory: A class of a module.
-            deadline_s: Seconds from when it is waited for.
-            *args: Its arguments.
-            **kwargs: More of them.
+            factory: An importable class.
+            deadline_s: Time limit in seconds from when the result is awaited.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
         """
-        # The object itself, as the first argument of __init__, is the child's.
+        # The first argument of __init__, the object itself, exists only in the child.
         arguments = inspect.signature(factory).bind(*args, **kwargs).arguments
         self._send(factory.__module__, factory, get_type_hints(factory.__init__), arguments, deadline_s)
         self._making_s = deadline_s
@@ -92,7 +92,7 @@ class Child:
         """Wait until the object is made.
 
         Raises:
-            ExporterError: what making it raised; else as `call`.
+            ExporterError: the error of its constructor; otherwise as for `call`.
         """
         if self._making_s is not None:
             deadline_s, self._making_s = self._making_s, None
@@ -102,23 +102,23 @@ class Child:
         """Call a method of the child's object and return its result.
 
         Args:
-            method: The method, as its class or a protocol has it.
+            method: The method of a class or protocol.
             deadline_s: Seconds after which the child is killed.
-            *args: Its arguments.
-            **kwargs: More of them.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
 
         Raises:
-            ExporterError: what the method raised.
-            DeadlineError: the child was killed, since it took longer.
-            RuntimeCrashError: the child died, or answered with something of another kind and was killed.
+            ExporterError: the error that the method raised.
+            DeadlineError: the child was killed after the deadline.
+            RuntimeCrashError: the child died, or was killed because its answer was of another kind.
         """
         arguments = inspect.signature(method).bind(None, *args, **kwargs).arguments
-        # Without the object itself.
+        # Drop the object itself.
         named = dict(list(arguments.items())[1:])
         return self._answer(None, method, named, deadline_s)
 
     def run(self, function: Callable[P, R], deadline_s: float, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run a function of a module in the child and return its result; see `call`."""
+        """Run an importable function in the child and return its result; see `call`."""
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
         return self._answer(function.__module__, function, arguments, deadline_s)
 
@@ -181,7 +181,7 @@ class Child:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(DYING_S)
         ended = _ended(self._process.returncode)
-        # What it started may go on without it.
+        # Processes it started may still run.
         self._kill()
         size = os.fstat(self._log.fileno()).st_size
         log = os.pread(self._log.fileno(), LOG_BYTES, max(0, size - LOG_BYTES)).decode("utf-8", "replace")
@@ -193,9 +193,9 @@ class Child:
         ) from None
 
     def _kill(self) -> None:
-        """End the child and all that it started."""
+        """Kill the child and all processes of its group."""
         if self._ended:
-            # Another process may have its id by now.
+            # Its id may belong to another process by now.
             return
         self._ended = True
         with suppress(ProcessLookupError, PermissionError):
@@ -220,7 +220,7 @@ class Child:
 
 
 def _ended(code: int | None) -> str:
-    """Say how a process ended."""
+    """Describe how a process ended."""
     if code is None:
         return "a closed pipe"
     if code >= 0:
@@ -229,7 +229,7 @@ def _ended(code: int | None) -> str:
 
 
 def _error(header: Json) -> ExporterError:
-    """Return the error that a child tells of."""
+    """Return the error in a child's answer."""
     if isinstance(header, dict) and header.keys() == {"error", "message"}:
         name, message = header["error"], header["message"]
         if isinstance(name, str) and name in ERRORS and isinstance(message, str):

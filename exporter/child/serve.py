@@ -1,4 +1,4 @@
-"""What runs in a child process: it gives up the network, then answers one request after the other."""
+"""The main loop of a child process: gives up the network, then answers requests one by one."""
 
 import importlib
 import operator
@@ -11,7 +11,7 @@ from exporter.child.messages import MESSAGE_CHARACTERS, Arrays, Json, Room, kind
 from exporter.child.network import cut_network
 from exporter.foundation.errors import ExporterError, RuntimeCrashError
 
-# The parent is trusted, and the memory of this process limited.
+# Large limits, since the parent is trusted and the memory of this process is limited.
 REQUEST = Room(header=1 << 30, arrays=1 << 33)
 
 
@@ -21,7 +21,7 @@ def serve(descriptor: int, parent: int, memory_bytes: int) -> None:
     Args:
         descriptor: This end of the pipe.
         parent: Process id of the parent.
-        memory_bytes: Most memory beyond what the libraries take that the first request needs.
+        memory_bytes: Memory limit beyond the libraries that the first request loads.
     """
     end_with(parent)
     cut_network()
@@ -36,7 +36,7 @@ def serve(descriptor: int, parent: int, memory_bytes: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time that this process has used, all threads together."""
+    """Return the CPU time used by all threads of this process."""
     return time.process_time()
 
 
@@ -47,7 +47,7 @@ class _Server:
         self._made: object = None
 
     def answer(self, request: Json, arrays: Arrays) -> tuple[Json, Arrays]:
-        """Return a message that holds what was asked for, or an error."""
+        """Return a message with the requested result, or an error."""
         try:
             limit_cpu(request["seconds"])
             return self._done(request, arrays)
@@ -72,7 +72,7 @@ class _Server:
         return {"value": kind_of(None if makes else hints["return"]).pack(value, answered)}, answered
 
     def _function(self, module: str | None, name: str) -> Callable[..., Any]:
-        """Return a method of what was made, or a function or class of a module."""
+        """Return a method of the child's object, or a function or class of a module."""
         if module is None:
             method: Callable[..., Any] = getattr(self._made, name)
             return method

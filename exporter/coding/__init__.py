@@ -1,1 +1,1 @@
-"""Coded files: a runtime's own file in fewer bytes, restored bit by bit."""
+"""Coded files: a runtime's file in fewer bytes, restored bit for bit."""

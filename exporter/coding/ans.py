@@ -1,9 +1,9 @@
-"""Asymmetric numeral systems: symbols into bits at the entropy of their tables, many lanes in step.
+"""Asymmetric numeral systems: codes symbols at the entropy of their tables, with many interleaved lanes.
 
-The range variant (Duda 2013, "Asymmetric numeral systems", section 2; interleaved as by Giesen 2014): a state x codes
-a symbol of share f and cumulative share c, of 2^k, as x' = floor(x / f) 2^k + c + x mod f. A state lives in
-[2^16, 2^32) and leaves its lower 16 bits where it would grow beyond. Symbol i belongs to lane i mod lanes, so that
-a step of all lanes is one operation on arrays; lanes read their words in order from one common sequence.
+This is the range variant (Duda 2013, "Asymmetric numeral systems", section 2; interleaved as in Giesen 2014). A state x
+codes a symbol of share f and cumulative share c, out of 2^k, as x' = floor(x / f) 2^k + c + x mod f. A state stays in
+[2^16, 2^32); it emits its lower 16 bits before it would exceed that. Symbol i belongs to lane i mod lanes, so one array
+operation advances all lanes. The lanes read their words in order from one common sequence.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from exporter.coding.tables import PRECISION, SYMBOLS, TOTAL, Bytes, Shares
 from exporter.foundation.errors import InputError
 
 MOST_LANES = 2048
-# A lane costs 2 bytes beyond its symbols' entropy.
+# A lane costs 2 bytes more than the entropy of its symbols.
 SYMBOLS_A_LANE = 2048
 LOWEST = np.uint32(1 << 16)
 WORD_BITS = np.uint32(16)
@@ -21,20 +21,20 @@ SLOT = np.uint32(TOTAL - 1)
 
 
 def lanes_for(symbols: int) -> int:
-    """Return how many lanes code so many symbols."""
+    """Return the number of lanes for a number of symbols."""
     return max(1, min(MOST_LANES, symbols // SYMBOLS_A_LANE))
 
 
 def encode(
     symbols: Bytes, tables: Shares, sizes: NDArray[np.int64], used: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """Return the last states, uint32 [lanes], and the words, uint16 [words], of symbols, uint8 [symbols].
+    """Return the final states, uint32 [lanes], and the words, uint16 [words], of symbols, uint8 [symbols].
 
     Args:
-        symbols: What to code; each has a share in its table.
+        symbols: Symbols to code; each has a share in its table.
         tables: Shares, uint32 [tables, 256].
-        sizes: How many symbols in a row have one table, int64 [runs].
-        used: The number of the table that each run has, int64 [runs].
+        sizes: Number of consecutive symbols that share a table, int64 [runs].
+        used: Table index of each run, int64 [runs].
     """
     lanes = lanes_for(len(symbols))
     shares, starts = _flat(tables)
@@ -61,10 +61,10 @@ def decode(
     sizes: NDArray[np.int64],
     used: NDArray[np.int64],
 ) -> Bytes:
-    """Return the symbols, uint8 [symbols]; the arguments are those of `encode` and what it returned.
+    """Return the symbols, uint8 [symbols], from the results of `encode` and its other arguments.
 
     Raises:
-        InputError: states and words do not come from so many symbols of these tables.
+        InputError: states and words do not belong to this number of symbols of these tables.
     """
     count, lanes = int(sizes.sum()), len(states)
     if lanes != lanes_for(count):
@@ -97,6 +97,6 @@ def decode(
 
 
 def _flat(tables: Shares) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return shares and cumulative shares of all tables one after the other, uint32 [tables x 256]."""
+    """Return the concatenated shares and cumulative shares of all tables, uint32 [tables x 256]."""
     starts = tables.cumsum(axis=1, dtype=np.uint32) - tables
     return tables.reshape(-1), starts.reshape(-1)

@@ -1,4 +1,4 @@
-"""Reading what a coded file claims to hold, never past its end."""
+"""Reads values from the bytes of a coded file, never past the end."""
 
 import struct
 from typing import Any
@@ -7,20 +7,20 @@ from exporter.foundation.errors import InputError
 
 
 class Reading:
-    """Bytes that are taken one part after the other.
+    """A sequential reader of bytes.
 
     Args:
-        data: All of them.
+        data: The bytes.
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
         self._left = memoryview(data)
 
     def take(self, count: int) -> bytes:
-        """Return the next bytes.
+        """Return the next `count` bytes.
 
         Raises:
-            InputError: there are not so many left.
+            InputError: fewer are left.
         """
         if count > len(self._left):
             raise InputError("the coded file ends early", got=f"{len(self._left)} bytes", expected=count)
@@ -28,14 +28,14 @@ class Reading:
         return bytes(taken)
 
     def unpack(self, form: str) -> tuple[Any, ...]:
-        """Return the next values in the form of `struct`, little-endian."""
+        """Return the next values in `struct` format, little-endian."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
 
     def end(self) -> None:
-        """Refuse bytes that are left.
+        """Check that no bytes are left.
 
         Raises:
-            InputError: there are some.
+            InputError: some are left.
         """
         if len(self._left):
             raise InputError("the coded file holds bytes that mean nothing", got=len(self._left), expected=0)

@@ -1,7 +1,7 @@
-"""One chunk of a coded file: some parts of the original, each turned into streams, each stream coded.
+"""One chunk of a coded file: some parts of the original, each split into streams, each stream coded.
 
-A chunk stands for itself: it holds its layout, its tables and its streams, so that chunks are coded and restored on all
-cores, and restoring takes memory for a few of them only.
+A chunk is self-contained: it holds its layout, tables and streams. Chunks can therefore be coded and restored on all
+cores, and restoring needs memory for only a few of them.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from exporter.coding.streams import MOST_CLASSES, Block, StreamShape, blocks_of,
 from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits, read_table, shares_of, table_bytes
 from exporter.foundation.errors import InputError
 
-# What a chunk may consist of, so that restoring it takes a few times its bytes: a table takes 18 KiB. More is coded as
-# bytes of which nothing is known.
+# Limits of a chunk, so that restoring takes only a few times its size in memory; a table takes 18 KiB. A chunk beyond
+# them is coded as bytes without structure.
 MOST_PARTS, MOST_FIELDS, MOST_BLOCKS, MOST_TABLES = 1 << 12, 8, 1 << 16, 1 << 12
 MOST_NUMBER_BYTES = 8
-# How a stream is coded: as it is, by `ans`, by `huffman`, or by Zstandard with its search for repetitions.
+# Coding of a stream: uncoded, `ans`, `huffman`, or Zstandard with its search for repetitions.
 _RAW, _ANS, _HUFFMAN, _SEARCHED = range(4)
 
 
@@ -34,8 +34,8 @@ class CodedChunk:
 
     Attributes:
         payload: Its bytes.
-        entropy_bytes: What its streams take at least, each coded byte by byte with one histogram; of a stream that is
-            not made of codes or numbers, what it took.
+        entropy_bytes: Lower bound for its streams, each coded byte by byte with one histogram; for streams of neither
+            codes nor numbers, their coded size.
     """
 
     payload: bytes
@@ -44,7 +44,7 @@ class CodedChunk:
 
 @dataclass(frozen=True)
 class _Stream:
-    """The bytes of a stream, the blocks that they come in, and how they are coded."""
+    """The bytes of a stream, its blocks, and its coding."""
 
     symbols: Bytes
     blocks: list[Block]
@@ -53,12 +53,12 @@ class _Stream:
 
 
 def encode(data: bytes, parts: Sequence[Part], profile: Profile) -> CodedChunk:
-    """Return the chunk that some bytes are coded as.
+    """Code bytes as a chunk.
 
     Args:
-        data: The bytes of the parts, one after the other.
-        parts: What they mean.
-        profile: `small`, or `fast` to restore.
+        data: The concatenated bytes of the parts.
+        parts: The layout of the bytes.
+        profile: `small` for the fewest bytes, `fast` for fast restoring.
     """
     if len(parts) > MOST_PARTS:
         return _as_anything(data, profile)
@@ -82,10 +82,10 @@ def _as_anything(data: bytes, profile: Profile) -> CodedChunk:
 
 
 def decode(payload: bytes, size: int) -> Bytes:
-    """Return the bytes that a chunk stands for, uint8 [size].
+    """Return the decoded bytes of a chunk, uint8 [size].
 
     Raises:
-        InputError: it does not stand for so many bytes.
+        InputError: it does not decode to `size` bytes.
     """
     reading = Reading(payload)
     parts, shapes = _read_parts(reading, size)
@@ -113,7 +113,7 @@ def decode(payload: bytes, size: int) -> Bytes:
 
 
 def _is_too_fine(streams: Sequence[Sequence[Block]], methods: Sequence[int]) -> bool:
-    """Return whether streams have more blocks or tables than a chunk may have."""
+    """Return whether streams exceed a chunk's limit of blocks or tables."""
     modelled = (blocks for blocks, method in zip(streams, methods, strict=True) if method == _ANS)
     tables = sum(len({block.table for block in blocks}) for blocks in modelled)
     return tables > MOST_TABLES or sum(map(len, streams)) > MOST_BLOCKS
@@ -137,7 +137,7 @@ def _described(part: Part) -> bytes:
 
 
 def _described_shape(shape: StreamShape) -> bytes:
-    """Return a byte of flags, then the classes of rows and of columns where there are several, two a byte."""
+    """Return a byte of flags, then the classes of rows and of columns if there are several, two per byte."""
     flags = bytes((shape.differs | bool(shape.rows.any()) << 1 | bool(shape.columns.any()) << 2,))
     return flags + b"".join(_nibbles(classes) for classes in (shape.rows, shape.columns) if classes.any())
 
@@ -208,14 +208,14 @@ def _raw(symbols: Bytes, blocks: list[Block]) -> _Stream:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Blocks of several streams for `ans`: their sizes and the tables that they use, int64 [blocks]."""
+    """Blocks of several streams for `ans`: their sizes and table indices, int64 [blocks]."""
 
     sizes: NDArray[np.int64]
     used: NDArray[np.int64]
 
     @classmethod
     def of(cls, streams: list[list[Block]]) -> "_Runs":
-        """Number the tables of all streams, those that no block uses left out."""
+        """Number the tables of all streams, skipping unused ones."""
         named = [(number, block.table) for number, some in enumerate(streams) for block in some]
         order = {name: place for place, name in enumerate(sorted(set(named)))}
         sizes = [block.symbols for some in streams for block in some]
@@ -223,7 +223,7 @@ class _Runs:
 
 
 def _ans_bytes(streams: list[_Stream]) -> bytes:
-    """Return tables, states and words of all streams that `ans` codes."""
+    """Return the tables, states and words of all streams coded by `ans`."""
     modelled = [stream for stream in streams if stream.method == _ANS]
     if not modelled:
         return b""

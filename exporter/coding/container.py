@@ -1,10 +1,10 @@
-"""The coded file: a header that says what the original is, then its chunks, each with its size and checksum.
+"""The coded file: a header that describes the original, then its chunks, each with its size and checksum.
 
     header   magic, version, name, size and SHA-256 of the original; CRC-32 of the header
     chunk    bytes of the original, bytes of the payload, CRC-32 of both and of the payload; the payload
 
-Integers are little-endian. A file that was changed, cut short or added to is refused: chunks by their checksum, the
-whole by size and SHA-256.
+Integers are little-endian. Changed, truncated or extended files are rejected: chunks by their checksum, the whole by
+size and SHA-256.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ MAGIC = b"\x89EDGECOD"
 VERSION = 1
 SUFFIX = ".coded"
 PROFILES: tuple[Profile, ...] = get_args(Profile)
-# Bytes of the original in a chunk: many, for the lanes of `ans` to be long, or few, since restoring takes several times
-# as much memory.
+# Bytes of the original per chunk. `small` uses many, to give `ans` long lanes; `fast` uses few, since restoring takes
+# several times as much memory.
 CHUNK_BYTES: dict[Profile, int] = {"small": 1 << 23, "fast": 1 << 20}
 LEAST_CHUNK_BYTES, MOST_CHUNK_BYTES = min(CHUNK_BYTES.values()), max(CHUNK_BYTES.values())
-# The least header: all but the name.
+# The header without the name.
 _FIXED = struct.Struct("<8sHQ32sH")
 _CHECKSUM = struct.Struct("<I")
 _CHUNK = struct.Struct("<III")
-# Layout and tables of a chunk that does not shrink at all.
+# Allows for the layout and tables of a chunk that does not shrink.
 _MOST_PAYLOAD = 2 * MOST_CHUNK_BYTES
-# Weights become a tenth at the very best. More than this is nothing but repetition, and may be meant to fill the disk.
+# Weights shrink to a tenth at best. A file beyond this ratio is mere repetition and may be meant to fill the disk.
 MOST_RATIO, UNSUSPECTED_BYTES = 1000, 64 << 20
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -49,13 +49,13 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True)
 class CodedSize:
-    """What coding made of a file.
+    """The sizes of a file before and after coding.
 
     Attributes:
         original_bytes: Bytes of the file.
-        coded_bytes: Bytes of the coded file, everything included.
-        entropy_bytes: Least bytes of its streams when each is coded byte by byte with one histogram, which costs
-            nothing itself; several histograms for the rows of a matrix can take less.
+        coded_bytes: Total bytes of the coded file.
+        entropy_bytes: Lower bound for its streams, each coded byte by byte with one histogram of no cost; several
+            histograms for the rows of a matrix can take less.
     """
 
     original_bytes: int
@@ -65,7 +65,7 @@ class CodedSize:
 
 @dataclass(frozen=True)
 class Original:
-    """What a coded file says of the file that it stands for."""
+    """The header's description of the original file."""
 
     name: str
     size: int
@@ -83,14 +83,14 @@ def code_file(
 
     Args:
         path: The file, such as a GGUF model or the external data of an ONNX model.
-        to: The coded file; it gets its name when it is complete.
-        profile: `small` for the least bytes, `fast` for quick restoring.
-        layout: What the bytes mean; by default what `layout_of` finds.
-        progress: Called with bytes done and their total.
+        to: The coded file; it appears under this name only when complete.
+        profile: `small` for the fewest bytes, `fast` for fast restoring.
+        layout: The layout of the bytes; by default the result of `layout_of`.
+        progress: Called with the bytes done and their total.
 
     Raises:
         RequestError: there is no such profile.
-        InputError: the file cannot be read as what it claims to be.
+        InputError: the file is not valid in its format.
     """
     if profile not in PROFILES:
         raise RequestError("unknown profile of coding", got=profile, expected=" or ".join(PROFILES))
@@ -123,25 +123,25 @@ def code_file(
 
 
 def original_of(coded: Path) -> Original:
-    """Return what a coded file stands for; reads the header alone.
+    """Return the description of the original of a coded file; reads only the header.
 
     Raises:
-        InputError: it is no coded file, or its header is damaged.
+        InputError: it is not a coded file, or its header is damaged.
     """
     with coded.open("rb") as file:
         return _read_header(file, coded)
 
 
 def restore_file(coded: Path, to: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Original:
-    """Write the file that a coded file stands for, bit by bit; it gets its name when it is complete and checked.
+    """Restore the original of a coded file bit for bit; it appears under its name only when complete and checked.
 
     Args:
         coded: The coded file.
         to: The restored file.
-        progress: Called with bytes done and their total.
+        progress: Called with the bytes done and their total.
 
     Raises:
-        InputError: the coded file is no such file, or was changed, cut short or added to.
+        InputError: it is not a coded file, or was changed, truncated or extended.
         RequestError: the disk has not enough free space.
     """
     with coded.open("rb") as file:
@@ -163,7 +163,7 @@ def restore_file(coded: Path, to: Path, progress: Callable[[int, int], None] = l
 
 
 def check_file(coded: Path) -> Original:
-    """Restore the file that a coded file stands for without keeping it.
+    """Restore the original of a coded file without keeping it.
 
     Raises:
         InputError: as for `restore_file`.
@@ -176,11 +176,11 @@ def check_file(coded: Path) -> Original:
 
 
 def restored_chunks(coded: Path, workers: int | None = None) -> Iterator[memoryview]:
-    """Give the bytes of the file that a coded file stands for, in order; the whole is checked at the end.
+    """Yield the bytes of the original of a coded file in order; the whole is checked at the end.
 
     Args:
         coded: The coded file.
-        workers: Threads; fewer take less memory. By default one a core.
+        workers: Threads; fewer take less memory. By default one per core.
 
     Raises:
         InputError: as for `restore_file`.
@@ -190,7 +190,7 @@ def restored_chunks(coded: Path, workers: int | None = None) -> Iterator[memoryv
 
 
 def restored(coded: Path, most_bytes: int) -> bytes:
-    """Return the file that a coded file stands for, where it is no larger than that.
+    """Return the original of a coded file if it has at most `most_bytes`.
 
     Raises:
         InputError: as for `restore_file`, or it is larger.
@@ -206,13 +206,13 @@ def restored(coded: Path, most_bytes: int) -> bytes:
 def _restored_chunks(
     file: BinaryIO, original: Original, coded: Path, workers: int | None = None
 ) -> Iterator[memoryview]:
-    """Give the restored bytes in order, chunk by chunk; the whole is checked at the end.
+    """Yield the restored bytes in order, chunk by chunk; the whole is checked at the end.
 
     Args:
-        file: The coded file, read up to the end of its header.
-        original: What it stands for.
+        file: The coded file, positioned after its header.
+        original: Its original.
         coded: Its path, for errors.
-        workers: Threads; by default one a core.
+        workers: Threads; by default one per core.
     """
     whole = hashlib.sha256()
 
@@ -231,14 +231,14 @@ def _restored_chunks(
 
 
 def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, bytes]]:
-    """Give the bytes of the original that each chunk stands for, and its payload, its checksum checked."""
+    """Yield the original size and the payload of each chunk, after checking its checksum."""
     left, before = size, MOST_CHUNK_BYTES
     while left:
         head = file.read(_CHUNK.size)
         if len(head) < _CHUNK.size:
             raise _damaged(coded, f"{left:,} bytes of the original are missing")
         count, length, checksum = _CHUNK.unpack(head)
-        # What does not fit into a chunk begins the next: that two small ones follow each other costs time alone.
+        # The encoder fills chunks, so it never writes two small ones in a row; they would only waste time.
         small = before + count <= LEAST_CHUNK_BYTES
         if not 0 < count <= min(left, MOST_CHUNK_BYTES) or length > _MOST_PAYLOAD or small:
             raise _damaged(coded, f"a chunk of {length:,} bytes for {count:,}")
@@ -254,7 +254,7 @@ def _read_chunks(file: BinaryIO, size: int, coded: Path) -> Iterator[tuple[int, 
 def on_all_cores(
     work: Callable[[_Given], _Made], given: Iterable[_Given], workers: int | None = None
 ) -> Iterator[_Made]:
-    """Give the results of `work` in order; one more than there are workers is under way at a time."""
+    """Yield the results of `work` in order, with at most one more item in flight than there are workers."""
     workers = workers or available_cores()
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[_Made]] = deque()
@@ -270,7 +270,7 @@ def on_all_cores(
 
 
 def _groups(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
-    """Give the parts of each chunk, which has so many bytes at most."""
+    """Yield the parts of each chunk of at most `most` bytes."""
     group: list[Part] = []
     for part in parts:
         if group and sum(one.bytes for one in group) + part.bytes > most:
@@ -330,7 +330,7 @@ def _read_header(file: BinaryIO, coded: Path) -> Original:
 
 
 def _plain_name(stored: bytes, coded: Path) -> str:
-    """Return the original's name, which must be that of a file in the folder that it is restored to."""
+    """Return the original's name, which must not point outside the folder it is restored to."""
     name = stored.decode("utf-8", errors="replace")
     plain = PurePosixPath(name).name == name and PureWindowsPath(name).name == name
     if not plain or name in ("", ".", "..") or not name.isprintable():

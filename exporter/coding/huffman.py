@@ -1,7 +1,7 @@
-"""The Huffman coder of Zstandard, for streams of codes, and two codes a symbol where they are few.
+"""Codes streams with Zstandard's Huffman coder, packing two codes into a symbol if that takes fewer bytes.
 
-A Huffman code spends whole bits on a symbol, which costs much where most codes are zero. Two codes that are among the
-15 commonest make one symbol; others are told by an escape and listed. Half as many symbols are also restored sooner.
+A Huffman code spends whole bits on a symbol, which is wasteful if most codes are zero. So two codes among the 15 most
+frequent form one symbol; an escape marks other codes, which are listed. Half as many symbols also restore faster.
 """
 
 import numpy as np
@@ -15,20 +15,20 @@ from exporter.foundation.errors import InputError
 COMMON = 15
 _ESCAPE = np.uint8(COMMON)
 _SINGLE, _PAIRS = range(2)
-# Codes of weights do not repeat: the search for repetitions is kept as short as it can be. (A target length would turn
-# the Huffman coder off.)
+# Codes of weights do not repeat, so these settings minimise the search for repetitions. (A target length would turn the
+# Huffman coder off.)
 _CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7)
 _SEARCHING = zstandard.ZstdCompressionParameters.from_level(19)
 _WINDOW_BYTES = 1 << 23
 
 
 def searched_bytes(symbols: Bytes) -> bytes:
-    """Return symbols as a frame of Zstandard's, after its length."""
+    """Return symbols as a Zstandard frame, preceded by its length."""
     return _frame(symbols, _SEARCHING)
 
 
 def huffman_bytes(symbols: Bytes) -> bytes:
-    """Return symbols coded one by one or in pairs, whichever is less."""
+    """Return symbols coded singly or in pairs, whichever is shorter."""
     single, pairs = _frame(symbols, _CODER), _pairs(symbols)
     return bytes((_PAIRS,)) + pairs if len(pairs) < len(single) else bytes((_SINGLE,)) + single
 
@@ -48,10 +48,10 @@ def _pairs(symbols: Bytes) -> bytes:
 
 
 def read_huffman(reading: Reading, size: int) -> Bytes:
-    """Return symbols, uint8 [size], as `huffman_bytes` coded them.
+    """Return the symbols, uint8 [size], that `huffman_bytes` coded.
 
     Raises:
-        InputError: the bytes do not stand for so many symbols.
+        InputError: the bytes do not decode to this number of symbols.
     """
     (kind,) = reading.take(1)
     if kind == _SINGLE:
@@ -75,7 +75,7 @@ def read_huffman(reading: Reading, size: int) -> Bytes:
 
 
 def _escaped(pairs: Bytes) -> NDArray[np.bool_]:
-    """Return where the escape stands, bool [2 x pairs]."""
+    """Return the positions of the escape as bool [2 x pairs]."""
     both = np.arange(256, dtype=np.uint8)
     table = np.stack([both & 15, both >> 4], axis=1) == _ESCAPE
     escaped: NDArray[np.bool_] = table.view(np.uint16)[pairs, 0].view(np.bool_)
@@ -88,15 +88,15 @@ def _frame(symbols: Bytes, parameters: zstandard.ZstdCompressionParameters) -> b
 
 
 def read_zstd(reading: Reading, size: int) -> bytes:
-    """Return the bytes of a frame that follows its length.
+    """Return the decoded bytes of a Zstandard frame preceded by its length.
 
     Raises:
-        InputError: it is damaged, or stands for another count of bytes.
+        InputError: it is damaged, or decodes to another number of bytes.
     """
     (length,) = reading.unpack("I")
     frame = reading.take(length)
     try:
-        # What the frame says of its own size is not believed: it would be allocated.
+        # Check the size that the frame claims, since the library allocates it.
         if zstandard.frame_content_size(frame) != size:
             raise InputError("a Zstandard frame of the coded file has another size", expected=size)
         decoder = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)

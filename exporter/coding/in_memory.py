@@ -1,7 +1,7 @@
-"""A coded file whose arrays stay coded in memory, each by itself, and are decoded when they are asked for.
+"""Keeps the arrays of a coded file coded in memory and decodes them on request.
 
-However the file was coded, its arrays are coded anew as they are read, so that decoding is quick and nothing is decoded
-that is not wanted.
+Arrays are re-coded individually as they are read, whatever the file's coding. Decoding is then fast and covers only the
+requested arrays.
 """
 
 from bisect import bisect_right
@@ -17,32 +17,32 @@ from exporter.coding.layout import FileSection, Part, split
 from exporter.coding.tables import Bytes
 from exporter.foundation.errors import InputError
 
-# Bytes of an array that are coded together.
+# Bytes of an array coded together.
 PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of the original: the first one, and how many."""
+    """A range of bytes of the original: start and size."""
 
     start: int
     size: int
 
     @property
     def end(self) -> int:
-        """The first byte after them."""
+        """The first byte after the range."""
         return self.start + self.size
 
 
 class ResidentFile:
-    """Arrays of a coded file in memory, coded.
+    """Arrays of a coded file, kept coded in memory.
 
     Args:
-        coded: The coded file. It has to stay where it is: arrays that were released are read again.
-        arrays: Where in the original the arrays are, and what they are.
+        coded: The coded file. It must stay in place, since released arrays are read from it again.
+        arrays: Position and layout of the arrays in the original.
 
     Raises:
-        InputError: it is no coded file, or was changed, cut short or added to, or its original has no such arrays.
+        InputError: it is not a coded file, was changed, truncated or extended, or its original has no such arrays.
     """
 
     def __init__(self, coded: Path, arrays: Iterable[FileSection]) -> None:
@@ -67,7 +67,7 @@ class ResidentFile:
         return sum(map(len, self._payloads.values()))
 
     def hold(self, spans: Iterable[Span]) -> None:
-        """Keep the arrays in memory that some bytes are in, and release all others."""
+        """Keep the pieces of arrays that contain these spans in memory, and release all others."""
         wanted = sorted({number for span in spans for number in self._numbers(span)})
         missing = [number for number in wanted if number not in self._payloads]
         self._payloads = {number: self._payloads[number] for number in wanted if number in self._payloads}
@@ -76,13 +76,13 @@ class ResidentFile:
                 self._payloads[number] = payload
 
     def read(self, spans: Sequence[Span]) -> list[Bytes]:
-        """Return some bytes of the arrays, uint8 [size] each.
+        """Return the bytes of each span, uint8 [size].
 
         Raises:
-            InputError: the arrays have no such bytes.
+            InputError: a span lies outside the arrays.
         """
         made = []
-        # Rows of a table that are looked up together are often in one piece.
+        # Cache the last piece: rows of a table that are looked up together are often in one piece.
         last, data = -1, np.empty(0, np.uint8)
         for span in spans:
             values, done = np.empty(span.size, np.uint8), 0
@@ -102,7 +102,7 @@ class ResidentFile:
         return number, encode(data, [self._pieces[number].part], "fast").payload
 
     def _read(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Give the bytes of some pieces in order; the whole file is read, since its checksum is that of the whole."""
+        """Yield the bytes of some pieces in order; reads the whole file, since the checksum covers all of it."""
         waiting, at, held = iter(numbers), 0, bytearray()
         number = next(waiting, None)
         for chunk in restored_chunks(self._path, workers=1):
@@ -123,7 +123,7 @@ class ResidentFile:
             raise self._outside(Span(self._pieces[number].start, self._pieces[number].part.bytes))
 
     def _numbers(self, span: Span) -> range:
-        """Return the numbers of the pieces that some bytes are in, one after the other without a gap."""
+        """Return the numbers of the contiguous pieces that contain a span."""
         first = bisect_right(self._starts, span.start) - 1
         at, number = span.start, first
         while at < span.end:
@@ -142,7 +142,7 @@ class ResidentFile:
 
 
 def _placed(start: int, parts: Iterable[Part]) -> Iterator[tuple[int, Part]]:
-    """Give parts that follow each other, and where each begins."""
+    """Yield the start of each of some consecutive parts, and the part."""
     for part in parts:
         yield start, part
         start += part.bytes

@@ -1,8 +1,8 @@
-"""What the bytes of a runtime's file mean, as far as coding needs to know: which are codes, which are numbers.
+"""The layout of a runtime's file for coding: which bytes are codes and which are numbers.
 
-A part of a file is an array [rows, records] of records of equal size; a record is a few fields one after the other,
-such as the float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind resemble each other, so a field is coded
-apart from the others. A wrong layout costs bytes, never correctness.
+A part of a file is an array [rows, records] of records of equal size. A record is a sequence of fields, such as the
+float16 scale and the 32 codes of a Q8_0 block. Bytes of one kind are similar, so each field is coded separately. A
+wrong layout costs bytes, never correctness.
 """
 
 import math
@@ -23,14 +23,14 @@ from exporter.model.gguf_reader import open_gguf
 # Kinds of fields: bytes that are codes of weights; little-endian floating-point numbers; anything else.
 CODES, NUMBERS, ANYTHING = range(3)
 KINDS = (CODES, NUMBERS, ANYTHING)
-# An ONNX graph without its weights: a layer takes 6 kB and 30 nodes. Parsed, a byte may take 100.
+# Limits of an ONNX graph without its weights. A layer takes 6 kB and 30 nodes; a byte may take 100 bytes when parsed.
 MOST_GRAPH_BYTES = 4 << 20
 MOST_NODES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Field:
-    """So many bytes of a record, and their kind."""
+    """A field of a record: its kind and its width in bytes."""
 
     kind: int
     width: int
@@ -41,9 +41,9 @@ class Part:
     """An array of records.
 
     Attributes:
-        rows: Rows of a matrix; neighbouring records of a row resemble each other.
-        records: Records of a row.
-        fields: What a record consists of.
+        rows: Rows of a matrix; neighbouring records of a row are similar.
+        records: Records per row.
+        fields: Fields of a record.
     """
 
     rows: int
@@ -68,7 +68,7 @@ class Part:
 
 @dataclass(frozen=True)
 class FileSection:
-    """A part, and where in the file it begins."""
+    """A part and its start in the file."""
 
     start: int
     part: Part
@@ -81,7 +81,7 @@ def _codes(*widths: int) -> tuple[Field, ...]:
     return tuple(Field(CODES, width) for width in widths)
 
 
-# Blocks of ggml's types (ggml-common.h): scales of float16, nested scales, then codes of one or several widths.
+# Blocks of ggml's types (ggml-common.h): float16 scales, nested scales, and codes of one or several widths.
 _BLOCKS: dict[str, tuple[Field, ...]] = {
     "F32": (_FLOAT,),
     "F16": (_HALF,),
@@ -102,10 +102,10 @@ _BLOCKS: dict[str, tuple[Field, ...]] = {
 
 
 def layout_of(path: Path) -> list[FileSection]:
-    """Return what is known of a file: a GGUF file's tensors, or those of the ONNX graph that it is the data of.
+    """Return the known sections of a file: the tensors of a GGUF file, or of the ONNX graph whose data it holds.
 
     Args:
-        path: A `.gguf` file, `NAME.onnx.data` beside `NAME.onnx`, or any other file, of which nothing is known.
+        path: A `.gguf` file, `NAME.onnx.data` next to `NAME.onnx`, or any other file, which has no known sections.
 
     Raises:
         InputError: the GGUF file or the ONNX graph cannot be read.
@@ -128,7 +128,7 @@ def _gguf_layout(path: Path) -> list[FileSection]:
 
 
 def _ggml_part(type: gguf.GGMLQuantizationType, shape: Sequence[int]) -> Part:
-    """Return the part that a tensor is; ggml's shapes begin with the columns."""
+    """Return the part for a tensor; ggml's shapes begin with the columns."""
     block, size = gguf.GGML_QUANT_SIZES[type]
     fields = _BLOCKS.get(type.name, (Field(CODES, size),))
     assert sum(field.width for field in fields) == size
@@ -146,7 +146,7 @@ def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
     """Return an ONNX model whose weights are in external data.
 
     Raises:
-        InputError: it is none, or too large.
+        InputError: it is damaged or too large.
     """
     expected = f"at most {MOST_GRAPH_BYTES:,} bytes without its weights, {MOST_NODES:,} nodes and initialisers"
     if len(data) > MOST_GRAPH_BYTES:
@@ -158,7 +158,7 @@ def read_graph(data: bytes, where: Path) -> onnx.ModelProto:
     count = len(model.graph.node) + len(model.graph.initializer)
     if count > MOST_NODES:
         raise InputError("the ONNX graph is too large", where=where, got=f"{count:,} nodes", expected=expected)
-    # The library gives a text that is not UTF-8 as bytes.
+    # The library returns text that is not UTF-8 as bytes.
     strange = next((name for name in _texts(model.graph) if not isinstance(name, str)), None)
     if strange is not None:
         raise InputError("the ONNX file is truncated or damaged", where=where, got=f"the name {shown(strange)}")
@@ -176,12 +176,12 @@ def _texts(graph: onnx.GraphProto) -> Iterator[object]:
 
 @dataclass(frozen=True)
 class External:
-    """Where an initialiser of an ONNX graph says that its values are.
+    """The location of the values of an initialiser of an ONNX graph.
 
     Attributes:
-        location: The file, beside the graph; empty where the values are in the graph.
-        start: The first of its bytes there.
-        size: How many; what its shape takes where it does not say.
+        location: The file next to the graph; empty if the values are in the graph.
+        start: Offset of its first byte in the file.
+        size: Number of bytes; follows from the shape if not stated.
         shape: Its dimensions.
         kind: Type of its values.
     """
@@ -194,10 +194,10 @@ class External:
 
     @classmethod
     def of(cls, tensor: onnx.TensorProto, where: Path) -> "External":
-        """Read it from the graph.
+        """Read the location from the graph.
 
         Raises:
-            InputError: it has an unknown type, or numbers that cannot be.
+            InputError: the initialiser has an unknown type or impossible numbers.
         """
         said = {entry.key: entry.value for entry in tensor.external_data}
         shape = tuple(tensor.dims)
@@ -220,18 +220,18 @@ def _strange_tensor(tensor: onnx.TensorProto, where: Path, what: object) -> Inpu
 
 
 def array_part(shape: Sequence[int], kind: np.dtype[Any]) -> Part:
-    """Return the part that an array is: codes where its numbers are whole and of one byte."""
+    """Return the part for an array; one-byte integers are codes."""
     field = Field(NUMBERS if kind.kind == "f" else CODES if kind.itemsize == 1 else ANYTHING, kind.itemsize)
     return Part(int(shape[0]), int(np.prod(shape[1:], dtype=np.int64)), (field,))
 
 
 def parts_of(sections: Sequence[FileSection], size: int, most: int) -> Iterator[Part]:
-    """Give parts that make up a file without a gap.
+    """Yield parts that cover a file without gaps.
 
     Args:
-        sections: What is known of the file; what overlaps another or lies outside is taken for anything.
+        sections: The known sections of the file; a section that overlaps another or lies outside is ignored.
         size: Bytes of the file.
-        most: Bytes that a part may have.
+        most: Maximum bytes of a part.
     """
     at = 0
     for section in sorted((one for one in sections if one.part.bytes), key=lambda one: one.start):
@@ -249,7 +249,7 @@ def _anything(count: int, most: int) -> Iterator[Part]:
 
 
 def split(part: Part, most: int) -> Iterator[Part]:
-    """Give a part in pieces of whole rows; a row that is too long by itself in pieces of anything."""
+    """Yield a part in pieces of whole rows; if one row is too long, in pieces without structure."""
     rows = most // part.row_bytes
     if not rows:
         yield from _anything(part.bytes, most)

@@ -1,11 +1,11 @@
-"""From records to streams of bytes that resemble each other, and back.
+"""Converts records to streams of similar bytes, and back.
 
-The bytes of a number go to a stream each, since the upper ones repeat and the lower ones do not; where it takes fewer
-bytes, all but a row's first number are stored as differences (exclusive or) from the one before.
+Each byte of a number goes to its own stream, since upper bytes repeat and lower bytes do not. If it takes fewer bytes,
+all but the first number of a row are stored as differences (exclusive or) from the previous one.
 
-Codes reach further in some rows and columns of a matrix than in others. Rows and columns get classes, whole steps of
-the logarithm of how far their codes reach; the codes of a row of class i and a column of class j share a table with all
-whose classes have the same sum, and stand together in the stream.
+Codes have a larger magnitude in some rows and columns of a matrix than in others. Rows and columns get classes: the
+rounded logarithm of their mean magnitude. Codes in a row of class i and a column of class j share a table with all
+codes of the same i + j. They form contiguous blocks of the stream.
 """
 
 from collections.abc import Iterator
@@ -18,21 +18,21 @@ from exporter.coding.layout import CODES, NUMBERS, Field, Part
 from exporter.coding.tables import SYMBOLS, Bytes, counts_of, entropy_bits
 
 MOST_CLASSES = 16
-# Steps of the logarithm to base 2 that classes are tried with.
+# Candidate step sizes of classes, in the base-2 logarithm.
 STEPS = (1.0, 0.5)
 LEAST_REACH = 1 / 64
-# What a table is taken to cost when classes are weighed against each other.
+# Assumed cost of a table when choosing classes.
 TABLE_BITS = 8 * 30
 
 
 @dataclass(frozen=True)
 class StreamShape:
-    """How a field was turned into streams.
+    """How a field is split into streams.
 
     Attributes:
-        differs: Numbers after a row's first are stored as differences from the one before.
-        rows: Class of each row of codes, uint8 [rows]; all 0 where there is but one.
-        columns: The same of each column, uint8 [records x width].
+        differs: Numbers after the first of a row are stored as differences from the previous one.
+        rows: Class of each row of codes, uint8 [rows]; all 0 if there is only one.
+        columns: The same for each column, uint8 [records x width].
     """
 
     differs: bool
@@ -41,25 +41,25 @@ class StreamShape:
 
     @classmethod
     def plain(cls, rows: int, columns: int) -> "StreamShape":
-        """Return the shape of a field as it is, with one class."""
+        """Return the shape without differences and with a single class."""
         return cls(False, np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Symbols of a stream that stand together and share a table: its number within the stream."""
+    """Number of contiguous symbols of a stream that share a table, and the table's number within the stream."""
 
     symbols: int
     table: int
 
 
 def shape_of(values: Bytes, field: Field, by_column: bool) -> StreamShape:
-    """Choose how a field, uint8 [rows, records, width], is best turned into streams.
+    """Choose the best split of a field, uint8 [rows, records, width], into streams.
 
     Args:
-        values: The field.
-        field: What it is.
-        by_column: Whether the columns of codes may have classes: restoring is slower then.
+        values: The field's bytes.
+        field: Its kind and width.
+        by_column: Whether the columns of codes may have classes, which makes restoring slower.
     """
     if field.kind == CODES:
         return _classified(values.reshape(len(values), -1), by_column)[0]
@@ -95,7 +95,7 @@ def blocks_of(part: Part, field: Field, shape: StreamShape) -> list[list[Block]]
 
 
 def restore(streams: list[Bytes], field: Field, shape: StreamShape, values: Bytes) -> None:
-    """Write a field, uint8 [rows, records, width], from its streams."""
+    """Restore a field, uint8 [rows, records, width], from its streams."""
     if field.kind == NUMBERS and shape.differs:
         first, rest = streams[: field.width], streams[field.width :]
         values[:, 0] = np.stack(first, axis=1)
@@ -126,7 +126,7 @@ def _ordered_codes(stream: Bytes, shape: StreamShape) -> Bytes:
 
 
 def _blocks(shape: StreamShape) -> Iterator[tuple[slice, slice, int]]:
-    """Give rows and columns, in order of their classes, of each pair of classes, and the table of the pair."""
+    """Yield the rows, columns and table of each pair of classes; rows and columns are sorted by class."""
     columns = list(_spans(shape.columns))
     for row, row_class in _spans(shape.rows):
         for column, column_class in columns:
@@ -152,19 +152,19 @@ def _planes(values: Bytes, differs: bool) -> list[Bytes]:
 
 
 def coded_bits(codes: Bytes, times: float = 1.0) -> float:
-    """Return the bits that codes, uint8 [rows, columns], take when coded, classes and tables included.
+    """Return the coded size of codes, uint8 [rows, columns], in bits, including classes and tables.
 
     Args:
-        codes: The codes, or those of some rows.
-        times: How many times as many rows there are.
+        codes: The codes, or a sample of their rows.
+        times: Ratio of all rows to the given rows.
     """
     return _classified(codes, True, times)[1]
 
 
 def _classified(codes: Bytes, by_column: bool, times: float = 1.0) -> tuple[StreamShape, float]:
-    """Return the classes of codes, uint8 [rows, columns], that take the fewest bits, and these."""
+    """Return the classes of codes, uint8 [rows, columns], that take the fewest bits, and the number of bits."""
     counts = counts_of(codes)
-    # From the commonest code on, in both directions: signed bytes and codes with a zero in the middle are alike then.
+    # Magnitude relative to the most frequent code: treats signed bytes and codes with a zero in the middle alike.
     reach = np.abs((codes - np.uint8(counts.argmax())).view(np.int8).astype(np.int16))
     of_rows, of_columns = (np.log2(reach.mean(axis=axis, dtype=np.float32) + LEAST_REACH) for axis in (1, 0))
     one = StreamShape.plain(*codes.shape)
@@ -181,14 +181,14 @@ def _classified(codes: Bytes, by_column: bool, times: float = 1.0) -> tuple[Stre
 
 
 def _numbered(reach: NDArray[np.float32], step: float) -> Bytes:
-    """Return classes, uint8, of how far codes reach: the furthest get their own, those that are too near share one."""
+    """Return classes, uint8, from log magnitudes; the smallest magnitudes share class 0."""
     steps = np.rint(reach / step)
     classes: Bytes = np.clip(steps - steps.max() + MOST_CLASSES - 1, 0, MOST_CLASSES - 1).astype(np.uint8)
     return classes
 
 
 def _bits(codes: Bytes, shape: StreamShape, times: float) -> float:
-    """Return the bits that codes, uint8 [rows, columns], take in classes."""
+    """Return the coded size of codes, uint8 [rows, columns], in bits for given classes."""
     counts = np.zeros((2 * MOST_CLASSES, SYMBOLS), np.int64)
     tables = shape.columns.astype(np.int32) * SYMBOLS
     for number in np.unique(shape.rows):

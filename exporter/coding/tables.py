@@ -1,4 +1,4 @@
-"""Static histograms of bytes: how often each symbol occurs, as whole shares of a power of two, and as few bytes."""
+"""Static histograms of bytes: integer shares of a power of two, and their compact storage."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from exporter.foundation.errors import InputError
 
 Bytes = NDArray[np.uint8]
 Shares = NDArray[np.uint32]
-# Shares are of 2^14: so fine that rare outliers, each of which needs a share, cost the others hardly anything.
+# Shares are fractions of 2^14. Rare outliers, each of which needs a share, then cost the others little.
 PRECISION = 14
 TOTAL = 1 << PRECISION
 SYMBOLS = 256
@@ -17,21 +17,21 @@ ONE_BYTE = 1 << 7
 
 
 def counts_of(symbols: Bytes) -> NDArray[np.int64]:
-    """Return how often each symbol occurs, int64 [256]."""
+    """Return the count of each symbol, int64 [256]."""
     return np.bincount(symbols.reshape(-1), minlength=SYMBOLS)
 
 
 def entropy_bits(counts: NDArray[np.int64]) -> float:
-    """Return the bits that symbols of these counts take at least when coded one by one: n times their entropy."""
+    """Return the minimum bits of symbols with these counts when coded one by one: n times their entropy."""
     seen = counts[counts > 0].astype(np.float64)
     total = seen.sum()
     return float(-(seen * np.log2(seen / total)).sum()) if total else 0.0
 
 
 def shares_of(counts: NDArray[np.int64]) -> Shares:
-    """Return whole shares of `TOTAL` that follow the counts, uint32 [256]; none is 0 for a symbol that occurs.
+    """Return integer shares of `TOTAL` proportional to the counts, uint32 [256], at least 1 for symbols that occur.
 
-    What rounding leaves over or short is settled where it costs the fewest bits.
+    Rounding errors are corrected where that costs the fewest bits.
     """
     total = int(counts.sum())
     shares = np.maximum(counts * TOTAL // max(total, 1), counts > 0).astype(np.int64)
@@ -45,14 +45,14 @@ def shares_of(counts: NDArray[np.int64]) -> Shares:
 
 
 def table_bytes(shares: Shares) -> bytes:
-    """Return a table: the first symbol, how many follow, and the share of each; the highest bit says "two bytes".
+    """Return a stored table: the first symbol, the number of further symbols, and their shares.
 
-    After a share of 0 stands how many more of them follow.
+    A set highest bit marks a share of two bytes. A share of 0 is followed by the number of further zeros.
     """
     seen = np.flatnonzero(shares)
     first, last = int(seen[0]), int(seen[-1])
     stored = bytearray((first, last - first))
-    # Only a symbol that is alone has the whole, which would not fit: it is told by nothing following.
+    # A single symbol's share is `TOTAL`, which would not fit; having no further symbols implies it.
     at = first if first < last else last + 1
     while at <= last:
         share = int(shares[at])
@@ -70,7 +70,7 @@ def read_table(reading: Reading) -> Shares:
     """Return the shares of a stored table, uint32 [256].
 
     Raises:
-        InputError: it ends early, or its shares do not make a whole.
+        InputError: it ends early, or its shares do not sum to `TOTAL`.
     """
     first, following = reading.take(2)
     shares = np.zeros(SYMBOLS, np.uint32)

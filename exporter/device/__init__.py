@@ -1,1 +1,1 @@
-"""Named devices: what they are and can do, and whether an artifact fits them."""
+"""Named devices: their properties, and whether an artifact fits them."""

@@ -1,4 +1,4 @@
-"""What computes on a device: its processors as runtimes reach them, their kernels, and what was measured on them."""
+"""The compute backends of a device: processors and their interfaces, kernels, and measured runs."""
 
 from collections.abc import Iterable
 from typing import Literal, Self, get_args
@@ -12,7 +12,7 @@ from exporter.foundation.quantities import Basis, Document
 ArmFeature = Literal["neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
 X86Feature = Literal["avx", "avx2", "fma", "f16c", "avx-vnni", "avx512", "avx512-bf16", "avx512-vnni", "amx-int8"]
 Feature = Literal[ArmFeature, X86Feature]
-# Linux's names of what profiles name otherwise.
+# Linux's names -> the profiles' names.
 CPUINFO_NAMES = {
     "asimd": "neon", "asimddp": "dotprod", "avx512f": "avx512", "amx_int8": "amx-int8", "avx_vnni": "avx-vnni",
     "avx512_bf16": "avx512-bf16", "avx512_vnni": "avx512-vnni",
@@ -27,12 +27,12 @@ BITS_OF_A_PARAMETER = 0.5, 40.0
 
 
 def features_named(words: Iterable[str]) -> frozenset[str]:
-    """Return the instructions that words of /proc/cpuinfo name, by the profiles' names."""
+    """Return the features among words of /proc/cpuinfo, under the profiles' names."""
     return frozenset(CPUINFO_NAMES.get(word, word) for word in words) & frozenset[str](get_args(Feature))
 
 
 class InstructionSet(Document):
-    """The instructions that matter to the kernels of language models, of one architecture."""
+    """The instruction-set features of one architecture that matter to the kernels of language models."""
 
     features: tuple[Feature, ...] = Field(strict=False, min_length=1)
     basis: Basis
@@ -49,15 +49,15 @@ class InstructionSet(Document):
 
 
 class Kernel(Document):
-    """How quickly a runtime's kernels for a family of formats multiply.
+    """The speed of a runtime's kernels for a family of formats.
 
     Attributes:
         family: `q4` and `q8` are llama.cpp's types of 32 weights (Q4_0, Q8_0, ...), `k` and `iq` its K and IQ types,
-            `int4` and `int8` ONNX's and other runtimes', `w4a16` a neural processor's.
-        repacked: Whether weights are rearranged for the instructions at load; absent where that is not known.
-        feature: The instructions that the kernel uses, such as `i8mm` or `sme`; absent where that is not known.
+            `int4` and `int8` those of ONNX and other runtimes, `w4a16` that of a neural processor.
+        repacked: Whether weights are repacked at load; absent if unknown.
+        feature: The instructions that the kernel uses, such as `i8mm` or `sme`; absent if unknown.
         prefill_operations_per_s: 2 x parameters x tokens/s of a prompt of about 512 tokens.
-        decode_ratio: Bytes/s that decoding draws with it, over the backend's usable bandwidth.
+        decode_ratio: Bytes/s read in decoding, as a ratio of the backend's usable bandwidth.
     """
 
     family: Family
@@ -74,18 +74,18 @@ class Kernel(Document):
 
 
 class Backend(Document):
-    """One way to compute: `cpu`, or a GPU or neural processor through an interface.
+    """A compute backend: `cpu`, or a GPU or neural processor through an interface.
 
     Attributes:
         name: The processor and the interface, such as `gpu:vulkan`.
-        processor: What it is called, such as `Adreno 750`.
-        cores: How many cores it has (GPU cores, compute units, neural cores).
-        peak_bandwidth_bytes_per_s: Where it is not that of the device's memory.
-        usable_bandwidth_bytes_per_s: What decoding draws on it, beside the fixed cost; the CPU's must be there.
-        peak_operations_per_s: By its data sheet, in the precision that the source names.
-        memory_limit_bytes: What it can address at once, where that is less than an app may use.
-        fixed_seconds_per_token: A token takes its bytes over the usable bandwidth and this; absent means none.
-        decode_watts: What the whole device draws while it decodes on it.
+        processor: Name of the processor, such as `Adreno 750`.
+        cores: Number of cores (GPU cores, compute units, neural cores).
+        peak_bandwidth_bytes_per_s: Given if it differs from that of the device's memory.
+        usable_bandwidth_bytes_per_s: Bandwidth reached in decoding, apart from the fixed cost; required for the CPU.
+        peak_operations_per_s: From its data sheet, in the precision that the source names.
+        memory_limit_bytes: Addressable memory, if less than an app may use.
+        fixed_seconds_per_token: Added to a token's bytes over the usable bandwidth; absent means none.
+        decode_watts: Power of the whole device while decoding on this backend.
     """
 
     name: BackendName
@@ -109,23 +109,23 @@ class Backend(Document):
 
 
 class Measured(Document):
-    """A run that was timed on this very device.
+    """A timed run on this device.
 
     Attributes:
-        backend: Where it ran.
-        runtime: What ran it, with its version where known.
-        model: What was run.
-        format: Format or mix of the weights, by the runtime's own name.
-        file_bytes: The model's file.
-        read_bytes: What one token reads of it, where that is less (experts, embeddings on flash).
+        backend: The backend.
+        runtime: The runtime, with its version if known.
+        model: The model.
+        format: Format or mix of the weights, as named by the runtime.
+        file_bytes: Size of the model's file.
+        read_bytes: Bytes of it read per token, if fewer (experts, embeddings on flash).
         parameters: Weights of the model.
-        decode_tokens_per_s: Generation.
-        prefill_tokens_per_s: Reading a prompt.
-        prompt_tokens: Length of the prompt that was read.
-        context: Tokens in the context while it decoded, on average.
-        threads: Of the CPU.
-        peak_bytes: Memory of the process.
-        basis: `measured` by this exporter, `published` elsewhere.
+        decode_tokens_per_s: Decode speed.
+        prefill_tokens_per_s: Prefill speed.
+        prompt_tokens: Length of the prompt.
+        context: Average number of tokens in the context while decoding.
+        threads: CPU threads.
+        peak_bytes: Peak memory of the process.
+        basis: `measured` by this exporter, or `published` by others.
     """
 
     backend: BackendName
@@ -162,5 +162,5 @@ class Measured(Document):
 
     @property
     def drawn_bytes_per_s(self) -> float:
-        """Bytes/s that decoding draws, zero where it was not measured."""
+        """Bytes/s read in decoding; zero if not measured."""
         return (self.read_bytes or self.file_bytes) * (self.decode_tokens_per_s or 0.0)

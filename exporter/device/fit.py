@@ -1,4 +1,4 @@
-"""Whether an artifact fits a device: its file and peak memory against RAM and the limit of one app."""
+"""Checks whether an artifact fits a device: its file and peak memory against RAM and the limit of one app."""
 
 import math
 
@@ -12,8 +12,8 @@ FILE_SIZE = "device.file_size"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # A Raspberry Pi 5 pages its weights once they come within 0.3 to 0.5 GB of its RAM (nyunai/edge-llm-leaderboard).
-# The largest share of an 8 GB iPhone that an app was seen to get left 2 GB (introlab/rtabmap pull request 1446);
-# for other phones, tablets and laptops that is carried over.
+# The largest observed app on an 8 GB iPhone left 2 GB (introlab/rtabmap pull request 1446). The same value is assumed
+# for other phones, tablets and laptops.
 OS_RESERVE_BYTES: dict[DeviceClass, float] = {"phone": 2e9, "tablet": 2e9, "laptop": 2e9, "board": 0.5e9}
 LARGEST_RESERVED_SHARE = 0.5
 
@@ -26,8 +26,8 @@ def check_fit(
     Args:
         profile: The device.
         file_bytes: Size of the model's files.
-        peak_memory: Most memory the runtime holds while it runs the artifact, weights included, in bytes.
-        file_basis: How the file size is known: `estimated` before the file is written.
+        peak_memory: Peak memory of the runtime with the artifact, including weights, in bytes.
+        file_basis: Basis of the file size: `estimated` before the file is written.
 
     Returns:
         The checks `device.app_memory`, `device.ram` and `device.file_size`, in bytes.
@@ -62,7 +62,7 @@ def _ram(profile: DeviceProfile, peak: Quantity) -> Check:
 
 
 def reserved_bytes(profile: DeviceProfile) -> float:
-    """Return what of the RAM the system is taken to need for itself."""
+    """Return the RAM assumed to be reserved for the system."""
     return min(OS_RESERVE_BYTES[profile.device_class], LARGEST_RESERVED_SHARE * profile.ram_bytes.value)
 
 
@@ -72,13 +72,13 @@ def _file_size(profile: DeviceProfile, file_bytes: int, basis: Basis) -> Check:
     if storage is not None:
         advice += f", or each token reads the rest from storage at {storage.value / 1e6:,.0f} MB/s ({storage.basis})"
     rule = f"what one app may use, {_known(limit)}"
-    # A file of the whole limit leaves no room for the cache and the buffers.
+    # A file as large as the limit leaves no room for the cache and the buffers.
     most = math.ceil(limit.value) - 1
     return _check(FILE_SIZE, f"a model of {_size(file_bytes)} ({basis})", file_bytes, rule, most, advice)
 
 
 def _check(name: str, what: str, value: float, rule: str, limit: float, advice: str = "") -> Check:
-    """Compare two numbers of bytes; `advice` ends the sentence where the value does not fit."""
+    """Compare two numbers of bytes; `advice` is appended if the value does not fit."""
     fits = value <= limit
     detail = f"{what} is within {rule}" if fits else f"{what} exceeds {rule}, by {_size(value - limit)}{advice}"
     return Check(

@@ -1,10 +1,10 @@
-"""Device profiles: what a named device is and can do, each number with its basis and source.
+"""Device profiles: the properties of a named device, each number with its basis and source.
 
-A profile is one TOML file, in the package `exporter.devices` or the user's own, and its file name is its
-name. Files are hostile until checked: their size is bounded, and impossible numbers are refused.
+A profile is one TOML file, in the package `exporter.devices` or the user's own. Its file name is its name. Files are
+untrusted: their size is bounded, and impossible numbers are rejected.
 
-The schema has version 2. What is not known is absent. Profiles of version 1 are refused with what to change: they held
-one number about backends, the CPU's `effective_bandwidth_bytes_per_s`.
+The schema has version 2. Unknown values are absent. Profiles of version 1, whose only number about backends was the
+CPU's `effective_bandwidth_bytes_per_s`, are rejected with advice on what to change.
 """
 
 import hashlib
@@ -46,38 +46,38 @@ class Cluster(Document):
 
 
 class PreferredTarget(Document):
-    """The target that `auto` means on this device, and why."""
+    """The target that `auto` selects on this device, and why."""
 
     target: Literal["gguf", "onnx"]
     reason: Text
 
 
 class Threads(Document):
-    """The number of threads to decode with, and why."""
+    """The number of threads for decoding, and why."""
 
     count: int = Field(ge=1, le=256)
     reason: Text
 
 
 class DeviceProfile(Document):
-    """What a device is and can do.
+    """The properties of a device.
 
     Attributes:
         name: File name without `.toml`: the name on the command line.
-        clusters: Cores by kind, the fastest first.
+        clusters: Cores by kind, fastest first.
         ram_bytes: Installed memory.
-        ram_options_bytes: The sizes that it is sold with; `ram_bytes` is one of them.
-        app_memory_limit_bytes: What one app may use; on laptops and boards the usable share of the memory.
+        ram_options_bytes: The memory sizes it is sold with; `ram_bytes` is one of them.
+        app_memory_limit_bytes: Memory limit of one app; on laptops and boards, the usable share of the memory.
         app_memory_limit_with_entitlement_bytes: The same for an app with the system's entitlement for more.
-        peak_bandwidth_bytes_per_s: Of the memory, by its data sheet.
-        storage_read_bytes_per_s: Sequential reads.
+        peak_bandwidth_bytes_per_s: Memory bandwidth from the data sheet.
+        storage_read_bytes_per_s: Speed of sequential reads.
         sustained_factor: Speed after minutes of load over that of the first run.
-        idle_watts: What the device draws at rest.
-        power_limit_watts: Most that it draws, by its data sheet or power mode.
-        preferred: The target that `auto` means.
-        threads: Threads to decode with on the CPU, on the fastest cores.
-        backends: Ways to compute; the CPU's is always there, with its usable bandwidth.
-        measured: Runs timed on this very device.
+        idle_watts: Power at rest.
+        power_limit_watts: Maximum power, from its data sheet or power mode.
+        preferred: The target that `auto` selects.
+        threads: CPU threads for decoding, on the fastest cores.
+        backends: Compute backends; the CPU is always included, with its usable bandwidth.
+        measured: Runs timed on this device.
     """
 
     schema_version: Literal[2]
@@ -109,12 +109,12 @@ class DeviceProfile(Document):
 
     @property
     def cores(self) -> int:
-        """Cores of all clusters."""
+        """Number of cores in all clusters."""
         return sum(cluster.cores for cluster in self.clusters)
 
     @property
     def cpu_bandwidth(self) -> Fact:
-        """What decoding on the CPU draws of the memory, in bytes/s."""
+        """Memory bandwidth reached when decoding on the CPU, in bytes/s."""
         usable = self.backend("cpu").usable_bandwidth_bytes_per_s
         assert usable is not None, "checked as the profile was made"
         return usable
@@ -225,20 +225,20 @@ class DeviceProfile(Document):
 
 
 def device_names() -> list[str]:
-    """Return the names of the profiles that come with the exporter, sorted."""
+    """Return the sorted names of the bundled profiles."""
     return names(PACKAGE, suffix=".toml")
 
 
 def load_device(name_or_path: str) -> DeviceProfile:
-    """Return the profile of a named device, or the one in the user's own TOML file.
+    """Return the profile of a named device, or of the user's own TOML file.
 
     Args:
         name_or_path: A name of `device_names()`, or a path: it ends with `.toml` or contains a separator.
 
     Raises:
-        RequestError: no such device, or no such file.
-        InputError: the file is not a profile: too large, not TOML, an unknown or missing key, a wrong type,
-            or an impossible number.
+        RequestError: there is no such device or file.
+        InputError: the file is not a profile: it is too large or not TOML, or has an unknown or missing key, a wrong
+            type, or an impossible number.
     """
     file = named_file(name_or_path, PACKAGE, "device")
     profile = read_document(file, DeviceProfile, "device profile")

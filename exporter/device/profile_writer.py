@@ -1,4 +1,4 @@
-"""A device profile as a TOML file, for those that are made from measurements."""
+"""Writes device profiles made from measurements as TOML files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,12 +8,12 @@ from exporter.device.profile import DeviceProfile
 
 
 def profile_toml(profile: DeviceProfile) -> str:
-    """Return the text of the file that `load_device` reads back as an equal profile."""
+    """Return TOML text that `load_device` reads back as an equal profile."""
     return "\n".join(_lines(profile.model_dump(mode="json", exclude_none=True))) + "\n"
 
 
 def _lines(table: Mapping[str, Any], parents: str = "") -> Iterator[str]:
-    """Yield a table's own values, and then the tables in it, as TOML wants them."""
+    """Yield a table's own values, then its inner tables, as TOML requires."""
     inner = [key for key, value in table.items() if _is_table_list(value)]
     for key, value in table.items():
         if key not in inner:
@@ -35,5 +35,5 @@ def _value(value: Any) -> str:
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, float) and value.is_integer():
         return f"{int(value):_}"
-    # Strings and booleans of JSON are TOML's too, for all that a profile's text may hold.
+    # JSON strings and booleans are valid TOML for any text that a profile may hold.
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Facts about a device: numbers with basis and source, within what is possible, and units that were likely meant."""
+"""Facts about a device: numbers with basis and source, bounds checks, and suggestions for the likely unit."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -11,7 +11,7 @@ from exporter.foundation.quantities import Basis, Document
 MAX_TEXT = 1000
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 GB = 1_000_000_000
-# Modules of memory are whole multiples of this, so a round number of GB cannot be one.
+# Memory modules are whole multiples of this, so a round number of GB is not a valid size.
 MODULE = 64 * MIB
 
 SIZE_UNITS = {"GiB": GIB, "MiB": MIB, "KiB": 1 << 10}
@@ -37,9 +37,9 @@ class Fact(Document):
 
     Attributes:
         value: The number.
-        basis: `published` where it was read or follows by arithmetic from what was read about this device,
-            `estimated` where any part of it is recalled, planned or carried over from a related device.
-        source: Where it is from, and how it follows from there.
+        basis: `published` if it was read, or calculated from numbers read, about this device; `estimated` if any part
+            is recalled, planned or transferred from a related device.
+        source: Its source, and how it follows from there.
     """
 
     value: float
@@ -48,7 +48,7 @@ class Fact(Document):
 
 
 class Sizes(Document):
-    """The sizes that a device is sold with, in bytes, the smallest first."""
+    """The memory sizes that a device is sold with, in bytes, smallest first."""
 
     values: tuple[float, ...] = Field(strict=False, min_length=1, max_length=32)
     basis: Basis
@@ -56,7 +56,7 @@ class Sizes(Document):
 
 
 def _within(low: float, high: float, words: str, units: Mapping[str, float] | None = None) -> AfterValidator:
-    """Return a check of bounds; where the number fits in one of the other `units`, the message says so."""
+    """Return a bounds check; its message names one of the other `units` if the number fits in it."""
 
     def check(fact: Fact) -> Fact:
         value = fact.value
@@ -70,10 +70,10 @@ def _within(low: float, high: float, words: str, units: Mapping[str, float] | No
 
 
 def require_whole_modules(value: float) -> None:
-    """Refuse a round number of GB where memory is sold by the GiB.
+    """Reject round numbers of GB, since memory is sold by the GiB.
 
     Raises:
-        PydanticCustomError: it is one.
+        PydanticCustomError: the value is a round number of GB.
     """
     if value % MODULE and value % (GB // 10) == 0:
         advice = f"if it is {value / GB:g} GiB, write {round(value / GB * GIB):_}"

@@ -1,1 +1,1 @@
-"""What every other package may use: errors, files, the cache, and quantities with their source."""
+"""Common base of all packages: errors, files, the cache, and quantities with their source."""

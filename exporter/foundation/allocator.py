@@ -1,17 +1,17 @@
-"""What glibc's allocator does with memory that is freed."""
+"""Controls how glibc's allocator treats freed memory."""
 
 import ctypes
 
-# glibc's numbers of its options, the largest block that it takes from the heap at all, and what may stay free at the
-# heap's end until `give_back_freed_memory`.
+# Option numbers of glibc, the largest block allocated from the heap, and the free memory kept at the heap's end until
+# `give_back_freed_memory`.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 FROM_HEAP_UP_TO_BYTES, FREE_AT_END_BYTES = 32 << 20, 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed until `give_back_freed_memory`: activations are the same blocks again and again.
+    """Let glibc keep freed memory until `give_back_freed_memory`, since activations reuse the same blocks.
 
-    A block that it maps anew costs a page fault for each of its pages: a third of the time of a layer.
+    Mapping a block again costs a page fault per page: a third of the time of a layer.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -20,9 +20,9 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc return all free pages to the system, wherever in the heap they are.
+    """Let glibc return all free pages of the heap to the system.
 
-    What outlives a layer would leave holes between what does not, a gigabyte of them for a model of that many weights.
+    Otherwise blocks that outlive a layer leave holes between them, a gigabyte for a model of that many weights.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

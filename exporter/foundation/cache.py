@@ -1,8 +1,8 @@
-"""The cache folder, and the temporary files and folders of a job: each has a living owner, or is swept.
+"""The cache folder, and the temporary files and folders of a job, which are removed once their owner is dead.
 
-What a process is making is noted in the cache under `held`, in a file that the process keeps locked. The system takes
-the lock away when the process dies, however it dies; the next one that makes anything then finds the note without a
-lock and removes what it names.
+A process records each temporary path in a note in the cache under `held`, and keeps the note locked. The system
+releases the lock when the process dies, however it dies. The next process that creates anything finds the unlocked note
+and removes the path it names.
 """
 
 import errno
@@ -20,13 +20,13 @@ from pathlib import Path
 
 from exporter.foundation.errors import ExporterError, RequestError, RuntimeCrashError
 
-# The kinds of entries. A process that holds the lock of one may wait only for one of a later kind, so that no two
-# processes ever wait for each other.
+# The kinds of entries. A process that holds the lock of one kind may wait only for a later kind, which prevents
+# deadlocks.
 KINDS = (
     "gguf", "texts", "samples", "statistics", "pruned", "policies", "references", "arm64", "templates", "vocabularies",
 )  # fmt: skip
 HELD = "held"
-# The name of a folder where temporary files go.
+# Default name of a scratch folder.
 SCRATCH = "edge-exporter"
 ELSEWHERE = "free some space, or choose another place"
 FULL = {
@@ -34,7 +34,7 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file is larger than the disk or a limit (ulimit -f) allows",
 }
-# What numpy says, which does not tell the reason.
+# numpy's message, which does not give the reason.
 PART_WRITTEN = re.compile(r"\d+ requested and \d+ written")
 
 _locked = threading.local()
@@ -42,12 +42,12 @@ _waiting: ContextVar[Callable[[], None]] = ContextVar("_waiting", default=lambda
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return (and make) a folder of the cache: `$EDGE_EXPORTER_CACHE`, or the user's cache folder.
+    """Return a folder of the cache, `$EDGE_EXPORTER_CACHE` or the user's cache folder; create it if necessary.
 
-    Only its owner can enter it: it holds what was computed from the user's texts.
+    Only its owner can enter it, since it holds results computed from the user's texts.
 
     Raises:
-        RequestError: it cannot be made, belongs to another user, or others can write to it.
+        RequestError: it cannot be created, belongs to another user, or others can write to it.
     """
     folder = _root()
     try:
@@ -94,10 +94,10 @@ def _require_own(folder: Path) -> None:
 
 
 def require_space(folder: Path, need_bytes: int, next_step: str) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Check that a folder's disk has enough free space.
 
     Raises:
-        RequestError: the folder's disk has less free space; `next_step` says what to do.
+        RequestError: it has less; `next_step` says what to do.
     """
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
@@ -112,10 +112,10 @@ def require_space(folder: Path, need_bytes: int, next_step: str) -> None:
 
 @contextmanager
 def locked(entry: Path) -> Iterator[None]:
-    """Hold the lock of an entry of the cache; where another process holds it, wait until that has ended.
+    """Hold the lock of a cache entry; wait while another process holds it.
 
     Args:
-        entry: The file or folder below the folder of one of `KINDS`.
+        entry: The file or folder, below the folder of one of `KINDS`.
     """
     kind, *names = entry.relative_to(cache_folder()).parts
     before: list[str] = vars(_locked).setdefault("kinds", [])
@@ -130,7 +130,7 @@ def locked(entry: Path) -> Iterator[None]:
 
 @contextmanager
 def telling(waiting: Callable[[], None]) -> Iterator[None]:
-    """Within the block, call a function when this job begins to wait for another that makes the same entry."""
+    """Within the block, call a function when this job starts to wait for another job that makes the same entry."""
     token = _waiting.set(waiting)
     try:
         yield
@@ -140,7 +140,7 @@ def telling(waiting: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _lock(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
-    """Lock a file that is there only as long as it is locked, and give its descriptor."""
+    """Lock a file that exists only while it is locked, and yield its descriptor."""
     while True:
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
         try:
@@ -149,7 +149,7 @@ def _lock(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[in
             except BlockingIOError:
                 waiting()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Whoever had it may have removed it in the meantime.
+            # The previous holder may have removed it in the meantime.
             if _is_at(descriptor, file):
                 try:
                     yield descriptor
@@ -169,9 +169,9 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 @contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """Give a path in a folder that nothing has; what is made there goes, at the latest when the next process begins.
+    """Yield an unused path in a folder, and remove it afterwards, at the latest when the next process starts.
 
-    Where the cache cannot take a note of it, what is made there stays when this process is killed.
+    If the note cannot be written to the cache, the path remains when this process is killed.
     """
     token = secrets.token_hex(4)
     path = folder.absolute() / f".{name}.partial-{token}"
@@ -187,17 +187,17 @@ def _temporary(folder: Path, name: str) -> Iterator[Path]:
 
 
 def sweep(held: Path) -> None:
-    """Remove what dead processes left.
+    """Remove the temporary paths of dead processes.
 
     Args:
         held: The folder of notes.
     """
     for note in held.iterdir():
-        # A living process holds the lock, or another one that sweeps was faster.
+        # An error means that a living process holds the lock, or that another sweep was faster.
         with suppress(OSError), note.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left = Path(os.fsdecode(file.read()))
-            # A damaged note must not name what is not ours.
+            # A damaged note could name a foreign path.
             ours = left.name.endswith(f".partial-{note.name}") and os.path.lexists(left)
             if ours and left.lstat().st_uid == os.geteuid():
                 _remove(left)
@@ -214,11 +214,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes the name when all went well, else it goes.
+    """Yield a temporary path next to `path` to write to; it is renamed on success and removed otherwise.
 
     Args:
-        path: Where the file will stand.
-        mode: Who may use it, before the umask.
+        path: Final path of the file.
+        mode: Permissions before the umask.
 
     Raises:
         RequestError: the disk is full.
@@ -231,12 +231,12 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, name: str = SCRATCH, mode: int = 0o700) -> Iterator[Path]:
-    """Give a new folder that goes at the end, unless it was given another name.
+    """Yield a new folder, and remove it at the end unless it was renamed.
 
     Args:
-        parent: Where; None for where temporary files go.
-        name: What it will be, for whoever finds it.
-        mode: Who may use it, before the umask.
+        parent: Parent folder; None for the default of temporary files.
+        name: Part of its name, for people who find it.
+        mode: Permissions before the umask.
 
     Raises:
         RequestError: the disk is full.
@@ -249,7 +249,7 @@ def scratch_folder(parent: Path | None = None, name: str = SCRATCH, mode: int = 
 
 @contextmanager
 def naming_disk(folder: Path) -> Iterator[None]:
-    """Turn what any library says of a full disk while it writes into a folder into one sentence that names the disk.
+    """Turn any library's error about a full disk, raised while writing into a folder, into one that names the disk.
 
     Raises:
         RequestError: see above.
@@ -257,7 +257,7 @@ def naming_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # A child process hands on in words what it met.
+        # A RuntimeCrashError may repeat such an error of a child process in its text.
         ours = isinstance(error, ExporterError) and not isinstance(error, RuntimeCrashError)
         what = None if ours or not concerns(error, folder) else full_disk(error)
         if what is None:
@@ -266,17 +266,17 @@ def naming_disk(folder: Path) -> Iterator[None]:
 
 
 def full_disk(error: Exception) -> str | None:
-    """Return what to say where an error means that the disk takes no more, else None."""
+    """Return a description if an error means that the disk is full, else None."""
     if isinstance(error, OSError) and error.errno is not None:
         return FULL.get(error.errno)
-    # Libraries in other languages hand on the system's words.
+    # Libraries in other languages pass on the system's message.
     said = str(error)
     named = next((what for number, what in FULL.items() if os.strerror(number) in said), None)
     return named or (f"the disk took only a part of a file ({said})" if PART_WRITTEN.search(said) else None)
 
 
 def concerns(error: Exception, folder: Path) -> bool:
-    """Return whether an error may come from below a folder; a failed write names no file."""
+    """Return whether an error may concern a path below a folder; a failed write names no file."""
     named = getattr(error, "filename", None)
     if not isinstance(named, str | os.PathLike):
         return named is None
@@ -284,7 +284,7 @@ def concerns(error: Exception, folder: Path) -> bool:
 
 
 def disk_of(path: Path) -> str:
-    """Return the disk of a path in words: where it is mounted, and what is free."""
+    """Describe the disk of a path: its mount point and free space."""
     place = path.resolve()
     while not place.exists():
         place = place.parent

@@ -1,7 +1,7 @@
-"""Entries of the cache: whole, as they were written, and under their own name, or made anew.
+"""Entries of the cache, which are made again unless they are complete, unchanged and under their own name.
 
-A file of an entry ends with a seal: the SHA-256 of its name and of what is before. A folder that others fill has a
-sealed list of its files with theirs.
+A file of an entry ends with a seal: the SHA-256 of its name and of the preceding bytes. A folder filled by other code
+has a sealed list of its files with their SHA-256.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ Array = NDArray[np.generic]
 Pieces = Iterable[bytes | memoryview]
 Identity = tuple[int, ...]
 
-# Raised when the seal itself changes.
+# Increment when the seal itself changes.
 MAGIC = b"edge-exporter 1\n"
 SEAL_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 READ_BYTES = 1 << 20
 LIST = ".files"
 
-# The files that this process wrote or checked, with what would show that they are no longer those.
+# The files that this process wrote or checked, with the identity that shows whether they are unchanged.
 _known: set[tuple[Path, Identity]] = set()
 
 
 class DamagedEntryError(InputError):
-    """A file of the cache is missing, damaged, cut off or another's."""
+    """A file of the cache is missing, damaged, truncated or misplaced."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(
@@ -49,10 +49,10 @@ class DamagedEntryError(InputError):
 
 @dataclass(frozen=True)
 class Form(Generic[T]):
-    """How a value lies in a file.
+    """The file format of a value.
 
     Attributes:
-        pack: Turns it into pieces of bytes.
+        pack: Converts it to pieces of bytes.
         load: Reads it from a file whose seal was checked.
     """
 
@@ -93,12 +93,12 @@ JSON: Form[Any] = Form(lambda value: (json.dumps(value).encode(),), _load_json)
 
 
 def kept(path: Path, form: Form[T], make: Callable[[], T]) -> T:
-    """Return what the cache keeps in a file, made if it is not there whole.
+    """Return the value of a cache file, which is made first if missing or damaged.
 
     Args:
         path: The file, below a folder of one of `exporter.foundation.cache.KINDS`.
-        form: How the value lies in it.
-        make: Makes the value, while all other processes that want it wait.
+        form: The file format.
+        make: Makes the value, while all other processes that need it wait.
     """
     with suppress(DamagedEntryError):
         return load(path, form)
@@ -112,11 +112,11 @@ def kept(path: Path, form: Form[T], make: Callable[[], T]) -> T:
 
 
 def kept_folder(place: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache, made if it is not there whole.
+    """Return a folder of the cache, which is made first if missing or damaged.
 
     Args:
         place: The folder, below that of one of `exporter.foundation.cache.KINDS`.
-        make: Fills an empty folder that becomes it, while all other processes that want it wait.
+        make: Fills an empty folder that becomes `place`, while all other processes that need it wait.
     """
     if folder_is_whole(place):
         return place
@@ -137,7 +137,7 @@ def kept_folder(place: Path, make: Callable[[Path], None]) -> Path:
 
 
 def folder_is_whole(place: Path) -> bool:
-    """Return whether a folder of the cache holds what `kept_folder` made, and nothing else."""
+    """Return whether a folder of the cache holds exactly what `kept_folder` made."""
     try:
         return bool(load(place / LIST, JSON) == _listed(place))
     except (DamagedEntryError, OSError):
@@ -145,7 +145,7 @@ def folder_is_whole(place: Path) -> bool:
 
 
 def _listed(place: Path) -> dict[str, str]:
-    """Return relative path -> SHA-256 of every file, or what a link points to."""
+    """Return relative path -> SHA-256 of every file, or the target of a link."""
     found = {}
     for path in sorted(place.rglob("*")):
         if path.is_symlink():
@@ -157,23 +157,23 @@ def _listed(place: Path) -> dict[str, str]:
 
 @cache
 def _digest(path: Path, _: Identity) -> str:
-    """Return the SHA-256 of a file, found out once as long as it is the same."""
+    """Return the SHA-256 of a file, cached by its identity."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: Path, form: Form[T]) -> T:
-    """Return what a file of the cache holds.
+    """Return the value of a cache file.
 
     Raises:
-        DamagedEntryError: it is missing, damaged, cut off or another's.
+        DamagedEntryError: it is missing, damaged, truncated or misplaced.
     """
     require_whole(path)
     return form.load(path)
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a file of the cache is there as it was written."""
+    """Return whether a cache file is present and unchanged."""
     try:
         require_whole(path)
     except DamagedEntryError:
@@ -182,10 +182,10 @@ def is_whole(path: Path) -> bool:
 
 
 def require_whole(path: Path) -> None:
-    """Check a file of the cache against its seal, the first time that this process sees it.
+    """Check a cache file against its seal, the first time that this process sees it.
 
     Raises:
-        DamagedEntryError: it is missing, damaged, cut off or another's.
+        DamagedEntryError: it is missing, damaged, truncated or misplaced.
     """
     try:
         with path.open("rb") as file:
@@ -205,7 +205,7 @@ def require_whole(path: Path) -> None:
 
 
 def save(path: Path, form: Form[T], value: T) -> None:
-    """Write a file of the cache, whole or not at all, with its seal, and force it to the disk.
+    """Write a cache file with its seal atomically, and force it to the disk.
 
     Raises:
         RequestError: the disk is full.
@@ -215,7 +215,7 @@ def save(path: Path, form: Form[T], value: T) -> None:
 
 
 class Filling:
-    """A folder of the cache that is filled file by file; the disk takes them while the job goes on.
+    """A folder of the cache that is filled file by file; files are synced to disk in the background.
 
     Attributes:
         path: The folder.
@@ -226,13 +226,13 @@ class Filling:
         self._force = force
 
     def save(self, name: str, form: Form[T], value: T, lasting: bool = True) -> None:
-        """Write a file, whole or not at all, with its seal.
+        """Write a file with its seal atomically.
 
         Args:
             name: Its name.
-            form: How the value lies in it.
+            form: The file format.
             value: The value.
-            lasting: False for what only serves to go on after a kill: the disk need not have it.
+            lasting: Sync the file to disk; not needed for files that only serve to resume a killed job.
 
         Raises:
             RequestError: the disk is full.
@@ -244,7 +244,7 @@ class Filling:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Filling]:
-    """Give what files are written into a folder with; at the end of the block the disk has them."""
+    """Yield a writer of files into a folder; they are synced to disk at the end of the block."""
     begun: list[Future[None]] = []
     pool = ThreadPoolExecutor(1)
     try:
@@ -272,12 +272,12 @@ def _force(path: Path) -> None:
 
 
 def _begun(path: Path) -> "hashlib._Hash":
-    """Return a digest of the file's name: a file of another name is another's."""
+    """Return a digest started with the file's name, so that a renamed file does not match."""
     return hashlib.sha256(f"{path.parent.name}/{path.name}\n".encode())
 
 
 def identity(found: os.stat_result) -> Identity:
-    """Return what changes when another file takes the place of one, or is written over it."""
+    """Return values that change when a file is replaced or overwritten."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

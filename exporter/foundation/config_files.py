@@ -1,4 +1,4 @@
-"""Documents in TOML files of users: bounded in size, strict, and refused in one sentence that names the key."""
+"""Reads documents from users' TOML files: bounded in size, strict, with errors of one sentence that name the key."""
 
 import os
 import tomllib
@@ -16,10 +16,10 @@ from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Document
 from exporter.foundation.registry import names
 
-# The longest profile that comes with the exporter has 9 KB.
+# The longest bundled profile has 9 KB.
 MAX_FILE_BYTES = 1 << 18
 MAX_DEPTH = 16
-# tomllib takes time with the square of a dotted key's parts; a line's texts have dots, too.
+# tomllib takes time quadratic in the parts of a dotted key. Texts in a line may contain dots, too.
 MOST_DOTS = 256
 MOST_LISTED = 20
 IMPOSSIBLE = "impossible"
@@ -37,21 +37,21 @@ Kind = TypeVar("Kind", bound=Document)
 
 
 def impossible(what: str, got: object, expected: object, next_step: str | None = None) -> PydanticCustomError:
-    """Return what a validator raises where a value is of the right type and still cannot be."""
+    """Return the error of a validator for a value of the right type that is impossible."""
     facts = {"what": what, "got": str(got), "expected": str(expected), "next_step": next_step}
     return PydanticCustomError(IMPOSSIBLE, "{what}", facts)
 
 
 def named_file(name_or_path: str, package: str, what: str) -> Path | Traversable:
-    """Return the TOML file of that name in a package, or the user's own.
+    """Return a package's TOML file by its name, or the user's own by its path.
 
     Args:
         name_or_path: A name, or a path: it ends with `.toml` or contains a separator.
-        package: Where the named files are.
-        what: What such a file describes, such as `device`.
+        package: Package of the named files.
+        what: Subject of such a file, such as `device`.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: the package has no file of that name.
     """
     if name_or_path.endswith(".toml") or any(sign in name_or_path for sign in (os.sep, os.altsep) if sign):
         return Path(name_or_path)
@@ -67,18 +67,18 @@ def read_document(file: Path | Traversable, kind: type[Kind], what: str) -> Kind
 
     Args:
         file: The file.
-        kind: What it must hold.
-        what: What such a file is called, such as `device profile`.
+        kind: Class of the document.
+        what: Name of such a file, such as `device profile`.
 
     Raises:
         RequestError: there is no such file.
-        InputError: it is too large, not TOML, or no such document.
+        InputError: it is too large, is not TOML, or is not a valid document.
     """
     return checked(read_toml(file, what), kind, file)
 
 
 def read_toml(file: Path | Traversable, what: str) -> dict[str, Any]:
-    """Return the tables of a TOML file, not checked; for arguments and errors see `read_document`."""
+    """Return the unchecked tables of a TOML file; for arguments and errors see `read_document`."""
     data = _read_bounded(file, what)
     try:
         if any(line.count(b".") > MOST_DOTS for line in data.split(b"\n")):
@@ -95,7 +95,7 @@ def checked(table: Mapping[str, Any], kind: type[Kind], where: object) -> Kind:
     """Return a table as a document.
 
     Raises:
-        InputError: it is none; the first fault is named.
+        InputError: it is not valid; the message names the first fault.
     """
     try:
         return kind.model_validate(table)
@@ -104,12 +104,12 @@ def checked(table: Mapping[str, Any], kind: type[Kind], where: object) -> Kind:
 
 
 def shown(value: object) -> str:
-    """Return a value of a file as a message may show it."""
+    """Return a value from a file, shortened for a message."""
     return "a table" if isinstance(value, dict) else _Shortener().repr(value)
 
 
 def deeper_than(most: int, value: dict[str, Any] | list[Any]) -> bool:
-    """Return whether tables and lists lie in one another at more than so many levels."""
+    """Return whether tables and lists are nested more than `most` levels deep."""
     level: list[Any] = [value]
     for _ in range(most):
         level = [item for parent in level for item in _items(parent) if isinstance(item, dict | list)]
@@ -126,7 +126,7 @@ class _Shortener(Repr):
         self.maxstring = self.maxother = 80
 
     def repr_int(self, x: int, level: int) -> str:
-        # Python writes no number of more than 4,300 digits, which a file can hold as hexadecimal ones.
+        # Python cannot print numbers of more than 4,300 digits, which a file can hold in hexadecimal.
         return super().repr_int(x, level) if x.bit_length() < 1 << 12 else f"a number of {x.bit_length()} bits"
 
 
@@ -144,7 +144,7 @@ def _read_bounded(file: Path | Traversable, what: str) -> bytes:
 
 
 def _refusal(error: ValidationError, kind: type[Document], file: object) -> InputError:
-    """Return the first fault as one sentence; a misspelt key comes before the key that it leaves missing."""
+    """Return the first fault as one sentence; a misspelt key comes before the resulting missing key."""
     fault = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     location, name = fault["loc"], fault["type"]
     if name == "extra_forbidden":

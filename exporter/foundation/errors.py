@@ -1,31 +1,31 @@
-"""The tree of errors, by what the user must do about them.
+"""The tree of errors, grouped by what the user must do about them.
 
-    ExporterError            70  a fault of ours
+    ExporterError            70  a bug in the exporter
     ├── CheckError            1  a check of accuracy or of the device failed
     ├── RequestError          2  the request cannot work as stated: change the command
-    │   └── MissingDependencyError   install what is named
+    │   └── MissingDependencyError   install the named library
     ├── InputError            3  the model, text or bundle is bad: change the input
     └── RuntimeCrashError    70  a runtime died in its child process
-        └── DeadlineError        it was ended, since it took too long
+        └── DeadlineError        it was killed after a timeout
 
-Each message is one sentence: where, what failed, what was got, what was expected, the next step. It is printable.
+Each message is one printable sentence: where, what failed, what was got, what was expected, the next step.
 """
 
 import re
 from collections.abc import Iterable
 
-# What a terminal obeys, or what hides or turns the text around it: control characters, C1 too, Unicode's marks and
-# overrides of direction, its separators of lines, and halves of surrogates.
+# Characters that control a terminal, or that hide or reorder the text around them: C0 and C1 control characters,
+# Unicode's direction marks and overrides, its line separators, and lone surrogates.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def printable(text: object, kept: str = "") -> str:
-    """Return a text as a terminal may have it: what is not printed but obeyed is escaped, as JSON escapes it.
+    """Return a text that is safe for a terminal, with control characters escaped as in JSON.
 
     Args:
-        text: Any text, from anybody.
-        kept: Characters that stay as they are, such as line ends.
+        text: Any untrusted text.
+        kept: Characters to keep unescaped, such as line ends.
     """
 
     def escaped(found: re.Match[str]) -> str:
@@ -36,14 +36,14 @@ def printable(text: object, kept: str = "") -> str:
 
 
 class ExporterError(Exception):
-    """An error whose message a user can act upon.
+    """An error with a message that a user can act upon.
 
     Args:
-        what: What failed, without a full stop.
+        what: The failure, without a full stop.
         where: The file, tensor, layer or option it concerns.
-        got: What was found.
-        expected: What would have been right.
-        next_step: What the user can do now.
+        got: The value found.
+        expected: The value expected.
+        next_step: Advice for the user.
     """
 
     exit_code = 70
@@ -59,13 +59,13 @@ class ExporterError(Exception):
     ) -> None:
         sentence = what if where is None else f"{where}: {what}"
         if got is not None:
-            # What another sentence said may be part of this one.
+            # `got` may be another error's sentence.
             sentence += f"; got {str(got).removesuffix('.')}"
         if expected is not None:
             sentence += f", expected {expected}" if got is not None else f"; expected {expected}"
         if next_step is not None:
             sentence += f"; {next_step}"
-        # A message that came through a pipe from a child process ends with its stop already.
+        # A message from a child process already ends with a full stop.
         super().__init__(printable(sentence).removesuffix(".") + ".")
 
 
@@ -96,12 +96,12 @@ class RuntimeCrashError(ExporterError):
 
 
 class DeadlineError(RuntimeCrashError):
-    """A runtime was ended in its child process, since it took too long."""
+    """A runtime was killed in its child process after a timeout."""
 
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 100) -> str:
-    """Return the next step for a name that is not known: the nearest name, and at most so many of those there are."""
-    from difflib import get_close_matches  # here, for child processes start sooner without it
+    """Return the next step for an unknown name: the nearest known name, and at most `most` of all known names."""
+    from difflib import get_close_matches  # here, since child processes start faster without it
 
     names = sorted(known)
     by_case = {name.casefold(): name for name in names}

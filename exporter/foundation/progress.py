@@ -1,4 +1,4 @@
-"""How long work says how far it is."""
+"""Progress callbacks for long operations."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Documents that are read strictly, numbers that say how they are known, and checks against limits."""
+"""Strict documents, numbers with their basis, and checks against limits."""
 
 from typing import Annotated, Literal, TypeVar
 
@@ -11,17 +11,17 @@ Status = Literal["passed", "failed", "not run"]
 
 
 class Document(BaseModel):
-    """Base of all that is written to or read from a file: strict, frozen, no unknown keys."""
+    """Base class of all documents in files: strict, frozen, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 D = TypeVar("D", bound=Document)
 MOST_SHOWN = 200
-# The report on 126 layers has 15,000 commas.
+# The report of a model with 126 layers has 15,000 commas.
 MOST_COMMAS = 1 << 16
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-# No number of things or bytes is larger, and every program holds it.
+# Larger than any real count of bytes or items, and representable in every program.
 Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
 
@@ -29,9 +29,9 @@ def from_json(kind: type[D], text: str | bytes, where: object) -> D:
     """Parse a document of the given kind from untrusted text.
 
     Raises:
-        InputError: the text is not JSON, has very many values, or is not of the kind's schema.
+        InputError: the text is not JSON, has too many values, or does not match the schema.
     """
-    # Each value takes a hundred bytes, and errors quote them.
+    # Each value takes a hundred bytes in memory, and errors quote them.
     commas = text.count(",") if isinstance(text, str) else text.count(b",")
     if commas > MOST_COMMAS:
         raise InputError(
@@ -59,14 +59,14 @@ class Quantity(Document):
 
 
 class Pruning(Document):
-    """Feed-forward channels that were taken away before matrices got their formats.
+    """Feed-forward channels removed before formats were assigned to matrices.
 
     Attributes:
-        method: What chose them.
-        removed: Share of them that went, a `fraction`.
-        widths: How many each layer keeps.
-        carried: How the files hold these widths.
-        zero_bytes: `bytes` of the files that hold channels of zeros, where layers are filled up to the widest.
+        method: The method that selected them.
+        removed: Removed share of the channels, a `fraction`.
+        widths: Channels kept in each layer.
+        carried: How the files store these widths.
+        zero_bytes: `bytes` of zero channels in the files, if layers are padded to the widest.
     """
 
     method: str
@@ -77,9 +77,9 @@ class Pruning(Document):
 
 
 class Check(Document):
-    """The outcome of one check; a check that was not run is never a pass.
+    """The outcome of one check; a check that was not run never counts as passed.
 
-    `value` and `limit` share the unit `unit` where the check compares two numbers.
+    `value` and `limit` are in `unit` if the check compares two numbers.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Names to files: a method or a device is one file, a target one folder, and the file name is its name.
+"""Maps names to plug-in files: a method or a device is one file, a target one folder, named after the plug-in.
 
 Listing does not import; loading imports the one module named.
 """
@@ -12,13 +12,13 @@ from exporter.foundation.errors import MissingDependencyError, RequestError, did
 
 
 def names(package: str, suffix: str = ".py") -> list[str]:
-    """Return the names of the plug-in files of a package, sorted, without importing them."""
+    """Return the sorted names of a package's plug-in files without importing them."""
     entries = files(package).iterdir()
     return sorted(_name(entry, suffix) for entry in entries if entry.name.endswith(suffix) and entry.name[0] != "_")
 
 
 def folders(package: str, entry: str) -> list[str]:
-    """Return the names of the folders of a package that hold the file `entry`, sorted."""
+    """Return the sorted names of a package's folders that contain the file `entry`."""
     return sorted(_name(found, "") for found in files(package).iterdir() if found.joinpath(entry).is_file())
 
 
@@ -26,7 +26,7 @@ def load(module: str, name: str, known: list[str], kind: str) -> ModuleType:
     """Import the plug-in called `name` from the module pattern `module`, such as `exporter.compress.{}`.
 
     Raises:
-        RequestError: no such plug-in.
+        RequestError: there is no such plug-in.
         MissingDependencyError: the plug-in needs a library that is not installed.
     """
     if name not in known:

@@ -1,1 +1,1 @@
-"""Models as they come in: sources, families, lazy tensors, tokenizer."""
+"""Input models: sources, families, lazy tensors, tokenizer."""

@@ -1,4 +1,4 @@
-"""What a decoder looks like: the facts of its config.json, and the tensors that follow from them."""
+"""The shape of a decoder, read from config.json, and the tensors it implies."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ MAX_LAYERS = 512
 MAX_WIDTH = 1 << 20
 # Positions are int32 in the runtimes.
 MAX_POSITIONS = (1 << 31) - 1
-# Families whose layers have windows or none by `layer_types`; a Mistral's have them all where it has any.
+# Families in which `layer_types` gives each layer a window or none. In a Mistral, all layers have a window or none has.
 WINDOWS_BY_LAYER = ("qwen2", "qwen3")
 FULL, SLIDING = "full_attention", "sliding_attention"
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
@@ -29,20 +29,20 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a decoder; names follow config.json where it has one.
+    """The shape of a decoder; names follow config.json where possible.
 
     Attributes:
-        family: Which tensors play which role.
-        layers: Decoder layers.
+        family: Maps roles to tensors.
+        layers: Number of decoder layers.
         hidden: Width of the residual stream.
-        intermediate: Width of the feed-forward part of each decoder layer; they differ where rows were pruned.
+        intermediate: Feed-forward width of each decoder layer; pruning can make these differ.
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Width of a head.
         vocab: Rows of the embedding.
         tied: The embedding serves as the head.
-        context_length: Positions up to which every runtime attends as the model does: those that it was made for,
-            or its sliding window where that is shorter (llama.cpp has none for these families).
+        context_length: Number of positions for which every runtime attends as the model does: the model's maximum,
+            or its sliding window if shorter (llama.cpp has no window for these families).
     """
 
     family: Family
@@ -59,7 +59,7 @@ class Architecture:
 
     @classmethod
     def of(cls, config: PretrainedConfig, where: object) -> "Architecture":
-        """Read the facts from a transformers config.
+        """Read the architecture from a transformers config.
 
         Raises:
             InputError: the architecture is not supported, or a number is missing or impossible.
@@ -101,12 +101,12 @@ class Architecture:
 
     @property
     def even(self) -> bool:
-        """Whether the feed-forward parts of all layers are equally wide."""
+        """Whether all layers have the same feed-forward width."""
         return len(set(self.intermediate)) == 1
 
     @property
     def parameters(self) -> int:
-        """Number of weights, a tied embedding counted once."""
+        """Number of weights; a tied embedding counts once."""
         return sum(group.size for group in self.groups()) + sum(_size(shape) for shape in self.vectors().values())
 
     def groups(self) -> list[WeightGroup]:
@@ -124,7 +124,7 @@ class Architecture:
         return found
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of the tensors that stay in float32: norms and biases."""
+        """Return name -> shape of the tensors kept in float32: norms and biases."""
         widths = dict.fromkeys(NORMS, self.hidden) | {
             "q_norm": self.head_dim,
             "k_norm": self.head_dim,
@@ -157,7 +157,7 @@ class Architecture:
         }[role]
 
     def check_shapes(self, held: dict[str, tuple[int, ...]], where: object) -> None:
-        """Compare the tensors that a source holds with those that the architecture needs.
+        """Check the tensors of a source against those the architecture needs.
 
         Raises:
             InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
@@ -185,7 +185,7 @@ class Architecture:
 
 
 def _window(config: PretrainedConfig, where: object) -> int | None:
-    """Return the positions that some layer attends to, where they are fewer than the model was made for."""
+    """Return the size of the sliding window if it is shorter than the model's maximum number of positions."""
     if not _has_window(config, where):
         return None
     window = _whole(config, "sliding_window", where, MAX_POSITIONS)
@@ -193,7 +193,7 @@ def _window(config: PretrainedConfig, where: object) -> int | None:
 
 
 def _has_window(config: PretrainedConfig, where: object) -> bool:
-    """Return whether some layer attends to a window alone, as transformers computes it."""
+    """Return whether transformers gives some layer a sliding window."""
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or [])
     by_layer = config.model_type in WINDOWS_BY_LAYER
     if not kinds <= ({FULL, SLIDING} if by_layer and window is not None else {FULL}):
@@ -202,7 +202,7 @@ def _has_window(config: PretrainedConfig, where: object) -> bool:
                          where=where, got=strange, expected=FULL)  # fmt: skip
     if by_layer:
         return SLIDING in kinds
-    # A Llama has no windows of its own: keys that came along with a conversion say so.
+    # A Llama has no windows; conversions can leave these keys behind.
     unused = config.model_type == "llama" and getattr(config, "use_sliding_window", None) is False
     return window is not None and not unused
 

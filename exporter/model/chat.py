@@ -1,4 +1,4 @@
-"""Chats: what templates are tried on, and the form in which a template takes what its messages say."""
+"""Chats for testing templates, and the search for a chat form that a template renders in full."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from exporter.child.process import Child
 
-# Messages with `role` and `content`, a text or a list of parts.
+# Messages with `role` and `content`: a text or a list of parts.
 Chat = list[dict[str, Any]]
 
 PARITY_CHATS: tuple[Chat, ...] = (
@@ -32,9 +32,9 @@ PARITY_CHATS: tuple[Chat, ...] = (
 )
 # A vocabulary of 260,000 tokens loads in 2 s.
 LOAD_S = 120.0
-# A chat is rendered in milliseconds, by 3 MB of template in less than a second.
+# Rendering a chat takes milliseconds; with a template of 3 MB, less than a second.
 RENDER_S = 3.0
-# A tokenizer or a chat template may take so much beyond its library: a vocabulary of 262,000 tokens takes 110 MB.
+# Memory limit for a tokenizer or chat template beyond its library. A vocabulary of 262,000 tokens takes 110 MB.
 TEXT_BYTES = 384 << 20
 SYSTEM = {"role": "system", "content": "You are brief."}
 REASON_CHARACTERS = 200
@@ -42,11 +42,11 @@ REASON_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as a template renders it.
+    """A chat rendered by a template.
 
     Attributes:
-        text: The rendering; None where the template refuses the chat.
-        reason: Why it does.
+        text: The rendering; None if the template refuses the chat.
+        reason: Reason for the refusal.
     """
 
     text: str | None
@@ -54,7 +54,7 @@ class Rendered:
 
     @classmethod
     def refused(cls, error: BaseException) -> "Rendered":
-        """Return what an error stands for that a template ended with."""
+        """Return the refusal for an error that the template raised."""
         reason = " ".join(str(error).split()) or type(error).__name__
         return cls(None, reason[:REASON_CHARACTERS])
 
@@ -63,14 +63,14 @@ Render = Callable[[Chat], Rendered]
 
 
 class Renderer(Protocol):
-    """What renders chats, inside a child process."""
+    """Renders chats in a child process."""
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
-        """Return a chat as a template renders it.
+        """Render a chat with the template.
 
         Args:
             chat: Messages with `role` and `content`.
-            prompt: Ask for the start of an answer at the end.
+            prompt: Append the start of an assistant message.
 
         Raises:
             RequestError: there is no chat template.
@@ -78,29 +78,29 @@ class Renderer(Protocol):
 
 
 def render(child: Child, chat: Chat, prompt: bool) -> Rendered:
-    """Return a chat as a child renders it that made a `Renderer`.
+    """Render a chat in a child process that holds a `Renderer`.
 
     Args:
         child: Made by `exporter.targets.text.open_text` or `exporter.model.template.open_renderer`.
         chat: Messages with `role` and `content`.
-        prompt: Ask for the start of an answer at the end.
+        prompt: Append the start of an assistant message.
 
     Raises:
         RequestError: there is no chat template.
-        RuntimeCrashError: the child died of the template, or was ended since it took too long.
+        RuntimeCrashError: the child crashed or was killed after a timeout.
     """
     return child.call(Renderer.render_chat, RENDER_S, chat, prompt)
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A chat in the form that a template takes.
+    """A chat in a form that the template accepts.
 
     Attributes:
         chat: The chat in that form.
         rendered: Its rendering.
-        form: What was changed for the template, for people; empty for nothing.
-        refused: The template refuses the chat as it is.
+        form: Human-readable description of the change; empty if unchanged.
+        refused: The template refuses the unchanged chat.
     """
 
     chat: Chat
@@ -110,12 +110,12 @@ class Taken:
 
 
 def as_taken(render: Render, chat: Chat, may_add: bool = True) -> Taken:
-    """Return a chat in the first form whose rendering holds what its messages say, else the first that is rendered.
+    """Return the first form of a chat whose rendering contains every message, else the first form that renders.
 
     Args:
-        render: Renders a chat by the template.
+        render: Renders a chat with the template.
         chat: Messages whose contents are texts.
-        may_add: Try the chat with a system message in front, too.
+        may_add: Also try the chat with a system message in front.
     """
     tried: list[Taken] = []
     for name, form in _forms(chat, may_add):
@@ -130,12 +130,12 @@ def as_taken(render: Render, chat: Chat, may_add: bool = True) -> Taken:
 
 
 def holds(text: str, chat: Chat) -> bool:
-    """Return whether a rendering holds what all messages of a chat say, spaces at their ends aside."""
+    """Return whether a rendering contains the text of every message, ignoring leading and trailing space."""
     return all(said(message).strip() in text for message in chat)
 
 
 def said(message: dict[str, Any]) -> str:
-    """Return the text of a message in any form."""
+    """Return the text of a message, whose content is a text or a list of parts."""
     content = message["content"]
     return str(content) if isinstance(content, str) else "".join(str(part["text"]) for part in content)
 

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder that transformers loads, each tensor by the name that it gets there."""
+"""The safetensors files that transformers loads from a folder, with tensors named as in transformers."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -17,23 +17,23 @@ from exporter.model.recognised import FLOATS, no_weights
 from exporter.model.tensors import INDEX, SINGLE, require_finite
 
 PREFIX = "model."
-# transformers loads such files, which ranks of a training run write, before all others.
+# Ranks of a training run write such files. transformers prefers them to all others.
 RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 COARSE = ("F8_E4M3", "F8_E5M2")
 ROWS_AT_ONCE = 4096
-# A tensor takes some 100 bytes of a header.
+# The header entry of a tensor takes about 100 bytes.
 MOST_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a file.
+    """A tensor in a file.
 
     Attributes:
         file: The file.
-        name: Its name there.
+        name: Its name in the file.
         shape: Its dimensions.
-        dtype: Its type, as safetensors calls it.
+        dtype: Its type as named by safetensors.
     """
 
     file: Path
@@ -44,13 +44,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and what a reader must know of where they were taken from.
+    """The tensors of a folder by name.
 
     Attributes:
         folder: The folder.
         files: The files.
         tensors: Name -> tensor.
-        notes: Sentences on what was taken and what was not.
+        notes: Sentences for the report on which files were used and which were not.
     """
 
     folder: Path
@@ -73,9 +73,9 @@ class Checkpoint:
             return require_finite(file.get_tensor(held.name).float().numpy(), name)
 
     def named_for(self, known: Collection[str]) -> "Checkpoint":
-        """Return the tensors by the names that transformers gives them.
+        """Return the tensors under the names that transformers gives them.
 
-        It takes the base model's prefix away, or adds it, where that makes a name of the model's.
+        transformers adds or removes the base model's prefix if the result is the name of a tensor of the model.
 
         Args:
             known: Names of all tensors of the model.
@@ -98,12 +98,12 @@ class Checkpoint:
         return replace(self, tensors=named)
 
     def has_own_head(self) -> bool:
-        """Return whether embedding and head are both stored and differ: transformers does not tie such."""
+        """Return whether embedding and head are both stored and differ; transformers does not tie these."""
         stored = EMBEDDING in self.tensors and HEAD in self.tensors
         return stored and not _equal(self.tensors[EMBEDDING], self.tensors[HEAD])
 
     def tied(self) -> "Checkpoint":
-        """Return the tensors with one matrix for embedding and head, whichever of the two is stored."""
+        """Return the tensors with a single matrix for embedding and head, whichever is stored."""
         tensors = dict(self.tensors)
         head = tensors.pop(HEAD, None)
         if head is not None:
@@ -128,7 +128,7 @@ class SafetensorsSource:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return the tensors that transformers loads from a folder, by their names in the files; reads headers alone.
+    """Return the tensors that transformers loads from a folder, by their names in the files; reads only headers.
 
     Raises:
         InputError: there are no safetensors files, or they are damaged.
@@ -175,7 +175,7 @@ def _of_files(folder: Path, files: tuple[Path, ...]) -> Checkpoint:
 
 
 def _notes(folder: Path, files: tuple[Path, ...], twice: Collection[str]) -> Iterator[str]:
-    """Yield what was taken and what was not, where a folder leaves a choice."""
+    """Yield sentences on which files or tensors were used if the folder leaves a choice."""
     patterns = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*.bin", "consolidated*.pth")
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     taken = {*files, *([] if files == (folder / SINGLE,) else [folder / INDEX])}
@@ -192,7 +192,7 @@ def _listed(names: list[str], most: int = 4) -> str:
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Return tensor name -> file, from the index of shards."""
+    """Return tensor name -> file from the index of shards."""
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError("the index of shards cannot be read", where=index, got=shown(places), expected="a weight_map")
@@ -211,7 +211,7 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> dict[str, Held]:
-    """Return the tensors of one safetensors file; the library checks offsets against the file's size."""
+    """Return the tensors of one safetensors file; the library checks offsets against the file size."""
     try:
         with file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -237,7 +237,7 @@ def _name_in(name: str, known: Collection[str]) -> str:
 
 
 def _equal(one: Held, other: Held) -> bool:
-    """Return whether two tensors hold the same numbers, read by parts."""
+    """Return whether two tensors hold the same values; reads them in blocks of rows."""
     if one.shape != other.shape or not one.shape:
         return False
     with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:

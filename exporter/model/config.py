@@ -1,4 +1,4 @@
-"""config.json of a model folder: checked key by key, then read by transformers without running any code from it."""
+"""Reads config.json of a model folder: checks each key, then loads it with transformers without running model code."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -20,10 +20,10 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json, not checked.
+    """Return the unchecked content of config.json.
 
     Raises:
-        InputError: it is missing or no JSON object.
+        InputError: it is missing or is not a JSON object.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -32,17 +32,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """Return the transformers config of a folder; it holds the keys that change what the model computes, and no others.
+    """Return the transformers config of a folder with only the keys that change what the model computes.
 
     Raises:
         InputError: config.json is missing or broken, asks for remote code, names an unsupported architecture, or sets
-            what no target carries.
+            something that no target supports.
     """
     return checked_config(read_config(folder), folder / CONFIG)
 
 
 def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
-    """Return the transformers config of what config.json holds; for errors see `load_config`."""
+    """Return the transformers config for the content of config.json; for errors see `load_config`."""
     if "auto_map" in raw:
         raise InputError(
             "the model asks to run code of its own (auto_map), which is refused",
@@ -54,10 +54,10 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
-        # Tokenizers and others read the file, too: transformers must take it with its other keys.
+        # Tokenizers also read the file, so transformers must accept it with all its keys.
         CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
     except Exception as error:
-        # transformers checks what it is given by rules of its own, with exceptions of many kinds.
+        # transformers validates the config and raises many kinds of exceptions.
         reason = next(iter(str(error).splitlines()), repr(error))
         raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
     check_rotary(config, where)

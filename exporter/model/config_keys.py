@@ -1,4 +1,4 @@
-"""Which keys of a config.json change what a model computes: the table in `config_keys.toml`, and refusals by it."""
+"""Selects the keys of config.json that change what a model computes, using the table in `config_keys.toml`."""
 
 import tomllib
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def key_table() -> dict[str, Any]:
 
 
 def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, Any]:
-    """Return the keys of a config.json that change what the model computes, all others being harmless.
+    """Return the keys of a config.json that change what the model computes; all others must be harmless.
 
     Args:
         raw: The content of the file.
@@ -35,7 +35,7 @@ def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, An
         where: The file, for messages.
 
     Raises:
-        InputError: a key that changes the function, or may, is not known; or a value is impossible.
+        InputError: an unknown key may change the function, or a value is impossible.
     """
     table = key_table()
     known = table["honoured"]
@@ -52,7 +52,7 @@ def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, An
 
 
 def _is_inert(key: str, inert: Mapping[str, list[str]]) -> bool:
-    # Names with two underscores are Python's own, not a config's.
+    # Names that start with two underscores belong to Python.
     return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"] if key[:2] != "__")
 
 
@@ -72,7 +72,7 @@ def _require_harmless(key: str, value: object, only: Mapping[str, object], where
 
 
 def _check_rope(raw: Mapping[str, Any], kinds: Mapping[str, Any], where: object) -> None:
-    """Refuse kinds of rotary embeddings, and keys of them, that change the function and are not carried."""
+    """Reject unsupported kinds of rotary embedding, and unsupported parameters that change the function."""
     for name in ROPE_TABLES:
         parameters = raw.get(name)
         if not parameters:

@@ -1,4 +1,4 @@
-"""Texts on which the tokenizers of runtimes are compared with the model's own."""
+"""Texts for comparing the tokenizers of runtimes with the model's own."""
 
 PARITY_CORPUS: tuple[str, ...] = (
     # Latin letters with diacritics; the same letters composed and decomposed.

@@ -1,4 +1,4 @@
-"""The special tokens of a model: where its texts begin and end, by all files that say so."""
+"""The special tokens of a model, collected from all files that name them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,22 +10,22 @@ from exporter.foundation.config_files import shown
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.tokenizer_files import is_id
 
-# The key of a GGUF file of ours: llama.cpp has three keys for tokens that end a text, and takes some texts for ends.
+# Key that the exporter writes to GGUF files. llama.cpp has only three keys for end tokens, and infers others from text.
 GGUF_KEY = "edge_exporter.end_tokens"
 ID = re.compile("[0-9]{1,9}")
 FILES = ("config.json", "generation_config.json")
-# -1 and null stand for none, in files of many models.
+# Many models use -1 and null for "none".
 NONE = (None, -1)
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of special tokens, each of them a row of the embedding.
+    """Ids of special tokens; each is a row of the embedding.
 
     Attributes:
-        roles: Role -> id; where the tokenizer names none, what the model's configuration names.
-        ends: All ids at which a text ends, the tokenizer's first.
-        notes: Sentences on ids that cannot be.
+        roles: Role -> id from the tokenizer, else from the model's configuration.
+        ends: All ids that end a text, the tokenizer's first.
+        notes: Sentences on impossible ids.
     """
 
     roles: dict[str, int]
@@ -34,27 +34,27 @@ class SpecialIds:
 
 
 def ends_written(ends: Iterable[int]) -> str:
-    """Return ids of end tokens as a GGUF file has them: as text, since llama.cpp hands out no lists."""
+    """Return ids of end tokens as text for a GGUF file, since llama.cpp does not return lists."""
     return ",".join(map(str, ends)) or "none"
 
 
 def ends_read(text: str) -> list[int]:
-    """Return the ids of end tokens that a text of a GGUF file states."""
+    """Return the ids of end tokens from the text in a GGUF file."""
     return list(map(int, ID.findall(text)))
 
 
 def special_ids(folder: Path, named: Mapping[str, int], rows: int) -> SpecialIds:
-    """Return the ids of special tokens that the tokenizer, config.json and generation_config.json name.
+    """Return the ids of special tokens named by the tokenizer, config.json or generation_config.json.
 
-    A text ends at each token that any of them calls its end, as transformers ends it where these files agree.
+    A text ends at every token that any of them names as its end. This matches transformers if these files agree.
 
     Args:
         folder: Holds the two files.
-        named: Role -> id, as the tokenizer names them.
+        named: Role -> id from the tokenizer.
         rows: Rows of the embedding.
 
     Raises:
-        InputError: one of the files is no JSON object.
+        InputError: one of the files is not a JSON object.
     """
     settings = {name: read_json_object_if_there(folder / name) or {} for name in FILES}
     roles, ends = dict(named), [named["eos"]] if "eos" in named else []

@@ -1,4 +1,4 @@
-"""A model cut down to its first and last layer, for checks that need not run a large model whole."""
+"""Reduces a model to its first and last layer, for checks that need not run a large model in full."""
 
 import hashlib
 import re
@@ -9,19 +9,19 @@ from exporter.formats.format import Float32
 from exporter.model.model import Model
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Models of more weights are not run whole in float32.
+# Models with more weights are not run in full in float32.
 WHOLE_PARAMETERS = 1_000_000_000
 
 
 def excerpt_if_large(model: Model) -> Model:
-    """Return a model of up to a billion weights as it is, of a larger one its first and last layer; see `excerpt`."""
+    """Return a model of up to a billion weights unchanged, and the `excerpt` of a larger one."""
     return model if model.architecture.parameters <= WHOLE_PARAMETERS else excerpt(model)
 
 
 def excerpt(model: Model) -> Model:
-    """Return the model of a model's first and last layer, its embedding, its final norm and its head.
+    """Return a model with only the first and last layer, the embedding, the final norm and the head.
 
-    Layers are numbered anew, 0 and 1; weights stay lazy. A model of at most two layers is returned as it is.
+    The layers are renumbered 0 and 1; weights stay lazy. A model of at most two layers is returned unchanged.
     """
     layers = model.architecture.layers
     if layers <= 2:
@@ -43,11 +43,11 @@ def excerpt(model: Model) -> Model:
 
 
 def source_name(name: str, layers: int) -> str:
-    """Return what a tensor of an excerpt is called in the whole model.
+    """Return the name in the whole model of a tensor of an excerpt.
 
     Args:
         name: A tensor's name in the excerpt.
-        layers: Layers of the whole model, more than two.
+        layers: Number of layers of the whole model, more than two.
     """
     found = LAYER.fullmatch(name)
     return f"model.layers.{layers - 1}.{found[2]}" if found and found[1] == "1" else name

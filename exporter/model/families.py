@@ -1,7 +1,6 @@
-"""Families of decoders as data: which tensor plays which role.
+"""Families of decoders as data: the role of each tensor.
 
-A family that follows the Llama layout differs only in the roles its layers have. Adding one is adding
-an entry to `FAMILIES`.
+Families with the Llama layout differ only in the roles of their layers. To add one, add an entry to `FAMILIES`.
 """
 
 from dataclasses import dataclass
@@ -33,15 +32,15 @@ QKV_BIASES = {
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one family of decoders.
+    """One family of decoders.
 
     Attributes:
         model_type: `model_type` in config.json.
         architecture: Class name in config.json's `architectures`.
         gguf_architecture: `general.architecture` of a GGUF file.
-        vectors: Role -> tensor name within a layer, of all vectors a layer has.
+        vectors: Role -> tensor name within a layer, for all vectors of a layer.
         rotary_interleaved_in_gguf: llama.cpp stores query and key rows of this family in its own order.
-        gated: The feed-forward part is down(act(gate x) * up x), so that its channels can be pruned.
+        gated: The feed-forward part is down(act(gate x) * up x), so its channels can be pruned.
     """
 
     model_type: str

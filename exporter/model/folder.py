@@ -1,4 +1,4 @@
-"""A model written as a Hugging Face folder that plain `from_pretrained` loads."""
+"""Writes a model as a Hugging Face folder that plain `from_pretrained` loads."""
 
 import json
 import shutil
@@ -13,20 +13,20 @@ from exporter.model.model import Model, metadata_files
 from exporter.model.tensors import INDEX, SINGLE
 from exporter.model.widths import padded
 
-# A shard is in memory while it is written.
+# The whole shard is in memory while it is written.
 SHARD_BYTES = 2 << 30
 
 
 def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config, weights in float32 and the tokenizer's files; unequal feed-forward widths are filled with zeros.
+    """Write config, float32 weights and tokenizer files; unequal feed-forward widths are padded with zeros.
 
     Args:
-        model: The model, as it was read or with channels taken away.
-        folder: A folder that does not exist; it gets its name when it is complete.
-        shard_bytes: Most bytes of one file, unless a single tensor has more.
+        model: The model, original or pruned.
+        folder: A folder that does not exist; it appears under this name only when complete.
+        shard_bytes: Maximum bytes of one file, unless a single tensor has more.
 
     Raises:
-        RequestError: the folder exists, has no place, or cannot be written.
+        RequestError: the folder exists, its parent does not, or it cannot be written.
         InputError: the source changed while it was read.
     """
     require_new(folder)
@@ -42,7 +42,7 @@ def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> N
 
 
 def require_new(folder: Path) -> None:
-    """Refuse a folder that exists, or that has no place.
+    """Reject a folder that exists or whose parent does not.
 
     Raises:
         RequestError: see above.
@@ -67,7 +67,7 @@ def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:
 
 
 def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of the tensors of one file after the other."""
+    """Yield the tensor names of each file."""
     sizes = {group.name: 4 * group.size for group in model.groups()}
     sizes |= {name: 4 * shape[0] for name, shape in model.architecture.vectors().items()}
     shard: list[str] = []

@@ -1,4 +1,4 @@
-"""From the header of a GGUF file to a config.json: every key is read, known to change nothing, or refused by name."""
+"""Converts the header of a GGUF file to a config.json. Each key is read, known to be harmless, or rejected by name."""
 
 import math
 import reprlib
@@ -17,22 +17,22 @@ from exporter.model.gguf_rope import llama3_parameters
 
 KEYS = "gguf_keys.toml"
 EMBEDDING, HEAD, FREQUENCY_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-# What llama.cpp takes where the file has no such key.
+# llama.cpp's default.
 FREQUENCY_BASE = 10000.0
 ROPE_TYPES = ("none", "linear", "yarn")
-# Architectures for which llama.cpp reads the tensor of frequency factors.
+# Architectures for which llama.cpp reads the frequency factors.
 WITH_FREQUENCY_FACTORS = ("llama",)
 HF_FOLDER = "give the model as a Hugging Face folder"
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What is known of the keys of one architecture, without its name and dot.
+    """The known keys of one architecture, without the prefix of its name and dot.
 
     Attributes:
         config: `model_type` in config.json.
         config_with_window: The same for a file with a sliding window.
-        honoured: Keys that config.json must carry.
+        honoured: Keys that config.json must reproduce.
         inert: Keys that change nothing.
         assumed: Key -> values that change nothing.
     """
@@ -45,7 +45,7 @@ class Keys:
 
 
 def known_keys() -> tuple[dict[str, Keys], dict[str, list[Any]]]:
-    """Return architecture -> its keys, and values of `general.*` that a model has."""
+    """Return architecture -> its keys, and the accepted values of `general.*`."""
     table = tomllib.loads((files("exporter.model") / KEYS).read_text(encoding="utf-8"))
     general, decoder = table.pop("general")["assumed"], table.pop("decoder")
     return {name: _keys(decoder, own) for name, own in table.items()}, general
@@ -62,11 +62,11 @@ def _keys(decoder: dict[str, Any], own: dict[str, Any]) -> Keys:
 
 
 def read_config(file: GgufFile) -> dict[str, Any]:
-    """Return the config.json of the model in a GGUF file, its special tokens left out.
+    """Return the config.json of the model in a GGUF file, without special tokens.
 
     Raises:
-        InputError: the architecture is not supported, a key is missing or unusable, or the file has a key or a tensor
-            of frequency factors that would change the model in a way that config.json cannot say.
+        InputError: the architecture is not supported, a key is missing or unusable, or a key or the frequency factors
+            change the model in a way that config.json cannot express.
     """
     known, general = known_keys()
     architecture = file.value("general.architecture")
@@ -91,7 +91,7 @@ class Header:
     architecture: str
 
     def require(self, key: str, accepted: list[Any]) -> None:
-        """Refuse a value that is not accepted; `key` is whole.
+        """Reject a value that is not accepted; `key` includes its prefix.
 
         Raises:
             InputError: see above.
@@ -108,12 +108,12 @@ class Header:
         )
 
     def text(self, key: str, default: str) -> str:
-        """Return a text."""
+        """Return the text of a key."""
         value = self.file.value(f"{self.architecture}.{key}")
         return default if value is None else self._usable(key, value, isinstance(value, str), "a text")
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """Return a whole number, which may stand as a list with the same number for each layer."""
+        """Return a whole number; the file may hold it as a list with the same number for each layer."""
         value = self.file.value(f"{self.architecture}.{key}")
         value = default if value is None else value
         if isinstance(value, list) and len(set(value)) == 1:
@@ -123,7 +123,7 @@ class Header:
         return found
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number, the shortest decimal of a float32."""
+        """Return a finite number, as the shortest decimal of its float32."""
         value = self.file.value(f"{self.architecture}.{key}")
         value = default if value is None else value
         usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
@@ -141,7 +141,7 @@ class Header:
 
 
 def _require_known(header: Header, keys: Keys) -> None:
-    """Refuse keys that are not known, and values that would change the model."""
+    """Reject unknown keys, and values that would change the model."""
     prefix = f"{header.architecture}."
     for name in header.file.fields:
         key = name.removeprefix(prefix)
@@ -187,7 +187,7 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
     }
     if window:
         config |= {"sliding_window": window}
-        # Qwen names the layers without a window; llama.cpp has no window for any.
+        # Qwen's max_window_layers counts the layers without a window; llama.cpp has no window for any layer.
         config |= {"use_sliding_window": True, "max_window_layers": 0} if model_type.startswith("qwen") else {}
     elif model_type.startswith("qwen"):
         config |= {"use_sliding_window": False}
@@ -195,7 +195,7 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
 
 
 def _require_whole_heads(header: Header, head_dim: int, default: int) -> None:
-    """Refuse widths of values or of the rotary part that are not the head's: llama.cpp stops at them."""
+    """Reject value and rotary widths that differ from the head width, as llama.cpp does."""
     widths = {"attention.value_length": default, "rope.dimension_count": head_dim}
     for key, assumed in widths.items():
         width = header.whole(key, assumed)
@@ -227,24 +227,24 @@ def _rope(header: Header, head_dim: int) -> dict[str, Any]:
 
 
 def _scaling(header: Header) -> dict[str, Any]:
-    """Return what the keys of scaling say, empty for none."""
+    """Return the parameters of the scaling keys; empty for none."""
     kind = header.text("rope.scaling.type", "linear")
     if kind not in ROPE_TYPES:
         raise InputError(
             f"{header.architecture}.rope.scaling.type is not supported", where=header.file.path, got=repr(kind),
             expected="one of " + ", ".join(ROPE_TYPES), next_step=HF_FOLDER,
         )  # fmt: skip
-    # The second is the name that it had before; 0 stands for none.
+    # The second key is the older name. 0 means none.
     factor = header.number("rope.scaling.factor", header.number("rope.scale_linear", 0.0)) or 1.0
     if kind == "yarn":
         return _yarn(header, factor)
-    # llama.cpp multiplies cosines and sines by it whatever the type, transformers with yarn alone.
+    # llama.cpp multiplies cosines and sines by it for every type, transformers only for yarn.
     header.require(f"{header.architecture}.rope.scaling.attn_factor", [1.0])
     return {} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
 def _yarn(header: Header, factor: float) -> dict[str, Any]:
-    """Return what the keys of yarn say; llama.cpp multiplies the paper's factor of cosines and sines by the file's."""
+    """Return the YaRN parameters; llama.cpp multiplies the paper's factor of cosines and sines by the file's."""
     attention = header.number("rope.scaling.attn_factor", 1.0)
     if factor == attention == 1:
         return {}
@@ -255,7 +255,7 @@ def _yarn(header: Header, factor: float) -> dict[str, Any]:
 
 
 def _frequency_factors(header: Header, head_dim: int, base: float) -> dict[str, Any]:
-    """Return the parameters of llama3 scaling that the file's tensor of factors follows from, empty for none."""
+    """Return the llama3 scaling parameters that give the file's frequency factors; empty for none."""
     file = header.file
     if FREQUENCY_FACTORS not in file.tensors:
         return {}
@@ -288,7 +288,7 @@ def used_tensors(file: GgufFile, names: Mapping[str, str], needed: Iterable[str]
     Args:
         file: The file.
         names: Hugging Face name -> GGUF name of every tensor that a decoder may have.
-        needed: Hugging Face names of the tensors that this one has.
+        needed: Hugging Face names of this model's tensors.
 
     Raises:
         InputError: the file holds any other tensor.

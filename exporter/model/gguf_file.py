@@ -1,4 +1,4 @@
-"""A GGUF file as one whole: its keys and tensors, also where it was split into several files."""
+"""The keys and tensors of a GGUF file, which may be split into several files."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.gguf_reader import open_gguf
 
-# Of a file split by llama.cpp: name, number of the part, number of parts.
+# Name of a file split by llama.cpp: name, part number, number of parts.
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 PARTS_MOST = 1024
 FLOAT_TYPES = ("F32", "F16", "BF16")
@@ -22,10 +22,10 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The keys of the first part, and the tensors of all parts.
+    """The keys of the first part and the tensors of all parts.
 
     Attributes:
-        paths: The parts in order; one path for a file that is not split.
+        paths: The parts in order; one path if the file is not split.
         fields: Keys and their values.
         tensors: Tensors by name.
     """
@@ -36,11 +36,11 @@ class GgufFile:
 
     @property
     def path(self) -> Path:
-        """The first part, which llama.cpp is given."""
+        """The first part, the path to pass to llama.cpp."""
         return self.paths[0]
 
     def value(self, key: str) -> Any:
-        """Return a key's value, or None where the file does not have it.
+        """Return a key's value, or None if the file does not have it.
 
         Raises:
             InputError: a text is not valid UTF-8.
@@ -56,20 +56,20 @@ class GgufFile:
         return tuple(int(n) for n in reversed(self.tensors[name].shape))
 
     def decoded(self, name: str) -> Float32:
-        """Return a tensor as gguf's library decodes it, float32 of its shape."""
+        """Return a tensor decoded by the gguf library, as float32 of its shape."""
         tensor = self.tensors[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         return values.reshape(self.shape(name))
 
 
 def whole_name(path: Path) -> str:
-    """Return a file's name without its suffix and without the number of a part."""
+    """Return a file's name without its suffix and part number."""
     part = PART.fullmatch(path.name)
     return part[1] if part else path.stem
 
 
 def open_whole(path: Path) -> GgufFile:
-    """Open a GGUF file by memory map, with all its parts where it is one of several.
+    """Open a GGUF file by memory map, including all its parts if it is split.
 
     Raises:
         InputError: a part is missing, damaged or belongs to another file, or a tensor's type cannot be decoded.
@@ -96,7 +96,7 @@ def open_whole(path: Path) -> GgufFile:
 
 
 def _parts(path: Path) -> Iterator[tuple[Path, gguf.GGUFReader]]:
-    """Yield all parts in order, given any of them."""
+    """Yield all parts in order, given any one of them."""
     given = open_gguf(path)
     count = _whole_number(given, "split.count", path, default=1)
     if count <= 1:
@@ -136,7 +136,7 @@ def _whole_number(reader: gguf.GGUFReader, key: str, where: Path, default: int |
 
 
 def _require_decodable(file: GgufFile) -> None:
-    """Refuse tensor types that gguf's library cannot decode."""
+    """Reject tensor types that the gguf library cannot decode."""
     kinds = {tensor.tensor_type: name for name, tensor in file.tensors.items()}
     for kind, name in kinds.items():
         try:
@@ -149,7 +149,7 @@ def _require_decodable(file: GgufFile) -> None:
 
 
 def grid_warning(file: GgufFile) -> tuple[str, ...]:
-    """Say that the source's weights are already quantised, if they are."""
+    """Return a warning if the source's weights are already quantised."""
     types = sorted({tensor.tensor_type.name for tensor in file.tensors.values()} - set(FLOAT_TYPES))
     if not types:
         return ()

@@ -1,4 +1,4 @@
-"""GGUF files by gguf's own library, which believes what a file claims: here within the file's size and limits."""
+"""Reads GGUF files with the gguf library, adding the bounds checks that the library lacks."""
 
 import math
 from itertools import pairwise
@@ -13,24 +13,24 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 
-# Files of the largest models have some 60 keys, and a few thousand tensors.
+# Files of the largest models have about 60 keys and a few thousand tensors.
 MOST_KEYS = 1 << 12
 MOST_TENSORS = 1 << 16
-# Of all arrays together. The largest vocabularies have 800,000 texts, tokens and merges; each takes 400 bytes of memory
-# until it is used.
+# Limits for all arrays together. The largest vocabularies have 800,000 texts (tokens and merges); each takes 400 bytes
+# of memory until it is used.
 MOST_TEXTS, MOST_NUMBERS = 1 << 20, 1 << 22
 MOST_DIMENSIONS = 4
-# llama.cpp holds names of tensors in 64 bytes.
+# llama.cpp stores tensor names in 64 bytes.
 MOST_NAME_BYTES = 256
 
 
 class BoundedGgufReader(gguf.GGUFReader):
-    """gguf's reader with bounds, and without the memory maps of single values, which cost it most of its time.
+    """gguf's reader with bounds checks, and without its slow memory maps of single values.
 
-    The values of an array of numbers are one part.
+    The values of an array of numbers form one part.
     """
 
-    # What the arrays so far are of all that arrays may be.
+    # Fraction of the array limits used so far.
     _share = 0.0
 
     def _get(
@@ -70,7 +70,7 @@ class BoundedGgufReader(gguf.GGUFReader):
         return 12 + values.nbytes, [values], [0], types
 
     def _texts(self, offset: int, count: int) -> list[npt.NDArray[np.uint8]]:
-        """Return the bytes of texts that follow one another, each after its length."""
+        """Return the bytes of consecutive texts, each preceded by its length."""
         data = self.data.view(np.ndarray)
         order: Literal["little", "big"] = "little" if self.endianess == gguf.GGUFEndian.LITTLE else "big"
         found = []
@@ -95,7 +95,7 @@ class BoundedGgufReader(gguf.GGUFReader):
         super()._build_tensors(start_offs, fields)
 
     def _place(self, start: int, field: gguf.ReaderField) -> tuple[int, int]:
-        """Return the first byte of a tensor and the one after its last; the library counts them in 64 bits."""
+        """Return the offsets of a tensor's start and end; the library computes them in 64 bits."""
         _require_short(field.name)
         _, _, _, shape, kind, offset = field.parts
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
@@ -117,7 +117,7 @@ def open_gguf(path: Path) -> gguf.GGUFReader:
     """Open a GGUF file by memory map.
 
     Raises:
-        InputError: the file is not GGUF, truncated, or its header does not hold together.
+        InputError: the file is not GGUF, is truncated, or has an inconsistent header.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Rotary embeddings of a GGUF file: parameters that give the frequencies which llama.cpp computes with."""
+"""Rotary embeddings of a GGUF file: finds parameters that give the frequencies llama.cpp uses."""
 
 import math
 from collections.abc import Iterator
@@ -13,31 +13,31 @@ from exporter.formats.format import Float32
 Float64 = NDArray[np.float64]
 
 FACTOR_TOLERANCE = 1e-6
-# Converters compute in float32 what share of a frequency is kept; in the factor, an error of it weighs factor-fold.
+# Converters compute the kept share of a frequency in float32; its error is multiplied by the factor.
 SHARE_TOLERANCE = 2 * float(np.finfo(np.float32).eps)
-# Both sides compute frequencies in float32, by different formulas.
+# Both sides compute frequencies in float32 with different formulas.
 FREQUENCY_TOLERANCE = 1e-5
-# Nearer to an end than this, the share of a frequency that is kept says nothing of the slope.
+# A kept share closer to 0 or 1 than this does not determine the slope.
 PLATEAU = 1e-5
-# llama.cpp has no other values for `llama`, `qwen2` and `qwen3`.
+# llama.cpp's only values for `llama`, `qwen2` and `qwen3`.
 BETA_FAST, BETA_SLOW = 32.0, 1.0
-# high_freq_factor / low_freq_factor of every published model of this kind.
+# high_freq_factor / low_freq_factor of every published llama3-scaled model.
 USUAL_RATIO = 4.0
 
 
 def llama3_parameters(factors: Float32, base: float) -> dict[str, float | int] | None:
-    """Return the parameters of `llama3` scaling that a tensor of factors follows from.
+    """Return the parameters of `llama3` scaling that give a tensor of factors.
 
-    llama3 keeps frequencies whose wave is shorter than H = original / high_freq_factor, divides those whose wave is
-    longer than L = original / low_freq_factor by `factor`, and mixes both between, by a share that is linear in the
-    frequency. Only `factor`, L and H matter.
+    llama3 keeps frequencies with wavelengths below H = original / high_freq_factor. It divides those with wavelengths
+    above L = original / low_freq_factor by `factor`. In between it mixes both, by a share linear in the frequency.
+    Only `factor`, L and H matter.
 
     Args:
-        factors: What frequencies are divided by, float32 [head width / 2]: the tensor `rope_freqs.weight`.
+        factors: Divisors of the frequencies, float32 [head width / 2]: the tensor `rope_freqs.weight`.
         base: Base of the frequencies.
 
     Returns:
-        Keys of `rope_parameters`, empty where no frequency is scaled; None if no parameters give these factors.
+        Keys of `rope_parameters`, empty if no frequency is scaled; None if no parameters give these factors.
     """
     stored = factors.astype(np.float64)
     waves = 2 * math.pi * base ** (np.arange(len(stored)) / len(stored))
@@ -54,15 +54,15 @@ def llama3_parameters(factors: Float32, base: float) -> dict[str, float | int] |
 
 
 def _guesses(stored: Float64, waves: Float64) -> Iterator[tuple[float, float, float]]:
-    """Yield factor, L and H that may give the factors."""
+    """Yield candidates for factor, L and H."""
     factor = stored[-1]
     if factor <= 1:
         return
-    # The share of each frequency that is kept.
+    # Kept share of each frequency.
     shares = (1 / stored - 1 / factor) / (1 - 1 / factor)
     between = np.flatnonzero((shares > PLATEAU) & (shares < 1 - PLATEAU))
     yield from ((factor, *ends) for ends in _ends(shares, waves, between))
-    # Or the longest wave is not yet divided by the whole factor, which is then anyone's guess.
+    # Alternatively even the longest wavelength is below L, so the factor is undetermined.
     between = np.flatnonzero(1 / stored < 1 - PLATEAU)
     if len(between) > 1:
         slope, offset = np.polyfit(1 / waves[between], 1 / stored[between], 1)
@@ -72,7 +72,7 @@ def _guesses(stored: Float64, waves: Float64) -> Iterator[tuple[float, float, fl
 
 
 def _ends(shares: Float64, waves: Float64, between: NDArray[np.int64]) -> Iterator[tuple[float, float]]:
-    """Yield L and H, given which shares lie between 0 and 1."""
+    """Yield candidates for L and H, given the indices of shares between 0 and 1."""
     before, after = np.flatnonzero(shares >= 1 - PLATEAU), np.flatnonzero(shares <= PLATEAU)
     kept = waves[before[-1]] if len(before) else 0.0
     divided = waves[after[0]] if len(after) else math.inf
@@ -94,7 +94,7 @@ def _ends(shares: Float64, waves: Float64, between: NDArray[np.int64]) -> Iterat
 
 
 def _written(factor: float, longest: float, shortest: float) -> Iterator[dict[str, float | int]]:
-    """Yield parameters with round numbers, then those that are exactly these."""
+    """Yield parameters with rounded numbers, then the exact ones."""
     if not 1 <= shortest < longest < math.inf:
         return
     original = round(longest)
@@ -112,7 +112,7 @@ def _parameters(factor: float, low: float, high: float, original: int) -> dict[s
 
 
 def _llama3_factors(parameters: dict[str, float | int], waves: Float64) -> Float64:
-    """Return what llama3 divides frequencies by, given their waves."""
+    """Return the divisors that llama3 applies to frequencies, given their wavelengths."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     kept = (parameters["original_max_position_embeddings"] / waves - low) / (high - low)
     kept = np.clip(kept, 0, 1)
@@ -121,9 +121,9 @@ def _llama3_factors(parameters: dict[str, float | int], waves: Float64) -> Float
 
 
 def same_yarn(config: PretrainedConfig, head_dim: int) -> bool:
-    """Return whether llama.cpp's frequencies for `yarn` are those that transformers computes from the config.
+    """Return whether llama.cpp and transformers compute the same `yarn` frequencies for a config.
 
-    Both follow the same paper, but differ where the range of frequencies that are mixed is empty or turned round.
+    Both follow the same paper, but differ if the range of mixed frequencies is empty or reversed.
     """
     parameters = config.rope_parameters
     base, factor = np.float32(parameters["rope_theta"]), parameters["factor"]

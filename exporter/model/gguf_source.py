@@ -1,4 +1,4 @@
-"""A GGUF file as a model: config and tokenizer unpacked from its header, its tensors under Hugging Face names."""
+"""Opens a GGUF file as a model: config and tokenizer from its header, tensors under Hugging Face names."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, SourceFiles, digest_files
 from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
 
-# Raised when what is unpacked from a GGUF file changes.
+# Increment when the unpacked metadata changes.
 METADATA_VERSION = 2
 LoadConfig = Callable[[Path], PretrainedConfig]
 
@@ -32,12 +32,12 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
 
     Args:
         path: The file, or any part of a split one.
-        origin: Where it came from, for people.
+        origin: Human-readable origin.
         name: Short name of the model.
         load_config: Reads the config of a Hugging Face folder.
 
     Raises:
-        InputError: the file is damaged, of an unsupported kind, or holds what would be lost.
+        InputError: the file is damaged, of an unsupported kind, or holds something that would be lost.
     """
     source = SourceFiles(lambda: [one for one in path.parent.glob("*.gguf") if whole_name(one) == whole_name(path)])
     file = open_whole(path)
@@ -49,7 +49,7 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     interleaved = architecture.family.rotary_interleaved_in_gguf
     heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
     needed = [group.name for group in architecture.groups()] + list(architecture.vectors())
-    # A file may hold a head of its own where the config says that the embedding serves as one, and the other way round.
+    # A file may hold a separate head although the config ties it, or lack one although the config does not.
     names = used_tensors(file, gguf_names(architecture.layers), [*needed, HEAD])
     tensors = GgufSource(file, names, heads)
     architecture.check_shapes(tensors.shapes(), file.path)
@@ -68,7 +68,7 @@ def _require_same_rope(file: GgufFile, config: PretrainedConfig, architecture: A
 
 
 def _metadata_folder(file: GgufFile, config: Mapping[str, Any]) -> Path:
-    """Return a folder with config and tokenizer of a GGUF file, made once for each file and kept."""
+    """Return a cached folder with the config and tokenizer of a GGUF file."""
     digest = digest_files(file.paths)[:32]
     kept = cache_folder("gguf") / f"{METADATA_VERSION}-{transformers.__version__}-{digest}"
     return kept_folder(kept, lambda folder: _unpack(file, config, folder))
@@ -93,7 +93,7 @@ class GgufSource:
     Args:
         file: The file.
         names: Hugging Face name -> GGUF name.
-        heads: Heads of the query (`q`) and key (`k`) matrices where their rows are interleaved, else empty.
+        heads: Heads of the query (`q`) and key (`k`) matrices if their rows are interleaved, else empty.
     """
 
     def __init__(self, file: GgufFile, names: Mapping[str, str], heads: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: built of the file's own tokens, and shown to give the ids that llama.cpp gives."""
+"""Builds the tokenizer of a GGUF file from the file's tokens, and checks that its ids equal llama.cpp's."""
 
 import math
 import re
@@ -20,16 +20,16 @@ from exporter.model.gguf_file import GgufFile
 from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
 from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts
 
-# Longer tokens are not split into all pairs of parts, whose number grows with the square of the length.
+# Longer tokens are rejected: splitting a token into all pairs of parts takes time quadratic in its length.
 TOKEN_CHARACTERS_MOST = 1024
 TEMPLATE = "tokenizer.chat_template"
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# Bits of LLAMA_TOKEN_ATTR_*: of an unknown token, a control token, one that users defined; which spaces it takes away.
+# Bits of LLAMA_TOKEN_ATTR_*: unknown, control and user-defined tokens; stripping of spaces on the left and right.
 UNKNOWN, CONTROL, USER_DEFINED, LSTRIP, RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
 HF_FOLDER = "give the model as a Hugging Face folder"
 
 _GPT2 = PRE_TOKENIZERS["gpt-2"][0]
-# How llama.cpp splits a text under names for which the exporter writes another one.
+# llama.cpp's splitting rules for names that the exporter never writes.
 OTHER_FORMS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"),
@@ -43,7 +43,7 @@ OTHER_FORMS = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }  # fmt: skip
-# Name in a file -> a name under which llama.cpp does the same.
+# Name in a file -> a name that llama.cpp treats the same.
 ALIASES = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
     **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "exaone4", "granite-docling"), "gpt-2"),
@@ -53,23 +53,23 @@ ALIASES = {
     **dict.fromkeys(("llama4", "kanana2"), "gpt-4o"),
 }
 FORMS = PRE_TOKENIZERS | OTHER_FORMS
-# Names under which llama.cpp takes letters outside of ASCII for upper and lower case at once. The models' own
-# tokenizers, whose form is rebuilt here, tell them apart.
+# Names under which llama.cpp treats letters outside ASCII as both upper and lower case. The models' own tokenizers,
+# rebuilt here, distinguish the cases.
 ROUGH_IN_CASE = frozenset({"tekken", "gpt-4o"})
 
 
 @dataclass(frozen=True)
 class FileVocabulary:
-    """What a GGUF file says of its tokenizer.
+    """The tokenizer data in a GGUF file.
 
     Attributes:
-        kind: Byte-level BPE is `gpt2`, BPE over SentencePiece's pieces is `llama`.
-        pre_tokenizer: How a text is split before merging, a name in `FORMS`; for `gpt2`.
+        kind: `gpt2` is byte-level BPE, `llama` is BPE over SentencePiece's pieces.
+        pre_tokenizer: Splitting rule applied before merging, a name in `FORMS`; for `gpt2`.
         tokens: Text of every token.
-        merges: Pairs in the order of rank.
-        space_prefix: A space is put before a text; for `llama`.
-        control: Ids that the file types as control tokens.
-        special: Role -> id, of those that the file names.
+        merges: Pairs in order of rank.
+        space_prefix: A space is prepended to a text; for `llama`.
+        control: Ids of control tokens.
+        special: Role -> id of the special tokens that the file names.
         template: The chat template, or several by name, or None.
     """
 
@@ -84,7 +84,7 @@ class FileVocabulary:
 
 
 def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer of a GGUF file into a folder, after llama.cpp was shown to give the same ids.
+    """Write the tokenizer of a GGUF file into a folder, and check that its ids equal llama.cpp's.
 
     Args:
         file: The file.
@@ -92,11 +92,11 @@ def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
         folder: Receives tokenizer.json, tokenizer_config.json and the chat template.
 
     Returns:
-        Ids of special tokens, as generation_config.json has them.
+        Ids of special tokens, in the form of generation_config.json.
 
     Raises:
-        InputError: the vocabulary is of another kind, damaged, does not fit the embedding, or its rebuilt form gives
-            other ids than llama.cpp.
+        InputError: the vocabulary is of another kind, is damaged, does not fit the embedding, or gives other ids than
+            llama.cpp when rebuilt.
     """
     with Child("llama.cpp", TEXT_BYTES) as child:
         child.make(SourceVocabulary, LOAD_S, file.path)
@@ -129,7 +129,7 @@ def read_file_vocabulary(file: GgufFile, rows: int) -> FileVocabulary:
             "the tokens of the GGUF file do not fit the rows of its embedding", where=file.path, got=len(tokens),
             expected=rows, next_step="use a file that llama.cpp loads",
         )  # fmt: skip
-    # llama.cpp gives an empty token this text.
+    # llama.cpp substitutes this text for an empty token.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     if len(set(tokens)) != len(tokens):
         raise InputError("two tokens of the GGUF file share a text", where=file.path)
@@ -170,13 +170,13 @@ def _pre_tokenizer(file: GgufFile) -> str:
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    """Return pairs in the order of rank, split as llama.cpp does: at the first space after the first character."""
+    """Return pairs in order of rank, split like llama.cpp at the first space after the first character."""
     pairs = [(text, text.find(" ", 1)) for text in _list(file, "merges", str)]
     return list(dict.fromkeys((text[:at], text[at + 1 :]) for text, at in pairs if at > 0))
 
 
 def _merges_by_score(file: GgufFile, tokens: list[str]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that form a token, the highest score first."""
+    """Return all pairs of tokens that form a token, highest score first."""
     scores = _list(file, "scores", int | float)
     if len(scores) < len(tokens) or not all(math.isfinite(score) for score in scores):
         raise InputError("the GGUF file holds no usable tokenizer.ggml.scores", where=file.path, got=len(scores))
@@ -196,14 +196,14 @@ def _halves(token: str) -> Iterator[tuple[str, str]]:
 
 
 def _special(file: GgufFile, size: int) -> dict[str, int]:
-    """Return role -> id; llama.cpp leaves out ids that are no tokens."""
+    """Return role -> id; llama.cpp ignores ids outside the vocabulary."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
     found = {role: file.value(f"tokenizer.ggml.{name}_token_id") for role, name in keys.items()}
     return {role: i for role, i in found.items() if isinstance(i, int) and 0 <= i < size}
 
 
 def _template(file: GgufFile) -> str | dict[str, str] | None:
-    """Return the file's chat template, or all by name where there are several."""
+    """Return the file's chat template, or all of them by name if there are several."""
     default = file.value(TEMPLATE)
     named = {key.removeprefix(f"{TEMPLATE}."): file.value(key) for key in file.fields if key.startswith(f"{TEMPLATE}.")}
     found = {name: text for name, text in named.items() if TEMPLATE_NAME.fullmatch(name) and isinstance(text, str)}
@@ -213,7 +213,7 @@ def _template(file: GgufFile) -> str | dict[str, str] | None:
 
 
 def _wrapped(vocabulary: FileVocabulary, facts: VocabularyFacts, where: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer for transformers; only tokens that llama.cpp takes for special ones are named so."""
+    """Return the tokenizer for transformers; only tokens that llama.cpp treats as special are named as special."""
     tokens, attributes = vocabulary.tokens, facts.attributes
     ids = _known_special(vocabulary, facts)
     named = {
@@ -229,16 +229,16 @@ def _wrapped(vocabulary: FileVocabulary, facts: VocabularyFacts, where: Path) ->
 
 
 def _known_special(vocabulary: FileVocabulary, facts: VocabularyFacts) -> dict[str, int]:
-    """Return role -> id; for `llama` those that SentencePiece always had stand in where the file names none."""
+    """Return role -> id; for `llama`, llama.cpp's BOS and EOS are used if the file names none."""
     usual = {"bos": facts.bos, "eos": facts.eos} if vocabulary.kind == "llama" else {}
     return {role: i for role, i in usual.items() if i >= 0} | vocabulary.special
 
 
 def build_backend(vocabulary: FileVocabulary, facts: VocabularyFacts, where: Path) -> Tokenizer:
-    """Return the tokenizer that does what llama.cpp does with the vocabulary.
+    """Return a tokenizer that treats the vocabulary as llama.cpp does.
 
     Raises:
-        InputError: merges and tokens do not belong together.
+        InputError: merges and tokens do not match.
     """
     try:
         backend = _byte_level(vocabulary) if vocabulary.kind == "gpt2" else _pieces(vocabulary, facts)
@@ -289,7 +289,7 @@ def _added(text: str, bits: int) -> AddedToken:
 
 
 def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: VocabularyFacts) -> None:
-    """Let BOS and EOS be added where llama.cpp adds them."""
+    """Make the tokenizer add BOS and EOS wherever llama.cpp adds them."""
     begin = [(vocabulary.tokens[facts.bos], facts.bos)] if facts.adds_bos and facts.bos >= 0 else []
     end = [(vocabulary.tokens[facts.eos], facts.eos)] if facts.adds_eos and facts.eos >= 0 else []
     if begin or end:
@@ -298,7 +298,7 @@ def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: VocabularyF
 
 
 def case_warning(file: GgufFile) -> tuple[str, ...]:
-    """Say where llama.cpp is known to split texts otherwise than the model's own tokenizer."""
+    """Return a warning if llama.cpp is known to split some texts differently from the model's own tokenizer."""
     name = file.value("tokenizer.ggml.pre")
     if ALIASES.get(name, name) not in ROUGH_IN_CASE:
         return ()
@@ -309,12 +309,12 @@ def case_warning(file: GgufFile) -> tuple[str, ...]:
 
 
 def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) -> None:
-    """Refuse a tokenizer that gives other ids than llama.cpp, but where that is known to be rough.
+    """Reject a tokenizer whose ids differ from llama.cpp's; known differences are exempt.
 
     Raises:
         InputError: see above.
     """
-    # The library's own: transformers may put a class of the family in its place.
+    # Uses the tokenizers library directly: transformers may substitute a class of the model family.
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = parity_texts(load_tokenizer(folder))
     if pre_tokenizer in ROUGH_IN_CASE:
@@ -334,8 +334,8 @@ def _require_equal(child: Child, folder: Path, pre_tokenizer: str, where: Path) 
 def _ends(vocabulary: FileVocabulary, facts: VocabularyFacts, stated: object) -> dict[str, Any]:
     """Return ids of BOS and padding, and of all tokens that end a text.
 
-    These are the tokens that the file names for it, and its control tokens of which llama.cpp knows by their text; in a
-    file of ours, those that it states.
+    End tokens are those the file names, plus the control tokens that llama.cpp recognises by their text. A file that
+    the exporter wrote lists them itself.
     """
     ids = _known_special(vocabulary, facts)
     own = [ids[role] for role in ("eos", "eot", "eom") if role in ids]

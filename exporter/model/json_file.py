@@ -1,4 +1,4 @@
-"""JSON files of a model folder, whose content is anybody's: read within limits, an object or one sentence."""
+"""Reads untrusted JSON files of a model folder within limits."""
 
 import json
 from pathlib import Path
@@ -10,23 +10,23 @@ from exporter.foundation.errors import InputError
 # A tokenizer.json of 262,144 tokens takes 33 MB and holds 2 million values.
 MAX_BYTES = 48 << 20
 MAX_VALUES = 1 << 22
-# The files that transformers and tokenizers write nest less than 16 deep.
+# Files written by transformers and tokenizers nest fewer than 16 levels.
 MAX_DEPTH = 64
 NEXT_STEP = "mend the file, or fetch it again"
 
 
 def read_json_object(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the object that a JSON file holds; of a key given twice the last value counts, as everywhere in Python.
+    """Return the object in a JSON file; the last value of a duplicate key counts, as usual in Python.
 
     Args:
         path: The file.
-        most_bytes: The largest size that is read.
+        most_bytes: Maximum file size.
 
     Raises:
         InputError: the file is missing, too large, nested too deeply, not UTF-8, or not one JSON object.
     """
     text = _text(path, most_bytes)
-    # An empty list takes 3 bytes of a file and 64 of memory.
+    # An empty list takes 3 bytes in the file and 64 in memory.
     values = text.count(",") + text.count("[") + text.count("{")
     if values > MAX_VALUES:
         raise InputError(f"{path.name} holds too many values", where=path, got=values, expected=f"at most {MAX_VALUES}")
@@ -47,7 +47,7 @@ def read_json_object(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def read_json_object_if_there(path: Path, most_bytes: int = MAX_BYTES) -> dict[str, Any] | None:
-    """Return the object that a JSON file holds, or None where there is no such file.
+    """Return the object in a JSON file, or None if the file does not exist.
 
     Raises:
         InputError: see `read_json_object`.
@@ -76,7 +76,7 @@ def _too_deep(path: Path) -> InputError:
 
 
 def _require_unicode(value: dict[str, Any], path: Path) -> None:
-    """Refuse half a surrogate pair, which an escape can spell but no text holds."""
+    """Reject lone surrogates, which escapes can spell but UTF-8 cannot encode."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

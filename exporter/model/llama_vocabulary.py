@@ -1,6 +1,6 @@
-"""What llama.cpp makes of the vocabulary of a GGUF file: the yardstick for the tokenizer of a source.
+"""Tokenises with llama.cpp and the vocabulary of a GGUF file, as the reference for a source's tokenizer.
 
-A bad vocabulary may abort the process: `SourceVocabulary` is made to live in a `Child`.
+A bad vocabulary may abort the process, so `SourceVocabulary` must run in a `Child`.
 """
 
 import ctypes
@@ -19,13 +19,13 @@ PRE_TOKENIZER_KEY = b"tokenizer.ggml.pre"
 
 @dataclass(frozen=True)
 class Case:
-    """One text and its ids by the model's own tokenizer.
+    """One text and its ids from the model's own tokenizer.
 
     Attributes:
-        text: What is tokenised.
-        add_special: Tokens such as BOS are added as the tokenizer does by itself.
-        parse_special: The text of a special token counts as that token.
-        ids: What the model's own tokenizer gives.
+        text: The text.
+        add_special: Add tokens such as BOS if the tokenizer does by default.
+        parse_special: Parse the text of a special token as that token.
+        ids: Ids from the model's own tokenizer.
     """
 
     text: str
@@ -36,12 +36,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How one vocabulary did on all cases.
+    """The result of one vocabulary on all cases.
 
     Attributes:
-        pre_tokenizer: The name tried, or None for what the file says.
-        different: Number of cases whose ids differ; None if llama.cpp refused the vocabulary or died on it.
-        example: The first case that differs, and the ids it got.
+        pre_tokenizer: The name tried, or None for the file's own.
+        different: Number of cases whose ids differ; None if llama.cpp refused the vocabulary or crashed on it.
+        example: The first case that differs, with its ids from llama.cpp.
     """
 
     pre_tokenizer: str | None
@@ -51,7 +51,7 @@ class Comparison:
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _say_nothing(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    """Swallow the log of llama.cpp: what it refuses is told by the result."""
+    """Discard llama.cpp's log; failures show in return values."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def open_vocabulary(path: Path, pre_tokenizer: str | None = None) -> Iterator[An
 
     Args:
         path: The file.
-        pre_tokenizer: A name that takes the place of the file's `tokenizer.ggml.pre`.
+        pre_tokenizer: A name that replaces the file's `tokenizer.ggml.pre`.
 
     Raises:
         InputError: llama.cpp refuses the vocabulary.
@@ -89,13 +89,13 @@ def open_vocabulary(path: Path, pre_tokenizer: str | None = None) -> Iterator[An
 
 
 def llama_tokenize(model: Any, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-    """Return the ids that llama.cpp gives to a text.
+    """Return llama.cpp's ids for a text.
 
     Args:
         model: llama.cpp's pointer to a model, with or without weights.
         text: Any text.
-        add_special: Add BOS and EOS as the vocabulary says.
-        parse_special: Take the text of a special token for that token.
+        add_special: Add BOS and EOS if the vocabulary says so.
+        parse_special: Parse the text of a special token as that token.
     """
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     data = text.encode()
@@ -106,11 +106,11 @@ def llama_tokenize(model: Any, text: str, *, add_special: bool = True, parse_spe
 
 
 def compare(model: Any, pre_tokenizer: str | None, cases: Sequence[Case]) -> Comparison:
-    """Return how many cases llama.cpp gives other ids than they have.
+    """Count the cases for which llama.cpp gives different ids.
 
     Args:
         model: llama.cpp's pointer to a model, with or without weights.
-        pre_tokenizer: The name that it was loaded under, or None for what the file says.
+        pre_tokenizer: The name it was loaded with, or None for the file's own.
         cases: Texts and their ids.
     """
     different, example = 0, None
@@ -125,13 +125,13 @@ def compare(model: Any, pre_tokenizer: str | None, cases: Sequence[Case]) -> Com
 
 @dataclass(frozen=True)
 class VocabularyFacts:
-    """What llama.cpp does with a vocabulary that the file need not say.
+    """Properties of a vocabulary in llama.cpp that the file need not state.
 
     Attributes:
-        attributes: Bits `LLAMA_TOKEN_ATTR_*` of every token, some of them given by the token's text.
+        attributes: Bits `LLAMA_TOKEN_ATTR_*` of every token; some follow from the token's text.
         ends: Ids at which llama.cpp ends a text.
-        adds_bos: BOS is put before a text.
-        adds_eos: EOS is put after a text.
+        adds_bos: BOS is prepended to a text.
+        adds_eos: EOS is appended to a text.
         bos: Id of BOS, or -1.
         eos: Id of EOS, or -1.
     """
@@ -145,7 +145,7 @@ class VocabularyFacts:
 
 
 class SourceVocabulary:
-    """The vocabulary of a GGUF file as llama.cpp has it, made to live in a `Child`."""
+    """The vocabulary of a GGUF file in llama.cpp, for use in a `Child`."""
 
     def __init__(self, path: Path) -> None:
         self._opened = open_vocabulary(path)
@@ -153,7 +153,7 @@ class SourceVocabulary:
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
 
     def facts(self) -> VocabularyFacts:
-        """Return what llama.cpp does with the vocabulary."""
+        """Return the properties of the vocabulary in llama.cpp."""
         vocabulary = self._vocabulary
         ids = range(llama_cpp.llama_vocab_n_tokens(vocabulary))
         return VocabularyFacts(

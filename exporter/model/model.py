@@ -1,4 +1,4 @@
-"""A model as the pipeline sees it: facts, lazy tensors, and a folder with config and tokenizer."""
+"""The pipeline's model: architecture, lazy tensors, and a folder with config and tokenizer."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ from exporter.foundation.errors import InputError
 from exporter.model.architecture import Architecture
 from exporter.model.tensors import INDEX, TensorSource
 
-# All that a tokenizer of transformers, or this package, may read beside the weights.
+# All files besides the weights that a transformers tokenizer or this package may read.
 METADATA = (
     "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "tokenizer.model.*", "*.tiktoken",
     "*.tokenizer", "merges.txt", "vocab.txt", "dict.txt",
@@ -23,10 +23,10 @@ METADATA = (
 
 
 class SourceFiles:
-    """The files that a model is read from, as they were when this was made.
+    """A snapshot of the state of the files that a model is read from.
 
     Args:
-        find: Returns them.
+        find: Returns the files.
     """
 
     def __init__(self, find: Callable[[], Iterable[Path]]) -> None:
@@ -37,7 +37,7 @@ class SourceFiles:
         return {path: _state(path) for path in self._find()}
 
     def require_unchanged(self) -> None:
-        """Refuse to go on where a file was changed, added or taken away.
+        """Check that no file was changed, added or removed since the snapshot.
 
         Raises:
             InputError: see above.
@@ -51,7 +51,7 @@ def _state(path: Path) -> Identity:
     try:
         return identity(path.stat())
     except OSError:
-        # A link that leads nowhere: whoever reads it says so.
+        # A dangling link; reading it reports the error.
         return ()
 
 
@@ -63,7 +63,7 @@ def _changed(where: object) -> InputError:
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that say how a model's text becomes tokens, and what the model is."""
+    """Return the config and tokenizer files of a folder."""
     found = {path for pattern in METADATA for path in folder.glob(pattern)}
     return sorted(path for path in found if path.name != INDEX and path.is_file())
 
@@ -74,15 +74,15 @@ class Model:
 
     Attributes:
         name: Short name for files and titles.
-        origin: Where it came from, as a reader of the report should see it (no private path).
+        origin: Human-readable origin for the report (no private path).
         folder: A folder that holds config.json and the tokenizer's files.
-        gguf: The GGUF file that the model was read from, if it was.
+        gguf: The GGUF file that the model was read from, or None.
         config: The transformers config.
         architecture: Its shape.
         tensors: Its weights.
-        warnings: What a reader of the results must know of the source.
-        changes: Digest of what was done to the shape or the weights since they were read; empty for nothing.
-        source: The files that it is read from, as they were when it was opened; None where they do not matter.
+        warnings: Warnings about the source for the report.
+        changes: Digest of the changes to shape or weights since reading; empty for none.
+        source: Snapshot of its source files from when it was opened; None if they do not matter.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Model:
     source: SourceFiles | None = None
 
     def groups(self) -> list[WeightGroup]:
-        """Return the matrices, in the order of the forward pass."""
+        """Return the matrices in the order of the forward pass."""
         return self.architecture.groups()
 
     def read(self, name: str) -> Float32:
@@ -109,28 +109,28 @@ class Model:
         return self.tensors.read(name)
 
     def noting(self, notes: Iterable[str]) -> "Model":
-        """Return the model with more sentences that a reader of the results must know, each said once."""
+        """Return the model with more warnings, without duplicates."""
         noted = replace(self, warnings=tuple(dict.fromkeys((*self.warnings, *notes))))
-        # The files are not read again for what is the same.
+        # Keep the cached digest: computing it reads all files.
         noted.__dict__.update({name: value for name, value in vars(self).items() if name == "digest"})
         return noted
 
     def own_config(self) -> PretrainedConfig:
-        """Return a copy of the configuration, to be changed."""
+        """Return a modifiable copy of the configuration."""
         return type(self.config).from_dict(self.config.to_dict())
 
     def require_unchanged(self) -> None:
-        """Refuse to go on where the source is no longer what was read, and what `digest` is of.
+        """Check that the source files, and so `digest`, are unchanged since the model was opened.
 
         Raises:
-            InputError: see above.
+            InputError: they changed.
         """
         if self.source is not None:
             self.source.require_unchanged()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over config.json, the tokenizer's files, the weights' files and changes: what a result depends on."""
+        """SHA-256 over everything a result depends on: config.json, tokenizer files, weight files and changes."""
         files = digest_files([*metadata_files(self.folder), *self.tensors.files])
         return hashlib.sha256(f"{files}:{self.changes}".encode()).hexdigest() if self.changes else files
 

@@ -9,9 +9,9 @@ from exporter.model.model import Model
 
 
 def weightless_module(model: Model) -> nn.Module:
-    """Return the module on torch's meta device, its matrices of the architecture's shapes.
+    """Return the module on torch's meta device, with matrices of the architecture's shapes.
 
-    transformers has one width for all feed-forward parts, a pruned model may have one for each layer.
+    transformers has one width for all feed-forward parts; a pruned model may have one per layer.
     """
     config = model.own_config()
     config._attn_implementation = "sdpa"
@@ -25,5 +25,5 @@ def weightless_module(model: Model) -> nn.Module:
             if linear.weight.shape != (group.rows, group.columns):
                 linear.out_features, linear.in_features = group.rows, group.columns
                 linear.weight = nn.Parameter(torch.empty(group.rows, group.columns))
-    # Only hidden states are derived by: what weights' gradients would need is not kept.
+    # Gradients are only taken with respect to hidden states, so nothing is stored for weight gradients.
     return module.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a folder holds where it is not a model of floating-point weights, recognised by name, with the next step."""
+"""Recognises folders that do not hold a floating-point model, and suggests the next step."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,9 +10,9 @@ from exporter.foundation.errors import InputError
 from exporter.model.json_file import read_json_object_if_there
 
 ADAPTER = "adapter_config.json"
-# Types of safetensors whose values are numbers by themselves.
+# Types of safetensors whose values need no scales.
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# `quant_method` in config.json -> what people call it.
+# `quant_method` in config.json -> its usual name.
 METHODS = {
     "auto-round": "AutoRound",
     "awq": "AWQ",
@@ -29,11 +29,11 @@ METHODS = {
     "quanto": "Quanto",
     "torchao": "torchao",
 }
-# Keys of config.json that tell of quantised weights, and the method where they name none.
+# Keys of config.json that indicate quantised weights -> the method if they name none.
 KEYS = {"quantization_config": "", "compression_config": "compressed-tensors", "quantization": "MLX"}
-# Files that quantisers write beside the weights.
+# Files that quantisers write next to the weights.
 QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "NVIDIA ModelOpt"}
-# Names of tensors by which quantised weights are known; the first sign that is found names the method.
+# Tensor names that indicate quantised weights; the first match gives the method.
 SIGNS = {
     r"\.g_idx$": "GPTQ",
     r"\.qweight$": "GPTQ or AWQ",
@@ -47,7 +47,7 @@ SIGNS = {
 }
 WEIGHTS = "model.safetensors or model.safetensors.index.json"
 SAVE = "load it with transformers where you trust it, and save it with save_pretrained"
-# Files that a folder may hold in place of safetensors weights -> what it is then, and the next step.
+# Files that a folder may hold instead of safetensors weights: pattern, description, next step.
 INSTEAD = (
     ("*.gguf", "holds a GGUF file, {}", "give that file itself"),
     ("model.*.safetensors", "holds a variant alone, {}", "name its files as those of a model without a variant"),
@@ -64,7 +64,7 @@ INSTEAD = (
 
 
 def refuse_adapters(folder: Path) -> None:
-    """Refuse a folder with an adapter, alone or beside a model to which transformers would add it.
+    """Reject a folder with an adapter, with or without a model to which transformers would add it.
 
     Raises:
         InputError: see above.
@@ -89,7 +89,7 @@ def refuse_adapters(folder: Path) -> None:
 
 
 def refuse_quantised(raw: Mapping[str, Any], where: object) -> None:
-    """Refuse weights of which config.json says that they are quantised; null stands for those that are not.
+    """Reject weights that config.json declares as quantised; null means not quantised.
 
     Raises:
         InputError: see above.
@@ -101,11 +101,11 @@ def refuse_quantised(raw: Mapping[str, Any], where: object) -> None:
 
 
 def refuse_quantised_tensors(folder: Path, types: Mapping[str, str]) -> None:
-    """Refuse weights whose names or types say that they are quantised.
+    """Reject weights whose names or types show that they are quantised.
 
     Args:
-        folder: The folder; a file of a quantiser beside the weights names the method, too.
-        types: Name -> type of each tensor, as safetensors calls it.
+        folder: The folder; a quantiser's file next to the weights also gives the method.
+        types: Name -> type of each tensor as named by safetensors.
 
     Raises:
         InputError: see above.
@@ -120,7 +120,7 @@ def refuse_quantised_tensors(folder: Path, types: Mapping[str, str]) -> None:
 
 
 def no_weights(folder: Path) -> InputError:
-    """Return the refusal of a folder without safetensors weights, by what it holds instead."""
+    """Return the error for a folder without safetensors weights, naming what it holds instead."""
     for pattern, what, next_step in INSTEAD:
         if found := _first(folder, (pattern,)):
             told = what.format(found.relative_to(folder))
@@ -130,7 +130,7 @@ def no_weights(folder: Path) -> InputError:
 
 
 def no_config(folder: Path) -> InputError:
-    """Return the refusal of a folder without config.json, by what it holds instead."""
+    """Return the error for a folder without config.json, naming what it holds instead."""
     if not _first(folder, ("model*.safetensors",)) and _first(folder, [pattern for pattern, _, _ in INSTEAD]):
         return no_weights(folder)
     return InputError("the folder holds no config.json", where=folder, next_step="give a Hugging Face model folder")
@@ -150,7 +150,7 @@ def _method(settings: object) -> str:
 
 
 def _named_beside(folder: Path) -> str:
-    """Return the method that a quantiser's own file names."""
+    """Return the method named by a quantiser's own file."""
     for file, usual in QUANTISERS.items():
         settings = read_json_object_if_there(folder / file)
         if settings is not None:

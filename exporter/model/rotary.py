@@ -1,4 +1,4 @@
-"""Rotary embeddings as transformers computes them: the frequencies, and the factor of their cosines and sines."""
+"""Rotary embeddings as in transformers: the frequencies, and the scale factor of the cosines and sines."""
 
 import numpy as np
 import torch
@@ -10,15 +10,15 @@ from exporter.foundation.errors import InputError
 
 
 def rotary_kind(config: PretrainedConfig) -> str:
-    """Return the kind of rotary embeddings, `default` for those without scaling."""
+    """Return the kind of rotary embedding; `default` means no scaling."""
     kind: str = config.rope_parameters["rope_type"]
     return kind
 
 
 def rotary_frequencies(config: PretrainedConfig) -> tuple[Float32, float]:
-    """Return the angle by which one position turns each pair, float32 [head width / 2], and the factor of both tables.
+    """Return the rotation angle of each pair per position, float32 [head width / 2], and the factor of both tables.
 
-    For `dynamic` those up to `max_position_embeddings`: its scaling begins beyond them.
+    For `dynamic` these hold up to `max_position_embeddings`; its scaling begins beyond.
     """
     kind = rotary_kind(config)
     if kind == "default":
@@ -28,14 +28,14 @@ def rotary_frequencies(config: PretrainedConfig) -> tuple[Float32, float]:
 
 
 def plain_frequencies(config: PretrainedConfig) -> torch.Tensor:
-    """Return the frequencies without any scaling, float32 [head width / 2]."""
+    """Return the unscaled frequencies, float32 [head width / 2]."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return torch.as_tensor(1.0 / (config.rope_parameters["rope_theta"] ** exponents))
 
 
 def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
-    """Return what a reader must know of embeddings that change with the length of a text."""
+    """Return notes on rotary embeddings that change with the length of a text."""
     if rotary_kind(config) != "dynamic":
         return ()
     beyond = f"beyond {config.max_position_embeddings} positions"
@@ -43,7 +43,7 @@ def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def check_rotary(config: PretrainedConfig, where: object) -> None:
-    """Refuse parameters from which no finite frequencies follow.
+    """Reject parameters that do not give finite positive frequencies.
 
     Raises:
         InputError: see above.

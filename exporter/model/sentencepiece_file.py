@@ -1,4 +1,4 @@
-"""A tokenizer.model: SentencePiece's own ids, and the same tokenizer in the form of a tokenizer.json."""
+"""Reads a tokenizer.model: SentencePiece's own ids, and conversion to a tokenizer.json."""
 
 import json
 import re
@@ -17,19 +17,19 @@ from exporter.model.tokenizer_files import Added, readable, too_many_tokens
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MAX_BYTES = 64 << 20
-# Longer pieces are not split into all pairs of parts, whose number grows with the square of the length.
+# Longer pieces are rejected: splitting a piece into all pairs of parts takes time quadratic in its length.
 MAX_CHARACTERS = 1024
 SPACE = "\u2581"
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A SentencePiece model with the tokens that were added to it.
+    """A SentencePiece model and the tokens added to it.
 
     Attributes:
-        processor: SentencePiece.
+        processor: The SentencePiece processor.
         proto: The file's content.
-        added: Tokens that are recognised in a text, each part between them being a text of its own.
+        added: Tokens recognised in a text; the parts between them are tokenised separately.
     """
 
     processor: Any
@@ -38,32 +38,32 @@ class Pieces:
 
     @property
     def texts(self) -> list[str]:
-        """Text of each piece, in the order of ids."""
+        """Text of each piece in order of ids."""
         return [piece.piece for piece in self.proto.pieces]
 
     @property
     def types(self) -> list[int]:
-        """Kind of each piece; GGUF counts them alike."""
+        """Kind of each piece; GGUF uses the same numbers."""
         return [piece.type for piece in self.proto.pieces]
 
     @property
     def scores(self) -> list[float]:
-        """Score of each piece: the higher the earlier it is formed."""
+        """Score of each piece; pieces with higher scores are formed first."""
         return [piece.score for piece in self.proto.pieces]
 
     @property
     def prepends_space(self) -> bool:
-        """Whether a space is put before a text."""
+        """Whether a space is prepended to a text."""
         return bool(self.proto.normalizer_spec.add_dummy_prefix)
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of what is no text of its own: unknown, control and unused pieces, bytes, and added special tokens."""
+        """Ids that are not ordinary text: unknown, control, unused and byte pieces, and added special tokens."""
         named = {number for number, kind in enumerate(self.types) if kind not in (NORMAL, USER_DEFINED)}
         return frozenset(named | {token.id for token in self.added.values() if token.special})
 
     def changes(self, text: str) -> str | None:
-        """Return how SentencePiece changes a text besides marking its spaces, which runtimes do too, or None."""
+        """Return how SentencePiece changes a text beyond marking spaces, which runtimes also do; None if not."""
         parts = [part for part, _ in self._parts(text)]
         if any(self.processor.normalize(part) != self._marked(part) for part in parts):
             kind = self.proto.normalizer_spec.name or "a table of its own"
@@ -76,7 +76,7 @@ class Pieces:
         return (SPACE if self.prepends_space and text else "") + text.replace(" ", SPACE)
 
     def ids(self, text: str, special: bool = True) -> list[int]:
-        """Return the ids of a text; `special` says whether added tokens are recognised in it."""
+        """Return the ids of a text; with `special`, added tokens in it are recognised."""
         if not special:
             return list(self.processor.encode(text))
         found: list[int] = []
@@ -86,7 +86,7 @@ class Pieces:
         return found
 
     def _parts(self, text: str) -> Iterator[tuple[str, Added | None]]:
-        """Yield each part of a text with the added token that follows it; none follows the last."""
+        """Yield each part of a text with the added token that follows it; None follows the last."""
         end = 0
         for match in self._pattern.finditer(text) if self.added else ():
             yield text[end : match.start()], self._longest_first[(match.lastindex or 1) - 1]
@@ -99,7 +99,7 @@ class Pieces:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        """Match an added token, of several the longest, with the spaces that it takes away; a group for each."""
+        """Pattern of the added tokens and the spaces they strip, longest token first, one group per token."""
         return re.compile("|".join(map(_matching, self._longest_first)))
 
 
@@ -113,11 +113,11 @@ def read_pieces(path: Path, added: Mapping[str, Added], rows: int | None) -> Pie
 
     Args:
         path: The file.
-        added: Tokens that were added to it; those with the ids of pieces are names for them.
+        added: Tokens added to it; a token with the id of a piece is a name for that piece.
         rows: Rows of the embedding; None for any number.
 
     Raises:
-        InputError: the file is no SentencePiece model, of a kind that is not supported, or has more pieces than rows.
+        InputError: the file is not a SentencePiece model, is of an unsupported kind, or has more pieces than rows.
     """
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path.name} is too large", where=path, expected=f"at most {MAX_BYTES} bytes")
@@ -148,12 +148,12 @@ def as_definition(pieces: Pieces, before: Sequence[str], after: Sequence[str], w
 
     Args:
         pieces: The tokenizer.
-        before: Tokens that are put before a text.
-        after: Tokens that are put after it.
+        before: Tokens prepended to a text.
+        after: Tokens appended to a text.
         where: The file, for messages.
 
     Raises:
-        InputError: the pieces do not make a tokenizer.
+        InputError: the pieces do not form a tokenizer.
     """
     with readable("the pieces of tokenizer.model do not make a tokenizer", where):
         backend = Tokenizer(_bpe(pieces) if pieces.proto.trainer_spec.model_type == BPE else _unigram(pieces))
@@ -190,7 +190,7 @@ def _unknown(pieces: Pieces) -> str | None:
 
 
 def _merges(pieces: Pieces) -> Iterator[tuple[str, str]]:
-    """Yield all pairs of pieces that form a piece, the highest score first."""
+    """Yield all pairs of pieces that form a piece, highest score first."""
     formed = {
         text: score
         for text, kind, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)

@@ -1,4 +1,4 @@
-"""From what the user names to a `Model`: a Hugging Face folder, a hub id, a GGUF file, or `demo`."""
+"""Opens a `Model` from a Hugging Face folder, a hub id, a GGUF file, or `demo`."""
 
 import importlib.util
 import re
@@ -39,7 +39,7 @@ def open_model(source: str) -> Iterator[Model]:
         source: A folder, a `.gguf` file, `demo`, or a hub id such as `Qwen/Qwen3-0.6B`.
 
     Raises:
-        RequestError: nothing of that name is there.
+        RequestError: there is no such model.
         InputError: the model is damaged or of an unsupported kind.
     """
     if source == DEMO:
@@ -61,7 +61,7 @@ def _open_folder(folder: Path, name: str = "") -> Model:
     refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
     checkpoint = checkpoint.named_for({*architecture.tensors(), HEAD})
     if architecture.tied and checkpoint.has_own_head():
-        # transformers ties them all the same only where both are equal.
+        # transformers ties them only if both are equal.
         config.tie_word_embeddings = False
         architecture = replace(architecture, tied=False)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, UNTIED))
@@ -75,7 +75,7 @@ def _open_folder(folder: Path, name: str = "") -> Model:
 
 
 def _folder_config(folder: Path) -> PretrainedConfig:
-    """Return the config of a folder that holds a model of floating-point weights, as far as its JSON files tell."""
+    """Return the config of a folder whose JSON files describe a floating-point model."""
     refuse_adapters(folder)
     raw = read_config(folder)
     refuse_quantised(raw, folder / CONFIG)

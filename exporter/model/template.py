@@ -1,4 +1,4 @@
-"""A model's chat template as transformers renders it, in a child process: a template is a program of anybody's."""
+"""Renders a model's chat template with transformers in a child process, since a template is untrusted code."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ from exporter.foundation.cache_entries import JSON, kept
 from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered, as_taken, render
 
-if TYPE_CHECKING:  # the renderer's process does without its libraries
+if TYPE_CHECKING:  # the renderer's process does not need its libraries
     from exporter.model.tokenizer import ModelTokenizer
 
-# Raised when the same template gives another opening.
+# Increment when the same template gives another opening.
 VERSION = 1
 PROBE = "\u0001"
-# What templates ask the clock for; a text that the model writes must be the same every day.
+# Fixed time for templates, so that the text sampled from the model does not depend on the date.
 CLOCK = datetime(2024, 7, 26)
 
 
 class TemplateRenderer:
-    """A chat template in transformers, made to live in a `Child`.
+    """A chat template in transformers, for use in a `Child`.
 
     Args:
         template: The template.
-        names: What it may know of the special tokens: name -> text.
-        fixed_clock: Let the time stand still, in all of this process's templates.
+        names: Special tokens available to the template: name -> text.
+        fixed_clock: Fix the time for all templates of this process.
     """
 
     title = "the chat template in transformers"
@@ -43,28 +43,28 @@ class TemplateRenderer:
 
         self._template, self._names = template, dict(names)
         if fixed_clock:
-            # Functions are not handed to a template; this one takes the time from here.
+            # apply_chat_template takes no functions for a template, and reads the time from this module.
             module: Any = chat_template_utils
             module.datetime = SimpleNamespace(now=lambda: CLOCK)
         # The vocabulary does not matter.
         self._tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # type: ignore[no-untyped-call]
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
-        """Return a chat as transformers renders it; see `exporter.targets.text.TextRuntime`."""
+        """Render a chat with transformers; see `exporter.targets.text.TextRuntime`."""
         try:
             text = self._tokenizer.apply_chat_template(
                 chat, chat_template=self._template, tokenize=False, add_generation_prompt=prompt, **self._names
             )
             return Rendered(str(text))
-        except Exception as error:  # a template may end in any
+        except Exception as error:  # a template may raise anything
             return Rendered.refused(error)
 
 
 def open_renderer(tokenizer: "ModelTokenizer", fixed_clock: bool = False) -> Child:
-    """Start a child that makes a `Renderer` by the tokenizer's template.
+    """Start a child with a `Renderer` for the tokenizer's template.
 
     Raises:
-        RuntimeCrashError: it died.
+        RuntimeCrashError: the child died.
     """
     child = Child(TemplateRenderer.title, TEXT_BYTES)
     try:
@@ -78,11 +78,11 @@ def open_renderer(tokenizer: "ModelTokenizer", fixed_clock: bool = False) -> Chi
 
 @dataclass(frozen=True)
 class Opening:
-    """How a chat opens by a template.
+    """The opening of a chat in a template.
 
     Attributes:
-        text: What comes before a user's first words; None where the template takes none of the probes.
-        reason: Why it does not.
+        text: The text before the user's first words; None if the template accepts none of the probes.
+        reason: Why it accepts none.
     """
 
     text: str | None
@@ -90,7 +90,7 @@ class Opening:
 
 
 def chat_opening(tokenizer: "ModelTokenizer") -> Opening:
-    """Return how a chat opens by the tokenizer's template, found out once for each template and kept in the cache."""
+    """Return the opening of a chat in the tokenizer's template, cached per template."""
     decisive = (VERSION, version("transformers"), tokenizer.template, tokenizer.names)
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder("templates") / f"{key}.json"

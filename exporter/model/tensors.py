@@ -1,4 +1,4 @@
-"""Lazy tensor sources, and the names that GGUF files have for tensors."""
+"""Lazy tensor sources, and the names of tensors in GGUF files."""
 
 from pathlib import Path
 from typing import Protocol
@@ -31,7 +31,7 @@ class TensorSource(Protocol):
 
 def require_finite(values: Float32, name: str) -> Float32:
     """Return `values` if all are finite."""
-    # A sum is finite unless an element is not (or the sum overflows): one pass without a mask.
+    # The sum is finite if all elements are, unless it overflows. This needs one pass and no mask.
     if not np.isfinite(values.sum(dtype=np.float64)):
         bad = int(np.count_nonzero(~np.isfinite(values)))
         raise InputError(
@@ -65,7 +65,7 @@ GGUF_VECTORS = {
 
 
 def gguf_names(layers: int) -> dict[str, str]:
-    """Return Hugging Face name -> GGUF name of every tensor a decoder of any family may have."""
+    """Return Hugging Face name -> GGUF name of every tensor that a decoder of any family may have."""
     pairs = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
     for layer in range(layers):
         for role, (module, _) in LINEARS.items():
@@ -76,9 +76,9 @@ def gguf_names(layers: int) -> dict[str, str]:
 
 
 def interleaved_rows(rows: int, heads: int) -> np.ndarray:
-    """Return for each GGUF row of a query or key matrix its row in the Hugging Face order.
+    """Return the Hugging Face row of each GGUF row of a query or key matrix.
 
-    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head, transformers rows i and i + half.
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head; transformers rotates rows i and i + half.
     """
     half = rows // heads // 2
     return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)

@@ -1,7 +1,7 @@
-"""Tokenizers by their own definition: the tokenizers library for tokenizer.json, SentencePiece for tokenizer.model.
+"""Loads tokenizers from their own definition: tokenizer.json with tokenizers, tokenizer.model with SentencePiece.
 
-A runtime carries its own tokenizer. Whether it is the model's is a matter of fact, settled on texts. transformers may
-build another tokenizer of the same files, and where it does, the notes say so.
+A runtime has its own tokenizer, which is compared with the model's on texts. transformers may build another tokenizer
+from the same files; the notes then say so.
 """
 
 import json
@@ -39,14 +39,14 @@ from exporter.model.tokenizer_files import (
 )
 from exporter.model.tokenizer_notes import DEFAULT, TEMPLATE_NAME, different, not_held, on_templates, without_row
 
-if TYPE_CHECKING:  # it brings torch along, which a child that tries a tokenizer does without
+if TYPE_CHECKING:  # it imports torch, which a child that tries a tokenizer does not need
     from transformers import PreTrainedTokenizerBase
 
-# The largest tokenizers known, of 262,144 tokens, take 1 GiB as the exporter reads them.
+# Reading the largest known tokenizers, of 262,144 tokens, takes 1 GiB.
 LOAD_BYTES = 2 << 30
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
-# How Hugging Face's tokenizer.json of the models that gave llama.cpp's names splits a text before merging.
+# Splitting rules before merging, from Hugging Face's tokenizer.json of the models that llama.cpp's names refer to.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +74,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-4o": (_cased(rf"{_CONTRACTIONS}?", r"\p{N}{1,3}"),),
     "tekken": (_cased("", r"\p{N}"),),
 }
-# Names whose models take a whole word that is in the vocabulary before any merge.
+# Names whose models use a word that is in the vocabulary directly, without merges.
 WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "tekken"})
 
 
@@ -83,18 +83,18 @@ class ModelTokenizer:
     """The tokenizer of a model.
 
     Attributes:
-        where: The folder that it was read from.
+        where: The folder it was read from.
         source: The file that defines it.
-        definition: Content of a tokenizer.json, without tokens that the embedding has no rows for.
-        backend: What the tokenizers library makes of that.
-        pieces: SentencePiece, where it defines the ids; the definition is then another form of it.
-        before: Ids that are put before a text.
-        after: Ids that are put after a text.
+        definition: Content of a tokenizer.json, without tokens that have no row in the embedding.
+        backend: The definition loaded by the tokenizers library.
+        pieces: The SentencePiece model if it defines the ids; the definition is then converted from it.
+        before: Ids prepended to a text.
+        after: Ids appended to a text.
         roles: Role -> id of the special tokens that the tokenizer names.
-        names: What a chat template may know of the special tokens: name -> text.
+        names: Special tokens available to a chat template: name -> text.
         special_ids: Ids of the special tokens.
-        templates: Chat templates by name; that without a name is called `default`.
-        notes: Sentences that a reader of the results must know.
+        templates: Chat templates by name; the unnamed one is called `default`.
+        notes: Notes for the report.
     """
 
     where: Path
@@ -112,11 +112,11 @@ class ModelTokenizer:
 
     @property
     def template(self) -> str | None:
-        """The chat template that is used where none is named."""
+        """The default chat template."""
         return self.templates.get(DEFAULT)
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
+        """Return the model's input ids for a text, with BOS or EOS if the tokenizer adds them."""
         if self.pieces is not None:
             return [*self.before, *self.pieces.ids(text), *self.after]
         return list(self.backend.encode(text).ids)
@@ -128,7 +128,7 @@ class ModelTokenizer:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def literal_ids(self, text: str) -> list[int]:
-        """Return the ids of a text that must not be able to name a special token, without BOS and EOS."""
+        """Return the ids of an untrusted text without BOS and EOS; special tokens in it are not recognised."""
         if self.pieces is not None:
             return self.pieces.ids(text, special=False)
         self.backend.encode_special_tokens = True
@@ -138,18 +138,18 @@ class ModelTokenizer:
             self.backend.encode_special_tokens = False
 
     def ordinary_ids(self) -> list[int]:
-        """Return the ids of the vocabulary itself, special ones left out."""
+        """Return the ids of the vocabulary without added or special tokens."""
         size = self.backend.get_vocab_size(with_added_tokens=False)
         return [number for number in range(size) if number not in self.special_ids]
 
     def added(self) -> dict[int, Any]:
-        """Return id -> `AddedToken` of the tokens that are recognised in a text before it is tokenised."""
+        """Return id -> `AddedToken` of the tokens recognised in a text before it is tokenised."""
         return dict(self.backend.get_added_tokens_decoder())
 
 
 @dataclass(frozen=True)
 class _Defined:
-    """What the files define: a part of `ModelTokenizer`, with the texts of added tokens that have no row."""
+    """The part of `ModelTokenizer` that the files define, and the texts of added tokens without a row."""
 
     source: str
     definition: dict[str, Any]
@@ -165,11 +165,11 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
 
     Args:
         folder: The folder.
-        rows: Rows of the embedding: added tokens that have none are left out; None for any number.
+        rows: Rows of the embedding, None for any number; added tokens without a row are omitted.
 
     Raises:
-        InputError: the folder holds no tokenizer, a damaged one, one that asks for remote code, or one whose own
-            vocabulary has more tokens than rows.
+        InputError: the folder holds no tokenizer, or the tokenizer is damaged, asks for remote code, or has more
+            tokens in its vocabulary than rows.
     """
     files = read_tokenizer_files(folder)
     loaded = _by_transformers(folder)
@@ -178,7 +178,7 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
         if files.definition is None and (folder / PIECES).is_file():
             defined = _of_pieces(files, names, rows)
         elif files.definition is None:
-            # Without tokenizer.json, what splits and normalises a text is code of transformers.
+            # Without tokenizer.json, transformers' code splits and normalises texts.
             built: Any = loaded.backend_tokenizer
             defined = _of_definition(VOCABULARY, json.loads(built.to_str()), (), folder, rows)
         else:
@@ -193,10 +193,10 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> ModelTokenizer:
 
 
 def try_tokenizer(folder: Path) -> None:
-    """Use a tokenizer of anybody's in a child process, before this process does.
+    """Try an untrusted tokenizer in a child process before using it in this one.
 
     Raises:
-        InputError: it cannot be used, or its library dies of it, or takes too long.
+        InputError: the tokenizer cannot be used, crashes its library, or takes too long.
     """
     with Child("the tokenizer", LOAD_BYTES) as child:
         try:
@@ -224,11 +224,11 @@ def use_tokenizer(folder: Path) -> None:
 
 
 def _by_transformers(folder: Path) -> "PreTrainedTokenizerBase":
-    """Return what transformers makes of the files."""
+    """Return transformers' tokenizer for the files."""
     from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerBase
 
     with readable("the tokenizer cannot be loaded", folder):
-        # The rest of config.json is of no concern to a tokenizer.
+        # A tokenizer depends on nothing else in config.json.
         kind = model_type(folder)
         config = CONFIG_MAPPING[kind]() if kind is not None and kind in CONFIG_MAPPING else None
         loaded = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
@@ -240,7 +240,7 @@ def _by_transformers(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _named_in_vocabulary(definition: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Added]:
-    """Return the special tokens that the settings name and the vocabulary holds: a text may name them."""
+    """Return the special tokens that the settings name and the vocabulary holds; these are recognised in texts."""
     ids = ids_of_vocabulary(definition)
     return {text: Added(ids[text], text) for text in _texts(names) if text in ids}
 
@@ -248,17 +248,17 @@ def _named_in_vocabulary(definition: Mapping[str, Any], names: Mapping[str, Any]
 def _of_definition(
     source: str, definition: dict[str, Any], extra: tuple[Added, ...], folder: Path, rows: int | None
 ) -> _Defined:
-    """Return the tokenizer of a tokenizer.json and of the tokens that other files add to it."""
+    """Return the tokenizer of a tokenizer.json with the tokens that other files add."""
     known = {token["content"] for token in added_tokens(definition)}
     more = [vars(token) for token in extra if token.content not in known]
     listed = definition | {"added_tokens": [*added_tokens(definition), *more]}
     first: Any = _library(listed)
-    # What a file may leave out, and readers of it look for.
+    # Add keys that a file may omit but readers expect.
     kind = type(first.model).__name__
     listed = dict.fromkeys(PARTS) | listed | {"model": {"type": kind} | definition["model"]}
     for token in more:
         require_id(token["content"], first.token_to_id(token["content"]), token["id"], folder / SETTINGS)
-    # The library counts added tokens by itself, whatever their ids in the file.
+    # The library assigns ids to added tokens itself and ignores those in the file.
     counted = [token | {"id": first.token_to_id(token["content"])} for token in added_tokens(listed)]
     cut = within_rows(listed | {"added_tokens": counted}, rows, folder / source)
     backend = _library(cut.definition)
@@ -271,13 +271,13 @@ def _of_definition(
 
 
 def _library(definition: dict[str, Any]) -> Tokenizer:
-    """Return what the tokenizers library makes of a tokenizer.json; as transformers does, it cuts and fills no text."""
+    """Load a tokenizer.json with the tokenizers library, without truncation or padding, as in transformers."""
     backend: Tokenizer = Tokenizer.from_str(to_text(definition | {"truncation": None, "padding": None}))
     return backend
 
 
 def _of_pieces(files: TokenizerFiles, names: Mapping[str, Any], rows: int | None) -> _Defined:
-    """Return the tokenizer of a tokenizer.model: whether BOS and EOS are added, the settings say alone."""
+    """Return the tokenizer of a tokenizer.model; only the settings decide whether BOS and EOS are added."""
     where = files.folder / PIECES
     every = read_pieces(where, {}, rows)
     ids = {text: number for number, text in enumerate(every.texts)}
@@ -340,7 +340,7 @@ def _templates(loaded: "PreTrainedTokenizerBase", folder: Path) -> dict[str, str
 
 
 def parity_texts(tokenizer: ModelTokenizer) -> list[str]:
-    """Return the corpus, its characters at random, and texts with the tokenizer's own special and added tokens."""
+    """Return the corpus, random texts of its characters, and texts with the tokenizer's special and added tokens."""
     held = [text for text in _texts(tokenizer.names) if text and tokenizer.backend.token_to_id(text) is not None]
     added = [token.content for token in tokenizer.added().values() if token.content.strip()]
     texts = list(PARITY_CORPUS)
@@ -352,10 +352,10 @@ def parity_texts(tokenizer: ModelTokenizer) -> list[str]:
 
 
 def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
-    """Return what says why a runtime must give a text other ids than the tokenizer, or None.
+    """Return a function that explains why a runtime must give a text other ids than the tokenizer, or gives None.
 
-    Neither llama.cpp nor onnxruntime-genai normalises Unicode for BPE: text that the tokenizer's normaliser would
-    change (Qwen composes letters and accents) reaches the model as it is. Signs for spaces are another matter.
+    Neither llama.cpp nor onnxruntime-genai normalises Unicode for BPE. Text that the tokenizer's normaliser would
+    change (Qwen composes letters and accents) reaches the model unchanged. Replacing spaces does not count as a change.
     """
     if tokenizer.pieces is not None:
         return tokenizer.pieces.changes
@@ -376,17 +376,17 @@ def known_difference(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
 
 
 def _writes_spaces(part: Mapping[str, Any]) -> bool:
-    """Return whether a part of a normaliser only marks spaces, which runtimes do too."""
+    """Return whether a part of a normaliser only marks spaces, which runtimes also do."""
     kind: str = part["type"]
     return kind == "Prepend" or (kind == "Replace" and part.get("pattern") == {"String": " "})
 
 
 def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
-    """Return Hugging Face's form of the byte-level pre-tokenizer that llama.cpp calls `name`."""
+    """Return the Hugging Face form of the byte-level pre-tokenizer that llama.cpp calls `name`."""
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def token_ids(tokenizer: ModelTokenizer, text: str) -> list[int]:
-    """Return the ids of a text as a model is given them: with BOS or EOS where the tokenizer adds them."""
+    """Return the model's input ids for a text, with BOS or EOS if the tokenizer adds them."""
     return tokenizer.ids(text)

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, whose content is anybody's: read within limits, and cut to the rows of the embedding."""
+"""Reads untrusted tokenizer files within limits, and drops tokens without a row in the embedding."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from exporter.model.json_file import MAX_BYTES, NEXT_STEP, read_json_object, rea
 
 TOKENIZER, SETTINGS, PIECES, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"
 ADDED = "added_tokens.json"
-# What transformers reads besides; each must be a JSON object where it is there.
+# Further files that transformers reads; each must be a JSON object if it exists.
 OTHER_JSON = ("special_tokens_map.json", ADDED, VOCABULARY, "chat_template.json")
 TEXTS = ("chat_template.jinja", "merges.txt", "additional_chat_templates/*.jinja")
 TOGETHER = "check that tokenizer and weights belong together"
@@ -20,12 +20,12 @@ TOGETHER = "check that tokenizer and weights belong together"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of a folder say of a tokenizer.
+    """The content of a folder's tokenizer files.
 
     Attributes:
         folder: The folder.
-        definition: Content of tokenizer.json; None where there is none.
-        settings: Content of tokenizer_config.json; empty where there is none.
+        definition: Content of tokenizer.json; None if it does not exist.
+        settings: Content of tokenizer_config.json; empty if it does not exist.
         added: Text -> id of the tokens that tokenizer_config.json and added_tokens.json add.
     """
 
@@ -37,7 +37,7 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class Added:
-    """A token that was added to a vocabulary; the attributes are those of `tokenizers.AddedToken`."""
+    """A token added to a vocabulary; the attributes are those of `tokenizers.AddedToken`."""
 
     id: int
     content: str
@@ -49,10 +49,10 @@ class Added:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
-    """Read what a folder says of a tokenizer.
+    """Read the tokenizer files of a folder.
 
     Raises:
-        InputError: there is none, one of the files is damaged, or asks for remote code.
+        InputError: there are none, a file is damaged, or a file asks for remote code.
     """
     if not any((folder / name).is_file() for name in (TOKENIZER, PIECES, VOCABULARY)):
         raise InputError(
@@ -107,13 +107,13 @@ def _added_token(number: object, token: Mapping[str, Any]) -> Added:
 
 
 def is_id(value: object, rows: int | None = None) -> bool:
-    """Return whether a value is a token's id: a whole number from 0 on, below the rows where these are given."""
+    """Return whether a value is a token id: a non-negative integer, below `rows` if given."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < (1 << 31 if rows is None else rows)
 
 
 @contextmanager
 def readable(what: str, where: object) -> Iterator[None]:
-    """Turn whatever a library ends with into one sentence; the tokenizers library panics of some files.
+    """Turn any error of a library into an `InputError`; the tokenizers library panics on some files.
 
     Raises:
         InputError: see above.
@@ -123,7 +123,7 @@ def readable(what: str, where: object) -> Iterator[None]:
     except (InputError, RequestError):
         raise
     except BaseException as error:
-        # A panic of a Rust library is no Exception, so that it is not caught by chance.
+        # A Rust panic is deliberately not an Exception.
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -132,7 +132,7 @@ def readable(what: str, where: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cut:
-    """A definition without what the embedding has no rows for, and the texts of what was left out."""
+    """A definition without tokens that have no row in the embedding, and the texts of the omitted tokens."""
 
     definition: dict[str, Any]
     left_out: tuple[str, ...]
@@ -144,7 +144,7 @@ def within_rows(definition: dict[str, Any], rows: int | None, where: object) -> 
     Args:
         definition: The content.
         rows: Rows of the embedding; None for any number.
-        where: What it concerns, for messages.
+        where: The file, for messages.
 
     Raises:
         InputError: a token of the vocabulary itself has no row.
@@ -171,7 +171,7 @@ def added_tokens(definition: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def ids_of_vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
-    """Return text -> id of the vocabulary itself of a tokenizer.json; Unigram lists its tokens with their scores."""
+    """Return text -> id of a tokenizer.json's vocabulary without added tokens; Unigram lists tokens with scores."""
     vocabulary = definition["model"]["vocab"]
     if isinstance(vocabulary, dict):
         return vocabulary
@@ -179,7 +179,7 @@ def ids_of_vocabulary(definition: Mapping[str, Any]) -> dict[str, int]:
 
 
 def require_id(text: str, got: int | None, expected: int, where: object) -> None:
-    """Refuse an added token that the tokenizers library gives another id.
+    """Reject an added token if the tokenizers library gives it another id.
 
     Raises:
         InputError: see above.
@@ -198,7 +198,7 @@ def _require_rows(held: Mapping[str, Any], rows: int, where: object) -> None:
 
 
 def too_many_tokens(text: str, number: int, rows: int, where: object) -> InputError:
-    """Return what to say of a token of the vocabulary itself that has no row."""
+    """Return the error for a token of the vocabulary that has no row."""
     return InputError(
         "the tokenizer has more tokens than the embedding has rows", where=where, got=f"id {number}, {text!r:.60}",
         expected=f"ids below {rows}", next_step=TOGETHER,
@@ -206,7 +206,7 @@ def too_many_tokens(text: str, number: int, rows: int, where: object) -> InputEr
 
 
 def components(section: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the components of a normaliser or pre-tokenizer, sequences flattened."""
+    """Yield the components of a normaliser or pre-tokenizer, with sequences flattened."""
     if section is None:
         return
     inner = section.get("pretokenizers", section.get("normalizers"))
@@ -222,7 +222,7 @@ def to_text(definition: Mapping[str, Any]) -> str:
 
 
 def model_type(folder: Path) -> str | None:
-    """Return what config.json calls the model's kind, which chooses transformers' class of tokenizer; None for none."""
+    """Return `model_type` of config.json, which selects transformers' tokenizer class; None if absent."""
     config = folder / "config.json"
     kind = read_json_object(config).get("model_type") if config.is_file() else None
     return kind if isinstance(kind, str) else None

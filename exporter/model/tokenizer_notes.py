@@ -1,23 +1,23 @@
-"""Sentences on a tokenizer that a reader of the results must know."""
+"""Notes on a tokenizer for the report."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 DEFAULT = "default"
-# Names of other templates than the default become names of files and keys.
+# Names of templates other than the default become names of files and keys.
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAMED, EXAMPLES = 8, 3
 
 
 def without_row(texts: Sequence[str]) -> tuple[str, ...]:
-    """Say which added tokens were left out, since the embedding has no rows for them."""
+    """Note the added tokens omitted for lack of a row in the embedding."""
     if not texts:
         return ()
     return (f"added tokens of the tokenizer that the embedding has no rows for are left out: {_listed(texts)}",)
 
 
 def not_held(texts: Iterable[str], source: str) -> tuple[str, ...]:
-    """Say which special tokens a tokenizer's settings name though its definition does not hold them."""
+    """Note the special tokens that a tokenizer's settings name but its definition lacks."""
     named = list(dict.fromkeys(texts))
     if not named:
         return ()
@@ -27,7 +27,7 @@ def not_held(texts: Iterable[str], source: str) -> tuple[str, ...]:
 
 
 def on_templates(names: Iterable[str]) -> tuple[str, ...]:
-    """Say which of several chat templates are not carried, and where none of them is the one that is used."""
+    """Note the chat templates that are omitted, and whether there is no default among them."""
     given = list(names)
     odd = [name for name in given if not TEMPLATE_NAME.fullmatch(name)]
     return (
@@ -45,13 +45,13 @@ def _no_default(names: Sequence[str]) -> bool:
 
 
 def different(source: str, made: str, texts: Sequence[str], differing: Sequence[str]) -> tuple[str, ...]:
-    """Say on which texts what transformers makes of the files differs from their definition.
+    """Note the texts on which transformers' tokenizer differs from the files' definition.
 
     Args:
         source: The file that defines the tokenizer.
         made: Name of transformers' class.
-        texts: All texts that were compared.
-        differing: Those that get other ids.
+        texts: All texts compared.
+        differing: Texts with different ids.
     """
     if not differing:
         return ()

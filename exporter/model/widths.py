@@ -1,4 +1,4 @@
-"""A model with other feed-forward widths: channels taken away, or channels of zeros added.
+"""Changes the feed-forward widths of a model: removes channels or adds zero channels.
 
 Channel c of a gated feed-forward part, down(act(gate x) * up x), is row c of gate and up and column c of down.
 """
@@ -20,12 +20,12 @@ CHANNEL_AXES = {"gate": 0, "up": 0, "down": 1}
 
 
 def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -> Model:
-    """Return the model with some channels of each feed-forward part; weights stay lazy.
+    """Return the model with a subset of the channels of each feed-forward part; weights stay lazy.
 
     Args:
         model: The source.
-        kept: For each layer the channels that stay, ascending, int64 [width].
-        down: Layer -> file of a `down` matrix in place of the source's columns, float32 [hidden, width] as .npy.
+        kept: For each layer the channels to keep, ascending, int64 [width].
+        down: Layer -> .npy file of a `down` matrix that replaces the source's columns, float32 [hidden, width].
     """
 
     def read(name: str, layer: int, axis: int) -> Float32:
@@ -41,12 +41,12 @@ def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -
 
 
 def outlined(model: Model, widths: Sequence[int]) -> Model:
-    """Return the model with the first channels of each layer: of the shape that any others would give it."""
+    """Return the model with the first channels of each layer, as a stand-in for any choice of the same widths."""
     return selected(model, [np.arange(width) for width in widths], {})
 
 
 def padded(model: Model) -> Model:
-    """Return the model with channels of zeros, which put out nothing, so that all layers are as wide as the widest."""
+    """Return the model with zero channels added, so that all layers are as wide as the widest; outputs stay equal."""
     widest = max(model.architecture.intermediate)
 
     def read(name: str, layer: int, axis: int) -> Float32:
@@ -59,7 +59,7 @@ def padded(model: Model) -> Model:
     return _rewidened(model, [widest] * model.architecture.layers, read, changes)
 
 
-# Reads a tensor of the feed-forward part of a layer, whose channels lie on the axis given.
+# Reads a feed-forward tensor: name, layer, and the axis of its channels.
 _Read = Callable[[str, int, int], Float32]
 
 
@@ -79,7 +79,7 @@ def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -
 
 
 class _Rewidened:
-    """The tensors of a model, those of its feed-forward parts made when they are read."""
+    """The tensors of a model, with those of its feed-forward parts made on reading."""
 
     def __init__(
         self, model: Model, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]], read: _Read

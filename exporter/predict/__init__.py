@@ -1,1 +1,1 @@
-"""Speed, memory and energy of a model on a device, predicted from facts and measurements."""
+"""Predicts speed, memory and energy of a model on a device from facts and measurements."""

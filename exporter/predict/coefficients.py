@@ -1,6 +1,6 @@
-"""The coefficients of predicted speeds, as fitted to published speeds of real devices, and how far they are off.
+"""The coefficients of predicted speeds, fitted to published speeds of real devices, and their errors.
 
-`python -m tests.benchmarks.fitting` fits them anew and writes the file.
+`python -m tests.benchmarks.fitting` refits them and writes the file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from exporter.predict.token_cost import Term
 
 FILE = "coefficients.toml"
 Part = Literal["decode", "prefill"]
-# Of a processor that no row was about.
+# Key for processors without published rows.
 UNKNOWN = "other"
 
 
 class Coefficients(Document):
-    """What one kind of time is made of.
+    """The fitted model of one kind of time.
 
     Attributes:
-        values: Name to logarithm; a name that is missing counts nothing.
-        spread: Kind of processor, and machine that it is part of, to the standard deviation of a device's logarithm of
-            time from what is predicted; `other` for those that no row is about.
-        family_spread: How much further apart two formats' errors on one device are.
-        size_spread: How much further apart two sizes' errors are, for each factor of e.
-        noise: Of one published run.
+        values: Name -> logarithmic coefficient; missing names count as 0.
+        spread: Kind of processor and machine -> standard deviation of a device's error in log time; `other` for kinds
+            without published rows.
+        family_spread: Additional standard deviation between two format families on one device.
+        size_spread: Additional standard deviation per factor of e in size.
+        noise: Standard deviation of one published run.
     """
 
     values: Mapping[str, float]
@@ -54,5 +54,5 @@ class Fitted(Document):
 
 @cache
 def fitted() -> Fitted:
-    """Return the coefficients that come with the exporter."""
+    """Return the bundled coefficients."""
     return read_document(files(__package__) / FILE, Fitted, "file of coefficients")

@@ -1,10 +1,10 @@
-"""Numbers that are predicted: a value, an interval that holds 80 % of the outcomes, and how both are known."""
+"""Predicted numbers: a value, its 80 % interval, and their basis."""
 
 from math import exp
 
 from exporter.foundation.quantities import Basis, Document
 
-# A normal variable is within so many standard deviations 80 times of 100.
+# 80 % of a normal distribution lies within this number of standard deviations.
 EIGHTY_PERCENT = 1.2816
 
 
@@ -12,12 +12,12 @@ class Estimate(Document):
     """A predicted number.
 
     Attributes:
-        value: The most likely.
-        low: Lower end of the interval of 80 %.
+        value: The central value.
+        low: Lower end of the 80 % interval.
         high: Upper end.
-        unit: Of all three.
-        basis: How they are known.
-        how: What they follow from, in a few words.
+        unit: Unit of all three.
+        basis: Their basis.
+        how: Short description of their derivation.
     """
 
     value: float
@@ -29,7 +29,7 @@ class Estimate(Document):
 
 
 def lognormal(log_value: float, deviation: float, unit: str, how: str) -> Estimate:
-    """Return a number whose logarithm is expected at `log_value`, with a standard deviation."""
+    """Return a log-normal estimate with mean `log_value` and standard deviation `deviation` of its logarithm."""
     reach = EIGHTY_PERCENT * deviation
     low, value, high = (exp(log_value + step) for step in (-reach, 0.0, reach))
     return Estimate(value=value, low=low, high=high, unit=unit, how=how)

@@ -1,7 +1,7 @@
-"""What measured points of a device say about its other speeds: a Gaussian process on the logarithm of the time.
+"""Corrects a device's predicted speeds by its measured points, with a Gaussian process on log time.
 
-A device is off the fitted times by an error that its runs share, more so runs with kernels of one family and of one
-size. So one point moves all predictions of the device, those for its like the most, and narrows their intervals
+All runs of a device share an error against the fitted times; runs of one kernel family or of similar size share more of
+it. One point therefore shifts all predictions of the device, similar ones the most, and narrows their intervals
 (Rasmussen and Williams 2006, section 2.2).
 """
 
@@ -15,17 +15,17 @@ from exporter.predict.coefficients import UNKNOWN, Coefficients
 from exporter.predict.workload import Workload
 
 MIDDLE_BYTES, MOST_SIZE = 3e9, 3.0
-# What backends of one device have in common: an error of the bandwidth that they share.
+# Error that the backends of one device share through their common memory bandwidth.
 SHARED_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Point:
-    """A time that was measured, as what the fitted time is off by.
+    """A measured time, as the error of the fitted time.
 
     Attributes:
-        work: What ran.
-        error: Logarithm of the measured time less that of the fitted one.
+        work: The measured workload.
+        error: Logarithm of the measured time minus that of the fitted time.
         noise: Standard deviation of the measurement's logarithm.
     """
 
@@ -36,14 +36,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Residual:
-    """What a fitted time is expected to be off by: mean and standard deviation of its logarithm."""
+    """The expected error of a fitted time: mean and standard deviation of its logarithm."""
 
     mean: float
     deviation: float
 
 
 def residual(work: Workload, points: Sequence[Point], fitted: Coefficients) -> Residual:
-    """Return what the time of a workload is off by, given points of the same device; none is needed."""
+    """Return the expected error of a workload's fitted time, given any points of the same device."""
     own = _covariance(work, work, fitted) + fitted.noise**2
     if not points:
         return Residual(0.0, sqrt(own))
@@ -65,11 +65,11 @@ def _covariance(one: Workload, other: Workload, fitted: Coefficients) -> float:
 
 
 def spread(work: Workload, fitted: Coefficients) -> float:
-    """Return the standard deviation of a device's error; at least others' for a processor in a machine not seen."""
+    """Return the standard deviation of a device's error; at least that of `other` for an unseen kind and machine."""
     exact = fitted.spread.get(f"{work.kind} {work.machine}")
     return exact if exact is not None else max(fitted.spread.get(work.kind, 0.0), fitted.spread[UNKNOWN])
 
 
 def _size(work: Workload) -> float:
-    # Beyond what was published, sizes are taken to be alike rather than extrapolated.
+    # Clamp instead of extrapolating beyond published sizes.
     return max(-MOST_SIZE, min(log(work.file_bytes / MIDDLE_BYTES), MOST_SIZE))

@@ -1,4 +1,4 @@
-"""Measured points in a user's hands: as text on the command line, and in a profile of the user's own."""
+"""The user's own measured runs: parses them from the command line, and stores them in a profile."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.predict.request import Request
 from exporter.predict.workload import backend_name, format_family
 
-# Names in the text to keys of a run, and the types of their values.
+# Name in the text -> key of a run, and the type of its value.
 KEYS: dict[str, tuple[str, type]] = {
     "decode": ("decode_tokens_per_s", float), "prefill": ("prefill_tokens_per_s", float),
     "file-bytes": ("file_bytes", int), "parameters": ("parameters", int), "params": ("parameters", int),
@@ -26,14 +26,14 @@ SOURCE = "measured by the user on this device"
 
 
 def measured_run(text: str, request: Request | None = None) -> Measured:
-    """Return a run that was measured, from `decode=12.5,file-bytes=1050000000,format=Q4_0`.
+    """Parse a measured run such as `decode=12.5,file-bytes=1050000000,format=Q4_0`.
 
     Args:
         text: Pairs of name and value.
-        request: Says format, backend and, for a file of the same size, parameters where the text does not.
+        request: Gives defaults for format and backend, and for parameters if format and file size are the same.
 
     Raises:
-        RequestError: it is not made so, misses a speed, the file's bytes or the format, or a number is impossible.
+        RequestError: the text is malformed, lacks a speed, the file's bytes or the format, or a number is impossible.
     """
     given = dict(_pair(part, text) for part in text.split(","))
     if not {"decode_tokens_per_s", "prefill_tokens_per_s"} & set(given):
@@ -69,10 +69,10 @@ def _pair(part: str, text: str) -> tuple[str, object]:
 
 
 def calibrated(profile: DeviceProfile, runs: Sequence[Measured], name: str) -> DeviceProfile:
-    """Return a profile with more measured runs, under a name.
+    """Return a profile with more measured runs and a new name.
 
     Raises:
-        RequestError: a run cannot be of this device: it reads more than the memory gives.
+        RequestError: a run is impossible on this device, since it exceeds the memory bandwidth.
     """
     try:
         return with_runs(profile, [run.model_dump() for run in runs], name, name)
@@ -83,20 +83,20 @@ def calibrated(profile: DeviceProfile, runs: Sequence[Measured], name: str) -> D
 def with_runs(
     profile: DeviceProfile, runs: Sequence[Mapping[str, object]], name: str, where: Path | str
 ) -> DeviceProfile:
-    """Return a profile with more measured runs, as tables that are not checked yet, under a name.
+    """Return a profile with more measured runs, given as unchecked tables, and a new name.
 
     Raises:
-        InputError: a run is none, or cannot be of this device.
+        InputError: a run is invalid or impossible on this device.
     """
     measured = [*(run.model_dump() for run in profile.measured), *runs]
     return checked(profile.model_dump() | {"name": name, "measured": measured}, DeviceProfile, where)
 
 
 def require_new_profile(output: Path) -> None:
-    """Refuse a name that no profile can be written to.
+    """Check that a profile can be written to a path.
 
     Raises:
-        RequestError: it does not end with .toml, exists, or its folder does not.
+        RequestError: it does not end with .toml, it exists, or its folder does not.
     """
     if output.suffix != ".toml":
         raise RequestError("a profile's name ends with .toml", got=output.name, next_step=f"use {output.name}.toml")

@@ -1,7 +1,7 @@
-"""The memory of a runtime's process when only a file's size, its format and the number of parameters are known.
+"""Predicts the memory of a runtime's process from only a file's size, its format and the number of parameters.
 
-Decoders of about as many parameters stand in for the one that is not known. Their shapes are those of the config.json
-that their makers published.
+The unknown model is approximated by decoders with about as many parameters. Their shapes are from their published
+config.json.
 """
 
 import math
@@ -21,7 +21,7 @@ from exporter.predict.peak_memory import (
     repacked_rows,
 )
 
-# Parameters, and layers, hidden, intermediate, heads, key-value heads, head width, vocabulary.
+# Parameters; layers, hidden, intermediate, heads, key-value heads, head width, vocabulary.
 SHAPES: dict[str, tuple[float, ModelShape]] = {
     "SmolLM2-135M": (0.135e9, ModelShape(30, 576, 1536, 9, 3, 64, 49152)),
     "SmolLM2-360M": (0.362e9, ModelShape(32, 960, 2560, 15, 5, 64, 49152)),
@@ -40,15 +40,15 @@ SHAPES: dict[str, tuple[float, ModelShape]] = {
     "Qwen2.5-32B": (32.8e9, ModelShape(64, 5120, 27648, 40, 8, 128, 152064)),
     "Llama-3.1-70B": (70.6e9, ModelShape(80, 8192, 28672, 64, 8, 128, 128256)),
 }
-# Others count whose parameters differ by less than this factor, or only the nearest.
+# Decoders whose parameters differ by at most this factor are used, or else only the nearest.
 ALIKE = 1.5
-# What the formulas of `exporter.predict.peak_memory` miss where the shape is known.
+# Relative error of the formulas of `exporter.predict.peak_memory` for a known shape.
 ERROR = 0.07
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of bytes, and where it most likely lies."""
+    """A number of bytes and its likely range."""
 
     value: int
     low: int
@@ -58,15 +58,15 @@ class Interval:
 def predicted_peak(
     file_bytes: int, parameters: float, format: str, context: int, features: Collection[str] | None = None
 ) -> Interval:
-    """Return the most memory that a runtime's process takes, its mapped file included.
+    """Return the peak memory of a runtime's process, including its mapped file.
 
     Args:
         file_bytes: Size of the model's files.
         parameters: Number of weights.
-        format: A type of GGUF or a named mix of them, such as `Q4_K_M`, for llama.cpp; one that begins with `int`,
-            such as `int4` or `int8-b32`, for ONNX Runtime.
+        format: A GGUF type or named mix, such as `Q4_K_M`, for llama.cpp; a format that begins with `int`, such as
+            `int4` or `int8-b32`, for ONNX Runtime.
         context: Tokens of context.
-        features: The processor's, as in device profiles; None for this machine's.
+        features: Features of the processor, as in device profiles; None for this machine's.
 
     Raises:
         RequestError: a number is not positive.
@@ -97,11 +97,11 @@ def _peak(
     if integers is None:
         type = re.sub("_[SML]$", "", format)
         copied = 0.0 if repacked_rows(type, features) is None else (1 - looked_up) * file_bytes
-        # A mix has matrices that are not repacked up to its end, so that its file stays mapped.
+        # A mix has matrices that are not repacked up to the end of its file, so all of it stays mapped.
         mapped = looked_up * file_bytes if copied and type == format else file_bytes
         return llama_cpp_peak(shape, Weights(int(mapped + copied), int(file_bytes + copied)), context)
     bits = int(integers[1])
-    # Blocks of 32 with float16 scales in the file; with scales and sums in float32 once packed.
+    # Blocks of 32: float16 scales in the file, float32 scales and sums once packed.
     packed, kept = (file_bytes * (bits + added) / (bits + 0.5) for added in (2, 1))
     resident = packed + looked_up * kept
     return onnxruntime_peak(shape, Weights(int(resident), int(resident + looked_up * file_bytes)), context)

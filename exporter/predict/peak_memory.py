@@ -1,10 +1,10 @@
-"""How much memory a runtime's process takes at most: its own code, weights, keys and values, and buffers.
+"""The peak memory of a runtime's process: its own code, weights, keys and values, and buffers.
 
-What is counted is the process's largest resident set, mapped files included, as `exporter.targets.runtime` measures it.
-The terms follow from what the runtimes do: llama.cpp prints its buffers when it loads a model (`load_tensors`,
-`llama_kv_cache`), and which matrices it keeps in a second, repacked form stands in ggml's `ggml-cpu/repack.cpp`; ONNX
-Runtime's sizes of prepacked matrices are those of its library MLAS (`qnbitgemm.cpp`). Only what the runtimes do not
-say was fitted, to artifacts of three shapes with random weights on x86-64 Linux: the `*_BYTES` and `FLOATS` below.
+This is the largest resident set of the process including mapped files, as measured by `exporter.targets.runtime`. The
+terms follow from the runtimes' behaviour. llama.cpp prints its buffers when it loads a model (`load_tensors`,
+`llama_kv_cache`); ggml's `ggml-cpu/repack.cpp` determines which matrices it keeps in a second, repacked form. The sizes
+of ONNX Runtime's prepacked matrices are those of its library MLAS (`qnbitgemm.cpp`). Only the `Overhead` values below
+were fitted, to artifacts of three shapes with random weights on x86-64 Linux.
 """
 
 import platform
@@ -18,23 +18,23 @@ from exporter.formats.group import Decision
 from exporter.formats.matmulnbits import MatMulNBitsFormat
 
 MIB = 1 << 20
-# Tokens of a prompt that the runtimes take at once: llama.cpp's physical batch, and onnxruntime-genai's chunk, which
-# keeps its logits, one row for each token, small.
+# Prompt tokens processed at once: llama.cpp's physical batch, and onnxruntime-genai's chunk. The chunk is small because
+# of its logits, one row per token.
 LLAMA_CPP_BATCH, ONNX_CHUNK = 512, 128
-# Cells of llama.cpp's cache come in multiples of this.
+# llama.cpp rounds the cells of its cache up to a multiple of this.
 CACHE_CELLS = 256
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a runtime takes besides what is counted.
+    """The fitted memory overhead of a runtime.
 
     Attributes:
-        process_bytes: Python, NumPy and the runtime's libraries, with what a loaded model of no size adds.
-        token_bytes: For each token of the vocabulary.
-        residual_floats: Buffers of a prompt's token: float32 numbers for each number of the residual stream,
-        projected_floats: for each of its queries, keys and values,
-        intermediate_floats: and for each channel of the feed-forward part.
+        process_bytes: Python, NumPy, the runtime's libraries, and the fixed cost of a loaded model.
+        token_bytes: Bytes per token of the vocabulary.
+        residual_floats: Buffers of a prompt token, in float32 numbers per element of the residual stream.
+        projected_floats: The same per element of its queries, keys and values.
+        intermediate_floats: The same per channel of the feed-forward part.
     """
 
     process_bytes: int
@@ -50,7 +50,7 @@ ONNXRUNTIME = Overhead(115 * MIB, 0, 14.0, 1.8, 1.5)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a decoder the memory depends on; see `exporter.model.architecture.Architecture`."""
+    """The dimensions of a decoder that determine its memory; see `exporter.model.architecture.Architecture`."""
 
     layers: int
     hidden: int
@@ -61,11 +61,11 @@ class ModelShape:
     vocab: int
 
     def cache_bytes(self, tokens: int, bytes_a_value: int) -> int:
-        """Return the size of keys and values of so many tokens."""
+        """Return the size of the keys and values of `tokens` tokens."""
         return 2 * bytes_a_value * tokens * self.layers * self.kv_heads * self.head_dim
 
     def token_bytes(self, overhead: Overhead) -> float:
-        """Return the buffers of one token of a prompt."""
+        """Return the buffer size of one prompt token."""
         projected = (self.heads + 2 * self.kv_heads) * self.head_dim
         return 4 * (
             overhead.residual_floats * self.hidden
@@ -76,11 +76,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a runtime holds of a model's file, in bytes.
+    """The memory of a model's weights in a runtime, in bytes.
 
     Attributes:
-        resident_bytes: Once it is loaded: pages of the mapped file, and copies in the form that kernels want.
-        loading_bytes: The most while it is being loaded.
+        resident_bytes: After loading: pages of the mapped file, and repacked copies for the kernels.
+        loading_bytes: Peak during loading.
     """
 
     resident_bytes: int
@@ -89,13 +89,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Peak:
-    """The memory of a runtime's process, in bytes, by what takes it.
+    """The memory of a runtime's process by use, in bytes.
 
     Attributes:
         process_bytes: Interpreter, libraries, vocabulary.
         weights: The model.
-        cache_bytes: Keys and values of the whole context: both runtimes allocate it at the start.
-        buffer_bytes: Activations and logits of as many of a prompt's tokens as are taken at once.
+        cache_bytes: Keys and values of the whole context, which both runtimes allocate at the start.
+        buffer_bytes: Activations and logits of the prompt tokens processed at once.
     """
 
     process_bytes: int
@@ -105,20 +105,21 @@ class Peak:
 
     @property
     def bytes(self) -> int:
-        """The most at any time: while it loads, or while it reads a prompt."""
+        """The peak, reached either during loading or while processing a prompt."""
         running = self.weights.resident_bytes + self.cache_bytes + self.buffer_bytes
         return self.process_bytes + max(self.weights.loading_bytes, running)
 
 
 def llama_cpp_weights(decisions: Iterable[Decision], file_bytes: int, features: Collection[str]) -> Weights:
-    """Return what llama.cpp holds of a GGUF file and its adapter.
+    """Return the memory of the weights of a GGUF file and its adapter in llama.cpp.
 
-    The whole file is mapped while matrices are repacked from it; then it lets go of what follows the last that is not.
+    The whole file is mapped while matrices are repacked from it. Then llama.cpp unmaps everything after the last matrix
+    that is not repacked.
 
     Args:
-        decisions: In the order of the file.
+        decisions: Decisions in the order of the file.
         file_bytes: Size of the files.
-        features: The processor's, as in device profiles.
+        features: Features of the processor, as in device profiles.
     """
     repacked = factors = mapped = passed = 0
     for decision in decisions:
@@ -137,7 +138,7 @@ def llama_cpp_weights(decisions: Iterable[Decision], file_bytes: int, features: 
 
 
 def repacked_rows(format: str, features: Collection[str]) -> int | None:
-    """Return of what number the rows must be a multiple for ggml to repack a type on a processor; None where never."""
+    """Return the number that must divide a matrix's rows for ggml to repack its type; None if it never does."""
     if "avx2" in features:
         types = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8} | ({"Q2_K": 8} if "avx512" in features else {})
     elif "dotprod" in features or "i8mm" in features:
@@ -148,15 +149,14 @@ def repacked_rows(format: str, features: Collection[str]) -> int | None:
 
 
 def onnx_weights(decisions: Iterable[Decision], rest_bytes: int) -> Weights:
-    """Return what ONNX Runtime holds of a decoder with `MatMulNBits`.
+    """Return the memory of the weights of a decoder with `MatMulNBits` in ONNX Runtime.
 
-    It prepacks every matrix: codes, and for each block its scale and the sum of its codes times it, in float32. An
-    embedding that is looked up is kept as it is stored beside that, its scales widened. Matrices of floats are packed
-    too.
+    It prepacks every matrix: codes, and for each block a float32 scale and the float32 sum of its scaled codes. An
+    embedding that is looked up is also kept as stored, with its scales widened. Float matrices are packed too.
 
     Args:
         decisions: One for each matrix.
-        rest_bytes: Size of all else in the file.
+        rest_bytes: Size of the rest of the file.
     """
     resident, largest = rest_bytes, 0
     for decision in decisions:
@@ -173,7 +173,7 @@ def onnx_weights(decisions: Iterable[Decision], rest_bytes: int) -> Weights:
 
 
 def llama_cpp_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
-    """Return the memory of llama.cpp in Python: float16 keys and values, flash attention, the last token's logits."""
+    """Return the memory of llama.cpp in Python with float16 keys and values, flash attention, last-token logits."""
     cells = -(-context // CACHE_CELLS) * CACHE_CELLS
     batch = min(context, LLAMA_CPP_BATCH)
     mask = 2 * batch * cells
@@ -183,9 +183,9 @@ def llama_cpp_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
 
 
 def onnxruntime_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
-    """Return the memory of onnxruntime-genai in Python: float32 keys and values, and logits of each token of a chunk.
+    """Return the memory of onnxruntime-genai in Python with float32 keys and values, and logits for a whole chunk.
 
-    The logits are there twice: the last chunk of a prompt is shorter, and gets its own before the others' are freed.
+    The logits exist twice: the last, shorter chunk of a prompt gets new logits before the old ones are freed.
     """
     batch = min(context, ONNX_CHUNK)
     logits = 2 * 4 * shape.vocab * batch
@@ -195,7 +195,7 @@ def onnxruntime_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
 
 
 def host_features() -> frozenset[str]:
-    """Return of this machine's instruction set what decides about kernels, named as in device profiles."""
+    """Return this machine's features that select kernels, named as in device profiles."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return frozenset({"neon", "dotprod"})
     path = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""What a model's file will do on a device: speed, waiting, memory, energy, each with an interval of 80 %."""
+"""Predicts speed, latency, memory and energy of a model's file on a device, each with an 80 % interval."""
 
 from math import hypot, log
 
@@ -11,27 +11,27 @@ from exporter.predict.request import Request, checked_request
 from exporter.predict.threads import ThreadChoice, threads
 from exporter.predict.weight_residency import Residence, load_ms, paged, residence
 
-# Standard deviations of the logarithm of a power: read on a meter, or recalled.
+# Standard deviations of the logarithm of a power: published meter readings, or recalled values.
 PUBLISHED_WATTS_NOISE, ESTIMATED_WATTS_NOISE = 0.1, 0.3
 
 
 class Prediction(Document):
-    """What is expected of a model's file on a device.
+    """The predicted performance of a model's file on a device.
 
     Attributes:
         device: The profile's name.
-        backend: Where it runs.
-        format: Of the weights.
-        decode_tokens_per_s: Generation with a full context; from storage, where weights will not stay in memory.
-        sustained_decode_tokens_per_s: The same after minutes of load, where the profile says how the device slows down.
-        prefill_tokens_per_s: Reading the prompt.
-        time_to_first_token_ms: From a prompt to the first token of the answer, the model loaded.
-        peak_bytes: The most memory of the process, mapped files included.
-        load_ms: A first load.
-        energy_per_token_joules: Of the whole device; absent where its power is not known.
-        threads: For the CPU; absent on other backends.
-        residence: Whether what it holds while it runs fits.
-        notes: What else there is to know.
+        backend: The backend.
+        format: Format of the weights.
+        decode_tokens_per_s: Decode speed with a full context; from storage if weights will not stay in memory.
+        sustained_decode_tokens_per_s: The same after minutes of load; absent if the profile gives no slowdown.
+        prefill_tokens_per_s: Prefill speed.
+        time_to_first_token_ms: Time from a prompt to the first token of the answer, with the model loaded.
+        peak_bytes: Peak memory of the process, including mapped files.
+        load_ms: Time of a first load.
+        energy_per_token_joules: Energy of the whole device; absent if its power is unknown.
+        threads: Threads on the CPU; absent on other backends.
+        residence: Whether the process fits in memory while running.
+        notes: Further notes.
     """
 
     device: str
@@ -50,10 +50,10 @@ class Prediction(Document):
 
 
 def predict(profile: DeviceProfile, request: Request) -> Prediction:
-    """Predict what a model's file will do on a device.
+    """Predict the performance of a model's file on a device.
 
     Args:
-        profile: The device; runs in its profile count as measured points.
+        profile: The device; runs in its profile are used as measured points.
         request: The model's file and how it is run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The memory of a runtime's process, from the file's size alone: what it holds while it runs, and its peak."""
+"""Estimates the memory of a runtime's process while running and at its peak, from the file's size."""
 
 import re
 
@@ -9,19 +9,19 @@ from exporter.predict.memory_from_size import predicted_peak
 from exporter.predict.request import Request
 from exporter.predict.token_cost import kv_bytes
 
-# The process with its libraries and a vocabulary of 100,000, and the buffers of 512 tokens of a prompt for 10^9
-# parameters: six numbers for each of the residual stream and 2.6 for each feed-forward channel, whose widths (2048 and
-# 8192 in Llama 3.2 1B, 4096 and 14336 in 8B) grow as so small a power. Published: llama.cpp held 55 MB more than the
+# The process with its libraries and a vocabulary of 100,000, and the buffers of 512 prompt tokens for 10^9 parameters:
+# 6 numbers per element of the residual stream and 2.6 per feed-forward channel. These widths (2048 and 8192 in Llama
+# 3.2 1B, 4096 and 14336 in 8B) grow with a small power of the parameters. Published: llama.cpp held 55 MB more than the
 # 0.8 GB of a 1B model (M1), and 180 MB more than the 1.3 GB of a 2B one (iPhone 17 Pro).
 PROCESS_BYTES, BUFFERS_BYTES, BUFFERS_TOKENS, BUFFERS_POWER = 95e6, 69e6, 512, 0.3
 # llama.cpp held 1.07 to 1.14 times the file, LiteRT 1.0 to 1.3 times.
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
-# Whose memory is known term by term; Termux runs llama.cpp.
+# Runtimes whose memory is known term by term; Termux runs llama.cpp.
 KNOWN_RUNTIMES = re.compile("llama|termux|onnx")
 
 
 def held_bytes(request: Request) -> Estimate:
-    """Estimate what a runtime holds while it runs: the weights once, the cache and the buffers."""
+    """Estimate the memory of a runtime while running: the weights once, the cache and the buffers."""
     cache = kv_bytes(request.parameters, request.context)
     tokens = min(request.context, BUFFERS_TOKENS) / BUFFERS_TOKENS
     buffers = PROCESS_BYTES + BUFFERS_BYTES * tokens * (request.parameters / 1e9) ** BUFFERS_POWER
@@ -35,13 +35,13 @@ def held_bytes(request: Request) -> Estimate:
 
 
 def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Estimate:
-    """Estimate the most that is resident at any time, pages of the mapped file included, which can be dropped."""
+    """Estimate the peak resident memory, including pages of the mapped file, which can be dropped."""
     if request.backend != "cpu" or not (request.runtime == "" or KNOWN_RUNTIMES.search(request.runtime.lower())):
         return held
     found = predicted_peak(
         request.file_bytes, request.parameters, request.format.strip(), request.context, profile.isa.features
     )
-    # What is mapped is dropped before more is resident than there is memory.
+    # Mapped pages are dropped before the resident memory exceeds the RAM.
     value, low, high = (min(float(size), profile.ram_bytes.value) for size in (found.value, found.low, found.high))
     how = "the process, weights as the runtime loads and packs them, cache and buffers of models of that size"
     return Estimate(value=value, low=low, high=high, unit=UNIT, how=how)

@@ -1,4 +1,4 @@
-"""Predicted rates of a device: what the fitted times say of it, moved by what was measured on it."""
+"""Predicts the speeds of a device from the fitted times, corrected by measurements on the device."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,33 +19,33 @@ from exporter.predict.workload import Family, Machine, Workload, format_family
 TOKENS_A_SECOND = "tokens/s"
 INTEGER_DOT = {"dotprod", "i8mm", "avx2", "avx-vnni", "avx512", "avx512-vnni", "amx-int8"}
 X86 = {"avx", "avx2", "fma", "f16c"}
-# Bits of a weight, whole files, where a published run does not state the parameters.
+# Bits per weight of whole files, for published runs that do not state the parameters.
 BITS: dict[Family, float] = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
-# Standard deviations of a point's logarithm: published runs of one device differ by the system and the build.
+# Standard deviations of a point's logarithm. Published runs of one device differ in system and build.
 MEASURED_NOISE, PUBLISHED_NOISE = 0.05, 0.12
-# A profile's own rates: of a fit to several runs, and of kernels that may not be the ones that will run.
+# The same for a profile's own rates: bandwidth fitted to several runs, and kernels that may differ from those used.
 BANDWIDTH_NOISE, KERNEL_NOISE, CARRIED_OVER_NOISE = 0.15, 0.3, 0.5
-# The families of a profile's kernels.
+# Kernel family of a profile -> format family.
 KERNELS: dict[str, Family] = {
     "f32": "float", "f16": "float", "bf16": "float", "q8": "eight", "int8": "eight", "q4": "four", "int4": "four",
     "w4a16": "four", "k": "k", "iq": "low",
 }  # fmt: skip
-# A prompt of 4096 tokens was read at 0.64 of the pace of 512 with 10^9 weights, and at 0.79 with 3 x 10^9: attention
-# grows with the prompt, and is a smaller share of a larger model (Dragon Q8B, CIX P1, i5-4278U; llama.cpp).
+# A prompt of 4096 tokens ran at 0.64 of the prefill speed of 512 with 10^9 weights, and at 0.79 with 3 x 10^9.
+# Attention grows with the prompt, and is a smaller share of a larger model (Dragon Q8B, CIX P1, i5-4278U; llama.cpp).
 USUAL_PROMPT, SAG, SAG_TOKENS, SAG_POWER = 512, 0.56, 4096 - 512, -0.67
 SAG_DEVIATION = 0.3
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Predicted tokens a second."""
+    """Predicted tokens per second."""
 
     decode: Estimate
     prefill: Estimate
 
 
 def workload(profile: DeviceProfile, request: Request) -> Workload:
-    """Return a request on a device as the facts that its speed follows from."""
+    """Return the facts that determine the speed of a request on a device."""
     own = _backend(profile, request.backend)
     peak = (own and own.peak_bandwidth_bytes_per_s) or profile.peak_bandwidth_bytes_per_s
     operations = own and own.peak_operations_per_s
@@ -69,7 +69,7 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
 
     Args:
         profile: The device; each run in it is a measured point.
-        request: The file, checked.
+        request: A checked request.
     """
     work, model = workload(profile, request), fitted()
     decode = _points(profile, model.decode, decode_terms, lambda run: run.decode_tokens_per_s)
@@ -83,7 +83,7 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
 
 
 def at_length(usual: Estimate, request: Request) -> Estimate:
-    """Return the pace of a prompt of another length than the usual 512."""
+    """Return the prefill speed at the requested prompt length, from that at the usual 512 tokens."""
     slower = _slower(request.parameters, request.prompt)
     if slower == 1:
         return usual
@@ -98,13 +98,13 @@ def at_length(usual: Estimate, request: Request) -> Estimate:
 
 
 def _slower(parameters: float, prompt: int) -> float:
-    """Return how many times longer a token of such a prompt takes than one of the usual 512."""
+    """Return the time per prompt token relative to the usual prompt of 512 tokens."""
     extra = max(prompt - USUAL_PROMPT, 0) / SAG_TOKENS
     return float(1 + SAG * (parameters / 1e9) ** SAG_POWER * extra)
 
 
 def _usual_prefill(run: Measured) -> float | None:
-    """Return what a run says of the pace of a prompt of 512 tokens."""
+    """Return a run's prefill speed, converted to a prompt of 512 tokens."""
     if run.prefill_tokens_per_s is None or run.parameters is None:
         return run.prefill_tokens_per_s
     return run.prefill_tokens_per_s * _slower(run.parameters, run.prompt_tokens or USUAL_PROMPT)
@@ -137,7 +137,7 @@ def _points(
 
 
 def _workload_of(profile: DeviceProfile, run: Measured) -> Workload | None:
-    """Return what a run was of; nothing, where its format is of no known family."""
+    """Return the workload of a run, or None if its format is of no known family."""
     try:
         family = format_family(run.format)
     except RequestError:
@@ -150,7 +150,7 @@ def _workload_of(profile: DeviceProfile, run: Measured) -> Workload | None:
 
 
 def _bandwidth_points(profile: DeviceProfile, work: Workload, model: Coefficients) -> Iterator[Point]:
-    """Yield what the profile says decoding draws of the memory, where that is more than a guess."""
+    """Yield a point for the profile's usable bandwidth, unless it is only estimated."""
     own = _backend(profile, work.backend)
     usable = own and own.usable_bandwidth_bytes_per_s
     if usable and usable.basis != "estimated":
@@ -161,7 +161,7 @@ def _bandwidth_points(profile: DeviceProfile, work: Workload, model: Coefficient
 
 
 def _kernel_points(profile: DeviceProfile, work: Workload, model: Coefficients) -> Iterator[Point]:
-    """Yield what the profile says about reading prompts with kernels of the format's family."""
+    """Yield points for the profile's prefill speeds of kernels of the format's family."""
     own = _backend(profile, work.backend)
     kernels: Sequence[Kernel] = own.kernels if own else ()
     for kernel in kernels:

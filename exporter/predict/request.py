@@ -1,4 +1,4 @@
-"""What a prediction is asked about: a model's file, without the model."""
+"""A request for a prediction, which needs only facts about a model's file."""
 
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -18,13 +18,13 @@ class Request:
     """A model's file and how it is run.
 
     Attributes:
-        file_bytes: Of the weights; all are taken to be read for each token (a dense model).
+        file_bytes: Bytes of the weights; all are assumed to be read for each token (a dense model).
         parameters: Weights of the model.
-        format: As the runtime names it.
+        format: Format as named by the runtime.
         backend: Processor and interface; see `exporter.predict.workload.backend_name`.
-        context: Tokens in the cache: those that memory is reserved for, and that each token reads.
-        prompt: Tokens of the prompt whose first answer is waited for.
-        runtime: Its name; empty for llama.cpp or one like it.
+        context: Tokens in the cache, which determine its memory and the bytes that each token reads.
+        prompt: Prompt tokens, for the time to the first token.
+        runtime: Name of the runtime; empty for llama.cpp or a similar one.
     """
 
     file_bytes: int
@@ -37,10 +37,10 @@ class Request:
 
 
 def checked_request(request: Request, profile: DeviceProfile) -> Request:
-    """Return the request with its backend as the profiles name it; of `gpu` or `npu` alone the device's first.
+    """Return the request with its backend's profile name; plain `gpu` or `npu` selects the device's first.
 
     Raises:
-        RequestError: a number is out of bounds, two numbers do not go together, or a name is unknown.
+        RequestError: a number is out of bounds, two numbers are inconsistent, or a name is unknown.
     """
     for what, value, low, high in (
         ("the file's bytes", request.file_bytes, LEAST_BYTES, MOST_BYTES),

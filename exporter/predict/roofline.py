@@ -1,8 +1,8 @@
-"""How quickly a device's processor gets through matrices: the roofline of its memory and of its kernels.
+"""Estimates the speed of matrices on a device's CPU with the roofline of its memory and kernels.
 
-A matrix takes the longer of two times (Williams et al. 2009): that of reading its bytes, once for each generated token,
-and that of its multiplications. The speed of llama.cpp's 4-bit kernels for a core and a cycle is what published
-prefills imply: 2 x parameters x tokens a second over cores and clock. All of it is an estimate.
+A matrix takes the longer of two times (Williams et al. 2009): reading its bytes, once for each generated token, or its
+multiplications. The speed of llama.cpp's 4-bit kernels per core and cycle is inferred from published prefill speeds:
+2 x parameters x tokens/s over cores and clock. All of it is an estimate.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from math import inf
 
 from exporter.device.profile import DeviceProfile
 
-# Multiply-adds of a core in a cycle, of the 4-bit kernels that repack weights for the instructions; the first that a
-# device has counts. Sources: i8mm, Snapdragon X Elite 2.9 TOPS and M4 Max 2.6 TOPS of CPU prefill; AVX-512 VNNI, Ryzen
-# AI Max 4.0 TOPS; AVX-VNNI, Core Ultra 200V 0.34 TOPS; dotprod, Raspberry Pi 5 0.13 to 0.29 TOPS; NEON, Raspberry Pi 4
-# about 0.02 TOPS.
+# Multiply-adds per core and cycle of the 4-bit kernels that repack weights; the first feature that a device has is
+# used. Sources: i8mm, Snapdragon X Elite 2.9 TOPS and M4 Max 2.6 TOPS of CPU prefill; AVX-512 VNNI, Ryzen AI Max 4.0
+# TOPS; AVX-VNNI, Core Ultra 200V 0.34 TOPS; dotprod, Raspberry Pi 5 0.13 to 0.29 TOPS; NEON, Raspberry Pi 4 about 0.02
+# TOPS.
 PRODUCTS_A_CYCLE = {
     "i8mm": 20.0, "avx512-vnni": 25.0, "avx-vnni": 8.0, "avx512": 8.0, "avx2": 5.0, "dotprod": 10.0, "neon": 1.5,
 }  # fmt: skip
@@ -22,39 +22,39 @@ SLOWEST = 1.0
 
 @dataclass(frozen=True)
 class Throughput:
-    """A kernel's products a second, with one token and with many, over those of llama.cpp's Q4_0 with many tokens."""
+    """A kernel's multiply-adds per second with one token and with many, relative to llama.cpp's Q4_0 with many."""
 
     decode: float = 1.0
     prefill: float = 1.0
 
     def times(self, other: "Throughput") -> "Throughput":
-        """Return both figures multiplied by those of the kernel that this one was compared with."""
+        """Return both ratios multiplied by those of the reference kernel."""
         return Throughput(self.decode * other.decode, self.prefill * other.prefill)
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """What the roofline needs.
+    """The parameters of a CPU's roofline.
 
     Attributes:
-        bytes_per_s: What decoding draws of the memory.
-        products_per_s: Multiply-adds of llama.cpp's Q4_0 with many tokens, all used cores together.
+        bytes_per_s: Memory bandwidth reached in decoding.
+        products_per_s: Multiply-adds per second of llama.cpp's Q4_0 with many tokens, on all used cores together.
     """
 
     bytes_per_s: float
     products_per_s: float
 
     def decode_s(self, weights: int, stored_bytes: int, throughput: Throughput) -> float:
-        """Return the seconds that a matrix takes for one generated token."""
+        """Return the seconds of a matrix per generated token."""
         return max(stored_bytes / self.bytes_per_s, weights / (self.products_per_s * throughput.decode))
 
     def prefill_s(self, weights: int, throughput: Throughput) -> float:
-        """Return the seconds that a matrix takes for each of a prompt's many tokens."""
+        """Return the seconds of a matrix per prompt token."""
         return 0.0 if throughput.prefill == inf else weights / (self.products_per_s * throughput.prefill)
 
 
 def cpu_of(device: DeviceProfile) -> Cpu:
-    """Return the speeds of a device's processor with the threads that its profile names, on its fastest cores."""
+    """Return the speeds of a device's CPU with the profile's threads on its fastest cores."""
     left, cycles = device.threads.count, 0.0
     for cluster in device.clusters:
         used = min(left, cluster.cores)

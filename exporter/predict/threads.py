@@ -1,23 +1,23 @@
-"""How many threads to run on cores of several kinds: all work waits for the slowest, so little cores cost speed.
+"""Chooses the number of threads on cores of several kinds: all wait for the slowest, so little cores cost speed.
 
-Four threads of a Snapdragon 778G decoded at 7.5 tokens/s and eight at 4.5; those of an RK3588 at 6.9 and 3.8; a
-Snapdragon 8 Gen 2 was best with its five larger cores (sources: `devices/`).
+A Snapdragon 778G decoded at 7.5 tokens/s with four threads and 4.5 with eight; an RK3588 at 6.9 and 3.8. A Snapdragon
+8 Gen 2 was fastest with its five larger cores (sources: `devices/`).
 """
 
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Document
 
-# A core slower than this share of the fastest holds up the others more than it helps.
+# A core with a clock below this share of the fastest slows the others more than it helps.
 LEAST_CLOCK = 0.8
 
 
 class ThreadChoice(Document):
-    """Threads to run with.
+    """The number of threads to use.
 
     Attributes:
-        decode: For generation, which waits for the memory.
-        prefill: For prompts, which are bound by arithmetic.
-        detail: Why.
+        decode: Threads for decoding, which is memory-bound.
+        prefill: Threads for prompts, which are compute-bound.
+        detail: The reason.
     """
 
     decode: int
@@ -26,7 +26,7 @@ class ThreadChoice(Document):
 
 
 def threads(profile: DeviceProfile) -> ThreadChoice:
-    """Choose threads for a device's CPU: the profile's for decoding, all cores of nearly the top clock for prompts."""
+    """Choose threads for a device's CPU: the profile's for decoding, all cores near the top clock for prompts."""
     fastest = max(cluster.clock_ghz.value for cluster in profile.clusters)
     large = [cluster for cluster in profile.clusters if cluster.clock_ghz.value >= LEAST_CLOCK * fastest]
     little = sum(cluster.cores for cluster in profile.clusters if cluster not in large)

@@ -1,9 +1,9 @@
-"""What a token costs, as a sum of times: reading the weights, a fixed part, and work for each weight.
+"""The time of a token as a sum of terms: reading the weights, a fixed part, and work per weight.
 
-A generated token reads every weight and the cache once (Williams et al. 2009, the roofline's slope); what published
-speeds show beside it is a part that grows slowly with the model (one launch after another, layer by layer) and a part
-for each weight (unpacking, on processors that do not hide it behind the reading). Each time is a number of
-milliseconds that follows from the facts, times e to the power of the named coefficients that the facts call for:
+A generated token reads every weight and the cache once (Williams et al. 2009, the roofline's slope). Published speeds
+show two further parts: one that grows slowly with the model (successive launches, layer by layer), and one per weight
+(unpacking, on processors that do not hide it behind the reading). Each term is a number of milliseconds computed from
+the facts, scaled by the coefficients that apply:
 
     time = sum over terms of milliseconds x exp(sum of weight x coefficient)
 
@@ -16,24 +16,26 @@ from math import log
 
 from exporter.predict.workload import Workload
 
-# Runtimes whose speed is known to differ from llama.cpp's own program, by a word in their name.
+# Runtimes, by a word in their name, whose speed is known to differ from that of llama.cpp's own program.
 RUNTIMES = ("cactus", "executorch", "genie", "llama.rn", "mlc", "mnn", "ollama", "termux", "vllm")
-# Formats below 4 bits are bound by being unpacked: no quicker than if they had so many. Kernels that look codes up in a
-# table (IQ1 to IQ3) do half the products a second of those of Q2_K and Q4_0 (`exporter.targets.gguf.kernel_speeds`).
+# Formats below 4 bits are bound by unpacking, so they are no faster than formats of this many bits. Kernels that look
+# codes up in a table (IQ1 to IQ3) do half as many multiply-adds per second as those of Q2_K and Q4_0
+# (`exporter.targets.gguf.kernel_speeds`).
 LEAST_BITS, LEAST_BITS_OF_TABLES = 6.5, 9.0
-# Bytes of one token in the cache, float16, of a model of 10^9 parameters; it grows with the root. Llama 3.2 1B has
-# 32 KiB and 8B 128 KiB, Qwen3 0.6B has 112 KiB.
+# Bytes of one token in the float16 cache of a model of 10^9 parameters; they grow with the square root of the
+# parameters. Llama 3.2 1B has 32 KiB, 8B has 128 KiB and Qwen3 0.6B has 112 KiB.
 KV_BYTES_OF_A_BILLION = 56 * 1024
-# The bandwidth at which the coefficients of its logarithm count nothing.
+# The bandwidth at which the coefficients of its logarithm have no effect.
 MIDDLE_BANDWIDTH = 60e9
-# Operations a second of a GPU for each byte a second of its memory, and of a neural processor, before coefficients; of
-# a small one the share of its data sheet's that published ones had (Hexagon: 8 to 18 of 45 to 100 TOPS).
+# Before coefficients: operations of a GPU per byte of its memory bandwidth, and operations per second of a neural
+# processor. A small neural processor reaches the share of its data sheet that published ones did (Hexagon: 8 to 18 of
+# 45 to 100 TOPS).
 GPU_OPERATIONS_PER_BYTE, NPU_OPERATIONS, NPU_SHARE = 24.0, 10e12, 0.2
 
 
 @dataclass(frozen=True)
 class Term:
-    """A part of the time: `milliseconds` x exp(sum of weight x coefficient)."""
+    """A term of the time: `milliseconds` x exp(sum of weight x coefficient)."""
 
     milliseconds: float
     weights: Mapping[str, float]
@@ -45,7 +47,7 @@ def kv_bytes(parameters: float, context: int) -> float:
 
 
 def decode_terms(work: Workload) -> list[Term]:
-    """Return the parts of the time of one generated token."""
+    """Return the terms of the time of one generated token."""
     kind, family, billions = work.kind, work.family, log(work.parameters / 1e9)
     bandwidth = log(work.bandwidth_bytes_per_s / MIDDLE_BANDWIDTH)
     side = "cpu" if kind == "cpu" else "gpu"
@@ -72,14 +74,14 @@ def decode_terms(work: Workload) -> list[Term]:
 
 
 def read_bytes(work: Workload) -> float:
-    """Return what one token reads: the weights, and the cache."""
+    """Return the bytes that one token reads: the weights and the cache."""
     bits = LEAST_BITS_OF_TABLES if work.format.upper().startswith("IQ") else LEAST_BITS
     least = bits / 8 * work.parameters if work.family == "low" else 0.0
     return max(work.file_bytes, least) + kv_bytes(work.parameters, work.context)
 
 
 def prefill_terms(work: Workload) -> list[Term]:
-    """Return the time of one token of a prompt of about 512, as a single part."""
+    """Return the time of one token of a prompt of about 512 tokens, as a single term."""
     kind, family = work.kind, work.family
     bandwidth = log(work.bandwidth_bytes_per_s / MIDDLE_BANDWIDTH)
     operations = 2 * work.parameters

@@ -1,8 +1,8 @@
-"""Whether a model stays in a device's memory while it runs, and what becomes of its speed where it does not.
+"""Predicts whether a model stays in a device's memory while it runs, and its speed if it does not.
 
-Decoding reads all weights in the same order for each token. Once they do not fit, the system drops pages before they
-are read again: a Raspberry Pi 5 fell from 0.92 to 0.02 tokens/s within 50 MB of file (nyunai/edge-llm-leaderboard).
-So a token then waits for storage: for what is missing at best, for the whole file at worst.
+Decoding reads all weights in the same order for each token. If they do not fit, the system drops pages before they are
+read again: a Raspberry Pi 5 fell from 0.92 to 0.02 tokens/s within 50 MB of file (nyunai/edge-llm-leaderboard). Each
+token then reads from storage: only the missing part at best, the whole file at worst.
 """
 
 from collections.abc import Mapping
@@ -16,22 +16,22 @@ from exporter.predict.estimate import Estimate
 
 Status = Literal["fits", "uncertain", "pages", "ended"]
 GB = 1e9
-# Sequential reads of a class's storage, where the profile has none: SD cards, UFS 3, NVMe.
+# Sequential read speed of a class's storage, if the profile has none: SD cards, UFS 3, NVMe.
 USUAL_STORAGE: Mapping[DeviceClass, float] = {"board": 90e6, "phone": 2.5e9, "tablet": 2.5e9, "laptop": 2.5e9}
-# A cold load's share of that pace, and what it takes beside reading: 1.3 GB loaded in 0.3 to 1.2 s (iPhone 17 Pro).
+# Share of that speed in a cold load, and the time besides reading: 1.3 GB loaded in 0.3 to 1.2 s (iPhone 17 Pro).
 LOAD_SHARES, LOAD_SECONDS = (0.25, 0.6, 1.0), (1.0, 0.1, 0.0)
 
 
 class Residence(Document):
-    """Whether what a model holds while it runs fits.
+    """Whether a running model fits in memory.
 
     Attributes:
-        status: `fits`; `uncertain`, where the ends of the interval disagree; `pages`, where weights are read from
-            storage for each token; `ended`, where the system ends an app that takes so much.
-        limit_bytes: What must not be exceeded.
+        status: `fits`; `uncertain` if the ends of the interval disagree; `pages` if weights are read from storage for
+            each token; `ended` if the system kills an app of this size.
+        limit_bytes: The memory limit.
         detail: The same in a sentence.
-        decode_in_memory: Tokens/s if all stayed in memory, where it does not.
-        decode_from_storage: Tokens/s once the system reads weights from storage again, where it may come to that.
+        decode_in_memory: Tokens/s if all weights stayed in memory; given unless the model fits.
+        decode_from_storage: Tokens/s if weights are read from storage; given unless the model fits.
     """
 
     status: Status
@@ -42,14 +42,14 @@ class Residence(Document):
 
 
 def residence(profile: DeviceProfile, held: Estimate) -> Residence:
-    """Compare what a model holds while it runs with what a device has for one app."""
+    """Compare the memory of a running model with a device's limit for one app."""
     reserve = reserved_bytes(profile)
     limit, what = profile.ram_bytes.value - reserve, "what the RAM leaves beside the system"
     app = profile.app_memory_limit_bytes.value
     if app < limit:
         limit, what = app, "what one app may use"
     ends = app == limit and profile.device_class in ("phone", "tablet")
-    # Systems give up some of their own reserve before they page: files of up to 8.5 GB ran on a board of 8 GiB.
+    # Systems give up part of their reserve before they page: files of up to 8.5 GB ran on a board of 8 GiB.
     beyond = held.value > limit if ends else held.low > limit + reserve / 2
     status: Status = "fits" if held.high <= limit else "uncertain"
     if beyond:
@@ -72,7 +72,7 @@ def _sentence(status: Status, numbers: str, what: str, limit: float, profile: De
 
 
 def paged(decode: Estimate, profile: DeviceProfile, file_bytes: int, missing_bytes: float) -> Estimate:
-    """Return the speed of decoding from storage: what is missing for each token at best, the whole file at worst."""
+    """Return the decode speed from storage, reading the missing part per token at best, the whole file at worst."""
     read = storage_bytes_per_s(profile)
     least = min(max(missing_bytes, 0.05 * file_bytes), 0.5 * file_bytes)
     seconds = [1 / decode.value + lost / read for lost in (least, file_bytes)]
@@ -87,7 +87,7 @@ def paged(decode: Estimate, profile: DeviceProfile, file_bytes: int, missing_byt
 
 
 def load_ms(profile: DeviceProfile, file_bytes: int) -> Estimate:
-    """Return the time of a first load, from storage."""
+    """Return the time of a first load from storage."""
     read = storage_bytes_per_s(profile)
     high, value, low = (
         1e3 * (file_bytes / (share * read) + extra) for share, extra in zip(LOAD_SHARES, LOAD_SECONDS, strict=True)
@@ -99,6 +99,6 @@ def load_ms(profile: DeviceProfile, file_bytes: int) -> Estimate:
 
 
 def storage_bytes_per_s(profile: DeviceProfile) -> float:
-    """Return the pace of sequential reads, of the profile or else of its class."""
+    """Return the sequential read speed of the profile, or else of its device class."""
     storage = profile.storage_read_bytes_per_s
     return storage.value if storage is not None else USUAL_STORAGE[profile.device_class]

@@ -1,4 +1,4 @@
-"""What runs and on what: the facts that predictions of speed rest on, from names as runtimes and users write them."""
+"""Workloads: the facts that determine predicted speeds, and parsing of the names that runtimes and users write."""
 
 import re
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from exporter.device.backend import BackendName
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import RequestError, did_you_mean
 
-# A processor's interface decides how much of the memory it draws; those of PCs' GPUs differ less than their drivers.
+# The interface of a processor determines the bandwidth it reaches; on PC GPUs, interfaces differ less than drivers.
 Kind = Literal["cpu", "metal", "opencl", "cuda", "gpu", "npu"]
 Machine = Literal["phone", "apple", "x86", "board", "arm"]
-# Formats by what their kernels do: floats, 8 and 4 bits in blocks of one scale, K-quants of 4 bits and more, and all
-# that is unpacked from less.
+# Formats by kernel: floats, 8 and 4 bits in blocks of one scale, K-quants of 4 bits and more, and all formats of fewer
+# bits.
 Family = Literal["float", "eight", "four", "k", "low"]
 
 KINDS: dict[str, Kind] = {
@@ -24,7 +24,7 @@ ALIASES: dict[str, BackendName] = {
     "npu:qnn": "npu:htp", "ane": "npu:ane", "npu:coreml": "npu:ane", "openvino": "npu:openvino", "rknn": "npu:rknn",
 }  # fmt: skip
 
-# The first that fits counts; what follows a name (a group size, a mix's letter) does not change its kernels.
+# The first match is used. A suffix of a name (a group size, a mix's letter) does not change its kernels.
 FORMATS: tuple[tuple[str, Family, str], ...] = (
     (r"(B?F16|F32|FP16|FP32)\b", "float", "F32, F16, BF16"),
     (r"(Q8_|INT8\b|Q8\b|8-BIT|FP8|A(8|16)W8|W8A(8|16))", "eight", "Q8_0, int8, fp8, a8w8, a16w8"),
@@ -41,16 +41,16 @@ class Workload:
 
     Attributes:
         backend: The processor and its interface.
-        machine: What it is part of.
-        bandwidth_bytes_per_s: The memory's peak.
-        products_per_s: Multiply-adds that the CPU's best 4-bit kernels make of a prompt; zero where that is not known.
+        machine: The kind of machine.
+        bandwidth_bytes_per_s: Peak bandwidth of the memory.
+        products_per_s: Multiply-adds per second of the CPU's best 4-bit kernels in prefill; zero if unknown.
         has_integer_dot: Whether the CPU multiplies bytes four at a time (dotprod, i8mm, VNNI, AVX2).
-        format: The weights'.
-        file_bytes: What a token reads of the file; all of it, where the model is dense.
+        format: Format of the weights.
+        file_bytes: Bytes of the file read per token; all of them for a dense model.
         parameters: Weights of the model.
         context: Tokens in the cache while a token is generated.
-        runtime: Its name; empty where it is not known.
-        peak_operations_per_s: Of a neural processor, by its data sheet; zero where that is not known.
+        runtime: Name of the runtime; empty if unknown.
+        peak_operations_per_s: Peak of a neural processor from its data sheet; zero if unknown.
     """
 
     backend: str
@@ -67,22 +67,22 @@ class Workload:
 
     @property
     def kind(self) -> Kind:
-        """What the backend is among those that differ in speed."""
+        """The backend's kind, among those that differ in speed."""
         kind = KINDS.get(self.backend) or KINDS[self.backend.split(":")[0]]
-        # GPUs of phones differ from those of PCs by more than their interface does.
+        # Phone and PC GPUs differ more than their interfaces.
         return "opencl" if kind == "gpu" and self.machine in ("phone", "board") else kind
 
     @property
     def family(self) -> Family:
-        """What the format is among those whose kernels differ."""
+        """The format's family, among those whose kernels differ."""
         return format_family(self.format)
 
 
 def backend_name(text: str) -> str:
-    """Return the name of a backend in one spelling: one of the profiles', or `gpu` or `npu` where no more is said.
+    """Return the canonical name of a backend: one of the profiles', or `gpu` or `npu` if the text is no more specific.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: the backend is unknown.
     """
     name = text.strip().lower()
     if name in ("gpu", "npu"):
@@ -95,15 +95,15 @@ def backend_name(text: str) -> str:
 
 
 def is_known_format(text: str) -> bool:
-    """Say whether `format_family` knows a format."""
+    """Return whether `format_family` knows a format."""
     return any(re.match(pattern, text.strip().upper()) for pattern, _, _ in FORMATS)
 
 
 def format_family(text: str) -> Family:
-    """Return the family of a format, named as its runtime names it.
+    """Return the family of a format given by its runtime's name.
 
     Raises:
-        RequestError: it is none that is known.
+        RequestError: the format is unknown.
     """
     for pattern, family, _ in FORMATS:
         if re.match(pattern, text.strip().upper()):

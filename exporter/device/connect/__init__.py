@@ -1,1 +1,1 @@
-"""Real devices: a way to reach one, a folder on it, and what it is. One file a transport."""
+"""Real devices: a connection, a folder on the device, and its identity. One file per transport."""

@@ -1,4 +1,4 @@
-"""Phones, through the adb server of this machine and adbutils. The server is the user's: it is not started here."""
+"""Connects to phones through adbutils and the adb server of this machine. The user must have started the server."""
 
 import os
 import socket
@@ -45,10 +45,10 @@ class Adb:
         address: Its serial.
 
     Raises:
-        RequestError: no adb server answers, or it does not reach such a phone.
+        RequestError: no adb server answers, or it does not reach this phone.
     """
 
-    # The one place that a shell of adb may write to and run programs from.
+    # The only folder that an adb shell may write to and run programs from.
     parent = Line("/data/local/tmp")
 
     def __init__(self, address: Address) -> None:
@@ -68,11 +68,11 @@ class Adb:
             raise RequestError("the phone's adb is too old", where=self.where, expected="Android 7 or newer")
 
     def run(self, command: Line, timeout_s: float) -> ShellResult:
-        """Run a line of shell there; see `Connection.run`."""
+        """Run a shell line on the phone; see `Connection.run`."""
         return self._begun(command, timeout_s).end(timeout_s)
 
     def start(self, command: Line, timeout_s: float) -> "_Running":
-        """Start a line of shell there; see `Connection.start`."""
+        """Start a shell line on the phone; see `Connection.start`."""
         running = self._begun(command, timeout_s)
         running.hear_a_line(timeout_s)
         return running
@@ -83,7 +83,7 @@ class Adb:
 
     @contextmanager
     def failing(self, timeout_s: float) -> Iterator[None]:
-        """Say in our words what goes wrong with a connection."""
+        """Translate the errors of a connection."""
         try:
             yield
         except (self._late, TimeoutError) as error:
@@ -92,10 +92,10 @@ class Adb:
             raise dropped(self.where, error) from error
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
-        """Write a file there; see `Connection.send`."""
+        """Write a file on the phone; see `Connection.send`."""
         try:
             with closing(self._opened(*self._transport, "sync:", timeout_s=SEND_STALL_S)) as link:
-                # The phone says why before it stops listening.
+                # The phone sends the reason before it stops listening.
                 with suppress(BrokenPipeError, ConnectionResetError):
                     for packet in _packets(source, target, advance):
                         link.conn.sendall(packet)
@@ -123,7 +123,7 @@ class Adb:
         return link
 
     def close(self) -> None:
-        """Do nothing: every command has a connection of its own."""
+        """Do nothing, since every command has its own connection."""
 
     def _refusal(self, error: Exception) -> RequestError:
         said = str(error)
@@ -141,7 +141,7 @@ class _Running:
         self._code: int | None = None
 
     def hear_a_line(self, timeout_s: float) -> None:
-        """Wait until it has printed a line, or ended."""
+        """Wait until the command has printed a line or ended."""
         output = self._texts[STDOUT]
         self._read(timeout_s, lambda: b"\n" in output)
         found = output.find(b"\n") + 1
@@ -149,9 +149,9 @@ class _Running:
         del output[:found]
 
     def end(self, timeout_s: float) -> ShellResult:
-        """Wait for it; see `Running.end`."""
+        """Wait for the command; see `Running.end`."""
         with closing(self._link):
-            # It may have ended by itself.
+            # The command may have ended already.
             with suppress(BrokenPipeError, ConnectionResetError):
                 self._link.conn.sendall(struct.pack("<BI", CLOSE_STDIN, 0))
             self._read(timeout_s, lambda: False)
@@ -159,7 +159,7 @@ class _Running:
         return ShellResult(self._code or 0, output, errors)
 
     def _read(self, timeout_s: float, enough: Callable[[], bool]) -> None:
-        """Read packets until it has ended, or there is enough."""
+        """Read packets until the command has ended or `enough` holds."""
         deadline = time.monotonic() + timeout_s
         with self._device.failing(timeout_s):
             while self._code is None and not enough():
@@ -174,7 +174,7 @@ class _Running:
                     self._texts[kind] += data
 
     def _exactly(self, count: int, deadline: float) -> bytes:
-        """Return so many bytes. The deadline holds for all of them, however slowly they trickle in."""
+        """Return exactly `count` bytes; the deadline covers all of them, however slowly they arrive."""
         read = bytearray()
         while len(read) < count:
             left = deadline - time.monotonic()
@@ -189,7 +189,7 @@ class _Running:
 
 
 def _packets(source: BinaryIO, target: str, advance: Advance) -> Iterator[bytes]:
-    """Yield what sends a file by adb's sync: its name and mode, its data, and the time that it gets."""
+    """Yield the packets that send a file with adb's sync: name and mode, data, and modification time."""
     name = f"{target},{FILE_MODE}".encode()
     yield b"SEND" + struct.pack("<I", len(name)) + name
     for piece in pieces(source, advance):
@@ -198,12 +198,12 @@ def _packets(source: BinaryIO, target: str, advance: Advance) -> Iterator[bytes]
 
 
 def _server() -> tuple[str, int]:
-    """Return host and port of the adb server that the environment names, once it has answered.
+    """Return host and port of the adb server named by the environment, after checking that it answers.
 
-    adbutils would start one of its own.
+    Otherwise adbutils would start its own server.
 
     Raises:
-        RequestError: none answers.
+        RequestError: no server answers.
     """
     host = os.environ.get("ANDROID_ADB_SERVER_HOST", "127.0.0.1")
     named = os.environ.get("ANDROID_ADB_SERVER_PORT", str(DEFAULT_PORT))

@@ -1,4 +1,4 @@
-"""A way to a device: shell commands run there, files sent there. What comes back is hostile: bounded and checked."""
+"""Connections to devices: run shell commands and send files. Answers are untrusted, so they are bounded and checked."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Address:
-    """Where a device is, as the user named it.
+    """The address of a device as given by the user.
 
     Attributes:
-        text: What the user wrote.
+        text: The text the user wrote.
         scheme: `ssh` or `adb`.
-        host: Host name or address; the serial of an adb device, whose case counts.
-        user: Who to log in as; None leaves it to the configuration.
+        host: Host name or address; for adb the case-sensitive serial.
+        user: Login name; None leaves it to the configuration.
         port: TCP port; None leaves it to the configuration.
     """
 
@@ -38,7 +38,7 @@ class Address:
 
 @dataclass(frozen=True)
 class ShellResult:
-    """What a command left: its exit status as a shell counts it (128 and more: a signal), and what it printed."""
+    """The result of a command: its exit status as in a shell (128 and more: a signal), and its output."""
 
     code: int
     output: str
@@ -46,7 +46,7 @@ class ShellResult:
 
     @property
     def last_words(self) -> str:
-        """The last line that it printed as an error, or its exit status."""
+        """The last line of its error output, or its exit status."""
         lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
         return shown(lines[-1]) if lines else f"exit status {self.code}"
 
@@ -59,44 +59,44 @@ class Running(Protocol):
     """A command that runs until its input ends.
 
     Attributes:
-        said: The first line that it printed; empty where it ended without one.
+        said: Its first line of output; empty if it ended without one.
     """
 
     said: str
 
     def end(self, timeout_s: float) -> ShellResult:
-        """End its input, wait for it, and return what it left beside `said`; it raises as `Connection.run` does."""
+        """End its input, wait for it, and return its result without `said`; raises like `Connection.run`."""
 
 
 class Connection(Protocol):
-    """A device that answers.
+    """A connection to a device.
 
     Attributes:
-        where: How the user named it.
+        where: The device as named by the user.
     """
 
     where: str
 
     @property
     def parent(self) -> Line:
-        """Where folders of ours go unless the user says otherwise."""
+        """The default parent of the exporter's folders."""
 
     def run(self, command: Line, timeout_s: float) -> ShellResult:
-        """Run a line of POSIX shell there, with nothing to read.
+        """Run a line of POSIX shell on the device with empty input.
 
         Raises:
             DroppedError: the connection broke off.
-            RequestError: no end within `timeout_s`, or more was printed than `MAX_ANSWER_BYTES`.
+            RequestError: it did not end within `timeout_s`, or printed more than `MAX_ANSWER_BYTES`.
         """
 
     def start(self, command: Line, timeout_s: float) -> Running:
-        """Start a line of POSIX shell there, and return once it has printed a line or ended; it raises as `run` does.
+        """Start a line of POSIX shell, and return once it has printed a line or ended; raises like `run`.
 
-        Its input ends with `Running.end`, with the connection, and with this process, however that ends.
+        Its input ends with `Running.end`, with the connection, or with this process, however that ends.
         """
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
-        """Write a file there.
+        """Write a file on the device.
 
         Args:
             source: Its bytes.
@@ -105,7 +105,7 @@ class Connection(Protocol):
 
         Raises:
             DroppedError: the connection broke off.
-            RequestError: the device could not write it.
+            RequestError: the device could not write the file.
         """
 
     def close(self) -> None:
@@ -113,10 +113,10 @@ class Connection(Protocol):
 
 
 def address_of(text: str) -> Address:
-    """Return the parts of what `--on` names.
+    """Parse the value of `--on`.
 
     Raises:
-        RequestError: it names no device.
+        RequestError: it is not a device address.
     """
     try:
         parts = urlsplit(text)
@@ -145,25 +145,25 @@ def _wrong(parts: SplitResult) -> str | None:
 
 
 def ignored(_: int) -> None:
-    """Count nothing."""
+    """Ignore progress."""
 
 
 def pieces(source: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    """Yield a file in pieces, each counted when it is asked to go on."""
+    """Yield a file in pieces; each is counted when the next is requested."""
     while piece := source.read(CHUNK_BYTES):
         yield piece
         advance(len(piece))
 
 
 def too_much(where: str) -> RequestError:
-    """Return the refusal of a device that prints without end."""
+    """Return the error for a device that prints too much."""
     return RequestError(
         "the device printed more than an answer has", where=where, expected=f"at most {MAX_ANSWER_BYTES:,} bytes"
     )
 
 
 def too_long(where: str, timeout_s: float) -> RequestError:
-    """Return the refusal of a device that does not come to an end."""
+    """Return the error for a device that does not finish."""
     return RequestError(
         "the device did not finish", where=where, expected=f"an answer within {timeout_s:,.0f} s",
         next_step="measure less with --prompt, --generate, --repeats or --sustain",
@@ -171,7 +171,7 @@ def too_long(where: str, timeout_s: float) -> RequestError:
 
 
 def dropped(where: str, cause: object) -> DroppedError:
-    """Return what is said where a connection breaks off."""
+    """Return the error for a dropped connection."""
     return DroppedError(
         "the connection to the device was dropped", where=where, got=shown(str(cause)),
         next_step="check its cable, network and power, and run the command again",

@@ -11,17 +11,17 @@ from exporter.foundation.cache import cache_folder
 
 
 class Local:
-    """Runs commands in processes of this machine, each in a session of its own: Ctrl-C reaches this process alone."""
+    """Runs commands on this machine, each in its own session, so that Ctrl-C reaches only this process."""
 
     where = "this machine"
 
     @property
     def parent(self) -> Line:
-        """The user's cache, which no one else can write to."""
+        """The user's cache, to which no one else can write."""
         return line("%s", str(cache_folder("bench")))
 
     def run(self, command: Line, timeout_s: float) -> ShellResult:
-        """Run a line of shell; see `Connection.run`. The process ends with whatever ends this call."""
+        """Run a shell line; see `Connection.run`. The process ends when this call does."""
         try:
             done = subprocess.run(
                 ["/bin/sh", "-c", command],
@@ -36,7 +36,7 @@ class Local:
         return _answer(done.returncode, done.stdout, done.stderr)
 
     def start(self, command: Line, timeout_s: float) -> "_Running":
-        """Start a line of shell; see `Connection.start`."""
+        """Start a shell line; see `Connection.start`."""
         del timeout_s
         return _Running(command)
 
@@ -62,7 +62,7 @@ class _Running:
         self.said = self._process.stdout.readline(MAX_ANSWER_BYTES).decode(errors="replace").removesuffix("\n")
 
     def end(self, timeout_s: float) -> ShellResult:
-        """Wait for it; see `Running.end`."""
+        """Wait for the command; see `Running.end`."""
         try:
             output, errors = self._process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:

@@ -1,4 +1,4 @@
-"""What a machine says that it is, and how warm it is, read by shell commands that every Linux and Android has."""
+"""Reads a machine's identity and temperature with shell commands that every Linux and Android has."""
 
 import re
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ WARMTH = Line(
     "dumpsys thermalservice 2>/dev/null || true"
 )
 COLDEST, HOTTEST = 0.0, 150.0
-# Batteries and chargers warm up too, long after the processor.
+# Sensors of the processor. Batteries and chargers warm up too, but long after it.
 CORES = re.compile(r"cpu|soc|pkg|core|tdie|big|little|mid|cluster|apc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was read of a machine; a text is empty and a number zero where it does not say.
+    """The identity of a machine; unknown texts are empty and unknown numbers zero.
 
     Attributes:
         system: `uname -s`.
         architecture: `uname -m`.
-        cpu: Its processor or, of a phone, the model.
+        cpu: Its processor, or the model of a phone.
         cores: Logical processors.
-        ram_bytes: Memory that the system sees.
-        features: Instructions that all its cores have, by the profiles' names.
+        ram_bytes: Memory visible to the system.
+        features: Instructions that all its cores have, under the profiles' names.
     """
 
     system: str
@@ -46,7 +46,7 @@ class Machine:
 
 
 def read_machine(connection: Connection) -> Machine:
-    """Ask a device what it is.
+    """Read the identity of a device.
 
     Raises:
         RequestError: it runs no POSIX shell.
@@ -61,7 +61,7 @@ def read_machine(connection: Connection) -> Machine:
 
 
 def machine_of(text: str) -> Machine:
-    """Return the machine that answered `FACTS` with a text."""
+    """Parse the output of `FACTS`."""
     system, architecture, model, *rest = text.splitlines()
     values: dict[str, list[str]] = {}
     for line in rest:
@@ -89,25 +89,25 @@ def _name(text: str) -> str:
 
 
 def lacking(profile: DeviceProfile, machine: Machine) -> list[str]:
-    """Return what a profile's processor has and this one lacks; nothing where the machine does not say."""
+    """Return the features of a profile that a machine lacks; empty if the machine's are unknown."""
     if not machine.features:
         return []
     return sorted(set(profile.isa.features) - machine.features)
 
 
 def is_of_one_architecture(profile: DeviceProfile, machine: Machine) -> bool:
-    """Whether profile and machine are both Arm or both x86."""
+    """Return whether profile and machine are both Arm or both x86."""
     arm = bool(set(profile.isa.features) & set(get_args(ArmFeature)))
     return machine.architecture.lower().startswith(("arm", "aarch64")) == arm
 
 
 def read_celsius(connection: Connection) -> float | None:
-    """Return the temperature of the warmest part of a device's processor, None where it cannot be read."""
+    """Return the highest temperature of a device's processor, or None if it cannot be read."""
     return celsius_of(connection.run(WARMTH, timeout_s=30).output)
 
 
 def celsius_of(text: str) -> float | None:
-    """Return the warmest processor in what `WARMTH` printed: sysfs in thousandths, Android's service in degrees."""
+    """Return the highest processor temperature in the output of `WARMTH`; sysfs gives thousandths of a degree."""
     zones = re.findall(r"^(\S{1,60}) (-?\d{1,7})$", text, re.MULTILINE)
     found = [int(value) / 1000 for name, value in zones if CORES.search(name)]
     if not found:

@@ -1,4 +1,4 @@
-"""A folder of ours on a device: made, filled with what is not there yet, checked byte by byte, and removed again."""
+"""The exporter's folder on a device: created, filled with missing files, verified, and removed again."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,24 +12,24 @@ from exporter.device.connect.shell import Line, line
 from exporter.foundation.errors import InputError, RequestError
 
 SHORT_S = 30
-# To delete what a killed measurement left, and to read what is there.
+# Time limits for deleting the remains of a killed measurement, and for hashing files.
 SWEEP_S, HASH_S = 120, 600
 MAX_PATH = 1024
-# What file systems need beside the bytes themselves.
+# Space that file systems need beyond the file contents.
 SPARE_BYTES = 1 << 20
 NO_SPACE = "delete something there, or name a folder with more room with --folder"
-# Within a folder on the device: what runs, and what it only reads.
+# Subfolders on the device: programs, and read-only data.
 PROGRAM, BUNDLE = "program", "bundle"
 
-# Makes a folder there and keeps it as long as its input lasts, which ends with the connection and with this process,
-# whatever ends them; then it ends the program that still runs there, and deletes the folder. It prints its own number
-# and the path. Its words are where, the folder's name, `keep` if the folder stays, and the number of one of its kind
-# that has lost its connection.
+# Creates a folder on the device and keeps it until the script's input ends. The input ends with the connection or with
+# this process, however they end. The script then kills any program still running in the folder, and deletes the folder.
+# It prints its process id and the path. Its arguments are the parent folder, the folder's name, `keep` if the folder
+# stays, and the process id of an earlier instance that lost its connection.
 #
-# A folder belongs to one process. Each leaves a mark beside it, NAME.HOST.NUMBER, and then looks for the marks of
-# others: of two, one at least sees the other and gives way. A mark counts while its process lives, or for good if it is
-# of another host that shares the disk. What nobody has was left by a device that lost its power: it goes, unless it was
-# to stay.
+# A folder belongs to one process. Each process creates a mark next to it, NAME.HOST.PID, and then looks for the marks
+# of others, so of two processes at least one sees the other and gives way. A mark is valid while its process lives, or
+# forever if it belongs to another host that shares the disk. A folder without an owner was left by a device that lost
+# power; it is deleted unless it was meant to stay.
 HOLD = Line("""
 umask 077
 trap '' HUP INT PIPE
@@ -81,13 +81,13 @@ exit $code
 
 @dataclass(frozen=True)
 class Upload:
-    """A file to have on the device.
+    """A file to upload to the device.
 
     Attributes:
-        source: The file here.
-        name: Its path below the folder there.
+        source: The local file.
+        name: Its path below the folder on the device.
         size: Its bytes.
-        sha256: In hex.
+        sha256: SHA-256 in hex.
     """
 
     source: Path
@@ -97,11 +97,11 @@ class Upload:
 
 
 class RemoteFolder:
-    """A folder on a device that is ours alone.
+    """A folder on a device, for this process only.
 
     Args:
-        connection: To the device.
-        path: Absolute path of the folder there.
+        connection: Connection to the device.
+        path: Absolute path of the folder on the device.
     """
 
     def __init__(self, connection: Connection, path: str) -> None:
@@ -109,32 +109,32 @@ class RemoteFolder:
         self.path = path
 
     def run(self, command: Line, timeout_s: float = SHORT_S) -> ShellResult:
-        """Run a line of shell in the folder; see `Connection.run`."""
+        """Run a shell line in the folder; see `Connection.run`."""
         return self.connection.run(line("cd -- %s && { %s; }", self.path, command), timeout_s)
 
     def work(self, command: Line, timeout_s: float) -> ShellResult:
-        """Run a program in the folder and note its number, by which it is ended if it still runs when the folder goes.
+        """Run a program in the folder, recording its process id so that it can be killed when the folder is deleted.
 
         Args:
             command: The program and its arguments, one of them a path in the folder.
-            timeout_s: Seconds that it may take.
+            timeout_s: Time limit in seconds.
         """
         answer = self.run(line("echo $$ > pid && exec %s", command), timeout_s)
         self.run(Line("rm -f pid"))
         return answer
 
     def write(self, name: str, data: bytes) -> str:
-        """Write a file below the folder and return its path there; it raises as `Connection.send` does."""
+        """Write a file below the folder and return its path on the device; raises like `Connection.send`."""
         path = f"{self.path}/{name}"
         self.connection.send(BytesIO(data), path, ignored)
         return path
 
     def fill(self, uploads: list[Upload], advance: Advance) -> int:
-        """Send what the folder does not hold yet and check all of it; return the bytes sent.
+        """Send and verify the files that the folder does not hold yet; return the bytes sent.
 
         Raises:
-            RequestError: no room, or the connection broke off.
-            InputError: what arrived is not what was sent.
+            RequestError: there is no room, or the connection broke off.
+            InputError: a file on the device differs from the one sent.
         """
         there = self._digests(uploads)
         missing = [upload for upload in uploads if there.get(upload.name) != upload.sha256]
@@ -157,7 +157,7 @@ class RemoteFolder:
             raise
 
     def _require_room(self, needed: int, cause: RequestError | None = None) -> None:
-        """Refuse where the folder's disk has no room; `cause` is what failed for want of it."""
+        """Raise an error if the folder's disk has no room; `cause` is an error that this may explain."""
         answer = self.run(Line("df -Pk ."))
         found = re.search(r"\s(\d{1,15})\s+\d{1,3}%\s", answer.output)
         free = int(found[1]) * 1024 if found else None
@@ -188,8 +188,8 @@ class RemoteFolder:
                 )  # fmt: skip
 
     def _digests(self, uploads: list[Upload]) -> dict[str, str]:
-        """Return the SHA-256 of those of the files that are there."""
-        # macOS has shasum. A line for each file, empty where it is not there.
+        """Return the SHA-256 of the files that exist on the device."""
+        # macOS has shasum. Prints one line per file, empty if the file does not exist.
         command = line(
             'for file in %s; do { sha256sum < "$file" || shasum -a 256 < "$file" || echo; } 2>/dev/null; done',
             [upload.name for upload in uploads],
@@ -201,7 +201,7 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class _Held:
-    """A folder on a device as long as `running` runs, whose number there is `process`."""
+    """A folder that exists on a device while `running` runs; `process` is its process id on the device."""
 
     place: RemoteFolder
     running: Running
@@ -212,18 +212,18 @@ class _Held:
 def remote_folder(
     connect: Callable[[], Connection], name: str, parent: str | None, keep: bool
 ) -> Iterator[RemoteFolder]:
-    """Yield a folder on a device, and delete it afterwards whatever happens; over a new connection if need be.
+    """Yield a folder on a device, and always delete it afterwards, over a new connection if necessary.
 
-    Should this process be killed or the connection be cut, the device deletes it by itself.
+    If this process is killed or the connection is cut, the device deletes the folder itself.
 
     Args:
-        connect: Reaches the device.
-        name: Of the folder, `bench-` and letters or digits.
-        parent: Folder there that ours goes into; None takes the transport's.
-        keep: Leave the folder, so that the next time only what changed is sent.
+        connect: Connects to the device.
+        name: Name of the folder, `bench-` and letters or digits.
+        parent: Parent folder on the device; None uses the transport's default.
+        keep: Keep the folder, so that only changes are sent next time.
 
     Raises:
-        RequestError: the device is not to be reached, or lets no folder be made.
+        RequestError: the device cannot be reached, or the folder cannot be created.
     """
     connection = connect()
     held: _Held | None = None
@@ -243,7 +243,7 @@ def remote_folder(
 
 
 def _hold(connection: Connection, name: str, parent: str | None, keep: bool, former: str = "") -> _Held:
-    """Make a folder; `former` is the number of the process there that was to keep it and is out of reach."""
+    """Create a folder; `former` is the process id of its unreachable earlier holder on the device."""
     above = connection.parent if parent is None else parent
     command = line("set -- %s %s %s %s\n%s", above, name, "keep" if keep else "", former, HOLD)
     running = connection.start(command, SWEEP_S)
@@ -257,7 +257,7 @@ def _hold(connection: Connection, name: str, parent: str | None, keep: bool, for
 
 
 def _left_anew(connect: Callable[[], Connection], name: str, parent: str | None, keep: bool, held: _Held) -> bool:
-    """Take a folder over by a new connection, and leave it."""
+    """Take over a folder with a new connection, and release it."""
     try:
         connection = connect()
     except RequestError:

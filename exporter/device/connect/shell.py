@@ -1,22 +1,22 @@
-"""Lines of POSIX shell: a text of ours, and words that are quoted. A device runs nothing else."""
+"""Lines of POSIX shell, made of literal text and quoted words. A device runs nothing else."""
 
 import shlex
 from collections.abc import Sequence
 
 
 class Line(str):
-    """Text that a shell may read as it stands. Only `line` makes it, so that nothing from outside is in it unquoted."""
+    """Text that is safe for a shell to read. Only `line` makes it, so all outside text in it is quoted."""
 
     __slots__ = ()
 
 
 def line(text: str, *words: str | Sequence[str]) -> Line:
-    """Return a line of shell.
+    """Return a shell line.
 
     Args:
-        text: A literal, never put together from parts, with `%s` where a word goes and `%%` for a percent sign.
-        *words: What goes there: a `Line` as it is; any other text quoted, as one word; a sequence of texts as a word
-            each.
+        text: A literal, never assembled from parts, with `%s` for a word and `%%` for a percent sign.
+        *words: The words: a `Line` is inserted unchanged, other text is quoted as one word, and a sequence of texts
+            becomes one quoted word each.
     """
     return Line(text % tuple(map(_quoted, words)))
 

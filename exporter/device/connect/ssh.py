@@ -1,4 +1,4 @@
-"""Boards and laptops, through asyncssh. Host keys are checked against known_hosts and never accepted unseen."""
+"""Connects to boards and laptops through asyncssh. Host keys must be in known_hosts; unknown keys are rejected."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
 
 CONNECT_S, LOGIN_S = 15, 30
-# A device that answers none of three probes is gone.
+# A device that answers none of three probes counts as disconnected.
 KEEPALIVE_S, KEEPALIVES = 10, 3
 SEND_STALL_S = 60
 GLOBAL_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
@@ -34,7 +34,7 @@ Process = asyncssh.SSHClientProcess[bytes]
 
 
 class _Client(asyncssh.SSHClient):
-    """Is asked about a host key only when known_hosts does not hold it, and notes it for the message."""
+    """Records a host key that is not in known_hosts, for the error message."""
 
     offered: asyncssh.SSHKey | None = None
 
@@ -45,16 +45,16 @@ class _Client(asyncssh.SSHClient):
 
 
 class Ssh:
-    """A device that was logged in to.
+    """A logged-in SSH connection to a device.
 
-    A loop in a thread of its own drives it, so that a signal interrupts the caller and not the protocol.
+    The event loop runs in its own thread, so that a signal interrupts the caller and not the protocol.
 
     Args:
-        address: Where it is.
-        identity: A private key; None takes the agent's and the default ones.
+        address: The device's address.
+        identity: A private key; None uses the agent's and the default keys.
 
     Raises:
-        RequestError: it is not to be reached, its key is not known or another, or it refuses ours.
+        RequestError: the device cannot be reached, its host key is unknown or wrong, or it rejects the user's key.
     """
 
     parent = Line('"${XDG_CACHE_HOME:-$HOME/.cache}"')
@@ -73,11 +73,11 @@ class Ssh:
             raise
 
     def run(self, command: Line, timeout_s: float) -> ShellResult:
-        """Run a line of shell there; see `Connection.run`."""
+        """Run a shell line on the device; see `Connection.run`."""
         return self._wait(self._run(command, timeout_s))
 
     def start(self, command: Line, timeout_s: float) -> "_Running":
-        """Start a line of shell there; see `Connection.start`."""
+        """Start a shell line on the device; see `Connection.start`."""
         return self._wait(self._start(command, timeout_s))
 
     def end(self, process: Process, timeout_s: float) -> ShellResult:
@@ -85,7 +85,7 @@ class Ssh:
         return self._wait(self._end(process, timeout_s))
 
     def send(self, source: BinaryIO, target: str, advance: Advance) -> None:
-        """Write a file there; see `Connection.send`."""
+        """Write a file on the device; see `Connection.send`."""
         self._wait(self._send(source, target, advance))
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Ssh:
             try:
                 return await self._attempt(client)
             except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
-                # Keys are asked for of the kinds that are known; ask for any, to see which one the device has now.
+                # asyncssh requests only known kinds of keys. Request any kind, to see which key the device has now.
                 return await self._attempt(client, server_host_key_algs="default")
         except (asyncssh.Error, asyncssh.KeyImportError, OSError, TimeoutError) as error:
             raise self._refusal(error, client.offered) from error
@@ -196,11 +196,11 @@ class Ssh:
             raise too_long(self.where, timeout_s) from None
 
     async def _begun(self, command: Line) -> Process:
-        # The account's own shell may be none that POSIX knows.
+        # The account's login shell may not be POSIX.
         return await self._connection.create_process(line("exec /bin/sh -c %s", str(command)), encoding=None)
 
     async def _ended(self, process: Process) -> ShellResult:
-        """End a process's input and return what it left; a device that does not close the channel is not waited for."""
+        """End a process's input and return its result; always close the channel."""
         try:
             process.stdin.write_eof()
             output, errors = await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
@@ -224,7 +224,7 @@ class Ssh:
 
     async def _send(self, source: BinaryIO, target: str, advance: Advance) -> None:
         process = await asyncio.wait_for(self._begun(line("umask 077; cat > %s", target)), SEND_STALL_S)
-        # What ends it says why.
+        # If the command ends early, its result says why.
         with suppress(BrokenPipeError, TimeoutError):
             for piece in pieces(source, advance):
                 process.stdin.write(piece)
@@ -242,15 +242,15 @@ class _Running:
         self._device, self._process = device, process
 
     def end(self, timeout_s: float) -> ShellResult:
-        """Wait for it; see `Running.end`."""
+        """Wait for the command; see `Running.end`."""
         return self._device.end(self._process, timeout_s)
 
 
 def known_hosts() -> asyncssh.SSHKnownHosts:
-    """Return the host keys that the user and this machine know.
+    """Return the host keys known to the user and to this machine.
 
     Raises:
-        InputError: a file of them cannot be read.
+        InputError: a file of host keys cannot be read.
     """
     found = asyncssh.import_known_hosts("")
     for file in (Path("~/.ssh/known_hosts").expanduser(), GLOBAL_KNOWN_HOSTS):
