@@ -28,7 +28,7 @@ class OpenedArtifact:
     The first call raises the errors of loading.
 
     Args:
-        artifact: What to load.
+        artifact: The artifact to load.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Avoid the runtime's own rounding where possible: float32 keys, values and activations.
@@ -53,7 +53,7 @@ class OpenedArtifact:
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         return self._child.call(Runtime.generate, self._seconds(len(tokens) + count), tokens, count)
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:

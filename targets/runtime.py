@@ -85,7 +85,7 @@ class Runtime(Protocol):
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode."""

@@ -211,7 +211,7 @@ class LlamaBench:
     def _rows(
         self, place: RemoteFolder, settings: Settings, repeats: int, asked: Sequence[tuple[int, int]]
     ) -> tuple[LlamaBenchRow, ...]:
-        """Run llama-bench for tests of so many tokens read and generated each, and return a row for each test."""
+        """Run llama-bench for tests of some tokens read and generated each, and return a row for each test."""
         (model,) = self._subject.model_files
         prompt, generate = map(max, zip(*asked, strict=True))
         options = ["-m", f"{place.path}/{BUNDLE}/{model}", "-p", prompt, "-n", generate, "-r", repeats]

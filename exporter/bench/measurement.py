@@ -30,7 +30,7 @@ from exporter.foundation.quantities import Check, Quantity
 Progress = Callable[[str, int, int], None]
 MIB = 1 << 20
 MOST_THREADS = 8
-# The sustained speed is that of the last of so many parts of a sustained run.
+# The sustained speed is that of the last of this many parts of a sustained run.
 PARTS = 4
 
 
@@ -114,7 +114,7 @@ def measure_here(bundle: Path, settings: Settings, device: str | None, check: bo
 def measure_on(
     bundle: Path, remote: Remote, settings: Settings, device: str | None, progress: Progress
 ) -> BenchOutcome:
-    """Measure a bundle on a device: send what is missing, check it, test it, time it, and clean up.
+    """Measure a bundle on a device: send missing files, check, test and time the model, and clean up.
 
     Args:
         bundle: Its folder.

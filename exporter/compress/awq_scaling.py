@@ -105,7 +105,7 @@ def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection
 
 
 def observed(seen: Seen | None, site: str) -> Seen:
-    """Return what was observed of a site.
+    """Return a site's observations.
 
     Raises:
         RequestError: nothing was observed.

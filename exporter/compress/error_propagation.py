@@ -173,7 +173,7 @@ class _Difference:
             given = compressed.inputs(site, part).flatten(0, 1)
             add_products(moment, given, 1 / tokens)
             missing = source.inputs(site, part).flatten(0, 1) - given
-            # Not `addmm_`: these sums need not be positive definite, so quick products are precise enough.
+            # Not `addmm_`: these sums need not be positive definite, so `quick_products` may round them.
             self._inputs.add_(missing.T @ given, alpha=INPUTS_SHARE / tokens)
             if self._stream is not None:
                 lost = (source.hidden[part] - compressed.hidden[part]).flatten(0, 1)

@@ -78,7 +78,7 @@ class MatrixMethod(Method, Protocol):
 
 
 def spread_rows(rows: int, count: int) -> NDArray[np.int64]:
-    """Return at most `count` of so many rows, spaced evenly, since neighbouring rows belong to one head."""
+    """Return the indices of at most `count` rows, spaced evenly, since neighbouring rows belong to one head."""
     return np.unique(np.linspace(0, rows - 1, min(rows, count)).astype(np.int64))
 
 

@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 LEAST_SENSITIVITY = 1e-3
 # Rows sampled from a matrix: this number, or this share if that is more.
 SAMPLED_ROWS, SAMPLED_SHARE = 96, 1 / 64
-# Largest code before feedback, which leaves room for what feedback adds to the largest weight of a row.
+# Largest code before feedback; it leaves room for the feedback that is added to the largest weight of a row.
 ROOM = np.float32(LARGEST_CODE - 7)
 # Rates by the formula for many bits; true rates are measured at their steps.
 FINE_STEP_RATES = np.array([9.0, 7.5, 6.0, 5.0, 4.25, 3.5, 2.75, 2.0, 1.25, 0.5, -0.5, -2.0])
@@ -143,5 +143,5 @@ def at_common_step(
 
 
 def some_rows(rows: int) -> NDArray[np.int64]:
-    """Return the rows to sample from a matrix of so many."""
+    """Return the rows to sample from a matrix."""
     return spread_rows(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))

@@ -88,7 +88,7 @@ class WeightFormat(Protocol):
 
     @property
     def block_columns(self) -> int:
-        """Weights of a row that share scales; columns come in whole blocks of it."""
+        """Weights of a row that share scales; a row is a whole number of such blocks."""
 
     @property
     def needs_importance(self) -> bool:

@@ -3,7 +3,7 @@
 Two things are checked. With float32 activations the core must compute the same as this machine, except for the order of
 sums: this check is strict, and shows that instructions, runtime and files are right. How kernels round activations to
 integers differs from core to core. Each setting of the artifact is therefore measured on that core, against float32
-activations on the same tokens. Among the settings that cost no more than twice what rounding costs here, the fastest is
+activations on the same tokens. Among the settings that cost no more than twice as much as rounding here, the fastest is
 stored in the artifact. Emulation takes several times as long in float32 as in integers, so the core computes some
 tokens in it, and this machine computes the rest. Because the two agree so strictly, a divergence from one is a
 divergence from the other.

@@ -42,7 +42,7 @@ def check_source(
     """
     if model.gguf is None:
         return ()
-    # Not from the cache, since this reading of the file is what is checked.
+    # Not from the cache, since the check is of this reading of the file.
     reference = Reference.of(excerpt_if_large(model), tokens[:WINDOWS], partial(progress, "check the source: layers"))
     progress("check the source: llama.cpp", 0, 1)
     found = _distance(model, model.gguf, reference, threads, folder)

@@ -27,7 +27,7 @@ LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", 
 
 
 class TextPreview(Document):
-    """What is known about an artifact's text handling before it is made.
+    """A preview of an artifact's text handling before the artifact is made.
 
     Attributes:
         checks: Checks of tokenizer and chat template in the runtime.

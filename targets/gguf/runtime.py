@@ -97,7 +97,7 @@ class LlamaCpp:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         made: list[int] = []
         position = self._prefill(tokens)
         while len(made) < count:

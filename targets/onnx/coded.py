@@ -117,7 +117,7 @@ class CodedOnnxRuntime(DecoderFolder):
         return self._forward(tokens, self._nothing(), first)[0]
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         return list(self._generated(tokens, min(count, self._context_size - len(tokens))))
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:

@@ -30,7 +30,7 @@ IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "pas
 PRODUCT = "MatMulNBits"
 # Operators of an embedding whose table has one row per token.
 LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape"}
-# Rows of the head in one part: a multiple of what kernels process at once, and a few megabytes at usual widths.
+# Rows of the head in one part: a multiple of the rows that kernels process at once, a few megabytes at usual widths.
 HEAD_ROWS = 4096
 
 
@@ -144,7 +144,7 @@ class GraphCut:
     """All parts of a decoder, in the order in which they run.
 
     Attributes:
-        masks: Computes what layers need from the attention mask; without weights.
+        masks: Computes the values that layers need from the attention mask; without weights.
         lookup: The embedding.
         layers: The layers, and the last normalisation.
         head: Matrix multiplications with a block of the head's rows each; their outputs are concatenated.

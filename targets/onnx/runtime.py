@@ -55,7 +55,7 @@ class OnnxRuntime(DecoderFolder):
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         generator = self._generator(len(tokens) + count)
         generator.append_tokens(np.array([tokens], np.int32))
         while not generator.is_done():

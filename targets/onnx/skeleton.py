@@ -122,7 +122,7 @@ def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
 
 
 def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConfig:
-    """Return the config without what the builder would recompute: rotary tables, windows that no context exceeds.
+    """Return the config without values that the builder would recompute: rotary tables, windows no context exceeds.
 
     `write_companions` corrects the ids of special tokens; the builder only needs some.
     """

@@ -153,7 +153,7 @@ class _Block:
 
 
 def damped(second_moment: Float32, damping: float, shrinkage: float = 0.0) -> Float32:
-    """Return H made invertible and not fitted to chance, float32 [columns, columns].
+    """Return H, regularised to be invertible and not fitted to chance, float32 [columns, columns].
 
     Args:
         second_moment: H, float32 [columns, columns].

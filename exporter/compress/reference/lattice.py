@@ -26,7 +26,7 @@ SHORT, LONG = 227, 256
 
 @cache
 def magnitudes() -> tuple[Float32, Float32]:
-    """Return the vectors of even and of odd sum, float32 [n, 8]; their numbers of negative signs are as even or odd."""
+    """Return the vectors of even and of odd sum, float32 [n, 8]; the number of minus signs has the same parity."""
     found = [one for one in product((0.5, 1.5, 2.5), repeat=WIDTH) if sum(x * x for x in one) <= MOST_LENGTH]
     places = list(combinations(range(WIDTH), 5))
     for index in np.linspace(0, len(places) - 1, LONG - SHORT).round().astype(int):

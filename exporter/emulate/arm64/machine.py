@@ -97,7 +97,7 @@ class EmulatedMachine:
     def _prefix(self, folder: Path) -> Path:
         """Make the folder in which QEMU looks up absolute paths first: the root, with the core's own /proc/cpuinfo.
 
-        Libraries would take the host's for that of an Arm and fail.
+        Libraries would parse the host's file as that of an Arm and fail.
         """
         (folder / "proc").mkdir(parents=True)
         (folder / "proc/cpuinfo").write_text(self.core.cpuinfo(CORES_SHOWN), encoding="ascii")

@@ -74,7 +74,7 @@ def installation() -> Installation:
 
 
 def install(progress: Progress = silent) -> Installation:
-    """Install what is missing and return the installation.
+    """Install the missing parts and return the installation.
 
     Args:
         progress: Called with the next part, the parts done and their total.
