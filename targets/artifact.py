@@ -1,4 +1,4 @@
-"""What a target made, and how it is loaded to be used; nothing here needs the libraries that made it."""
+"""Artifacts and how they are loaded; nothing here needs the libraries that write them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +9,13 @@ from exporter.foundation.registry import folders, load
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a runtime loads: the files of a bundle's `model/` folder.
+    """The files of a bundle's `model/` folder, as a runtime loads them.
 
     Attributes:
         target: Name of the target.
-        folder: Where the files are.
-        weights: The files that hold the model: their sizes count as the model's size.
-        coded: Whether these are coded files, which stay so in memory.
+        folder: Folder of the files.
+        weights: The model files; their sizes count as the model's size.
+        coded: Whether the model files are coded; they stay coded in memory.
     """
 
     target: str
@@ -35,12 +35,12 @@ def target_names() -> list[str]:
 
 
 def runtime_of(target: str) -> Any:
-    """Return the class of a target's runtime: what `exporter.targets.runtime.Runtime` says."""
+    """Return the class of a target's runtime; see `exporter.targets.runtime.Runtime`."""
     return load("exporter.targets.{}.runtime", target, target_names(), "target").RUNTIME
 
 
 def runs_coded(target: str) -> bool:
-    """Return whether a target's artifacts run while their files stay coded."""
+    """Return whether a target's artifacts can run while their files stay coded."""
     return target in folders("exporter.targets", "coded.py")
 
 

@@ -1,4 +1,4 @@
-"""What a target must say so that its artifacts run on emulated Arm cores."""
+"""The interface through which a target's artifacts run on emulated Arm cores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from exporter.targets.artifact import Artifact
 
 @dataclass(frozen=True)
 class Run:
-    """Some tokens for a runtime on an emulated core.
+    """Tokens to run through an artifact on an emulated core.
 
     Attributes:
         installation: The system to run in.
         core: The core.
         tokens: Token ids.
-        single: How many of the last of them come one at a time, with the keys and values of those before.
+        single: Number of last tokens that are decoded one at a time, with the cached keys and values of those before.
         threads: Threads to compute with.
         timeout_s: Seconds after which the run is ended.
     """
@@ -34,61 +34,61 @@ class Run:
 
 
 class Setting(Protocol):
-    """A way to round activations; `reason` says it to people."""
+    """A way to round activations; `reason` describes it to the user."""
 
     @property
     def reason(self) -> str:
-        """What it does, for people."""
+        """A description for the user."""
 
 
 class Emulated(Protocol):
-    """One target's artifacts on emulated cores; a target has it as `EMULATED` of its module `emulated`.
+    """Runs a target's artifacts on emulated cores; the target's module `emulated` exports it as `EMULATED`.
 
     Attributes:
-        title: The runtime, for people.
-        exact: Activations in float32.
+        title: Name of the runtime, for the user.
+        exact: The setting with activations in float32.
     """
 
     title: str
     exact: Setting
 
     def require(self, installation: Installation, core: Core) -> None:
-        """Refuse where what runs artifacts on a core is not installed.
+        """Require that the programs for a core are installed.
 
         Raises:
-            MissingDependencyError: it says what to do.
+            MissingDependencyError: they are not; the message says what to do.
         """
 
     def rounds(self, core: Core) -> bool:
         """Return whether kernels for a core may round activations."""
 
     def current(self, artifact: Artifact) -> Setting:
-        """Return how the artifact has activations rounded."""
+        """Return how the artifact rounds activations."""
 
     def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Setting]:
-        """Return what may be chosen between on a core, by name, the quickest first; the current one is among it."""
+        """Return the settings available on a core, by name, fastest first; they include the current one."""
 
     def configured(self, artifact: Artifact, setting: Setting, folder: Path) -> Artifact:
-        """Write the artifact with a setting into a folder, its own or another, and return it."""
+        """Write the artifact with a setting into a folder (its own or another) and return it."""
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
         """Run an artifact on an emulated core.
 
         Args:
-            artifact: What to run.
-            run: On what, and where.
+            artifact: The artifact.
+            run: The tokens, the core and the limits.
 
         Returns:
             The logits after each token, float32 [tokens, vocab].
 
         Raises:
-            IllegalInstructionError: the runtime met an instruction that the core does not have.
-            RuntimeCrashError: it failed otherwise.
+            IllegalInstructionError: the runtime executed an instruction that the core does not have.
+            RuntimeCrashError: it failed in another way.
         """
 
 
 def emulated_target(name: str) -> Emulated | None:
-    """Return what a target says for emulated cores; None where it says nothing."""
+    """Return the `Emulated` of a target, or None if it has none."""
     known = folders("exporter.targets", "emulated.py")
     if name not in known:
         return None

@@ -1,4 +1,4 @@
-"""What a target lets in of an artifact that somebody else may have made, before any runtime is given it."""
+"""Checks of an untrusted artifact before a runtime loads it."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -8,32 +8,32 @@ from exporter.foundation.errors import InputError
 from exporter.foundation.registry import load
 from exporter.targets.artifact import Artifact, target_names
 
-# Returns the bytes of a file below the artifact's folder, refused where they are more than so many.
+# Returns the bytes of a file below the artifact's folder; refuses a file larger than the given number of bytes.
 Read = Callable[[str, int], bytes]
 
 
 class Intake(Protocol):
-    """One target's rules; a target has them as `INTAKE` of its module `intake`.
+    """The checks of one target; its module `intake` exports them as `INTAKE`.
 
     Attributes:
-        weights: Names of the files that hold the model, those that it must have first.
-        required: How many of them it must have.
+        weights: Names of the model files, required ones first.
+        required: How many of them are required.
     """
 
     weights: tuple[str, ...]
     required: int
 
     def admit(self, artifact: Artifact, names: Collection[str], read: Read, folder: Path) -> Artifact:
-        """Return an artifact that is safe to load: what says how to load it is checked, and written anew.
+        """Return an artifact that is safe to load: files that control loading are checked and rewritten.
 
         Args:
-            artifact: As it came; its files are not changed.
-            names: Paths below its folder of the files that it has, those of coded ones as they are plain.
+            artifact: The artifact as received; its files are not changed.
+            names: Paths of its files below its folder; a coded file has the name of its plain form.
             read: Reads one of them.
-            folder: An empty folder for what is written anew, and for links to what holds numbers and text alone.
+            folder: An empty folder for rewritten files and for links to files that hold only numbers and text.
 
         Raises:
-            InputError: a file asks a runtime for something that no artifact of ours does.
+            InputError: a file asks a runtime for something that no artifact of this exporter asks for.
         """
 
 

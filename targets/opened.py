@@ -1,4 +1,4 @@
-"""An artifact that a runtime has loaded in a child process, and how long and how large it may become there."""
+"""An artifact loaded by a runtime in a child process, with limits on time and memory."""
 
 from types import TracebackType
 from typing import Never, Self
@@ -10,28 +10,28 @@ from exporter.foundation.errors import RuntimeCrashError
 from exporter.targets.artifact import Artifact, coded_runtime_of, runtime_of
 from exporter.targets.runtime import CodedRuntime, Residence, Runtime, SamplingRuntime, Timing
 
-# Of text, which takes milliseconds; a runtime may load its tokenizer first.
+# Deadline for text, which takes milliseconds; a runtime may load its tokenizer first.
 TEXT_S = 60.0
-# Weights read times tokens computed: two busy cores are some fifty times as quick.
+# Weight bytes times tokens, per second; two busy cores are some fifty times as fast.
 LEAST_BYTES_PER_S = 1e8
-# Tokens that finding the share of plain weights takes at most, with each part decoded for each.
+# Most tokens that finding the share of plain weights takes; each part is decoded for each token.
 SETTLING_TOKENS = 64
 # A runtime may hold its own copy of the weights, in float32 where the file has int4.
 TIMES_THE_FILE = 8
-# Keys, values, activations and logits of one token, of models that fit a machine; what a runtime takes in any case.
+# Keys, values, activations and logits of one token, for models that fit a machine; fixed memory of a runtime.
 BYTES_PER_TOKEN, LEAST_BYTES = 4 << 20, 2 << 30
 
 
 class OpenedArtifact:
-    """An artifact in a child process: answers as `exporter.targets.runtime.Runtime` does, each call with a deadline.
+    """An artifact in a child process, with the methods of `exporter.targets.runtime.Runtime`; each call has a deadline.
 
-    What loading raises, the first call raises.
+    The first call raises the errors of loading.
 
     Args:
-        artifact: What to load.
+        artifact: The artifact to load.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
-        exact: Avoid the runtime's own rounding where it can be avoided: float32 keys, values and activations.
+        exact: Avoid the runtime's own rounding where possible: float32 keys, values and activations.
         sequences: Sequences sampled at once.
     """
 
@@ -53,7 +53,7 @@ class OpenedArtifact:
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         return self._child.call(Runtime.generate, self._seconds(len(tokens) + count), tokens, count)
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
@@ -70,23 +70,23 @@ class OpenedArtifact:
         return made
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
         return self._child.call(Runtime.tokenize, TEXT_S, text)
 
     def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special tokens left out."""
+        """Return the text of tokens, without special tokens."""
         return self._child.call(Runtime.text, TEXT_S, tokens)
 
     def keep_up(self, tokens_per_s: float) -> None:
-        """Keep as many parts of coded files plain as generating so fast takes; see `CodedRuntime`."""
+        """Keep enough parts of coded files plain to generate at this speed; see `CodedRuntime`."""
         self._child.call(CodedRuntime.keep_up, self._seconds(SETTLING_TOKENS), tokens_per_s)
 
     def residence(self) -> Residence:
-        """Return what coded files took at most since the floor was set."""
+        """Return the peak memory use of coded files since the floor was set."""
         return self._child.call(CodedRuntime.residence, TEXT_S)
 
     def _seconds(self, tokens: int) -> float:
-        """Return the deadline of work on tokens: as long as the slowest machine takes that is of use."""
+        """Return the deadline for work on tokens: the time that the slowest useful machine takes."""
         return TIMEOUT_S + self._file_bytes / TIMED_BYTES_PER_S + self._file_bytes * tokens / LEAST_BYTES_PER_S
 
     def _refuse(self, what: str, got: object, expected: object) -> Never:
@@ -108,5 +108,5 @@ class OpenedArtifact:
 
 
 def memory_bytes(artifact: Artifact, tokens: int) -> int:
-    """Return how much memory a runtime may take for an artifact and so many tokens of context in all."""
+    """Return the memory limit of a runtime, given an artifact and the total tokens of context."""
     return LEAST_BYTES + TIMES_THE_FILE * artifact.file_bytes + BYTES_PER_TOKEN * tokens

@@ -1,4 +1,4 @@
-"""What every runtime answers from its child process, and what a run of it measured."""
+"""The interface of runtimes in a child process, and the results of their measurements."""
 
 import os
 import resource
@@ -15,15 +15,15 @@ from exporter.targets.artifact import Artifact
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians over repeats, of one process.
+    """Medians over repeats in one process.
 
     Attributes:
-        prefill_tokens_per_s: Tokens of the prompt over the time of one pass.
-        decode_tokens_per_s: Tokens generated one at a time, after the prompt, over their time.
-        first_token_s: Seconds from the prompt's tokens to the first logits, model already loaded.
+        prefill_tokens_per_s: Tokens of the prompt divided by the time of one pass.
+        decode_tokens_per_s: Tokens generated one at a time after the prompt, divided by their time.
+        first_token_s: Seconds from the prompt's tokens to the first logits, with the model already loaded.
         load_s: Seconds to load the model.
-        peak_bytes: The process's largest resident set.
-        interpreter_bytes: Its resident set before the model was loaded.
+        peak_bytes: Peak resident set of the process.
+        interpreter_bytes: Resident set before the model was loaded.
     """
 
     prefill_tokens_per_s: float
@@ -41,11 +41,11 @@ class Timing:
 
         Args:
             prompt: Tokens of the prompt.
-            prefills: Seconds of its passes.
-            decode: Tokens generated after it.
-            decodes: Their seconds.
+            prefills: Seconds of each pass over the prompt.
+            decode: Tokens generated after the prompt.
+            decodes: Seconds of each generation.
             load_s: Seconds to load the model.
-            before: The process's resident set before that.
+            before: Resident set of the process before loading.
         """
         first_token_s = median(prefills)
         return cls(
@@ -55,12 +55,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Residence:
-    """What a model took whose weights stay coded in memory.
+    """Memory use of a model whose weights stay coded in memory.
 
     Attributes:
-        resident_bytes: The most by which the process grew while it computed: weights coded, plain, and being decoded,
-            and all else that the model takes.
-        weight_bytes: Bytes of the weights in the files that runtimes load plain.
+        resident_bytes: Peak growth of the process while it computed: coded weights, plain weights, weights being
+            decoded, and all other memory of the model.
+        weight_bytes: Bytes of the weights in the plain files that runtimes load.
         coded_parts: Parts of the model whose weights are coded.
         plain_parts: Parts whose weights are kept plain.
         tokens_per_s: Speed of the last tokens; None where there were too few.
@@ -85,16 +85,16 @@ class Runtime(Protocol):
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
 
     def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special tokens left out."""
+        """Return the text of tokens, without special tokens."""
 
 
 class SamplingRuntime(Runtime, Protocol):
@@ -103,34 +103,34 @@ class SamplingRuntime(Runtime, Protocol):
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once, at temperature 1, to `length` tokens each.
 
-        A call whose texts begin with what the last call returned goes on from its keys and values.
+        If the texts begin with the last call's result, its keys and values are reused.
 
         Args:
-            texts: One list of tokens for each sequence of the context.
-            length: Tokens that each text has in the end.
-            seed: Seed of the noise; token and position decide the draw, not the number of calls.
+            texts: One list of tokens per sequence of the context.
+            length: Final number of tokens of each text.
+            seed: Seed of the noise; each draw depends on token and position, not on the number of calls.
         """
 
 
 class CodedRuntime(Runtime, Protocol):
-    """A runtime whose artifact's files stay coded in memory."""
+    """A runtime for artifacts whose files stay coded in memory."""
 
     def keep_up(self, tokens_per_s: float) -> None:
-        """Keep as many parts plain as generating so fast takes, now and from now on; 0 keeps none.
+        """Keep enough parts plain, from this call on, to generate at this speed; 0 keeps none.
 
         Raises:
-            RequestError: this machine is slower although all weights are plain.
+            RequestError: this machine is slower even with all weights plain.
         """
 
     def residence(self) -> Residence:
-        """Return what the process took at most since the floor was set."""
+        """Return the peak memory use since the floor was set."""
 
 
 def require_tokens(tokens: list[int], vocab: int) -> None:
-    """Refuse ids that a model of so many tokens does not have.
+    """Refuse ids outside a vocabulary of this size.
 
     Raises:
-        InputError: there is one.
+        InputError: an id is outside it.
     """
     wrong = next((token for token in tokens if not 0 <= token < vocab), None)
     if wrong is not None:
@@ -147,7 +147,7 @@ def resident_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Return this process's largest resident set since it started."""
     if sys.platform == "linux":
-        # getrusage would count the parent's pages from before exec.
+        # getrusage would also count the parent's pages from before exec.
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What a target is, what it makes, and how it is found by name."""
+"""The interface of targets, and how a target is found by name."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from exporter.targets.artifact import Artifact, target_names
 
 @dataclass(frozen=True)
 class AsStored:
-    """A model of the same function whose shape a target's files can hold, and how they hold it, for people."""
+    """An equivalent model whose shape a target's files can hold; `how` tells the user how they hold it."""
 
     model: Model
     how: str
@@ -32,20 +32,20 @@ class AsStored:
 class Target(Protocol):
     """A format that runtimes load.
 
-    A new one is a folder with `target.py` that holds `TARGET`, and with `intake.py` that holds `INTAKE`: what of its
-    artifacts is let in from a bundle.
+    A new target is a folder with `target.py`, which exports `TARGET`, and `intake.py`, which exports `INTAKE`: the
+    checks of its artifacts when they are loaded from a bundle.
 
     Attributes:
         name: The target's name.
-        default_type: What `--type` is by default.
-        default_method: What `--method` is by default.
+        default_type: Default of `--type`.
+        default_method: Default of `--method`.
         type_of_8_bits: The type of symmetric 8-bit codes for every matrix.
-        most_rounding_kl: Mean KL, in nats, that the rounding of activations may cost: above it the artifact differs
-            from its own weights by more than rounding, and is refused.
-        decode_margin: By how much more than its kernels' speeds say a choice of formats may take for a token, over what
-            the runtime's own tool makes: as measured of whole models, a share.
-        base_formats: Bits of a weight's code -> the usual format of so many; empty where formats have no names by bits.
-        factor_formats: Bits of a weight of low-rank factors -> what they are stored in; empty where they cannot be.
+        most_rounding_kl: Largest mean KL, in nats, that rounding of activations may cost. Above it, the artifact
+            differs from its own weights by more than rounding and is refused.
+        decode_margin: How much longer than predicted from kernel speeds a choice of formats may take per token,
+            relative to the runtime's stock mix; a share, measured on whole models.
+        base_formats: Bits per weight -> the usual format of that size; empty where formats have no names by bits.
+        factor_formats: Bits per weight of low-rank factors -> their format; empty if factors cannot be stored.
     """
 
     name: str
@@ -58,32 +58,32 @@ class Target(Protocol):
     factor_formats: Mapping[int, WeightFormat]
 
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target with what it decides by the device's instruction set."""
+        """Return the target with the choices that depend on the device's instruction set."""
 
     def types(self) -> list[str]:
-        """Return the names that `--type` takes: named mixes and single formats."""
+        """Return the names accepted by `--type`: named mixes and single formats."""
 
     def carried(self, model: Model) -> AsStored:
-        """Return the model as the files can hold its shape; it is what all else is asked for."""
+        """Return the model in a shape that the files can hold; all other methods take this model."""
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each weight group; reads no weights.
 
         Raises:
-            RequestError: the type is unknown, or the target cannot carry this model.
+            RequestError: the type is unknown, or the target does not support this model.
         """
 
     def storages(self, model: Model) -> list[Storage]:
-        """Return what is stored in one format each, and the formats that it may have here."""
+        """Return the units that are stored in one format each, with the formats that each may have."""
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
-        """Return what the runtime's own tool makes, the largest of no more bytes of matrices; empty for none."""
+        """Return the largest mix of the runtime's own tool within `most_bytes` of matrices; empty if there is none."""
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
-        """Return how quickly the runtime multiplies with a matrix; infinity where it does not for most tokens."""
+        """Return the runtime's speed with a matrix; infinite where most tokens skip the multiplication."""
 
     def fixed_bytes(self, model: Model) -> int:
-        """Return the most bytes that the model files take besides their matrices."""
+        """Return the most bytes that the model files take in addition to their matrices."""
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of the model files that `lower` would write."""
@@ -91,40 +91,40 @@ class Target(Protocol):
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of the runtime's process at a context, weights included.
 
-        It is that on the device that `on` was called with; without, on this machine.
+        The device is the one given to `on`; without one, this machine.
         """
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
-        """Return the model in the coordinates that suit the target and decisions like these, which compute the same."""
+        """Return an equivalent model in the coordinates that suit the target and decisions like these."""
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
-        """Write what the artifact will say of text into an empty folder: for `exporter.targets.text.open_text`.
+        """Write the artifact's tokenizer and chat template into an empty folder, for `open_text`.
 
         Returns:
-            An artifact without weights; None where all of it is the source's own, unchanged.
+            An artifact without weights; None if the source's tokenizer and template are kept unchanged.
 
         Raises:
-            InputError: the target cannot carry the tokenizer.
+            InputError: the target does not support the tokenizer.
         """
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
         """Write the artifact into an empty folder, matrix by matrix."""
 
     def lower_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32 into an empty folder: what `lower` writes, but for all that rounds."""
+        """Write a model in float32 into an empty folder, as `lower` does but without rounding."""
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
-        """Return a function that gives a matrix as the runtime decodes it from the artifact's bytes.
+        """Return a function that decodes a matrix from the artifact's bytes as the runtime does.
 
-        It returns float32 [rows, columns], rows in the source's order.
+        The function returns float32 [rows, columns], rows in the source's order.
         """
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
-        """Return weight group -> the format that is really in the file."""
+        """Return weight group -> the format found in the file."""
 
 
 def shape_of(architecture: Architecture) -> ModelShape:
-    """Return what of a decoder the memory depends on, its widest feed-forward part for all."""
+    """Return the dimensions that determine a decoder's memory; all layers get the widest feed-forward width."""
     return ModelShape(
         layers=architecture.layers,
         hidden=architecture.hidden,
@@ -147,10 +147,10 @@ def load_target(name: str) -> Target:
 
 
 def low_rank(target: Target, rank: int, bits: int) -> LowRank:
-    """Return factors of a rank and of so many bits as a target stores them.
+    """Return low-rank factors of a rank and a number of bits as a target stores them.
 
     Raises:
-        RequestError: the target stores none of so many bits.
+        RequestError: the target stores no factors of that many bits.
     """
     formats = target.factor_formats
     if bits not in formats:
@@ -163,10 +163,10 @@ def low_rank(target: Target, rank: int, bits: int) -> LowRank:
 
 
 def base_format(target: Target, bits: int | None, widths: Collection[int]) -> WeightFormat:
-    """Return the target's format of so many bits for matrices of some widths; without bits, that of the fewest.
+    """Return the target's format of so many bits for matrices of some widths; without bits, the one with the fewest.
 
     Raises:
-        RequestError: the target has none, or none that fits the widths.
+        RequestError: the target has no such format, or none that fits the widths.
     """
     fitting = {count: one for count, one in target.base_formats.items() if all(map(one.fits, widths))}
     chosen = min(fitting, default=None) if bits is None else bits

@@ -1,4 +1,4 @@
-"""What a runtime makes of text, from an artifact and without its weights."""
+"""Tokenizers and chat templates of artifacts, loaded without weights."""
 
 from typing import Any, Protocol
 
@@ -14,21 +14,21 @@ class TextRuntime(Renderer, Protocol):
     title: str
 
     def __init__(self, artifact: Artifact) -> None:
-        """Load what an artifact says of text."""
+        """Load the tokenizer and the chat template of an artifact."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
 
     def ends(self) -> list[int]:
-        """Return the ids at which the runtime ends a text by itself."""
+        """Return the ids at which the runtime itself ends a text."""
 
 
 def open_text(artifact: Artifact) -> Child:
-    """Load what an artifact says of text in a child process that makes a `TextRuntime`.
+    """Load an artifact's tokenizer and chat template as a `TextRuntime` in a child process.
 
     Raises:
-        InputError: the runtime refuses it.
-        RuntimeCrashError: the runtime died of it, or took too long.
+        InputError: the runtime refuses the artifact.
+        RuntimeCrashError: the runtime crashed or took too long.
     """
     runtime: Any = load("exporter.targets.{}.text", artifact.target, folders("exporter.targets", "text.py"), "target")
     child = Child(runtime.TEXT.title, TEXT_BYTES)

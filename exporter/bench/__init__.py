@@ -1,1 +1,1 @@
-"""Measuring a bundle, on this machine or on a device: one cycle and one measuring program for both."""
+"""Measurement of a bundle, on this machine or on a device, with one procedure and one program for both."""

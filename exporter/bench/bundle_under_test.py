@@ -1,4 +1,4 @@
-"""A bundle as it is measured: its files, its self-test, and what is said of it beside the results."""
+"""A bundle under measurement: its files, its self-test and its report."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +25,11 @@ class BundleUnderTest:
 
     Attributes:
         bundle: Its folder.
-        manifest: What it lists.
-        artifact: The model's files as they lie in it.
-        loaded: The same as a runtime may load them.
-        report: What the build found.
-        self_test: What it must answer.
+        manifest: Its manifest.
+        artifact: The model's files in the bundle.
+        loaded: The same files as a runtime may load them.
+        report: The report of the build.
+        self_test: Its self-test.
     """
 
     bundle: Path
@@ -41,20 +41,20 @@ class BundleUnderTest:
 
     @property
     def model_files(self) -> list[str]:
-        """Paths below the bundle of what a runtime reads to compute."""
+        """Paths below the bundle of the files that a runtime reads to compute."""
         config = [CONFIG] if (self.loaded.folder / Path(CONFIG).name).is_file() else []
         return [*config, *(f"model/{path.name}" for path in self.loaded.weights)]
 
     @property
     def has_adapter(self) -> bool:
-        """Whether factors travel in a file of their own."""
+        """Whether factors are stored in a separate file."""
         return any(path.endswith("adapter.gguf") for path in self.model_files)
 
     def uploads(self) -> list[Upload]:
-        """Return the model's files as they are sent: settings as they were written anew, all else as it is listed.
+        """Return the model's files for sending: settings as rewritten, all other files as listed.
 
         Raises:
-            InputError: one of them is not as the manifest lists it.
+            InputError: one of them differs from the manifest.
         """
         made = []
         for name in self.model_files:
@@ -67,7 +67,7 @@ class BundleUnderTest:
         return made
 
     def check(self, answers: Answers) -> Check:
-        """Compare what a device answered to the self-test with what was answered when the bundle was made."""
+        """Compare a device's answers to the self-test with those from when the bundle was made."""
         test = self.self_test
         if not test.positions:
             return Check(name="selftest", status="not run", detail=UNSURE)
@@ -83,7 +83,7 @@ class BundleUnderTest:
 
 @contextmanager
 def subject_of(bundle: Path, check: bool = True) -> Iterator[BundleUnderTest]:
-    """Give a bundle as it is measured, as long as the block lasts.
+    """Yield a bundle for measurement as long as the block lasts.
 
     Args:
         bundle: Its folder.

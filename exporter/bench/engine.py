@@ -1,4 +1,4 @@
-"""What measures on a device: our program in its Python, or a build of llama-bench."""
+"""Programs that measure on a device: the probe in its Python, or a build of llama-bench."""
 
 import json
 import math
@@ -33,11 +33,11 @@ class Settings:
     Attributes:
         prompt: Tokens read at once.
         generate: Tokens generated one at a time.
-        depth: Tokens in the context before either, not timed.
-        context: Tokens that the context has at least.
-        repeats: Of each test, after a warm-up.
-        sustain_s: Seconds to go on generating afterwards, to see what warmth costs.
-        threads: Of the runtime.
+        depth: Tokens already in the context, not timed.
+        context: Least size of the context in tokens.
+        repeats: Repeats of each test, after a warm-up.
+        sustain_s: Seconds of further generation, to measure the effect of heat.
+        threads: Threads of the runtime.
     """
 
     prompt: int
@@ -63,30 +63,30 @@ class Engine(Protocol):
     """One way to measure on a device."""
 
     def prepare(self, place: RemoteFolder) -> int:
-        """Send the program and refuse a device that lacks what it needs, before the model is sent.
+        """Send the program, and refuse a device that lacks requirements before the model is sent.
 
         Returns:
-            The bytes that were sent.
+            The number of bytes sent.
 
         Raises:
-            MissingDependencyError: it has to be installed first.
+            MissingDependencyError: something has to be installed first.
             RequestError: this engine cannot measure the bundle at all.
         """
 
     def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
-        """Ask the model what it answered when the bundle was made."""
+        """Compare the model's answers with those from when the bundle was made."""
 
     def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
-        """Time it."""
+        """Time the model."""
 
 
 class Probe:
-    """`probe.py` in a Python of the device, isolated: no file of the bundle stands for one of its modules.
+    """`probe.py` in a Python of the device, isolated so that no file of the bundle can replace one of its modules.
 
     Args:
-        subject: What to measure.
-        python: The interpreter there: a name or path, which may begin with `~/`.
-        bundle: The bundle's folder there, absolute; None for where its files are sent to.
+        subject: The bundle to measure.
+        python: The device's interpreter: a name or path, which may begin with `~/`.
+        bundle: The bundle's folder there, absolute; None for the folder to which its files are sent.
     """
 
     def __init__(self, subject: BundleUnderTest, python: str, bundle: Path | None = None) -> None:
@@ -95,7 +95,7 @@ class Probe:
         self._python = line('"$HOME"/%s', python[2:]) if python.startswith("~/") else line("%s", python)
 
     def prepare(self, place: RemoteFolder) -> int:
-        """Send the program and refuse a device without Python or without the runtime."""
+        """Send the program, and refuse a device without Python or without the runtime."""
         sent = place.fill([Upload(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
         where = place.connection.where
         answer = place.run(self._command(place, "needs", self._subject.artifact.target), timeout_s=120)
@@ -122,18 +122,18 @@ class Probe:
         return sent
 
     def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
-        """Compare the model's answers on the device with those of the time when it was made."""
+        """Compare the model's answers on the device with those from when it was made."""
         answer = self._run("selftest", place, settings)
         return self._subject.check(parsed(Answers, answer.output, place.connection.where))
 
     def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
-        """Time it in a process of its own."""
+        """Time the model in a separate process."""
         return parsed(Measurement, self._run("measure", place, settings).output, place.connection.where)
 
     def _run(self, command: str, place: RemoteFolder, settings: Settings) -> ShellResult:
         job = place.write(JOB, json.dumps(self._job(place, settings)).encode())
         answer = place.work(self._command(place, command, job), settings.limit_s)
-        # Local a model that cannot be run at all is a bad one; elsewhere it may be the device.
+        # On this machine, a model that cannot be run at all is a bad one; on a device, the device may be the cause.
         local = self._bundle is not None and command == "selftest"
         _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
@@ -158,8 +158,8 @@ class LlamaBench:
     """llama.cpp's own `llama-bench`: for phones, which have no Python.
 
     Args:
-        subject: What to measure.
-        binary: A build of it for the device; None looks for one there.
+        subject: The bundle to measure.
+        binary: A build of llama-bench for the device; None to look for one there.
     """
 
     def __init__(self, subject: BundleUnderTest, binary: Path | None) -> None:
@@ -167,7 +167,7 @@ class LlamaBench:
         self._program = ""
 
     def prepare(self, place: RemoteFolder) -> int:
-        """Refuse what llama-bench cannot run and a device that has none, or send the one that the user named."""
+        """Refuse a bundle that llama-bench cannot run or a device without it, or send the build named by the user."""
         if self._subject.artifact.target != "gguf" or self._subject.has_adapter:
             kind = "an adapter" if self._subject.has_adapter else f"target {self._subject.artifact.target}"
             raise RequestError(
@@ -186,13 +186,13 @@ class LlamaBench:
         return sent
 
     def self_test(self, place: RemoteFolder, settings: Settings) -> Check:
-        """Say that llama-bench answers no prompts."""
+        """Return that the test is not run: llama-bench does not answer prompts."""
         del place, settings
         detail = "llama-bench times a model and does not show what it answers; its bytes were checked"
         return Check(name="selftest", status="not run", detail=detail)
 
     def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
-        """Time it."""
+        """Time the model."""
         rows = self._rows(place, settings, settings.repeats, [(settings.prompt, 0), (0, settings.generate)])
         last = rows[-1]
         return Measurement(
@@ -211,7 +211,7 @@ class LlamaBench:
     def _rows(
         self, place: RemoteFolder, settings: Settings, repeats: int, asked: Sequence[tuple[int, int]]
     ) -> tuple[LlamaBenchRow, ...]:
-        """Run it for tests of so many tokens read and generated each, and return a row for each."""
+        """Run llama-bench for tests of some tokens read and generated each, and return a row for each test."""
         (model,) = self._subject.model_files
         prompt, generate = map(max, zip(*asked, strict=True))
         options = ["-m", f"{place.path}/{BUNDLE}/{model}", "-p", prompt, "-n", generate, "-r", repeats]
@@ -246,7 +246,7 @@ def _found(connection: Connection) -> str:
 
 
 def _require_end(answer: ShellResult, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
-    """Refuse a program that did not end well; one that failed by itself with the kind of error that is named."""
+    """Refuse a program that did not end well; use the given kind of error if it failed by itself."""
     where, code = connection.where, answer.code
     if code == SIGNALLED + SIGILL:
         raise RequestError(

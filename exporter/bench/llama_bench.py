@@ -1,6 +1,6 @@
-"""Results in the shapes that llama-bench prints, so that what reads its JSON or Markdown reads these too.
+"""Results in llama-bench's output formats, for programs that read its JSON or Markdown.
 
-Only fields whose value is known are given. Means and standard deviations are over the repeats, as there.
+Only fields whose value is known are given. Means and standard deviations are over the repeats, as in llama-bench.
 """
 
 import json
@@ -11,21 +11,21 @@ from statistics import fmean, stdev
 from exporter.bench.results import Measurement, Test
 
 GIB, MIB = 1 << 30, 1 << 20
-# Column titles and widths; to the right where the width is positive.
+# Column titles and widths; positive widths align right.
 COLUMNS = (("model", -30), ("size", 10), ("params", 10), ("backend", -10), ("threads", 7), ("test", 13), ("t/s", 16))
 
 
 @dataclass(frozen=True)
 class RowHead:
-    """What was measured, in llama-bench's terms.
+    """The measured model and machine, in llama-bench's terms.
 
     Attributes:
-        build: What stands for the commit of llama.cpp: the runtime and its version.
+        build: The runtime and its version, in place of llama.cpp's commit.
         cpu: The processor's name.
         file: Name of the model's file.
         type: Architecture, size and format in one phrase.
-        size_bytes: Of the model's files.
-        parameters: Its weights.
+        size_bytes: Size of the model's files.
+        parameters: Number of weights.
     """
 
     build: str

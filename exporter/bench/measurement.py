@@ -1,4 +1,4 @@
-"""The whole measurement of a bundle, on this machine or on a device: one call a step."""
+"""The complete measurement of a bundle, on this machine or on a device, with one call per step."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ from exporter.foundation.quantities import Check, Quantity
 Progress = Callable[[str, int, int], None]
 MIB = 1 << 20
 MOST_THREADS = 8
-# The speed that lasts is that of the last of so many parts of a sustained run.
+# The sustained speed is that of the last of this many parts of a sustained run.
 PARTS = 4
 
 
@@ -39,12 +39,12 @@ class Remote:
     """How a device is reached and used.
 
     Attributes:
-        address: Where it is.
-        identity: A private key; None takes the agent's and the default ones.
-        python: Its interpreter.
+        address: Its address.
+        identity: A private key; None for the agent's and the default ones.
+        python: Its Python interpreter.
         binary: A build of llama-bench to send.
-        folder: Where our folder goes there; None takes the transport's place.
-        keep: Leave the folder there, so that the next time only what changed is sent.
+        folder: Place of the exporter's folder there; None for the transport's place.
+        keep: Keep the folder there, so that the next run sends only changes.
     """
 
     address: Address
@@ -57,17 +57,17 @@ class Remote:
 
 @dataclass(frozen=True)
 class BenchOutcome:
-    """What was measured, of what, on what.
+    """The result of measuring a bundle on a machine.
 
     Attributes:
         where: The device's address, or this machine.
         subject: The bundle.
-        machine: What the device says that it is.
+        machine: The device's description of itself.
         measured: Its timings.
         celsius: The processor's temperature before and after; None where it cannot be read.
-        checks: Bytes, self-test and instructions.
-        sent_bytes: What had to be sent.
-        held: Tokens that the context held.
+        checks: Checks of bytes, self-test and instructions.
+        sent_bytes: Number of bytes sent.
+        held: Size of the context in tokens.
     """
 
     where: str
@@ -81,7 +81,7 @@ class BenchOutcome:
 
     @property
     def row_head(self) -> RowHead:
-        """What was measured, in llama-bench's terms."""
+        """The measured model and machine, in llama-bench's terms."""
         report, artifact, measured = self.subject.report, self.subject.artifact, self.measured
         return RowHead(
             build=measured.runtime,
@@ -94,12 +94,12 @@ class BenchOutcome:
 
 
 def measure_here(bundle: Path, settings: Settings, device: str | None, check: bool = True) -> BenchOutcome:
-    """Measure a bundle on this machine, in processes of its own.
+    """Measure a bundle on this machine, in separate processes.
 
     Args:
         bundle: Its folder.
-        settings: What is timed; threads of 0 leave the number to the profile or the cores.
-        device: The profile of this machine; None asks nothing of its instructions.
+        settings: Settings of the timing; for 0 threads, the profile or the cores decide.
+        device: The profile of this machine; None to require no instructions.
         check: Compare the model's files with the manifest first.
     """
     with subject_of(bundle, check) as subject, remote_folder(Local, _name(subject), None, keep=False) as place:
@@ -114,14 +114,14 @@ def measure_here(bundle: Path, settings: Settings, device: str | None, check: bo
 def measure_on(
     bundle: Path, remote: Remote, settings: Settings, device: str | None, progress: Progress
 ) -> BenchOutcome:
-    """Measure a bundle on a device: send what is missing, check it, test it, time it, and clean up.
+    """Measure a bundle on a device: send missing files, check, test and time the model, and clean up.
 
     Args:
         bundle: Its folder.
         remote: The device.
-        settings: What is timed; threads of 0 leave the number to the profile or the cores.
-        device: The device's profile; None takes it for the bundle's where it has its instructions.
-        progress: Called with what is done, steps done and their total.
+        settings: Settings of the timing; for 0 threads, the profile or the cores decide.
+        device: The device's profile; None for the bundle's, if the device has its instructions.
+        progress: Called with the name of the step, steps done and their total.
     """
     # Bytes are compared as they are sent.
     with subject_of(bundle, check=False) as subject:
@@ -150,7 +150,7 @@ def _name(subject: BundleUnderTest) -> str:
 
 
 def connect(remote: Remote) -> Connection:
-    """Reach a device; what each transport needs is imported here."""
+    """Connect to a device; the imports of each transport are here."""
     if remote.address.scheme == "adb":
         from exporter.device.connect.adb import Adb
 
@@ -173,10 +173,10 @@ def _outcome(
 
 
 def _instructions(subject: BundleUnderTest, machine: Machine, device: str | None, strict: bool) -> Check:
-    """Compare a machine's instructions with those of the profile that it is said to have, or of the bundle's.
+    """Compare a machine's instructions with those of its stated profile, or of the bundle's.
 
     Raises:
-        RequestError: it lacks some of them, and `strict` says that it is meant to be the device.
+        RequestError: it lacks some of them, and `strict` means that it must be the device.
     """
     name = device or subject.manifest.device
     # A bundle may name any profile, or a file of this machine.
@@ -218,7 +218,7 @@ def _counted(progress: Progress, total: int) -> Callable[[int], None]:
 
 
 def quantities(outcome: BenchOutcome) -> dict[str, Quantity]:
-    """Return the figures of a measurement by name; those that were not taken are absent."""
+    """Return the figures of a measurement by name, without those that were not measured."""
     measured, (before, after) = outcome.measured, outcome.celsius
     first_token_ns = median(measured.prefill.samples_ns)
     values: dict[str, tuple[float | None, str]] = {
@@ -242,12 +242,12 @@ def quantities(outcome: BenchOutcome) -> dict[str, Quantity]:
 
 
 def lasting(measured: Measurement) -> float | None:
-    """Return the tokens/s of the last quarter of a sustained run, None where there was none."""
+    """Return the tokens/s of the last quarter of a sustained run; None without such a run."""
     rounds = measured.sustained_ts
     return median(rounds[-max(1, len(rounds) // PARTS) :]) if rounds else None
 
 
 def sustained_share(measured: Measurement) -> float | None:
-    """Return the speed that lasts over that of the repeats."""
+    """Return the sustained speed relative to that of the repeats."""
     last = lasting(measured)
     return None if last is None else last / measured.decode.tokens_per_s

@@ -1,10 +1,10 @@
-"""Measures a model on the machine that it is sent to. It stands alone: Python 3.8, numpy and the model's runtime.
+"""Measures a model on the machine to which it is sent. It is standalone: Python 3.8, numpy and the model's runtime.
 
-    python3 -I probe.py needs TARGET        which packages of the runtime are there
-    python3 -I probe.py selftest JOB.json   what the model answers to the self-test's prompt
-    python3 -I probe.py measure JOB.json    how quickly it reads and generates
+    python3 -I probe.py needs TARGET        which packages of the runtime are missing
+    python3 -I probe.py selftest JOB.json   the model's answers to the self-test's prompt
+    python3 -I probe.py measure JOB.json    the speed of prefill and decoding
 
-It prints one JSON object. Tests are those of llama-bench: `n_prompt` tokens read at once, or `n_gen` generated one at a
+It prints one JSON object. Tests are as in llama-bench: `n_prompt` tokens read at once, or `n_gen` generated one at a
 time, either after `n_depth` tokens that are not timed.
 """
 
@@ -22,10 +22,10 @@ from importlib.machinery import PathFinder
 from importlib.metadata import version
 from typing import Any
 
-# Before it is imported: ONNX Runtime asks for a host of its maker's otherwise, and leaves a device's id in the home.
+# Set before the import: otherwise ONNX Runtime contacts a host of its vendor and stores a device id in the home folder.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-# Module and the package that pip knows it by. What is needed, then what is used where it is there.
+# Modules, and the names of their packages for pip: required ones, then optional ones.
 NUMPY, ORT = ("numpy", "numpy"), ("onnxruntime", "onnxruntime")
 NEEDED = {"gguf": (NUMPY, ("llama_cpp", "llama-cpp-python")), "onnx": (NUMPY, ORT), "onnx-qdq": (NUMPY, ORT)}
 GENAI = ("onnxruntime_genai", "onnxruntime-genai")
@@ -35,12 +35,12 @@ MOST_ROUNDS = 10_000
 
 
 def ids(count: int) -> list[int]:
-    """Return token ids from a small range, which every vocabulary has; speed does not depend on which they are."""
+    """Return token ids from a small range that every vocabulary has; speed does not depend on the ids."""
     return [FIRST_ID + (7919 * i + i * i) % (LAST_ID - FIRST_ID) for i in range(count)]
 
 
 def resident_bytes(field: str) -> int:
-    """Return this process's resident set (`VmRSS`) or the largest that it had (`VmHWM`)."""
+    """Return this process's resident set (`VmRSS`) or its peak (`VmHWM`)."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123  (as plain as it goes)
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
@@ -50,7 +50,7 @@ def resident_bytes(field: str) -> int:
 
 
 class _LlamaCpp:
-    """A GGUF file, with its adapter where there is one, in llama-cpp-python."""
+    """A GGUF file in llama-cpp-python, with its adapter if there is one."""
 
     def __init__(self, job: dict[str, Any], context: int) -> None:
         import llama_cpp
@@ -62,7 +62,7 @@ class _LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise RuntimeError("llama.cpp cannot load the file")
-        # Before the context: its graphs are given room for the adapters that the model then has.
+        # Before the context is created: its graphs reserve room for the adapters that the model has by then.
         loaded = [llama_cpp.llama_adapter_lora_init(self.model, one.encode()) for one in adapters]
         self.context = llama_cpp.llama_init_from_model(self.model, self._parameters(context))
         if not self.context or not all(loaded):
@@ -127,7 +127,7 @@ class _LlamaCpp:
 
 
 class _OnnxRuntime:
-    """A decoder in plain onnxruntime; keys and values stay where the runtime put them."""
+    """A decoder in plain onnxruntime; keys and values stay in the runtime's own memory."""
 
     def __init__(self, job: dict[str, Any], context: int) -> None:
         import numpy as np
@@ -187,7 +187,7 @@ class _OnnxRuntime:
 
 
 class _Genai:
-    """The same decoder in onnxruntime-genai, which is what a bundle's genai_config.json is for."""
+    """The same decoder in onnxruntime-genai, for which a bundle's genai_config.json is made."""
 
     def __init__(self, job: dict[str, Any], context: int) -> None:
         import numpy as np
@@ -206,7 +206,7 @@ class _Genai:
 
     def start(self, depth: int) -> None:
         parameters = self.api.GeneratorParams(self.model)
-        # It must not end early.
+        # Prevent an early end.
         parameters.set_search_options(max_length=self.context, min_length=self.context, do_sample=False)
         self.generator = self.api.Generator(self.model, parameters)
         if depth:
@@ -229,7 +229,7 @@ def runtime_of(job: dict[str, Any]) -> Any:
 
 def elapsed_ns(runtime: Any, prompt: int, generate: int, depth: int) -> int:
     """Return the nanoseconds of one test."""
-    # A first token is chosen after one that was read: generation begins with one in the context.
+    # Generation starts after a token that was read, so the context needs at least one.
     runtime.start(max(depth, 0 if prompt else 1))
     tokens = ids(prompt)
     started = time.perf_counter_ns()
@@ -241,7 +241,7 @@ def elapsed_ns(runtime: Any, prompt: int, generate: int, depth: int) -> int:
 
 
 def timed(runtime: Any, prompt: int, generate: int, job: dict[str, Any]) -> dict[str, Any]:
-    """Return a test's repeats, after one that warms up."""
+    """Return the repeats of a test, after a warm-up."""
     depth = job["depth"]
     elapsed_ns(runtime, prompt, generate, depth)
     begun = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -250,7 +250,7 @@ def timed(runtime: Any, prompt: int, generate: int, job: dict[str, Any]) -> dict
 
 
 def sustained(runtime: Any, job: dict[str, Any]) -> list[int]:
-    """Return the nanoseconds of each round of generation until the seconds asked for are over."""
+    """Return the nanoseconds of each round of generation until the requested seconds are over."""
     end = time.perf_counter() + job["sustain_s"]
     rounds: list[int] = []
     while job["sustain_s"] and time.perf_counter() < end and len(rounds) < MOST_ROUNDS:
@@ -259,7 +259,7 @@ def sustained(runtime: Any, job: dict[str, Any]) -> list[int]:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Return everything that is timed."""
+    """Return all timings."""
     before, started = resident_bytes("VmRSS"), time.perf_counter_ns()
     runtime = runtime_of(job)(job, job["context"])
     load_ns = time.perf_counter_ns() - started
@@ -273,7 +273,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the first token and its logit at each position of the self-test."""
+    """Return the top token and its logit at each position of the self-test."""
     prompt, positions = job["self_test"]["prompt"], job["self_test"]["positions"]
     kind = _LlamaCpp if job["target"] == "gguf" else _OnnxRuntime
     rows = kind(job, max(64, len(prompt))).logits(prompt)[positions]
@@ -284,7 +284,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
 def needs(target: str) -> dict[str, Any]:
     """Return the packages that are missing for a target."""
     missing = [needed for needed in NEEDED[target] if not importlib.util.find_spec(needed[0])]
-    # Where it would look if it were not isolated.
+    # The folders in which it would look without isolation.
     folders = [site.getusersitepackages(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     hidden = [
         f"{package} in {one}" for module, package in missing for one in folders if PathFinder.find_spec(module, [one])
@@ -295,18 +295,18 @@ def needs(target: str) -> dict[str, Any]:
 
 
 def main(command: str, argument: str) -> dict[str, Any]:
-    """Do what the command line says."""
+    """Run a command of the command line."""
     if command == "needs":
         return needs(argument)
     with open(argument, encoding="utf-8") as file:  # noqa: PTH123  (as plain as it goes)
         job = json.load(file)
-    # Whoever asked may be gone.
+    # The requester may be gone.
     signal.alarm(job["limit_s"])
     return answers(job) if command == "selftest" else measure(job)
 
 
 if __name__ == "__main__":
-    # Runtimes print to what would be the answer.
+    # Runtimes print to standard output, which is kept for the answer.
     answer = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""A device's profile with what was measured on it, as a user's own TOML file."""
+"""A device's profile with a measurement on it, as a user's own TOML file."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,12 +16,12 @@ SOURCE = "edge-exporter bench"
 
 
 def write_profile(outcome: BenchOutcome, device: str | None, path: Path) -> None:
-    """Write the profile of the measured device, this run added to those it holds.
+    """Write the profile of the measured device, with this run added.
 
     Args:
-        outcome: What was measured.
+        outcome: The measurement.
         device: The profile to start from; None takes the bundle's.
-        path: The new file, whose name without `.toml` becomes the device's.
+        path: The new file; its name without `.toml` becomes the device's name.
 
     Raises:
         RequestError: there is no profile to start from, or the file cannot be a new one.
@@ -33,10 +33,10 @@ def write_profile(outcome: BenchOutcome, device: str | None, path: Path) -> None
 
 
 def base_of(outcome: BenchOutcome, device: str | None) -> DeviceProfile:
-    """Return the profile that a measurement is added to.
+    """Return the profile to which a measurement is added.
 
     Raises:
-        RequestError: none is named, and the bundle's is not at hand or has another processor's instructions.
+        RequestError: none is named, and the bundle's is not available or is for another processor's instructions.
     """
     name = device or outcome.subject.manifest.device
     verified = any(one.name == "device.instructions" and one.status == "passed" for one in outcome.checks)
@@ -49,7 +49,7 @@ def base_of(outcome: BenchOutcome, device: str | None) -> DeviceProfile:
 
 
 def format_of(report: Report) -> str:
-    """Return the format that a bundle's speed is predicted by: its scheme, or what takes most of the model's bytes."""
+    """Return the format that predicts a bundle's speed: its scheme, or the format with most of the model's bytes."""
     scheme = report.recipe.scheme
     if is_known_format(scheme):
         return scheme

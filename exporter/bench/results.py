@@ -1,4 +1,4 @@
-"""What a measuring program answers: checked strictly, since it comes from another machine."""
+"""The answers of a measuring program, checked strictly because they come from another machine."""
 
 from statistics import median
 from typing import Annotated, TypeVar
@@ -9,7 +9,7 @@ from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.foundation.quantities import Document
 
-# The longest has 30,000 timings. The parser takes seconds over a million characters that are empty lists.
+# The longest answer has 30,000 timings. The parser takes seconds over a million characters of empty lists.
 MAX_CHARACTERS = 1 << 20
 MAX_VALUES = 1 << 16
 MAX_TOKENS = 1 << 20
@@ -20,18 +20,18 @@ Size = Annotated[int, Field(ge=0, le=1 << 46)]
 # From a microsecond to a day.
 Nanoseconds = Annotated[int, Field(ge=1_000, le=86_400_000_000_000)]
 Time = Annotated[str, Field(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$")]
-# Of a million mistakes the first is enough: a list of all would take gigabytes.
+# Only the first of a million errors is reported: a list of all would take gigabytes.
 Samples = Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
 Result = TypeVar("Result")
 
 
 class Test(Document):
-    """One test as llama-bench names them: `n_prompt` tokens read at once, or `n_gen` generated one at a time.
+    """One test, named as in llama-bench: `n_prompt` tokens read at once, or `n_gen` generated one at a time.
 
     Attributes:
-        n_depth: Tokens in the context before.
-        test_time: When it began, UTC.
-        samples_ns: Each repeat, after a warm-up.
+        n_depth: Tokens already in the context.
+        test_time: Start time, UTC.
+        samples_ns: Time of each repeat, after a warm-up.
     """
 
     n_prompt: Tokens
@@ -48,29 +48,29 @@ class Test(Document):
 
     @property
     def samples_ts(self) -> list[float]:
-        """Tokens a second of each repeat."""
+        """Tokens per second of each repeat."""
         return [1e9 * (self.n_prompt + self.n_gen) / sample for sample in self.samples_ns]
 
     @property
     def tokens_per_s(self) -> float:
-        """Their median."""
+        """Median over the repeats."""
         return median(self.samples_ts)
 
 
 class Measurement(Document):
-    """What was timed on a machine.
+    """The timings of a machine.
 
     Attributes:
         runtime: Package or program and its version.
-        model_type: The runtime's own words for the model; None where it has none.
-        model_n_params: Its weights, as the runtime counts them.
+        model_type: The runtime's own description of the model; None if it has none.
+        model_n_params: Number of weights, as the runtime counts them.
         n_batch: Most tokens read at once.
         n_threads: Threads.
-        load_ns: To load the model; None where it was not timed.
-        interpreter_bytes: Resident set before the model was loaded; None where it was not read.
-        peak_bytes: The largest resident set of the tests.
-        tests: Reading a prompt, and generating.
-        sustained_ns: Rounds of generation one after the other, as many tokens each as the test generates.
+        load_ns: Time to load the model; None if it was not timed.
+        interpreter_bytes: Resident set before the model was loaded; None if it was not read.
+        peak_bytes: Peak resident set of the tests.
+        tests: The tests of prefill and of decoding.
+        sustained_ns: Times of consecutive rounds of generation, each with as many tokens as the test generates.
     """
 
     runtime: Name
@@ -86,27 +86,27 @@ class Measurement(Document):
 
     @property
     def prefill(self) -> Test:
-        """Reading a prompt."""
+        """The test of prefill."""
         return self.tests[0]
 
     @property
     def decode(self) -> Test:
-        """Generating."""
+        """The test of decoding."""
         return self.tests[1]
 
     @property
     def sustained_ts(self) -> list[float]:
-        """Tokens a second of each sustained round."""
+        """Tokens per second of each sustained round."""
         return [1e9 * self.decode.n_gen / sample for sample in self.sustained_ns]
 
 
 class Needs(Document):
-    """Which packages a device's Python lacks.
+    """The packages that a device's Python lacks.
 
     Attributes:
-        python: Its version.
-        missing: Packages, as pip knows them.
-        hidden: Those of them that a Python finds which is not isolated, with the folder of each.
+        python: Version of Python.
+        missing: The missing packages, by pip's names.
+        hidden: Those of them that a Python without isolation finds, with the folder of each.
     """
 
     python: Name
@@ -115,14 +115,14 @@ class Needs(Document):
 
 
 class Answers(Document):
-    """The first token and its logit at each position of a self-test."""
+    """The top token and its logit at each position of a self-test."""
 
     tokens: Annotated[tuple[Tokens, ...], Field(max_length=1000, fail_fast=True)]
     logits: Annotated[tuple[float, ...], Field(max_length=1000, fail_fast=True)]
 
 
 class LlamaBenchRow(BaseModel):
-    """A row of `llama-bench -o json`. Other versions have other fields beside these, which are not looked at."""
+    """A row of `llama-bench -o json`. Other versions have further fields, which are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -147,15 +147,15 @@ class LlamaBenchRow(BaseModel):
         )  # fmt: skip
 
 
-# Of one test, or of both.
+# Rows of one test, or of both.
 LlamaBenchRows = Annotated[tuple[LlamaBenchRow, ...], Field(max_length=2, fail_fast=True)]
 
 
 def parsed(kind: type[Result], text: str, where: str) -> Result:
-    """Return what a device answered as a document.
+    """Parse a device's answer as a document.
 
     Raises:
-        InputError: it is none.
+        InputError: it is no such document.
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(

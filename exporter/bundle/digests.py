@@ -1,4 +1,4 @@
-"""Comparing files with the SHA-256 that a manifest lists, and remembering which of them were compared already."""
+"""Compares files with the SHA-256 that a manifest lists, and remembers which of them were compared already."""
 
 import hashlib
 import json
@@ -18,23 +18,23 @@ NEXT_STEP = "see edge-exporter verify, and get the bundle again"
 MEMORY = "compared.json"
 MOST_REMEMBERED = 2000
 MOST_MEMORY_BYTES = 1 << 20
-# A file that changed just now may change again without its times showing it: clocks of file systems have ticks.
+# A file that has just changed may change again without new times, since the clocks of file systems have ticks.
 SETTLED_NS = 2_000_000_000
 
 
 def require_listed(bundle: Path, entries: Iterable[FileEntry]) -> None:
     """Compare files of a bundle with their entries in its manifest.
 
-    A file that was compared before is not read again while its device, inode, size and times are the same. Whoever may
-    write to the bundle can still change a file after this, before a runtime opens it by its name; nothing here helps
-    against them.
+    A file that was compared before is not read again while its device, inode, size and times are the same. Anyone who
+    may write to the bundle can still change a file after this, before a runtime opens it by its name; nothing here
+    prevents that.
 
     Args:
         bundle: The bundle's folder.
-        entries: What the files must be.
+        entries: The expected entries of the files.
 
     Raises:
-        InputError: a file is missing, is no regular file, cannot be read, or is another than is listed.
+        InputError: a file is missing, is no regular file, cannot be read, or is not as listed.
     """
     memory = _Memory()
     for entry in entries:
@@ -49,10 +49,10 @@ def require_listed(bundle: Path, entries: Iterable[FileEntry]) -> None:
 
 
 def require_sizes(bundle: Path, entries: Iterable[FileEntry]) -> None:
-    """Refuse files that are missing, no regular files, or not of the sizes that the manifest lists.
+    """Refuse files that are missing, not regular, or not of the sizes that the manifest lists.
 
     Raises:
-        InputError: see above.
+        InputError: a file is refused.
     """
     for entry in entries:
         path = bundle / entry.path
@@ -66,10 +66,10 @@ def require_sizes(bundle: Path, entries: Iterable[FileEntry]) -> None:
 
 
 def read_listed(bundle: Path, entry: FileEntry, most_bytes: int) -> bytes:
-    """Return the bytes of a small file of a bundle, which are those that its manifest lists.
+    """Return the bytes of a small file of a bundle, checked against its manifest.
 
     Raises:
-        InputError: it is larger than `most_bytes`, cannot be read, or is another than is listed.
+        InputError: it is larger than `most_bytes`, cannot be read, or is not as listed.
     """
     path = bundle / entry.path
     if entry.size > most_bytes:
@@ -86,7 +86,7 @@ def read_listed(bundle: Path, entry: FileEntry, most_bytes: int) -> bytes:
 
 
 def not_as_listed(path: Path, got: str, expected: str) -> InputError:
-    """Return what is said of a file of another SHA-256 than its manifest lists."""
+    """Return the error for a file whose SHA-256 differs from its manifest's."""
     return InputError(
         "the file is not the one that the manifest lists", where=path, got=f"SHA-256 {got}", expected=expected,
         next_step=NEXT_STEP,
@@ -94,7 +94,7 @@ def not_as_listed(path: Path, got: str, expected: str) -> InputError:
 
 
 def _compared(path: Path, entry: FileEntry, memory: "_Memory") -> str:
-    """Return the SHA-256 of a file, which is read only where it is not known to be what is expected."""
+    """Return the SHA-256 of a file, which is read only if it is not known to match already."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         before = os.fstat(file.fileno())
         if not stat.S_ISREG(before.st_mode):
@@ -115,7 +115,7 @@ def _key(found: os.stat_result, sha256: str) -> str:
 
 
 class _Memory:
-    """What was compared and found right: a list in the cache folder, the latest last; a damaged one counts as empty."""
+    """The files found right: a list in the cache folder, the latest last; a damaged list counts as empty."""
 
     def __init__(self) -> None:
         self._keys: dict[str, None] = {}
@@ -135,7 +135,7 @@ class _Memory:
         self._changed = True
 
     def save(self) -> None:
-        """Write what is remembered, as far as it is not too much; without a cache nothing is remembered."""
+        """Write the latest remembered entries; without a cache nothing is remembered."""
         if self._changed:
             with suppress(OSError, ExporterError), replacing(cache_folder() / MEMORY) as partial:
                 partial.write_text(json.dumps(list(self._keys)[-MOST_REMEMBERED:], indent=0), encoding="ascii")

@@ -1,4 +1,4 @@
-"""Using a finished bundle: talking to it and testing it."""
+"""Use of a finished bundle: answering prompts and testing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Residence
 from exporter.targets.text import open_text
 
-if TYPE_CHECKING:  # it brings transformers along
+if TYPE_CHECKING:  # it imports transformers
     from exporter.calibrate.windows import Tokens
 
 WITHOUT_CHAT = "leave out --chat"
@@ -30,11 +30,11 @@ WITHOUT_CHAT = "leave out --chat"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a bundle answered.
+    """The answer of a bundle.
 
     Attributes:
         text: The continuation.
-        residence: What its weights took in memory; None where they are plain.
+        residence: Memory use of its weights; None if they are plain.
     """
 
     text: str
@@ -50,21 +50,21 @@ def answer(
     tokens_per_s: float | None = None,
     check: bool = True,
 ) -> Answer:
-    """Return the bundle's greedy continuation of a prompt; a coded one is decoded as it runs, where its target can.
+    """Return the bundle's greedy continuation of a prompt; a coded one is decoded as it runs, if its target can.
 
     Args:
         bundle: The bundle's folder.
-        prompt: Text to continue, or what the user says in a chat.
+        prompt: Text to continue, or the user's message in a chat.
         tokens: Most tokens to answer with.
         chat: Put the prompt into the model's chat template.
         threads: Threads of the runtime.
-        tokens_per_s: Of a coded bundle, keep as many weights plain as generating so fast takes.
+        tokens_per_s: Keep enough weights plain to generate at this speed (coded bundles only).
         check: Compare the model's files with the manifest first.
 
     Raises:
-        InputError: a file of the bundle is not as its manifest lists it, or no runtime takes it.
-        RequestError: a chat is asked of a model without a chat template that takes it, a speed of a bundle that is not
-            coded, or more than the machine can do.
+        InputError: a file of the bundle is not as its manifest lists it, or no runtime accepts it.
+        RequestError: the model has no chat template that accepts the prompt, the bundle is not coded although a speed
+            is requested, or the machine cannot reach that speed.
     """
     with opened_bundle(bundle, may_be_coded=True, check=check) as artifact:
         if tokens_per_s is not None and not artifact.coded:
@@ -81,10 +81,10 @@ def answer(
 
 
 def as_chat(artifact: Artifact, prompt: str) -> str:
-    """Return what a user says as the artifact's template renders it, apart from the model: a template may be anything.
+    """Render a user's message with the artifact's template, apart from the model, since the template is untrusted.
 
     Raises:
-        RequestError: there is no template, or it does not take the prompt.
+        RequestError: there is no template, or it refuses the prompt.
     """
     with open_text(artifact) as child:
         try:
@@ -98,10 +98,10 @@ def as_chat(artifact: Artifact, prompt: str) -> str:
 
 
 def self_test(bundle: Path, threads: int) -> Check:
-    """Run the self-test of a bundle that was verified in its own runtime; a coded one may have to be unpacked for that.
+    """Run the self-test of a verified bundle in its own runtime; a coded bundle may have to be unpacked first.
 
     Raises:
-        InputError: it is no self-test of ours, or the bundle's model cannot be run.
+        InputError: it is no self-test of this exporter, or the bundle's model cannot be run.
     """
     manifest = read_manifest(bundle)
     test = read_document(bundle, SELFTEST, SelfTest)
@@ -129,12 +129,12 @@ def emulate_bundle(
     Args:
         bundle: The bundle's folder.
         device: A profile's name, or the path of a user's own TOML.
-        memory_bytes: Most memory, in place of what one app may use there.
+        memory_bytes: Most memory, in place of the device's limit for one app.
         cores: Cores, in place of the device's.
         cpu_share: Share of the time of these cores.
-        timeout_s: Seconds after which the run is ended; None for what the model's size suggests.
+        timeout_s: Seconds after which the run is killed; None to derive it from the model's size.
         context: Tokens of context to run at.
-        progress: Called with what is done, steps done and their total.
+        progress: Called with the name of the step, steps done and their total.
 
     Raises:
         RequestError: a limit is impossible.
@@ -152,5 +152,5 @@ def emulate_bundle(
 
 
 def _some_ids(count: int) -> "Tokens":
-    """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on which they are."""
+    """Return token ids that exist in every vocabulary, int64 [count]; speed does not depend on the ids."""
     return np.random.default_rng(0).integers(100, 300, count)

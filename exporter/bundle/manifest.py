@@ -1,4 +1,4 @@
-"""manifest.json: every file of a bundle with size and SHA-256, and one digest over what a job must reproduce."""
+"""manifest.json: every file of a bundle with size and SHA-256, and one digest over all that a job must reproduce."""
 
 import hashlib
 import os
@@ -20,9 +20,9 @@ MEASUREMENTS = "measurements.json"
 PLAN = "plan.json"
 SELFTEST = "selftest.json"
 
-# The manifest cannot list itself, nor what will be computed over it.
+# The manifest cannot list itself, nor anything computed from it.
 UNLISTED = frozenset({MANIFEST})
-# These differ from run to run: they are listed with their hashes, but stay out of the content digest.
+# These differ from run to run: they are listed with their hashes, but are not in the content digest.
 VOLATILE = frozenset({MEASUREMENTS, REPORT_PAGE})
 
 Role = Literal["model", "tokenizer", "config", "plan", "report", "measurements", "selftest", "licence", "other"]
@@ -54,7 +54,7 @@ CHUNK_BYTES = 1 << 20
 MOST_FILES = 1000
 MOST_PART_BYTES, MOST_PATH_BYTES, MOST_PARTS = 255, 1024, 16
 MOST_NAME = 255
-# Windows keeps these for devices, whatever follows a dot.
+# Windows reserves these for devices, whatever follows a dot.
 WINDOWS_DEVICES = frozenset(
     {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
     | {f"{name}{n}" for name in ("COM", "LPT") for n in "0123456789¹²³"}
@@ -63,7 +63,7 @@ UNPORTABLE = frozenset('\\:<>"|?*')
 
 
 def _portable(path: str) -> str:
-    """Return a path if it names the same file below the bundle on every system, and can be no program's option.
+    """Return a path if it names the same file below the bundle on every system and cannot be a program's option.
 
     Raises:
         ValueError: it does not; pydantic turns it into its own error.
@@ -72,7 +72,7 @@ def _portable(path: str) -> str:
         raise ValueError(f"a path must be printable, without any of {' '.join(sorted(UNPORTABLE))}")
     parts = path.split("/")
     for part in parts:
-        # Windows drops a dot or space at the end of a name, so such a name can stand for another file.
+        # Windows drops a dot or space at the end of a name, so such a name can mean another file.
         if part in {"", ".", ".."} or part[-1] in ". ":
             raise ValueError("a path must be relative, without '.', '..' or empty parts")
         if part.startswith("-"):
@@ -93,7 +93,7 @@ def _printable(text: str) -> str:
 
 
 def presentable(name: str) -> str:
-    """Return the name of a folder, which may be any, as a bundle can have it for its title."""
+    """Return the name of a folder, which may be any, in a form that is valid as a bundle's title."""
     return "".join(sign if sign.isprintable() else "?" for sign in name)[:MOST_NAME] or "?"
 
 
@@ -113,7 +113,7 @@ Versions = Annotated[dict[Word, Word], Field(max_length=64)]
 
 
 class CodedForm(Document):
-    """Size and SHA-256 in hex of the coded file that a bundle is shipped with in place of a file; see `places_of`."""
+    """Size and SHA-256 in hex of the coded file that is shipped in place of a file; see `places_of`."""
 
     size: Count
     sha256: Sha256
@@ -123,11 +123,11 @@ class FileEntry(Document):
     """One file of a bundle.
 
     Attributes:
-        path: Below the bundle, with `/` between parts.
-        role: What it serves; it follows from the path.
-        size: Its bytes.
-        sha256: In hex.
-        coded: What may stand in its place until the bundle is unpacked; None where it is shipped as it is.
+        path: Path below the bundle, with `/` between parts.
+        role: Its role; it follows from the path.
+        size: Size in bytes.
+        sha256: SHA-256 in hex.
+        coded: The coded form that may replace it until the bundle is unpacked; None if it is shipped as it is.
     """
 
     path: PortablePath
@@ -146,19 +146,19 @@ class FileEntry(Document):
 
     @classmethod
     def of(cls, path: str, size: int, sha256: str, coded: CodedForm | None = None) -> Self:
-        """Return the entry of a file in its place."""
+        """Return the entry of a file with the role of its path."""
         return cls(path=path, role=role_of(path), size=size, sha256=sha256, coded=coded)
 
 
 class Provenance(Document):
-    """What made the bundle.
+    """How the bundle was made.
 
     Attributes:
         exporter: Version of this tool.
         versions: Library name -> version, of those that decide the bytes.
         model_digest: SHA-256 over the source's files.
-        instruction_set: CPU instruction set that the codes were computed with.
-        threads: Number of threads that they were computed with.
+        instruction_set: CPU instruction set with which the codes were computed.
+        threads: Number of threads with which they were computed.
     """
 
     exporter: Word
@@ -169,15 +169,15 @@ class Provenance(Document):
 
 
 class ManifestHeader(Document):
-    """What a manifest says besides its files.
+    """The content of a manifest apart from its files.
 
     Attributes:
-        name: What the bundle is called.
+        name: Name of the bundle.
         target: Name of the target.
         device: Name of the device profile.
-        runtime: Runtime -> version that the artifact was proved with, such as `{"llama.cpp": "b6000"}`.
-        recipe: What was asked for.
-        provenance: What made the bundle.
+        runtime: Runtime -> version with which the artifact was proved, such as `{"llama.cpp": "b6000"}`.
+        recipe: The recipe that was requested.
+        provenance: How the bundle was made.
     """
 
     name: Title
@@ -192,7 +192,7 @@ class Manifest(ManifestHeader):
     """manifest.json: the header, every other file of the bundle, and the digests.
 
     Attributes:
-        schema_version: 1 is that of version 0.1.0, which has no `evidence_digest`.
+        schema_version: 1 is the schema of version 0.1.0, which has no `evidence_digest`.
         files: Every other file, in order of their paths.
         content_digest: See `content_digest`.
         evidence_digest: See `evidence_digest`.
@@ -232,16 +232,16 @@ class Manifest(ManifestHeader):
 
 
 def places_of(entry: FileEntry) -> list[str]:
-    """Return where a file may stand: its path, and that of its coded form if it has one."""
+    """Return the possible paths of a file: its own, and that of its coded form if it has one."""
     return [entry.path] if entry.coded is None else [entry.path, entry.path + SUFFIX]
 
 
 def standing_for(entry: FileEntry, present: Collection[str]) -> FileEntry:
-    """Return the entry of the file that stands for one in a bundle: itself, or its coded form until it is unpacked.
+    """Return the entry of the file that is present for one: itself, or its coded form until it is unpacked.
 
     Args:
         entry: The file.
-        present: Paths of the files that are there.
+        present: Paths of the files that are present.
     """
     path = entry.path + SUFFIX
     if entry.coded is None or entry.path in present or path not in present:
@@ -254,7 +254,7 @@ def _folded(path: str) -> str:
 
 
 def content_digest(header: ManifestHeader, files: Iterable[FileEntry], schema_version: int = 2) -> str:
-    """Return the SHA-256, in hex, over what the same job gives again.
+    """Return the SHA-256, in hex, over all that the same job reproduces.
 
     That is the header and the entries of all files but measurements.json and report.html.
     """
@@ -269,7 +269,7 @@ def content_digest(header: ManifestHeader, files: Iterable[FileEntry], schema_ve
 
 
 def evidence_digest(files: Iterable[FileEntry]) -> str:
-    """Return the SHA-256, in hex, over the entries of measurements.json and report.html, which no two jobs share."""
+    """Return the SHA-256, in hex, over the entries of measurements.json and report.html, which differ between jobs."""
     return _digest(
         [
             {"path": entry.path, "size": entry.size, "sha256": entry.sha256}
@@ -284,7 +284,7 @@ def _digest(content: object) -> str:
 
 
 def role_of(path: str) -> Role:
-    """Return what a file of the bundle serves, from its place."""
+    """Return the role of a file of the bundle, from its path."""
     folder, _, name = path.rpartition("/")
     if folder.split("/")[0] == "model":
         return MODEL_ROLES.get(name, "model")
@@ -294,9 +294,9 @@ def role_of(path: str) -> Role:
 
 
 def files_below(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the paths of the regular files below a folder, and of all else that is not a folder.
+    """Return the paths of the regular files below a folder, and of everything else that is not a folder.
 
-    The second list holds links, sockets, devices: nothing of it is followed or opened. Both are sorted, with
+    The second list holds links, sockets and devices, which are neither followed nor opened. Both are sorted, with
     `/` between parts.
 
     Raises:
@@ -330,7 +330,7 @@ def sha256_of(path: Path, advance: Callable[[int], None] | None = None) -> tuple
 
 
 def sha256_read(file: BinaryIO, advance: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Return the size and the SHA-256 of what is left of an open file; see `sha256_of`."""
+    """Return the size and the SHA-256 of the rest of an open file; see `sha256_of`."""
     size, digest = 0, hashlib.sha256()
     while piece := file.read(CHUNK_BYTES):
         digest.update(piece)

@@ -1,7 +1,7 @@
-"""Opening a bundle for use: what runtimes are given of it is checked first, or written anew.
+"""Opens a bundle for use: all that runtimes get from it is checked first, or rewritten.
 
-Nothing of a bundle is code. A runtime gets files with numbers and text alone, under names that are fixed; settings,
-which can make onnxruntime-genai load a library or write a file, are ours. See `exporter.targets.intake`.
+No part of a bundle is code. A runtime gets only files with numbers and text, under fixed names. Settings can make
+onnxruntime-genai load a library or write a file, so this exporter rewrites them. See `exporter.targets.intake`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,30 +24,30 @@ UNPACK = "restore it with edge-exporter unpack"
 
 @dataclass(frozen=True)
 class Shipped:
-    """A file that a manifest lists, and what stands for it: itself, or its coded form."""
+    """A file that a manifest lists, and the file that is present for it: itself or its coded form."""
 
     entry: FileEntry
     standing: FileEntry
 
     @property
     def coded(self) -> bool:
-        """Whether it is the coded form."""
+        """Whether the coded form is present."""
         return self.standing is not self.entry
 
 
 @contextmanager
 def opened_bundle(bundle: Path, may_be_coded: bool = False, check: bool = True) -> Iterator[Artifact]:
-    """Give the artifact of a bundle, safe to load, as long as the block lasts.
+    """Yield the artifact of a bundle, safe to load, as long as the block lasts.
 
     Args:
         bundle: The bundle's folder.
-        may_be_coded: Take coded files as they are, where the target runs them.
+        may_be_coded: Accept coded files as they are, if the target can run them.
         check: Compare the model's files with the SHA-256 that the manifest lists, not only their sizes.
 
     Raises:
-        InputError: a file is missing, is not as listed, or asks a runtime for what no bundle of ours does; or what is
-            done in the block finds fault with the bundle, or kills a runtime.
-        RequestError: one is coded.
+        InputError: a file is missing, is not as listed, or asks a runtime for something that no bundle of this exporter
+            asks for; or the block finds fault with the bundle, or crashes a runtime.
+        RequestError: a file is coded.
     """
     manifest = read_manifest(bundle)
     files = shipped(bundle, manifest)
@@ -65,7 +65,7 @@ def opened_bundle(bundle: Path, may_be_coded: bool = False, check: bool = True) 
 
 
 def _of_the_bundle(error: ExporterError, artifact: Artifact, bundle: Path) -> ExporterError:
-    """Return an error with the bundle's own paths. What a runtime dies of is the bundle's fault: it ran once."""
+    """Return an error with the bundle's own paths. A runtime crash is the bundle's fault, since it ran once."""
     said = str(error).replace(str(artifact.folder), str(bundle / MODEL))
     if not isinstance(error, RuntimeCrashError):
         return type(error)(said)
@@ -74,7 +74,7 @@ def _of_the_bundle(error: ExporterError, artifact: Artifact, bundle: Path) -> Ex
 
 
 def shipped(bundle: Path, manifest: Manifest) -> list[Shipped]:
-    """Return every file of a bundle, and what stands for it."""
+    """Return every file of a bundle with the file that is present for it."""
     try:
         places = (place for entry in manifest.files for place in places_of(entry))
         present = {place for place in places if (bundle / place).is_file()}
@@ -85,7 +85,7 @@ def shipped(bundle: Path, manifest: Manifest) -> list[Shipped]:
 
 @contextmanager
 def admitted(bundle: Path, manifest: Manifest, files: list[Shipped]) -> Iterator[Artifact]:
-    """Give the artifact of a bundle as its target lets it in, whose files have the listed sizes already.
+    """Yield the artifact of a bundle after the checks of its target; its files have the listed sizes already.
 
     Raises:
         InputError: see `exporter.targets.intake.Intake`.
@@ -115,10 +115,10 @@ def admitted(bundle: Path, manifest: Manifest, files: list[Shipped]) -> Iterator
 
 
 def require_original(bundle: Path, file: Shipped) -> None:
-    """Refuse a coded file that stands for another name or size than the manifest lists, before it is decoded.
+    """Refuse a coded file of another name or size than the manifest lists, before it is decoded.
 
     Raises:
-        InputError: see above.
+        InputError: the file is refused.
     """
     path = bundle / file.standing.path
     try:
@@ -135,7 +135,7 @@ def require_original(bundle: Path, file: Shipped) -> None:
 
 
 def _name(entry: FileEntry) -> str | None:
-    """Return the path of a file below the model's folder; None where it lies elsewhere."""
+    """Return the path of a file below the model's folder; None if it is not in there."""
     folder, _, name = entry.path.partition("/")
     return name if folder == MODEL and name else None
 

@@ -1,4 +1,4 @@
-"""The documents of a bundle, read as hostile: no link is followed, nothing but a file is opened, sizes are bounded."""
+"""Reads the documents of a bundle as untrusted: follows no link, opens only regular files, bounds sizes."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from exporter.report.data import to_json
 
 # The report on a model of 126 layers has 0.5 MB, the other documents a few thousand bytes.
 MOST_BYTES = {MANIFEST: 1 << 20, PLAN: 8 << 20, REPORT: 4 << 20, MEASUREMENTS: 1 << 20, SELFTEST: 1 << 16}
-# Of a link the system says that it loops, of a socket that it has no device.
+# For a link the system reports a loop, for a socket a missing device.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 D = TypeVar("D", bound=Document)
 
@@ -22,13 +22,13 @@ def read_manifest(bundle: Path) -> Manifest:
     """Read the manifest of a bundle.
 
     Raises:
-        InputError: there is none, or it is too large, not of the schema, names a path that is not strictly below
-            the bundle, or is not spelled as this tool spells it.
+        InputError: it is missing, too large, or not of the schema, names a path that is not strictly below the bundle,
+            or is not spelled as this tool spells it.
     """
     path = bundle / MANIFEST
     text = _bytes(path, MOST_BYTES[MANIFEST])
     manifest = from_json(Manifest, text, path)
-    # One spelling only: no key is given twice, and no two programs can read it differently.
+    # Only one spelling is accepted: no key is given twice, and no two programs can read it differently.
     if to_json(manifest).encode() != text:
         raise InputError("the manifest was changed after it was written", where=path, next_step="get the bundle again")
     return manifest
@@ -38,14 +38,14 @@ def read_document(bundle: Path, name: str, kind: type[D]) -> D:
     """Read another document of a bundle.
 
     Raises:
-        InputError: there is none, or it is too large, or not of the kind's schema.
+        InputError: it is missing, too large, or not of the kind's schema.
     """
     return from_json(kind, _bytes(bundle / name, MOST_BYTES[name]), bundle / name)
 
 
 def _bytes(path: Path, most_bytes: int) -> bytes:
     try:
-        # A pipe would wait for a writer.
+        # Without O_NONBLOCK, a pipe would wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(handle)
@@ -66,10 +66,10 @@ def _bytes(path: Path, most_bytes: int) -> bytes:
 
 
 def no_such_file(path: Path) -> InputError:
-    """Return what is said where a bundle lacks a file, or has something else in its place."""
+    """Return the error for a file that a bundle lacks, or that is something else."""
     return InputError("no such file", where=path, next_step="check that the path is a complete bundle")
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """Return what is said of a part of a bundle that the system does not give."""
+    """Return the error for a part of a bundle that the system cannot read."""
     return InputError("cannot be read", where=path, got=error.strerror, next_step="check its permissions and the disk")

@@ -1,7 +1,7 @@
-"""Bundles that are shipped with coded model files, and what becomes of them on the device.
+"""Bundles that are shipped with coded model files, and their unpacking on the device.
 
-The manifest lists both forms of such a file, and is the same before and after unpacking: what is said of the plain file
-holds of what is restored.
+The manifest lists both forms of such a file and is the same before and after unpacking: the restored file must match
+the entry of the plain file.
 """
 
 import shutil
@@ -21,10 +21,10 @@ from exporter.foundation.progress import Progress
 
 
 def code_beside(files: Sequence[Path], profile: Profile, progress: Progress) -> CodedSize:
-    """Write the coded form of files beside them, and return what all of them took.
+    """Write the coded form of files next to them, and return their total sizes.
 
     Args:
-        files: The model files; they stay.
+        files: The model files; they are kept.
         profile: `small` or `fast`.
         progress: Called with a name, MiB done and their total.
     """
@@ -44,12 +44,12 @@ def unpack_bundle(bundle: Path, output: Path, progress: Progress) -> None:
 
     Args:
         bundle: A bundle with coded files; not changed.
-        output: Where the other will stand; must not exist.
+        output: Path of the new bundle; must not exist.
         progress: Called with a name, MiB done and their total.
 
     Raises:
-        RequestError: nothing of the bundle is coded, or `output` cannot be written.
-        InputError: the bundle is damaged, or what its coded files restore to is not what its manifest lists.
+        RequestError: no file of the bundle is coded, or `output` cannot be written.
+        InputError: the bundle is damaged, or its coded files do not restore to those that its manifest lists.
     """
     manifest = read_manifest(bundle)
     try:
@@ -62,7 +62,7 @@ def unpack_bundle(bundle: Path, output: Path, progress: Progress) -> None:
         raise RequestError("nothing of the bundle is coded", where=bundle, next_step="use it as it is")
     if strange:
         raise InputError("neither a file nor a folder", where=bundle / strange[0], next_step="get the bundle again")
-    # Nothing is written before it is known how much: a coded file may stand for any number of bytes.
+    # Sizes are checked before anything is written: a coded file may restore to any number of bytes.
     require_sizes(bundle, (file.standing for file in files))
     require_listed(bundle, (file.standing for file in coded))
     for file in coded:

@@ -1,6 +1,6 @@
-"""Check a bundle offline: every byte against the manifest, and the documents against their schemas.
+"""Checks a bundle offline: every byte against the manifest, and the documents against their schemas.
 
-A bundle is hostile until checked: nothing outside its folder is opened, no link is followed, sizes are bounded.
+A bundle is untrusted until checked: nothing outside its folder is opened, no link is followed, sizes are bounded.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ from exporter.plan.plan import Plan
 from exporter.prove.self_test import SelfTest
 from exporter.report.data import Measurements, Report, agree, disagreements
 
-# The check of what a runtime is given.
+# Name of the check of the files that a runtime is given.
 MODEL = "model"
 NOT_WHOLE = Check(name=MODEL, status="not run", detail="not every file is as it is listed")
 D = TypeVar("D", bound=Document)
@@ -47,8 +47,8 @@ def verify_bundle(bundle: Path, progress: Progress | None = None) -> list[Check]
         progress: Called with the bytes read so far and the bytes to read.
 
     Returns:
-        A check for each listed file, and for what a coded one restores to, then those of the whole bundle; all passed
-        only if every byte is as listed.
+        A check for each listed file, and for the restored form of a coded one, then those of the whole bundle; all
+        passed only if every byte is as listed.
 
     Raises:
         InputError: the manifest, or a folder, cannot be read.
@@ -92,7 +92,7 @@ def _check_files(
 
 
 def _check_restored(bundle: Path, file: Shipped) -> Check:
-    """Restore a coded file, without keeping it, and compare it with what is listed."""
+    """Restore a coded file, without keeping it, and compare it with the listed file."""
     entry = file.entry
     name = f"file {entry.path}"
     try:
@@ -129,7 +129,7 @@ def _check_file(bundle: Path, entry: FileEntry, present: bool, advance: Callable
 
 
 def _check(name: str, wrong: str, more: str = "", passed: str = "") -> Check:
-    """Return a check that failed if something is wrong."""
+    """Return a check that fails if `wrong` is not empty."""
     if wrong:
         return Check(name=name, status="failed", detail=f"{wrong}: {more}" if more else wrong)
     return Check(name=name, status="passed", detail=passed)
@@ -196,7 +196,7 @@ def _read(bundle: Path, name: str, kind: type[D]) -> tuple[D | None, Check]:
 
 
 def _check_model(bundle: Path, manifest: Manifest) -> Check:
-    """Check that the model's files ask nothing of a runtime that those of this tool do not."""
+    """Check that the model's files ask a runtime for nothing that this tool's own do not."""
     try:
         with admitted(bundle, manifest, shipped(bundle, manifest)) as artifact:
             found = f"what {artifact.target} loads is numbers, text and known settings alone"

@@ -1,4 +1,4 @@
-"""Write a bundle: stage it beside its final place, list every byte, then rename it in one step."""
+"""Writes a bundle: stages it next to its final place, lists every byte, then renames it in one step."""
 
 import errno
 import os
@@ -25,13 +25,13 @@ REFUSALS = {
 
 @contextmanager
 def staging_folder(output: Path, need_bytes: int = 0) -> Iterator[Path]:
-    """Give a new folder beside `output`, on its file system, and remove what is left of it at the end.
+    """Yield a new folder next to `output`, on its file system, and remove what is left of it at the end.
 
-    Whatever ends the block, Ctrl-C included, nothing half-written stays, and what a kill leaves is removed by whoever
-    is next; `write_bundle` moves the folder away when it is complete.
+    However the block ends (Ctrl-C included), nothing half-written stays. If the process is killed, the next run removes
+    the rest. `write_bundle` moves the folder away when it is complete.
 
     Args:
-        output: Where the bundle will stand; must not exist.
+        output: Path of the bundle; must not exist.
         need_bytes: Free disk space that the job needs.
 
     Raises:
@@ -57,7 +57,7 @@ def _refuse_existing(path: Path) -> None:
 
 @contextmanager
 def _refusing(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses below the parent of `output` into a request that cannot work."""
+    """Turn errors of the file system below the parent of `output` into a `RequestError`."""
     try:
         yield
     except OSError as error:
@@ -72,9 +72,9 @@ def write_bundle(staging: Path, output: Path, header: ManifestHeader) -> Manifes
 
     Args:
         staging: Folder on the file system of `output` that holds all files but the manifest; it is moved. A file with
-            its coded form beside it is listed with both, and goes.
-        output: Where the bundle will stand; must not exist.
-        header: What the manifest says besides the files.
+            its coded form next to it is listed with both and then deleted.
+        output: Path of the bundle; must not exist.
+        header: Content of the manifest apart from the files.
 
     Returns:
         The manifest as written.
@@ -95,7 +95,7 @@ def write_bundle(staging: Path, output: Path, header: ManifestHeader) -> Manifes
 
 
 def move_into_place(staging: Path, output: Path) -> None:
-    """Give a staged folder that is complete its final name in one step.
+    """Give a complete staged folder its final name in one step.
 
     Raises:
         RequestError: `output` exists, or the file system refuses to write.
@@ -140,7 +140,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a folder, and flushes at close what was written
+    if os.name != "posix":  # Windows cannot open a folder, and flushes written data at close
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -168,7 +168,7 @@ def _pack(bundle: Path, tar: Path) -> None:
     name = bundle.absolute().name
     with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as archive:
         for path in _only_files(bundle):
-            # A new TarInfo has no owner, mode 644 and time 0: nothing of this machine gets in.
+            # A new TarInfo has no owner, mode 644 and time 0: it holds nothing of this machine.
             member = tarfile.TarInfo(f"{name}/{path}")
             member.size = (bundle / path).stat().st_size
             with (bundle / path).open("rb") as file:

@@ -1,1 +1,1 @@
-"""Compression: one file a method."""
+"""Compression methods, one file each."""

@@ -1,16 +1,16 @@
-"""Equalised channels: what the inputs of a matrix lose in range, its columns gain, and the model stays the same.
+"""Equalised channels: a matrix's inputs lose range, its columns gain it, and the model's function stays the same.
 
 A static scale for a whole tensor is set by its largest channel. Channel j of the inputs is divided by
 
     s_j = max|X_j|^a / max|W_j|^(1 - a)
 
-and column j of every matrix behind it multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is folded
-into what makes the channel: the gain of the normalisation before it, the value rows before the output projection (one
-factor for all heads that share them), and the up rows before the down projection.
+and column j of every matrix behind it is multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is
+folded into the tensor that produces the channel: the gain of the normalisation before it, the value rows before the
+output projection (one factor for all heads that share them), and the up rows before the down projection.
 
-Where activations get a scale for every few columns as they come, what a channel is worth counts instead, as in AWQ (Lin
-et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of large channels then lie on a finer part of their block's grid, and
-large channels take less from the 8 bits that activations in their block are rounded to.
+If activations are scaled dynamically in blocks of a few columns, the importance of a channel counts instead, as in AWQ
+(Lin et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of large channels then lie on a finer part of their block's
+grid, and large channels take less of the 8 bits to which activations in their block are rounded.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from exporter.foundation.errors import RequestError
 from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 
-# Factors further from one would only move the trouble of a channel that hardly ever speaks into the weights.
+# Clip the factors: scaling a rarely active channel further would only make its weights harder to quantise.
 MOST_FACTOR = np.float32(1e4)
 AWQ_ALPHA = 0.25
 Seen = TypeVar("Seen")
@@ -41,12 +41,12 @@ EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model in other coordinates that computes the same, and what its activations look like there.
+    """An equivalent model in other coordinates, with the statistics of its activations there.
 
     Attributes:
         model: The model.
-        statistics: Of its activations, in those coordinates.
-        factors: Place -> what its channels are divided by, float32 [columns].
+        statistics: Statistics of its activations, in those coordinates.
+        factors: Place -> divisors of its channels, float32 [columns].
     """
 
     model: Model
@@ -61,13 +61,13 @@ class Rewritten:
 def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collection[str]) -> Rewritten:
     """Return the model with equalised channels.
 
-    A tied head keeps its inputs as they are: its matrix is the embedding too.
+    The inputs of a tied head stay as they are, since its matrix is also the embedding.
 
     Args:
         model: The source; its matrices are read once for their largest weights.
-        statistics: With the ranges of its activations.
-        alpha: How much of the inputs' spread goes into the weights, from 0 to 1.
-        sites: Where to: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
+        statistics: Statistics with the ranges of its activations.
+        alpha: Share of the inputs' spread that goes into the weights, from 0 to 1.
+        sites: Sites to equalise: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
 
     Raises:
         RequestError: the ranges were not observed.
@@ -82,8 +82,8 @@ def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALP
 
     Args:
         model: The source.
-        statistics: Of the source.
-        alpha: How much of the inputs' magnitude goes into the weights, from 0 to 1.
+        statistics: Statistics of the source.
+        alpha: Share of the inputs' magnitude that goes into the weights, from 0 to 1.
 
     Raises:
         RequestError: the activations were not observed.
@@ -98,7 +98,7 @@ def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALP
 
 
 def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection[Decision]) -> Rewritten:
-    """Return the model with scaled channels where codes are fitted to the inputs, which is when that pays."""
+    """Return the model with scaled channels if that lowers the loss of a decision; it does not at 16 bits or more."""
     if any(
         method_kind(one.method).supports_error_propagation and one.format.stored_bytes(1, 256) < 2 * 256
         for one in decisions
@@ -108,10 +108,10 @@ def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection
 
 
 def observed(seen: Seen | None, site: str) -> Seen:
-    """Return what was seen of a site.
+    """Return a site's observations.
 
     Raises:
-        RequestError: nothing was.
+        RequestError: nothing was observed.
     """
     if seen is None:
         raise RequestError("the activations were not observed", where=site)
@@ -124,15 +124,15 @@ def rescaled(
     sites: Collection[str],
     factors_of: Callable[[str, Collection[str]], Float32],
 ) -> Rewritten:
-    """Return the model with its columns at some sites multiplied by factors, and the channels there divided.
+    """Return the model with its columns at some sites multiplied by factors, and the channels there divided by them.
 
-    Heads that share their values share their factors, the geometric mean. A tied head keeps its inputs as they are.
+    Heads that share their values share their factors, the geometric mean. The inputs of a tied head stay as they are.
 
     Args:
         model: The source.
-        statistics: Of the source.
-        sites: Where to; as for `equalised`.
-        factors_of: Gives the factors, float32 [columns], of a site and of the matrices behind it.
+        statistics: Statistics of the source.
+        sites: Sites to rescale; as for `equalised`.
+        factors_of: Returns the factors, float32 [columns], of a site, given the matrices behind it.
     """
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
@@ -153,13 +153,13 @@ def rescaled(
 
 @dataclass(frozen=True)
 class _Place:
-    """A site, and what is rewritten for it.
+    """A site and the tensors that are rewritten for it.
 
     Attributes:
         site: Its name.
-        producers: The tensors whose rows make its channels.
+        producers: The tensors whose rows produce its channels.
         consumers: The matrices whose columns take them.
-        output: Where the maker's outputs are observed; None for a normalisation.
+        output: Place where the producer's outputs are observed; None for a normalisation.
         by_heads: The producers are values, which several heads share.
     """
 
@@ -194,7 +194,7 @@ def _layer_places(model: Model, layer: int) -> Iterator[_Place]:
 
 
 def _factors(model: Model, statistics: Statistics, site: str, consumers: Collection[str], alpha: float) -> Float32:
-    """Return s of eq. 4, float32 [columns]; one for a channel that is never used or always zero."""
+    """Return s of eq. 4, float32 [columns]; 1 for a channel that is never used or always zero."""
     ranges = statistics.ranges(site)
     if ranges is None:
         raise RequestError("the ranges of the activations were not observed", where=site)
@@ -208,7 +208,7 @@ def _factors(model: Model, statistics: Statistics, site: str, consumers: Collect
 def _around(
     factors: NDArray[np.floating[Any]], usable: NDArray[np.bool_], middle: Callable[[NDArray[Any]], Any]
 ) -> Float32:
-    """Return factors, float32 [columns], over their middle, since only ratios matter; one where they are not usable."""
+    """Return factors over their middle, since only ratios matter, float32 [columns]; 1 where they are not usable."""
     if usable.any():
         factors = factors / middle(factors[usable])
     return np.where(usable, np.clip(factors, 1 / MOST_FACTOR, MOST_FACTOR), 1).astype(np.float32)
@@ -219,9 +219,9 @@ def _geometric_mean(values: NDArray[Any]) -> float:
 
 
 def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
-    """Make factors of the heads' outputs equal where heads share their values: their geometric mean.
+    """Replace factors of the heads' outputs by their geometric mean over the heads that share values.
 
-    Returns them for the outputs, float32 [heads x head width], and the values, [key-value heads x head width].
+    Returns the factors of the outputs, float32 [heads x head width], and of the values, [key-value heads x head width].
     """
     shape = model.architecture
     heads = np.log(factors).reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
@@ -230,7 +230,7 @@ def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
 
 
 class _Scaled:
-    """The tensors of a model, rows divided and columns multiplied when they are read."""
+    """The tensors of a model, with rows divided and columns multiplied on reading."""
 
     def __init__(self, model: Model, rows: dict[str, Float32], columns: dict[str, Float32]) -> None:
         self._source = model.tensors
@@ -254,7 +254,7 @@ class _Scaled:
 
 
 def _scaled_site(given: Site, factor: Float32) -> Site:
-    """Return what is seen of a site whose channels are divided by factors, float32 [columns].
+    """Return the statistics of a site whose channels are divided by factors, float32 [columns].
 
     A block's peak is assumed to follow its largest channel.
     """
@@ -268,7 +268,7 @@ def _scaled_site(given: Site, factor: Float32) -> Site:
 
 
 class _ScaledStatistics(Statistics):
-    """Statistics of the inputs and outputs that the new coordinates have."""
+    """Statistics of inputs and outputs in the new coordinates."""
 
     def __init__(self, source: Statistics, factors: Mapping[str, Float32]) -> None:
         self._source = source
@@ -277,38 +277,38 @@ class _ScaledStatistics(Statistics):
 
     @property
     def key(self) -> str:
-        """What they are of: the source's, and the factors."""
+        """A digest of the source's key and the factors."""
         total = hashlib.sha256(self._source.key.encode())
         for name, factor in self._factors.items():
             total.update(f"{name}:".encode() + factor.tobytes())
         return total.hexdigest()
 
     def read_site(self, name: str) -> Site | None:
-        """Return what is seen of a site there without keeping it."""
+        """Return the statistics of a site in the new coordinates without keeping them."""
         given, factor = self._source.read_site(name), self._factors.get(name)
         return given if given is None or factor is None else _scaled_site(given, factor)
 
     def power(self, site: str) -> Float32 | None:
-        """Return E[x^2] there, tokens counting by their weights, float32 [columns]."""
+        """Return E[x^2] in the new coordinates, with tokens weighted, float32 [columns]."""
         return self._scaled(self._source.power(site), site)
 
     def importance(self, site: str) -> Float32 | None:
-        """Return E[x^2] there, float32 [columns]."""
+        """Return E[x^2] in the new coordinates, float32 [columns]."""
         return self._scaled(self._source.importance(site), site)
 
     def _scaled(self, given: Float32 | None, site: str) -> Float32 | None:
         return given if given is None or site not in self._factors else given / self._factors[site] ** 2
 
     def sensitivity(self, layer: int | None, role: str) -> Float32:
-        """Return E[g^2] of each output there, float32 [rows]: what is divided counts the more."""
+        """Return E[g^2] of each output in the new coordinates, float32 [rows]; divided outputs are more sensitive."""
         given, factor = self._source.sensitivity(layer, role), self._factors.get(output_place(layer, role))
         return given if factor is None else given * factor**2
 
     def lookups(self) -> tuple[Float32, Float32]:
-        """Return the same as for the source: the embedding stays as it is."""
+        """Return the values of the source: the embedding stays as it is."""
         return self._source.lookups()
 
     def ranges(self, place: str) -> ChannelRanges | None:
-        """Return the ranges of a place there."""
+        """Return the ranges of a place in the new coordinates."""
         given = self._source.ranges(place)
         return given if given is None or place not in self._factors else given.over(self._factors[place])

@@ -1,9 +1,9 @@
-"""CALDERA as runtimes hold it: W = Q + L R in their own formats (Saha et al. 2024, NeurIPS, algorithm 1).
+"""CALDERA in the formats of runtimes: W = Q + L R (Saha et al. 2024, NeurIPS, algorithm 1).
 
-Q and L R alternate as in `exporter.compress.reference.caldera`, with a method of this package in place of the lattice:
-it encodes Q and R in the metric of the inputs, and L in that of what R puts out. Rows count by their sensitivities, as
-they do in the model's divergence (`exporter.calibrate.statistics`); for Q, whose rows are independent of each other,
-that changes nothing.
+Q and L R alternate as in `exporter.compress.reference.caldera`, with a method of this package in place of the lattice.
+It encodes Q and R in the metric of the inputs, and L in the metric of R's outputs. Rows are weighted by their
+sensitivities, as in the model's divergence (`exporter.calibrate.statistics`). This does not change Q, whose rows are
+independent of each other.
 """
 
 from copy import copy
@@ -28,7 +28,7 @@ from exporter.compress.methods.ldlq import DAMPING, damped
 from exporter.formats.format import EncodedFactors, EncodedMatrix, Float32, LowRank, WeightFormat
 
 Part = Literal["Q", "LR"]
-# Rows count no less than this share of the mean row.
+# Smallest weight of a row, as a share of the mean.
 LEAST_SENSITIVITY = 1e-3
 
 
@@ -37,10 +37,11 @@ class Alternation:
     """How Q and L R alternate.
 
     Attributes:
-        order: Which comes first.
+        order: The order of the two updates.
         iterations: How often each is fitted.
         factor_iterations: How often R is fitted to the rounded L again, within an iteration.
-        outliers: Columns of the largest inputs that L R begins with (Cho et al. 2025, ODLRI); at most the rank.
+        outliers: Number of columns, those of the largest inputs, that initialise L R (Cho et al. 2025, ODLRI); at most
+            the rank.
         downdate: Exclude from Q's loss the directions that L R can represent.
     """
 
@@ -64,17 +65,17 @@ def encode_with_factors(
     alternation: Alternation = ALTERNATION,
     factor_method: Method | None = None,
 ) -> EncodedMatrix:
-    """Encode one matrix and its factors; of all iterates the best is kept.
+    """Encode one matrix and its factors; the best of all iterates is kept.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.
-        format: Of Q.
-        low_rank: Of L and R.
-        site: What was seen of the inputs.
+        format: Format of Q.
+        low_rank: Rank and format of L and R.
+        site: Statistics of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
         method: Chooses the codes of Q.
-        alternation: In which order, and how often.
-        factor_method: Chooses those of L and R; None for the same.
+        alternation: Order and number of the updates.
+        factor_method: Chooses the codes of L and R; None for the same method.
     """
     problem = _Problem(weight, site, outputs, low_rank, method, factor_method or method)
     factors = problem.on_outliers(alternation.outliers) if alternation.outliers else None
@@ -107,24 +108,24 @@ class _Problem:
         factor_method: Method,
     ) -> None:
         self._weight, self._site, self._low_rank, self._method = weight, site, low_rank, method
-        # A method may keep what it made of the last site: L has others than Q and R.
+        # A method may cache its work on the last site, and L has other sites than Q and R.
         self._method_of_right, self._method_of_left = factor_method, copy(factor_method)
         self._moment = damped(site.second_moment, DAMPING, site.shrinkage)
         self._rows = _scales(outputs)
 
     def error(self, change: Float32) -> float:
-        """Return the weighted squared error of the outputs that a change of W makes."""
+        """Return the weighted squared error of the outputs under a change of W."""
         return weighted_error(change * self._rows, self._moment)
 
     def base(self, format: WeightFormat, factors: EncodedFactors | None, downdate: bool) -> EncodedMatrix:
-        """Return Q for what the factors leave."""
+        """Return Q for the residual of the factors."""
         if factors is None:
             return self._method.encode(self._weight, format, self._site)
         residual = self._weight - factors.added_to(np.zeros_like(self._weight))
         return self._method.encode(residual, format, self._without(factors) if downdate else self._site)
 
     def _without(self, factors: EncodedFactors) -> Site:
-        """Return the site without the inputs that R spans."""
+        """Return the site without the directions that R spans."""
         right = factors.low_rank.format.decode_rows(factors.right, self._weight.shape[1])
         return _site(damped(downdated(self._moment, right), DAMPING))
 
@@ -142,7 +143,7 @@ class _Problem:
         return best
 
     def on_outliers(self, count: int) -> EncodedFactors:
-        """Return factors that hold W on the columns of the largest inputs."""
+        """Return factors that represent W on the columns of the largest inputs."""
         columns = largest_channels(self._moment, min(count, self._low_rank.rank))
         right = regression_on(columns, self._weight * self._rows, self._moment, self._low_rank.rank)[1]
         only = np.zeros_like(self._weight)
@@ -150,7 +151,7 @@ class _Problem:
         return self._encoded(only, right)
 
     def _encoded(self, target: Float32, right: Float32) -> EncodedFactors:
-        """Encode R, balanced_components, then the L that fits it best as encoded."""
+        """Encode R with balanced components, then the L that fits the encoded R best."""
         format = self._low_rank.format
         encoded = self._method_of_right.encode(balanced_components(right, self._moment), format, self._site)
         left = fitted_left(target, self._moment, encoded.planned)
@@ -161,20 +162,20 @@ class _Problem:
 
 
 def _site(moment: Float32) -> Site:
-    """Return a site of inputs of which no more than the second moment is known."""
+    """Return a site of which only the second moment is known."""
     return Site(moment, moment, 0.0, np.ascontiguousarray(moment.diagonal()), {})
 
 
 def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float32:
-    """Return what factors in full precision leave of a matrix, float32 [rows, columns]: what Q has to hold.
+    """Return the residual of a matrix after factors in full precision, float32 [rows, columns]; Q has to represent it.
 
-    Its encoding error predicts that of both together, so that a rank can compete with bits for the same bytes: exactly
-    where the factors are fitted first, closely where the matrix is.
+    Its encoding error predicts that of Q and L R together, so that a rank can compete with bits for the same bytes. The
+    prediction is exact if the factors are fitted first, and close if the matrix is.
 
     Args:
         weight: W, float32 [rows, columns]; not changed.
-        rank: Of L R.
-        site: What was seen of the inputs.
+        rank: Rank of L R.
+        site: Statistics of the inputs.
         outputs: Sensitivity of each row, float32 [rows].
     """
     rows = _scales(outputs)
@@ -186,7 +187,7 @@ def residual(weight: Float32, rank: int, site: Site, outputs: Float32) -> Float3
 
 
 def _scales(outputs: Float32) -> Float32:
-    """Return what rows are multiplied by so that their squares count by sensitivity, float32 [rows, 1]."""
+    """Return factors of the rows that make their squares count by sensitivity, float32 [rows, 1]."""
     mean = float(outputs.mean(dtype=np.float64)) or 1.0
     scales: Float32 = np.sqrt(np.maximum(outputs / np.float32(mean), np.float32(LEAST_SENSITIVITY)))[:, None]
     return scales

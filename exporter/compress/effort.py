@@ -1,4 +1,4 @@
-"""Effort levels: how much work goes into a smaller loss of behaviour."""
+"""Effort levels: how much computation is spent on a smaller loss."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,12 +10,12 @@ from exporter.foundation.errors import RequestError, did_you_mean
 
 @dataclass(frozen=True)
 class Effort:
-    """What a level spends.
+    """The settings of a level.
 
     Attributes:
-        calibration_windows: Windows of the calibration text; with more of them, what is fitted generalises better.
-        prediction_windows: Most windows of the evaluation text that the loss of formats is predicted on.
-        sweeps: How often codes and scales are improved after error feedback.
+        calibration_windows: Windows of the calibration text; with more of them, fitted values generalise better.
+        prediction_windows: Most windows of the evaluation text on which the loss of formats is predicted.
+        sweeps: Passes that improve codes and scales after error feedback.
         propagates_errors: Whether matrices compensate, on the calibration text, for the errors of earlier ones.
     """
 

@@ -1,13 +1,14 @@
 """Quantization-error propagation: a matrix compensates for the errors of the matrices before it.
 
-The input x' of a matrix W in the compressed model differs from the source's x by all that was rounded before it. The
+The input x' of a matrix W in the compressed model differs from the source's x because of all earlier rounding. The
 matrix whose outputs come closest to W x is then not W, but
 
     W* = W + R E[x' x'^T]^-1,    R = a W E[(x - x') x'^T] + b E[(r - r') x'^T],
 
-with ridge on the second moment. The first term is that of Arai and Ichikawa (2025, QEP, section 4), who compensate for
-a share a of the difference, since all of it would be overfitted to the text. The second applies where W's outputs go
-into the residual stream r, and compensates for a share b of its error so far. W* is then rounded in place of W.
+with a ridge on the second moment. The first term is from Arai and Ichikawa (2025, QEP, section 4), who compensate for
+a share a of the difference, since all of it would be overfitted to the text. The second applies if W's outputs are
+added to the residual stream r. It compensates for a share b of the stream's error so far. W* is then rounded in place
+of W.
 
 Both models run side by side on the calibration text, a layer at a time.
 """
@@ -36,9 +37,9 @@ INTO_THE_STREAM = ("attention_out", "mlp_out")
 
 
 class ErrorPropagation:
-    """The source and the compressed model on their way through the layers.
+    """Runs the source and the compressed model through the layers side by side.
 
-    Matrices are asked for in the order in which the model computes with them; those of one input in any order.
+    Matrices must be requested in the order of the model's computation; those with the same input in any order.
 
     Args:
         model: The source.
@@ -60,7 +61,7 @@ class ErrorPropagation:
         """Return W*, float32 [rows, columns]; matrices outside the layers stay as they are.
 
         Raises:
-            ValueError: the matrix comes out of turn.
+            ValueError: the matrix is out of order.
         """
         if group.layer is None:
             return weight
@@ -73,7 +74,7 @@ class ErrorPropagation:
     @torch.inference_mode()
     @quick_products()
     def follow(self, group: WeightGroup, planned: Float32) -> None:
-        """Let the compressed model go on with what became of a matrix, float32 [rows, columns]."""
+        """Continue the compressed model with the decoded values of a matrix, float32 [rows, columns]."""
         if group.layer is None:
             return
         assert self._passes is not None
@@ -113,18 +114,18 @@ class _Pass:
     """One model in one layer.
 
     Attributes:
-        module: The layer; its matrices up to where the pass is are the model's.
-        hidden: The residual stream, float32 [windows, length, hidden]: before the layer, from `mlp_in` on before its
-            feed-forward part, and after `finish` behind it.
+        module: The layer; its matrices are the model's up to the current site.
+        hidden: The residual stream, float32 [windows, length, hidden]: before the layer; from `mlp_in` on, before its
+            feed-forward part; after `finish`, behind the layer.
     """
 
     def __init__(self, stream: LayerStream, module: nn.Module, hidden: torch.Tensor) -> None:
         self._stream, self.module, self.hidden = stream, module, hidden
-        # What the last matrix of the layer's part is given, by first window: it takes the most to compute.
+        # Inputs of the last matrix of the layer's part, by first window; these are the most expensive to compute.
         self._last: dict[int, torch.Tensor] = {}
 
     def reach(self, site: str) -> None:
-        """Go on to a site, which comes after the last one."""
+        """Advance to the next site."""
         if site == "attention_out":
             self._keep(lambda part: self._stream.attended(self.module, self.hidden[part]))
         elif site == "mlp_in":
@@ -133,7 +134,7 @@ class _Pass:
             self._keep(self._gated)
 
     def inputs(self, site: str, part: slice) -> torch.Tensor:
-        """Return what the matrices of a site are given in one of `parts`, float32 [windows, length, columns]."""
+        """Return the inputs of a site's matrices for one of `parts`, float32 [windows, length, columns]."""
         if site in INTO_THE_STREAM:
             return self._last[part.start]
         norm = "input_layernorm" if site == "attention_in" else "post_attention_layernorm"
@@ -141,7 +142,7 @@ class _Pass:
         return normalised
 
     def finish(self) -> None:
-        """Leave the layer."""
+        """Finish the layer."""
         self._add("mlp.down_proj")
 
     def _gated(self, part: slice) -> torch.Tensor:
@@ -160,7 +161,7 @@ class _Pass:
 
 
 class _Difference:
-    """How two models differ at a site, and what a matrix there can do about it."""
+    """The difference of two models at a site, and the compensation for it by a matrix there."""
 
     def __init__(self, source: _Pass, compressed: _Pass, site: str, columns: int) -> None:
         tokens = compressed.hidden[..., 0].numel()
@@ -172,14 +173,14 @@ class _Difference:
             given = compressed.inputs(site, part).flatten(0, 1)
             add_products(moment, given, 1 / tokens)
             missing = source.inputs(site, part).flatten(0, 1) - given
-            # Not `addmm_`: of these sums none has to be positive definite, so that they may be of quick products.
+            # Not `addmm_`: these sums need not be positive definite, so `quick_products` may round them.
             self._inputs.add_(missing.T @ given, alpha=INPUTS_SHARE / tokens)
             if self._stream is not None:
                 lost = (source.hidden[part] - compressed.hidden[part]).flatten(0, 1)
                 self._stream.add_(lost.T @ given, alpha=STREAM_SHARE / tokens)
         diagonal = moment.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        # It reads no more than what lies on and left of the diagonal.
+        # `cholesky` reads only the lower triangle.
         self._factor = torch.linalg.cholesky(moment)
 
     def made_up(self, weight: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ from exporter.formats.format import Float32
 
 
 def rotation(size: int) -> Float32:
-    """Return an orthogonal matrix of even entries, float32 [size, size].
+    """Return an orthogonal matrix with entries of similar magnitude, float32 [size, size].
 
-    It is a Hadamard matrix of the largest power of two that divides the size, times (Kronecker) the discrete Hartley
-    transform of what remains, which exists for every size.
+    It is the Kronecker product of a Hadamard matrix of the largest power of two that divides the size, and the discrete
+    Hartley transform of the remaining factor, which exists for every size.
     """
     power = size & -size
     even: Float32 = np.kron(_hadamard(power), _hartley(size // power)).astype(np.float32)
@@ -18,7 +18,7 @@ def rotation(size: int) -> Float32:
 
 
 def random_rotation(size: int, chance: np.random.Generator) -> Float32:
-    """Return the same with random signs, float32 [size, size]."""
+    """Return `rotation` with random signs, float32 [size, size]."""
     rotated: Float32 = rotation(size) * chance.choice(np.array([-1, 1], np.float32), size)
     return rotated
 

@@ -1,7 +1,7 @@
-"""Rank-constrained regression in the metric of the inputs: L R close to A where the inputs x of E[x x^T] = H are.
+"""Rank-constrained regression in the metric of the inputs: L R approximates A, weighted by E[x x^T] = H.
 
-What is minimised is tr((A - L R) H (A - L R)^T). With any root H = M M^T the best L holds the first left singular
-vectors of A M, and then R = L^T A, whatever the root (Eckart and Young 1936; Saha et al. 2024, CALDERA, lemma 4.1).
+It minimises tr((A - L R) H (A - L R)^T). With any root H = M M^T, the best L holds the first left singular vectors of
+A M, and R = L^T A, whatever the root (Eckart and Young 1936; Saha et al. 2024, CALDERA, lemma 4.1).
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from exporter.compress.hadamard import rotation
 from exporter.formats.format import Float32
 
 Factors = tuple[Float32, Float32]
-# Of a Gram matrix's mean diagonal, so that factors with an empty component can be fitted too.
+# Ridge, as a share of a Gram matrix's mean diagonal, so that factors with an empty component can be fitted too.
 RIDGE = 1e-7
-# Of the largest component's magnitude: smaller components are not scaled up any further.
+# As a share of the largest component's magnitude; smaller components are not scaled up any further.
 LEAST_MAGNITUDE = 1e-6
 
 
@@ -25,7 +25,7 @@ def weighted_error(change: Float32, moment: Float32) -> float:
 
 
 def largest_channels(moment: Float32, count: int) -> NDArray[np.int64]:
-    """Return the columns of the largest mean squares, ascending."""
+    """Return the columns with the largest mean squares, ascending."""
     return np.sort(np.argsort(-moment.diagonal(), kind="stable")[:count])
 
 
@@ -35,7 +35,7 @@ def regression(target: Float32, moment: Float32, rank: int) -> Factors:
     Args:
         target: A, float32 [rows, columns].
         moment: H, float32 [columns, columns], positive definite.
-        rank: Of L R; at most the number of rows and of columns.
+        rank: Rank of L R; at most the number of rows and of columns.
     """
     rows, columns = target.shape
     if rows <= columns:
@@ -49,7 +49,7 @@ def regression(target: Float32, moment: Float32, rank: int) -> Factors:
 
 
 def regression_on(columns: NDArray[np.int64], target: Float32, moment: Float32, rank: int) -> Factors:
-    """Return L, float32 [rows, rank], and R, [rank, columns], for some columns alone; zeros where ranks are left."""
+    """Return L, float32 [rows, rank], and R, [rank, columns], fitted to some columns only; unused ranks are zero."""
     left, right = np.zeros((len(target), rank), np.float32), np.zeros((rank, target.shape[1]), np.float32)
     count, within = len(columns), np.ascontiguousarray(moment[np.ix_(columns, columns)])
     left[:, :count], right[:count, columns] = regression(target[:, columns], within, count)
@@ -57,12 +57,12 @@ def regression_on(columns: NDArray[np.int64], target: Float32, moment: Float32, 
 
 
 def balanced_components(right: Float32, moment: Float32) -> Float32:
-    """Return rows of the same span as R's that R x is spread over evenly, float32 [rank, columns].
+    """Return rows of the same span as R's, over which R x is spread evenly, float32 [rank, columns].
 
-    L R = (L U^-1) (U R) for every invertible U, so a runtime may hold either. It has few bits for L and R, and rounds
-    R x in blocks as it rounds x. As regression gives them, one component is tens of times as large as most others in
-    its block, and rounding costs up to three times what the rounding of x does. U divides each component by the
-    square root of its magnitude, which leaves the other half of it to L, and rotates all of them.
+    L R = (L U^-1) (U R) for every invertible U, so a runtime may store either. It has few bits for L and R, and rounds
+    R x in blocks as it rounds x. After regression, one component is tens of times as large as most others in its block,
+    and rounding costs up to three times as much as the rounding of x. U divides each component by the square root of
+    its magnitude, which leaves the other half to L, and rotates all of them.
 
     Args:
         right: R, float32 [rank, columns].
@@ -101,7 +101,7 @@ def _solved(gram: Float32, wanted: Float32) -> Float32:
 
 
 def downdated(moment: Float32, right: Float32) -> Float32:
-    """Return H less what rows of R span: H - H R^T (R H R^T)^-1 R H. An error there is for L to mend."""
+    """Return H without the span of R: H - H R^T (R H R^T)^-1 R H. L can compensate for errors in that span."""
     image: Float32 = moment @ right.T
     weights = _solved(right @ image, np.ascontiguousarray(image.T))
     spanned: Float32 = image @ weights

@@ -1,4 +1,4 @@
-"""What a method of compression is, and how it is found by name."""
+"""The interface of compression methods, and how a method is found by name."""
 
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class ExpectedError:
-    """What a method's change D of some rows is expected to be on text like the calibration's.
+    """The expected error of a method's change D of some rows, on text like the calibration text.
 
     Attributes:
         outputs: E|D x|^2 of each row, float64 [rows]; zeros where the inputs x were not observed.
@@ -44,10 +44,10 @@ class Method(Protocol):
     supports_error_propagation: bool
 
     def require(self, format: WeightFormat) -> None:
-        """Refuse a format that the method chooses no codes in.
+        """Refuse a format that the method does not support.
 
         Raises:
-            RequestError: see above.
+            RequestError: the method does not support it.
         """
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
@@ -56,7 +56,7 @@ class Method(Protocol):
         Args:
             weight: float32 [rows, columns]; not changed.
             format: The format to encode in.
-            site: What was seen of the inputs, or None where they are not observed.
+            site: Statistics of the inputs, or None if they were not observed.
         """
 
     def expected_error(
@@ -68,19 +68,19 @@ class Method(Protocol):
             weight: float32 [rows, columns]; not changed.
             format: The format that they would be encoded in.
             site: As for `encode`.
-            columns: Sensitivities of the columns where rows are looked up, float32 [columns].
+            columns: Sensitivities of the columns if rows are looked up, float32 [columns].
         """
 
 
 class MatrixMethod(Method, Protocol):
-    """A method for one matrix, which knows its rows."""
+    """A method for one matrix, with settings for its rows."""
 
     def of_rows(self, rows: NDArray[np.int64]) -> Self:
         """Return the method for some of its rows."""
 
 
 def spread_rows(rows: int, count: int) -> NDArray[np.int64]:
-    """Return at most `count` of so many rows, spread evenly: neighbouring ones belong to one head."""
+    """Return the indices of at most `count` rows, spaced evenly, since neighbouring rows belong to one head."""
     return np.unique(np.linspace(0, rows - 1, min(rows, count)).astype(np.int64))
 
 
@@ -90,7 +90,7 @@ def method_names() -> list[str]:
 
 
 def load_method(name: str, effort: Effort) -> Method:
-    """Return a method by name, as it works at an effort.
+    """Return a method by name, with the settings of an effort.
 
     Raises:
         RequestError: there is no such method.
@@ -111,7 +111,7 @@ def method_kind(name: str) -> Method:
 def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | None) -> float | None:
     """Return E|Dx|^2 / E|Wx|^2 of the change D = planned - W: the relative squared output error.
 
-    It is None where E|Wx|^2 is zero: the matrix is, or its inputs always were.
+    It is None if E|Wx|^2 is zero: the matrix is zero, or its inputs always were.
     """
     error = size = 0.0
     for first in range(0, len(weight), ROWS_AT_ONCE):
@@ -122,7 +122,7 @@ def relative_error(weight: Float32, planned: Float32, second_moment: Float32 | N
 
 
 def _outputs_squared(weight: Float32, second_moment: Float32 | None) -> float:
-    """Return E|Wx|^2, or the sum of squares of the weights where the inputs x were not observed."""
+    """Return E|Wx|^2, or the sum of squares of the weights if the inputs x were not observed."""
     if second_moment is None:
         return float((weight**2).sum(dtype=np.float64))
     return float(np.einsum("ij,ij->", weight @ second_moment, weight, dtype=np.float64))

@@ -1,14 +1,15 @@
-"""Feed-forward channels pruned in closed form: those go that cost least, and `down` is repaired for their loss.
+"""Closed-form pruning of feed-forward channels: the least costly are removed, and `down` is repaired for their loss.
 
-With h the inputs of `down`, W its weights and H = E[w h h^T], the channels K that stay serve best with
+With h the inputs of `down`, W its weights and H = E[w h h^T], the best weights for the remaining channels K are
 
     W' = W H_:K (H_KK)^-1,
 
-the least-squares fit to what all of them put out. Its error D is a KL divergence of 1/2 sum_i s_i (D H D^T)_ii a token,
-as in `exporter.calibrate.statistics`. Where channels B go from those that are left, it grows by
-1/2 tr(A_B^T (P_BB)^-1 A_B), P being the inverse of H over what is left and A = W'^T diag(s)^1/2. So a few go at a time,
-those first for which |A_c|^2 / P_cc is least (Hassibi and Stork 1993, Optimal Brain Surgeon, eq. 5, for whole columns;
-Kurtic et al. 2023, ZipLM, section 3.1), and what each step costs tells how many each layer can spare.
+the least-squares fit to the output of all channels. Its error D is a KL divergence of 1/2 sum_i s_i (D H D^T)_ii per
+token, as in `exporter.calibrate.statistics`. Removing channels B from those that are left adds
+1/2 tr(A_B^T (P_BB)^-1 A_B), where P is the inverse of H over the channels that are left and A = W'^T diag(s)^1/2.
+Channels are therefore removed a few at a time, those with the least |A_c|^2 / P_cc first (Hassibi and Stork 1993,
+Optimal Brain Surgeon, eq. 5, for whole columns; Kurtic et al. 2023, ZipLM, section 3.1). The cost of each step
+determines how many channels each layer can spare.
 """
 
 import hashlib
@@ -35,19 +36,19 @@ VERSION = 1
 CHANNELS_AT_ONCE = 8
 DAMPING = 0.01
 LOSSES = "losses.npy"
-# A layer keeps at least this share of its channels, however little they seem to matter: the quadratic form that tells
-# what a loss costs holds for small ones.
+# A layer keeps at least this share of its channels, however little they seem to matter: the quadratic form of the loss
+# holds only for small losses.
 LEAST_KEPT = 0.25
 
 
 @dataclass(frozen=True)
 class ClosedFormOptions:
-    """What is asked for.
+    """Options of closed-form pruning.
 
     Attributes:
-        ratio: Share of the feed-forward channels that go.
-        multiple: Of so many channels a layer keeps a multiple: 32 fits every runtime's blocks, 256 the K types.
-        even: All layers keep equally many; else those that can spare more lose more.
+        ratio: Share of the feed-forward channels to remove.
+        multiple: Each layer keeps a multiple of this many channels: 32 fits every runtime's blocks, 256 the K types.
+        even: All layers keep equally many; otherwise, layers that can spare more lose more.
         damping: Added to the diagonal of H, as a share of its mean.
     """
 
@@ -61,12 +62,12 @@ class ClosedFormOptions:
 class Pruned:
     """A model with fewer feed-forward channels.
 
-    Its statistics are to be collected anew, not chosen from the original's: behind a pruned layer all inputs differ.
+    Its statistics must be collected anew, not selected from the original's: all inputs behind a pruned layer differ.
 
     Attributes:
         model: The model.
-        ratio: Share of the channels that went.
-        predicted_kl: Predicted KL divergence a token, in nats; None where there is no prediction.
+        ratio: Share of the channels that were removed.
+        predicted_kl: Predicted KL divergence per token, in nats; None without a prediction.
     """
 
     model: Model
@@ -77,7 +78,7 @@ class Pruned:
     def of(
         cls, model: Model, kept: Sequence[Channels], down: dict[int, Path], predicted_kl: float | None = None
     ) -> "Pruned":
-        """Take channels of a model; see `exporter.model.widths.selected`."""
+        """Select channels of a model; see `exporter.model.widths.selected`."""
         ratio = 1 - sum(map(len, kept)) / sum(model.architecture.intermediate)
         return cls(selected(model, kept, down), ratio, predicted_kl)
 
@@ -86,9 +87,9 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
     """Return how many channels each layer keeps if all lose the same share; reads no weights.
 
     Args:
-        architecture: Of the model to prune.
-        ratio: Share of the channels that go.
-        multiple: What the widths are rounded to.
+        architecture: Architecture of the model to prune.
+        ratio: Share of the channels to remove.
+        multiple: Widths are rounded to multiples of this.
 
     Raises:
         RequestError: the feed-forward part is not gated, or the ratio is impossible or lost in rounding.
@@ -115,12 +116,12 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
 
 
 def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int) -> tuple[int, ...]:
-    """Return widths of the same sum, as uneven as they may get: the first layer keeps all, others pay for it.
+    """Return widths of the same sum, as uneven as possible: the first layer keeps all channels, others lose more.
 
     Args:
-        even: Those of `planned_widths`.
-        architecture: Of the model to prune.
-        multiple: What the widths are rounded to.
+        even: Widths from `planned_widths`.
+        architecture: Architecture of the model to prune.
+        multiple: Widths are rounded to multiples of this.
     """
     widths = list(even)
     for layer in range(1, len(widths)):
@@ -135,12 +136,12 @@ def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int
 def prune(
     model: Model, statistics: Statistics, options: ClosedFormOptions, progress: Callable[[int, int], None] = silent
 ) -> Pruned:
-    """Return the model without the channels that cost least, repaired; what was done before comes from the cache.
+    """Return the model without the channels that cost least, repaired; earlier results come from the cache.
 
     Args:
         model: The source.
-        statistics: Of the inputs and outputs of its `down`.
-        options: What is asked for.
+        statistics: Statistics of the inputs and outputs of its `down`.
+        options: Options of the pruning.
         progress: Called with layers done, each twice, and their total.
 
     Raises:
@@ -166,12 +167,12 @@ def repair(
     damping: float = DAMPING,
     progress: Callable[[int, int], None] = silent,
 ) -> Pruned:
-    """Return the model with some channels, however they were chosen, and `down` repaired; cached as `prune` is.
+    """Return the model with the given channels and with `down` repaired; cached as in `prune`.
 
     Args:
         model: The source.
-        statistics: Of the inputs and outputs of its `down`.
-        kept: For each layer the channels that stay, ascending.
+        statistics: Statistics of the inputs and outputs of its `down`.
+        kept: For each layer the remaining channels, ascending.
         damping: See `ClosedFormOptions`.
         progress: Called with layers done and their total.
 
@@ -220,13 +221,13 @@ def _down_file(layer: int) -> str:
 def losses(model: Model, statistics: Statistics, layer: int, masks: Sequence[Channels]) -> NDArray[np.float64]:
     """Return the predicted KL divergence of each of several masks of a layer, float64 [masks].
 
-    With nothing repaired, D is what `down` has of the channels that go, B: 1/2 sum_ij (A A^T)_ij H_ij over B.
+    Without repair, D is the part of `down` on the removed channels B: 1/2 sum_ij (A A^T)_ij H_ij over B.
 
     Args:
         model: The source.
-        statistics: Of the inputs and outputs of its `down`.
-        layer: Which.
-        masks: Channels that stay.
+        statistics: Statistics of the inputs and outputs of its `down`.
+        layer: Index of the layer.
+        masks: Remaining channels of each mask.
 
     Raises:
         RequestError: the inputs were not observed.
@@ -252,7 +253,7 @@ def _chosen(
     widths: tuple[int, ...],
     progress: Callable[[int, int], None],
 ) -> list[Channels]:
-    """Return the channels of each layer that stay."""
+    """Return the remaining channels of each layer."""
     found = []
     for layer, width in enumerate(widths):
         progress(layer, len(widths))
@@ -265,7 +266,7 @@ def _chosen(
 
 
 def _least(width: int, multiple: int) -> int:
-    """Return the fewest channels that a layer may keep, a multiple."""
+    """Return the fewest channels that a layer may keep, rounded to a multiple."""
     return max(1, -(-int(LEAST_KEPT * width) // multiple)) * multiple
 
 
@@ -292,12 +293,12 @@ def _moment(statistics: Statistics, layer: int, damping: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Elimination:
-    """In which order the channels of a layer go.
+    """The order in which the channels of a layer are removed.
 
     Attributes:
-        channels: How many there are.
-        order: Those that go, the first first, int64 [gone].
-        losses: What each adds to the weighted squared error of the outputs after repair, float64 [gone].
+        channels: Number of channels.
+        order: The removed channels, in order of removal, int64 [gone].
+        losses: What each removal adds to the weighted squared error of the outputs after repair, float64 [gone].
     """
 
     channels: int
@@ -305,27 +306,27 @@ class Elimination:
     losses: NDArray[np.float64]
 
     def kept(self, width: int) -> Channels:
-        """Return the channels that stay, ascending."""
+        """Return the remaining channels at a width, ascending."""
         return np.setdiff1d(np.arange(self.channels), self.order[: self.channels - width])
 
     def loss(self, width: int) -> float:
-        """Return the error with so many channels left."""
+        """Return the error at a width."""
         return float(self.losses[: self.channels - width].sum())
 
 
 def eliminate(
     weight: torch.Tensor, sensitivity: torch.Tensor, moment: torch.Tensor, least: int, at_once: int = CHANNELS_AT_ONCE
 ) -> Elimination:
-    """Take the channel away that costs least, again and again.
+    """Repeatedly remove the channel that costs least.
 
     Args:
         weight: W, float64 [outputs, channels].
         sensitivity: s, float64 [outputs].
         moment: H, positive definite, float64 [channels, channels].
-        least: How many channels stay at least.
-        at_once: How many go before the costs of the others are computed again.
+        least: Fewest channels that remain.
+        at_once: Number removed before the costs of the others are computed again.
     """
-    # P and A of the channels that are left; rows of the others are zero.
+    # P and A of the remaining channels; rows of the others are zero.
     inverse = torch.linalg.inv(moment)
     outputs = (weight * sensitivity.sqrt()[:, None]).T.contiguous()
     left = torch.ones(len(moment), dtype=torch.bool)
@@ -345,12 +346,12 @@ def eliminate(
 
 
 def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: Channels) -> torch.Tensor:
-    """Return W' for the channels that stay, float32 [outputs, kept].
+    """Return W' for the remaining channels, float32 [outputs, kept].
 
     Args:
         weight: W, float64 [outputs, channels].
         moment: H, positive definite, float64 [channels, channels].
-        kept: The channels that stay.
+        kept: The remaining channels.
     """
     rows = moment[torch.from_numpy(kept)]
     solution: torch.Tensor = torch.linalg.solve(rows[:, torch.from_numpy(kept)], rows @ weight.T)
@@ -358,14 +359,14 @@ def repaired(weight: torch.Tensor, moment: torch.Tensor, kept: Channels) -> torc
 
 
 def shared_out(eliminations: Sequence[Elimination], total: int, multiple: int) -> tuple[int, ...]:
-    """Return how many channels each layer keeps, multiples, so that all together cost least.
+    """Return the number of channels that each layer keeps, as multiples, so that the total cost is least.
 
-    The cheapest step goes first: that is best where the steps of each layer become dearer.
+    The cheapest step is taken first, which is best if each layer's steps become more expensive.
 
     Args:
         eliminations: One for each layer.
         total: Channels that all layers keep together.
-        multiple: What each width is a multiple of.
+        multiple: Each width is a multiple of this.
     """
     sums = [np.concatenate([[0.0], one.losses.cumsum()]) for one in eliminations]
     widths = [one.channels // multiple * multiple for one in eliminations]

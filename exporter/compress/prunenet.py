@@ -1,24 +1,24 @@
-"""PruneNet: a policy that learns which feed-forward channels stay, from the singular values of `gate` alone.
+"""PruneNet: a policy that learns which feed-forward channels to keep, from the singular values of `gate` alone.
 
-The state of a layer is its gate matrix W, [rows, columns]. One network for all layers gives every row a chance to stay,
+The state of a layer is its gate matrix W, [rows, columns]. One network for all layers gives every row a probability,
 
     alpha = sigmoid((W P^T + b) r),    o = sigmoid(logit(eps) + logit(alpha)),    eps ~ U(0, 1),
 
-and K rows are drawn by o without replacement. The reward is 1 / KS, by the Kolmogorov-Smirnov distance of the singular
-values of the drawn rows from those of all rows, discounted by the number of the layer; REINFORCE follows its gradient
-(Sengupta et al. 2025, PruneNet). No text is seen. A policy that was learned at one share of rows serves any other.
+and K rows are drawn by o without replacement. The reward is 1 / KS, where KS is the Kolmogorov-Smirnov distance between
+the singular values of the drawn rows and those of all rows, discounted by the number of the layer; REINFORCE follows
+its gradient (Sengupta et al. 2025, PruneNet). No text is used. A policy learned at one share of rows applies to others.
 
-With no other function between P and r, the network is a direction u = P^T r: rows stay by their product with it.
+With no other function between P and r, the network is a direction u = P^T r: rows stay by their inner product with it.
 
 Where the published code differs from the paper, `PruneNetOptions` has a switch, and `PUBLISHED` holds the code's
-choices. The defaults correct what comes before and after learning: the gains of the normalisation before it are folded
-into W, the best policy is kept, and the mask is not drawn once more. They leave learning
-itself as published, which learns nothing: no reward is below zero, so every row's chance grows until all are 1. A
-gradient that does follow the reward (a baseline, the probability of what was drawn, at the noise it was drawn with)
-leads astray: the reward is for rows that keep the singular values as they are, and a policy good at that takes the rows
-of one side of a plane, which costs more than rows taken at random (tests/benchmarks/test_prune.py). So with statistics
-of a text at hand, each layer keeps the best of several masks that the policy draws, which is better than chance.
-It trains in float16 on a GPU, here all is float32.
+choices. The defaults correct the steps before and after learning: the gains of the preceding normalisation are folded
+into W, the best policy is kept, and the mask is not drawn again. Learning itself stays as published, which learns
+nothing: no reward is below zero, so every row's probability grows until all are 1. A gradient that does follow the
+reward (a baseline, the probability of the drawn rows, at the noise of the draw) makes masks worse. The reward is for
+rows that preserve the singular values, and a policy good at that takes the rows on one side of a plane, which costs
+more than random rows (tests/benchmarks/test_prune.py). With statistics of a text, each layer therefore keeps the best
+of several masks that the policy draws, which is better than chance. The published code trains in float16 on a GPU;
+here everything is float32.
 """
 
 import hashlib
@@ -44,13 +44,13 @@ from exporter.model.widths import Channels
 Float64 = NDArray[np.float64]
 
 VERSION = 2
-# What a policy earns where all singular values stay the same.
+# Reward of a policy if all singular values stay the same.
 MOST_REWARD = 99999.0
-# Of the running mean of a layer's rewards, which they are compared with.
+# Momentum of the running mean of a layer's rewards, which is their baseline.
 MOMENTUM = 0.7
-# Masks of a layer that calibration text chooses from.
+# Masks per layer from which the calibration text selects.
 DRAWS = 64
-# Of a row, beside the greatest one of 1.
+# Smallest weight of a row, relative to the largest, which is 1.
 LEAST_WEIGHT = 1e-300
 
 
@@ -59,22 +59,22 @@ class PruneNetOptions:
     """How a policy is learned and used.
 
     Attributes:
-        ratio: Share of rows that go while it learns.
-        episodes: How often it goes over all layers.
-        learning_rate: AdamW's.
+        ratio: Share of rows that are removed while it learns.
+        episodes: Passes over all layers.
+        learning_rate: Learning rate of AdamW.
         discount: gamma: the reward of layer l counts gamma^l.
-        seed: Of the network's start and all that is drawn.
-        keep_best: The policy that earned most is kept; published: the last.
-        baseline: Rewards count against the layer's mean so far; published and default: as they are.
-        exact_probability: The gradient is that of drawing without replacement; published and default: of the sum of
-            log o.
-        same_noise: The gradient is taken at the o that was drawn by; published and default: at o with fresh noise.
-        deterministic: Rows stay at equal distances of the running sum of their probabilities (see `spread`);
-            published: they are drawn once more.
-        clip: Most length of a gradient; None, as published (its clipping comes after the gradient is zeroed), for any.
-        regularisation: How much KL(alpha || 1/2) counts in the loss.
-        folded: W has the normalisation's gains in its columns, so that two ways to store one function are pruned alike;
-            published: it is taken as it is stored.
+        seed: Seed of the network's initialisation and of all draws.
+        keep_best: Keep the policy with the largest reward; published: the last.
+        baseline: Subtract the layer's mean so far from rewards; published and default: no baseline.
+        exact_probability: Use the gradient of drawing without replacement; published and default: of the sum of log o.
+        same_noise: Take the gradient at the o of the draw; published and default: at o with fresh noise.
+        deterministic: Keep rows at equal distances of the running sum of their probabilities (see `spread`);
+            published: draw them again.
+        clip: Largest norm of a gradient; None for no limit, as published (its clipping comes after the gradient is
+            zeroed).
+        regularisation: Weight of KL(alpha || 1/2) in the loss.
+        folded: Fold the normalisation's gains into the columns of W, so that two ways to store one function are pruned
+            alike; published: W is used as stored.
     """
 
     ratio: float = 0.25
@@ -97,13 +97,13 @@ PUBLISHED = PruneNetOptions(keep_best=False, deterministic=False, folded=False)
 
 @dataclass(frozen=True)
 class Policy:
-    """What was learned.
+    """A learned policy.
 
     Attributes:
         direction: u, float32 [hidden].
-        offset: b r, of which the probabilities depend and the order of rows does not.
+        offset: b r; the probabilities depend on it, the order of rows does not.
         rewards: Sum of all layers' rewards in each episode, float32 [episodes].
-        options: How it was learned.
+        options: Options of the learning.
     """
 
     direction: Float32
@@ -114,14 +114,14 @@ class Policy:
     def kept(
         self, model: Model, widths: Sequence[int], statistics: Statistics | None = None, draws: int = DRAWS
     ) -> list[Channels]:
-        """Return the channels of each layer that stay, ascending.
+        """Return the remaining channels of each layer, ascending.
 
         Args:
-            model: The model that it was learned on, or one as wide.
-            widths: How many of each layer.
-            statistics: Of the inputs and outputs of its `down`: of several masks of each layer, the one with the least
-                predicted loss is taken. None: the policy's own, without any text.
-            draws: How many are drawn beside that.
+            model: The model that it was learned on, or one of the same width.
+            widths: Number of remaining channels per layer.
+            statistics: Statistics of the inputs and outputs of its `down`: each layer takes, of several masks, the one
+                with the least predicted loss. None: the policy's own mask, without any text.
+            draws: Number of masks drawn in addition to the policy's own.
 
         Raises:
             RequestError: the inputs were not observed.
@@ -148,7 +148,7 @@ def learned(model: Model, options: PruneNetOptions, progress: Callable[[int, int
 
     Args:
         model: Its gate matrices are held in memory.
-        options: How.
+        options: Options of the learning.
         progress: Called with episodes done and their total.
 
     Raises:
@@ -171,12 +171,12 @@ def learned(model: Model, options: PruneNetOptions, progress: Callable[[int, int
 def prune(
     model: Model, policy: Policy, ratio: float, multiple: int, statistics: Statistics | None = None, draws: int = DRAWS
 ) -> Pruned:
-    """Return the model with the channels that a policy keeps, whatever ratio it was learned at; nothing is repaired.
+    """Return the model with the channels that a policy keeps, at any ratio; nothing is repaired.
 
     Args:
         model: The source.
-        policy: What was learned on it.
-        ratio: Share of the channels that go.
+        policy: The policy learned on it.
+        ratio: Share of the channels to remove.
         multiple: See `exporter.compress.prune.ClosedFormOptions`.
         statistics: See `Policy.kept`.
         draws: See `Policy.kept`.
@@ -189,17 +189,17 @@ def prune(
 
 
 def spread(logarithms: Float64, count: int) -> Channels:
-    """Return so many rows, ascending, in proportion to their probabilities and without drawing: systematic sampling.
+    """Return rows in proportion to their probabilities but without drawing, ascending: systematic sampling.
 
-    The rows with the greatest probabilities all lie on one side of a plane, and nothing would span the other. So the
-    rows that stay are those where the running sum of the probabilities passes 1/2, 3/2, ... (Madow and Madow 1944,
+    The rows with the greatest probabilities all lie on one side of a plane, so nothing would span the other side. The
+    rows kept are therefore those where the running sum of the probabilities passes 1/2, 3/2, ... (Madow and Madow 1944,
     section 4).
 
     Args:
-        logarithms: Of what the rows' probabilities to stay are proportional to, float64 [rows].
-        count: How many stay.
+        logarithms: Logarithms of the rows' relative probabilities to stay, float64 [rows].
+        count: Number of rows that stay.
     """
-    # No row is so unlikely that it could not stay where too few others are left.
+    # Every row keeps some probability, so that it can stay if too few others are left.
     weights = np.maximum(np.exp(logarithms - logarithms.max()), LEAST_WEIGHT)
     certain = np.zeros(len(weights), bool)
     while True:
@@ -229,13 +229,13 @@ class _Network(nn.Module):
         self.read = nn.Parameter(torch.rand(rows))
 
     def forward(self, gate: torch.Tensor) -> torch.Tensor:
-        """Return logit(alpha) of every row, float32 [rows]: the product of the paper, taken from the right."""
+        """Return logit(alpha) of every row, float32 [rows]: the product of the paper, evaluated from the right."""
         return gate @ (self.read @ self.project.weight) + self.project.bias @ self.read
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Rows in the order that they were drawn in, the noise that they were drawn with, and their reward."""
+    """Rows in the order in which they were drawn, the noise of the draw, and the reward."""
 
     rows: torch.Tensor
     noise: torch.Tensor
@@ -302,7 +302,7 @@ def _follow(
     options: PruneNetOptions,
     chance: torch.Generator,
 ) -> None:
-    """Take a step that makes the rows drawn as much more likely as they were better than usual."""
+    """Take a step that raises the probability of the drawn rows in proportion to their advantage."""
     logits = network(gate)
     noise = draw.noise if options.same_noise else _noise(len(gate), chance)
     loss = -advantage * _log_probability(logits + noise, draw.rows, options.exact_probability)
@@ -323,12 +323,12 @@ def _noise(rows: int, chance: torch.Generator) -> torch.Tensor:
 
 
 def _drawn_mask(logits: torch.Tensor, count: int, chance: torch.Generator) -> Channels:
-    """Draw rows with noise of their own, ascending."""
+    """Draw rows with fresh noise, ascending."""
     return np.sort(_drawn(logits + _noise(len(logits), chance), count, chance).numpy())
 
 
 def _drawn(logits: torch.Tensor, count: int, chance: torch.Generator) -> torch.Tensor:
-    """Draw rows by o = sigmoid(logits) without replacement, int64 [count]: torch draws them in this order."""
+    """Draw rows by o = sigmoid(logits) without replacement, int64 [count], in the order of drawing."""
     return logits.sigmoid().clamp(min=1e-30).multinomial(count, generator=chance)
 
 
@@ -340,7 +340,7 @@ def _log_probability(logits: torch.Tensor, rows: torch.Tensor, exact: bool) -> t
         return total
     o = logs.exp()
     drawn = o[rows]
-    # Each is drawn from what was left.
+    # Each is drawn from those that were left.
     left = o.sum() - drawn.cumsum(0) + drawn
     return total - left.clamp(min=1e-30).log().sum()
 
@@ -348,7 +348,8 @@ def _log_probability(logits: torch.Tensor, rows: torch.Tensor, exact: bool) -> t
 def singular_values(matrix: torch.Tensor) -> Float64:
     """Return the singular values of a matrix, float32 [rows, columns], ascending.
 
-    By the smaller Gram matrix, which is several times faster; in float64 the error is about 1e-8 of the greatest value.
+    Computed from the smaller Gram matrix, which is several times faster; in float64 the error is about 1e-8 of the
+    greatest value.
     """
     wide = matrix.double()
     gram = wide.T @ wide if len(wide) > wide.shape[1] else wide @ wide.T
@@ -357,7 +358,7 @@ def singular_values(matrix: torch.Tensor) -> Float64:
 
 
 def kolmogorov_smirnov(first: Float64, second: Float64) -> float:
-    """Return the greatest distance of the distribution functions of two samples, both ascending."""
+    """Return the greatest distance between the distribution functions of two samples, both ascending."""
     both = np.concatenate([first, second])
     shares = [np.searchsorted(sample, both, side="right") / len(sample) for sample in (first, second)]
     return float(np.abs(shares[0] - shares[1]).max())

@@ -1,8 +1,8 @@
-"""One step common to many matrices, found for the bits that their codes take together when coded.
+"""One step common to many matrices, chosen for their total of bits when coded.
 
-What a step of a row costs in behaviour grows with the row's sensitivity and with what its inputs deviate; a row's own
-step is the common one over the root of both. All rows then lose as much for their last bit, which is the least loss at
-a total of bits, and how many bits a matrix gets follows from how much it matters.
+The loss caused by a row's step grows with the row's sensitivity and with the variance of its inputs. A row's own step
+is therefore the common one over the root of their product. All rows then lose as much for their last bit, which
+minimises the loss at a total of bits. The bits of a matrix follow from how much it matters.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,30 +23,30 @@ from exporter.foundation.errors import RequestError
 Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
 Made = TypeVar("Made")
-# Rows that hardly matter count at least so much of the mean.
+# Smallest weight of a row, as a share of the mean.
 LEAST_SENSITIVITY = 1e-3
-# Of a matrix so many rows are tried, or this share of them where that is more.
+# Rows sampled from a matrix: this number, or this share if that is more.
 SAMPLED_ROWS, SAMPLED_SHARE = 96, 1 / 64
-# Codes that leave room for what feedback adds to the largest weight of a row.
+# Largest code before feedback; it leaves room for the feedback that is added to the largest weight of a row.
 ROOM = np.float32(LARGEST_CODE - 7)
-# Rates by the formula for many bits, at the steps that true rates are measured at.
+# Rates by the formula for many bits; true rates are measured at their steps.
 FINE_STEP_RATES = np.array([9.0, 7.5, 6.0, 5.0, 4.25, 3.5, 2.75, 2.0, 1.25, 0.5, -0.5, -2.0])
-# A normal distribution of deviation s takes log2(s / step) + this many bits where steps are fine.
+# A normal distribution of deviation s takes log2(s / step) + this many bits if steps are fine.
 NORMAL_BITS = np.log2(2 * np.pi * np.e) / 2
 HALVINGS = 40
-# The scale of a row takes so many bits.
+# Bits of a row's scale.
 SCALE_BITS = 16
 
 
 def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Float32:
-    """Return what the common step is divided by in each row of a matrix, float32 [rows].
+    """Return the divisor of the common step in each row of a matrix, float32 [rows].
 
-    A row counts as an output by its sensitivity, and as what is looked up by how often that is.
+    A row counts as an output by its sensitivity, and as an embedding row by the frequency of its lookups.
 
     Args:
-        statistics: Of the model.
+        statistics: Statistics of the model.
         group: The matrix.
-        variance: Of the inputs, as far as a row's error depends on it; not used where none are observed.
+        variance: Variance of the inputs, as far as a row's error depends on it; unused if none are observed.
     """
     squares = np.zeros(group.rows, np.float32)
     if group.site != "tokens":
@@ -60,7 +60,7 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
 
 
 def row_steps(weight: Float32, roots: Float32, step: float) -> Float32:
-    """Return the step of each row, float32 [rows]: none so fine that a weight is beyond the largest code."""
+    """Return the step of each row, float32 [rows], coarse enough that no weight exceeds the largest code."""
     least = np.abs(weight).max(axis=1) / ROOM
     steps: Float32 = np.maximum(np.float32(step) / roots, least)
     return steps
@@ -68,20 +68,20 @@ def row_steps(weight: Float32, roots: Float32, step: float) -> Float32:
 
 @dataclass(frozen=True)
 class Curve:
-    """Bits a weight of a matrix, falling, at common steps, rising, as logarithms to base 2; each float64 [points]."""
+    """Bits per weight of a matrix, falling, at base-2 logarithms of common steps, rising; each float64 [points]."""
 
     steps: Float64
     rates: Float64
 
     @classmethod
     def of(cls, weight: Float32, roots: Float32, rounded: Callable[[float], Int8], times: float = 1.0) -> "Curve":
-        """Find out what codes take at some steps, tables and scales included.
+        """Measure the bits of the codes at some steps, including tables and scales.
 
         Args:
             weight: The matrix or some of its rows, float32 [rows, columns].
-            roots: What the common step is divided by in each row, float32 [rows].
-            rounded: Gives the codes, int8 [rows, columns], at a common step.
-            times: How many times as many rows the matrix has.
+            roots: Divisor of the common step in each row, float32 [rows].
+            rounded: Returns the codes, int8 [rows, columns], at a common step.
+            times: Ratio of the matrix's rows to the given rows.
         """
         spread = np.sqrt(np.mean(weight**2, axis=1, dtype=np.float64)) * roots
         steps = np.mean(np.log2(np.maximum(spread, 1e-30))) + NORMAL_BITS - FINE_STEP_RATES
@@ -89,12 +89,12 @@ class Curve:
         return cls(steps, np.minimum.accumulate(rates) + SCALE_BITS / weight.shape[1])
 
     def at(self, step: float) -> float:
-        """Return the bits a weight at the logarithm of a common step."""
+        """Return the bits per weight at the logarithm of a common step."""
         return float(np.interp(step, self.steps, self.rates))
 
 
 def common_step(curves: Sequence[Curve], sizes: Sequence[int], bits: float) -> float:
-    """Return the logarithm of the step at which matrices of these sizes take so many bits a weight together.
+    """Return the logarithm of the step at which matrices of these sizes together take this many bits per weight.
 
     Raises:
         RequestError: there is none.
@@ -122,12 +122,12 @@ def at_common_step(
     sampled: Callable[[WeightGroup], tuple[Curve, Callable[[float, float], Made]]],
     progress: Callable[[int, int], None],
 ) -> dict[str, Made]:
-    """Return what is made of each matrix, by name, at the step at which all take so many bits a weight together.
+    """Return the result for each matrix, by name, at the step at which all together take this many bits per weight.
 
     Args:
         groups: The matrices.
-        bits: Bits a weight on average, tables and scales included.
-        sampled: Gives the curve of a matrix, and what is to be made of it from its own bits a weight and the step.
+        bits: Average bits per weight, including tables and scales.
+        sampled: Returns the curve of a matrix, and a function that makes its result from bits per weight and step.
         progress: Called with matrices done and their total.
 
     Raises:
@@ -143,5 +143,5 @@ def at_common_step(
 
 
 def some_rows(rows: int) -> NDArray[np.int64]:
-    """Return rows that are tried for a matrix of so many."""
+    """Return the rows to sample from a matrix."""
     return spread_rows(rows, max(SAMPLED_ROWS, int(SAMPLED_SHARE * rows)))

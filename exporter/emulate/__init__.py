@@ -1,1 +1,1 @@
-"""A device on this machine: its instructions under QEMU, its limits around a process."""
+"""Emulation of a device on this machine: its instructions under QEMU, its limits on a process."""

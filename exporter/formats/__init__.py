@@ -1,1 +1,1 @@
-"""Weight formats: how a runtime stores a matrix, and what it multiplies with."""
+"""Weight formats: how a runtime stores and decodes a matrix."""

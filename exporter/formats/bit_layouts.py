@@ -1,7 +1,7 @@
-"""How ggml's types lay out their codes, so that error feedback can choose them.
+"""The code layouts of ggml's types, so that error feedback can choose the codes.
 
-Each layout is proved against ggml's own decoder in the tests. K types: https://github.com/ggml-org/llama.cpp,
-ggml-common.h, describes the blocks.
+The tests prove each layout against ggml's own decoder. For the K types, ggml-common.h of
+https://github.com/ggml-org/llama.cpp describes the blocks.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from exporter.formats.format import Bytes, Float32
 
 @dataclass(frozen=True)
 class Layout:
-    """How a block is made of scales and codes; a weight is `levels[code]` times a scale, plus a minimum.
+    """How a block is composed of scales and codes; a weight is `levels[code]` times a scale, plus a minimum.
 
     Attributes:
-        levels: What each code stands for before scaling, ascending whole numbers, float32 [codes].
+        levels: Unscaled value of each code, ascending whole numbers, float32 [codes].
         columns: Weights of a block that share scale and minimum.
         put: Writes codes, uint8 [rows, block columns], into encoded blocks, uint8 [rows, bytes of a block].
-        scales: float16 numbers at the block's beginning, which are all that its weights are scaled by: 1 for a scale,
-            2 for a scale and a minimum, 0 where they are nested; see `exporter.formats.k_quants`.
+        scales: Number of float16 values at the block's beginning, if they alone scale its weights: 1 for a scale, 2
+            for a scale and a minimum; 0 if scales are nested; see `exporter.formats.k_quants`.
     """
 
     levels: Float32

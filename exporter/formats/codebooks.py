@@ -1,4 +1,4 @@
-"""Blocks of levels times a scale, plus a minimum where there is one; see `exporter.formats.bit_layouts`."""
+"""Blocks of levels times a scale, with or without a minimum; see `exporter.formats.bit_layouts`."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from exporter.formats.format import Bytes, Float32, fitted_line, fitted_scale, s
 
 
 class LevelGrid:
-    """The codes of one block column by column.
+    """Chooses the codes of one block column by column.
 
     Args:
-        layout: Of the format.
-        blocks: Encoded blocks whose scales are to be kept, uint8 [rows, bytes of a block].
-        scale: float32 [parts, rows], of each `layout.columns` columns.
+        layout: Layout of the format.
+        blocks: Encoded blocks whose scales are kept, uint8 [rows, bytes of a block].
+        scale: float32 [parts, rows], one per `layout.columns` columns.
         minimum: Likewise.
     """
 
@@ -26,10 +26,10 @@ class LevelGrid:
         self._even = len(layout.levels) == layout.levels[-1] - layout.levels[0] + 1
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
-        """Return the nearest codes, uint8 [..., rows], and what they decode to, float32 likewise.
+        """Return the nearest codes, uint8 [..., rows], and their decoded values, float32 likewise.
 
         Args:
-            column: Whose values they are, or the first of some that share their scales.
+            column: Column of the values, or the first of several that share their scales.
             values: float32 [..., rows].
         """
         part = column // self._layout.columns
@@ -49,14 +49,14 @@ class LevelGrid:
         return codes, scaled
 
     def decode(self, codes: Bytes) -> Float32:
-        """Return what codes, uint8 [block columns, rows], decode to, float32 of the same shape."""
+        """Decode codes, uint8 [block columns, rows], to float32 of the same shape."""
         parts = self._layout.levels[codes].reshape(len(self._scale), -1, codes.shape[1])
         parts *= self._scale[:, None]
         parts += self._minimum[:, None]
         return parts.reshape(codes.shape)
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "LevelGrid":
-        """Return the grid with the scales that suit the codes best."""
+        """Return the grid with the best scales for the codes."""
         layout = self._layout
         levels = layout.levels[codes]
         if layout.scales == 1:

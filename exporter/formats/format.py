@@ -1,4 +1,4 @@
-"""The protocols that a target's weight formats fulfil and that compression methods use.
+"""The protocols that weight formats of targets implement and that compression methods use.
 
 A matrix is stored row by row; a row is a whole number of blocks of `block_columns` weights. Rows are
 independent of each other, so a target may reorder encoded rows without decoding them.
@@ -15,21 +15,21 @@ Bytes = NDArray[np.uint8]
 
 
 class Grid(Protocol):
-    """The values one block of columns can take once its scales are fixed, for every row."""
+    """The values that one block of columns can take once its scales are fixed, for every row."""
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
-        """Return codes, uint8 [rows], and what they decode to, float32 [rows], for one column of the block."""
+        """Return codes, uint8 [rows], and their decoded values, float32 [rows], for one column of the block."""
 
     def decode(self, codes: Bytes) -> Float32:
-        """Return what codes, uint8 [block columns, rows], decode to, float32 of the same shape."""
+        """Decode codes, uint8 [block columns, rows], to float32 of the same shape."""
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "Grid":
-        """Return the grid whose scales, as they would be stored, suit the codes best in every row.
+        """Return the grid whose scales, as stored, are the best for the codes in every row.
 
         Args:
             codes: uint8 [block columns, rows].
             gram: G, float32 [block columns, block columns], symmetric and positive definite.
-            aim: a, float32 [block columns, rows]: the weights q of a row are to minimise q^T G q - 2 a^T q.
+            aim: a, float32 [block columns, rows]: the weights q of a row should minimise q^T G q - 2 a^T q.
         """
 
     def pack(self, codes: Bytes) -> Bytes:
@@ -38,19 +38,19 @@ class Grid(Protocol):
 
 @runtime_checkable
 class PartedGrid(Grid, Protocol):
-    """A grid whose block has parts with scales of their own, which can be chosen when feedback reaches them."""
+    """A grid whose block has parts with their own scales, which can be chosen when feedback reaches them."""
 
     @property
     def part_columns(self) -> int:
         """Columns of a part."""
 
     def reached(self, column: int, values: Float32, importance: Float32) -> "PartedGrid":
-        """Return the grid with the scales that suit the values of one part, those of other parts as they are.
+        """Return the grid with the best scales for the values of one part; other parts keep theirs.
 
         Args:
-            column: The part's first.
+            column: First column of the part.
             values: float32 [columns of the part, rows].
-            importance: What an error in each of its columns costs, float32 [columns of the part].
+            importance: Cost of an error in each of its columns, float32 [columns of the part].
         """
 
 
@@ -61,18 +61,18 @@ def squared_error(weights: Float32, gram: Float32, aim: Float32) -> Float32:
 
 
 def fitted_scale(levels: Float32, gram: Float32, aim: Float32) -> Float32:
-    """Return the scale s of each row for which the weights s times levels, float32 [columns, rows], err least."""
+    """Return the scale s of each row with the least error of the weights s times levels, float32 [columns, rows]."""
     square, product = np.einsum("ij,ij->j", levels, gram @ levels), np.einsum("ij,ij->j", levels, aim)
     scale: Float32 = np.divide(product, square, out=np.zeros_like(product), where=square > 0)
     return scale
 
 
 def fitted_line(levels: Float32, gram: Float32, aim: Float32) -> tuple[Float32, Float32]:
-    """Return scale s and minimum m of each row for which the weights s times levels plus m err least."""
+    """Return scale s and minimum m of each row with the least error of the weights s times levels plus m."""
     square, product = np.einsum("ij,ij->j", levels, gram @ levels), np.einsum("ij,ij->j", levels, aim)
     mixed, sums, ones = gram.sum(axis=0) @ levels, aim.sum(axis=0), gram.sum()
     determinant = square * ones - mixed * mixed
-    # All codes of a row the same: any scale will do.
+    # If all codes of a row are the same, any scale will do.
     solvable = determinant > 1e-6 * square * ones
     safe = np.where(solvable, determinant, 1)
     scale = np.where(solvable, (product * ones - sums * mixed) / safe, 0)
@@ -88,7 +88,7 @@ class WeightFormat(Protocol):
 
     @property
     def block_columns(self) -> int:
-        """Weights of a row that share scales; columns come in whole blocks of it."""
+        """Weights of a row that share scales; a row is a whole number of such blocks."""
 
     @property
     def needs_importance(self) -> bool:
@@ -96,7 +96,7 @@ class WeightFormat(Protocol):
 
     @property
     def activation_block(self) -> int | None:
-        """Inputs that the runtime rounds to 8 bits with one scale when it multiplies; None where it does not."""
+        """Number of inputs that the runtime rounds to 8 bits with one scale; None if it does not round them."""
 
     def fits(self, columns: int) -> bool:
         """Return whether a row of so many weights can be stored."""
@@ -116,10 +116,10 @@ class WeightFormat(Protocol):
         """
 
     def decode_rows(self, data: Bytes, columns: int) -> Float32:
-        """Return what the runtime multiplies with, float32 [rows, columns]."""
+        """Decode rows as the runtime does, float32 [rows, columns]."""
 
     def grid(self, block: Float32, importance: Float32 | None) -> Grid | None:
-        """Fix the scales of one block, float32 [rows, block columns]; None where scales span several blocks."""
+        """Fix the scales of one block, float32 [rows, block columns]; None if scales span several blocks."""
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks, in order of columns."""
@@ -127,11 +127,11 @@ class WeightFormat(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """How large the factors are and what they are stored in.
+    """The rank and the storage format of low-rank factors.
 
     Attributes:
         rank: Columns of L and rows of R.
-        format: Of the rows of both, which is why the rank must be a whole number of its blocks.
+        format: Format of the rows of both; the rank must therefore be a whole number of its blocks.
     """
 
     rank: int
@@ -143,7 +143,7 @@ class LowRank:
         return f"r{self.rank}-{self.format.name}"
 
     def stored_bytes(self, rows: int, columns: int) -> int:
-        """Return the bytes in the file beside a matrix of so many rows and columns."""
+        """Return the bytes in the file for the factors of a matrix of so many rows and columns."""
         return self.format.stored_bytes(rows, self.rank) + self.format.stored_bytes(self.rank, columns)
 
 
@@ -162,7 +162,7 @@ class EncodedFactors:
     right: Bytes
 
     def added_to(self, base: Float32) -> Float32:
-        """Return Q + L R as the runtime decodes the three, float32 [rows, columns]."""
+        """Return Q + L R as the runtime decodes them, float32 [rows, columns]."""
         decode = self.low_rank.format.decode_rows
         return plus(base, decode(self.left, self.low_rank.rank), decode(self.right, base.shape[1]))
 
@@ -173,8 +173,8 @@ class EncodedMatrix:
 
     Attributes:
         data: The encoded rows, uint8 [rows, bytes of a row].
-        planned: What the runtime is meant to multiply with, factors included, float32 [rows, columns].
-        factors: What it multiplies with beside the encoded rows, if there is anything.
+        planned: The matrix that the runtime should decode, including factors, float32 [rows, columns].
+        factors: Low-rank factors in addition to the encoded rows, if any.
     """
 
     data: Bytes
@@ -183,7 +183,7 @@ class EncodedMatrix:
 
 
 def plus(base: Float32, left: Float32, right: Float32) -> Float32:
-    """Return Q + L R, float32 [rows, columns]: the one way to sum them up, so that equal parts make equal sums."""
+    """Return Q + L R, float32 [rows, columns]; all sums are computed here, so that equal parts give equal sums."""
     total: Float32 = np.ascontiguousarray(left) @ np.ascontiguousarray(right)
     total += base
     return total

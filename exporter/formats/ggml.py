@@ -1,4 +1,4 @@
-"""GGUF weight formats through ggml's own quantisers and decoders, in the library that llama-cpp-python ships."""
+"""GGUF weight formats, through ggml's own quantisers and decoders in the library that llama-cpp-python ships."""
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from exporter.foundation.errors import InputError, RequestError, did_you_mean
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads that are kept: error feedback encodes a block at a time."""
+    """Return a persistent thread pool, since error feedback encodes a block at a time."""
     return ThreadPoolExecutor()
 
 
@@ -83,7 +83,7 @@ class GgmlFormat:
 
     @property
     def activation_block(self) -> int | None:
-        """Inputs that llama.cpp rounds to 8 bits with one scale: as many as the type's own block has."""
+        """Number of inputs that llama.cpp rounds to 8 bits with one scale: as many as the type's own block has."""
         return None if self.block_columns == 1 else 256 if self.block_columns == 256 else 32
 
     def fits(self, columns: int) -> bool:
@@ -141,10 +141,10 @@ class GgmlFormat:
         return importance
 
     def decode_rows(self, data: Bytes, columns: int) -> Float32:
-        """Return what llama.cpp decodes, float32 [rows, columns], through ggml's `to_float`."""
+        """Decode rows as llama.cpp does, float32 [rows, columns], through ggml's `to_float`."""
         data = np.ascontiguousarray(data)
         if self.type == gguf.GGMLQuantizationType.F32:
-            # Not the bytes themselves, which may be those of a file that is mapped for reading.
+            # A copy, since the bytes may be those of a file that is mapped for reading.
             return data.view(np.float32).copy()
         decoded = np.empty((len(data), columns), np.float32)
         to_float = _ggml().ggml_get_type_traits(int(self.type)).contents.to_float
@@ -152,12 +152,12 @@ class GgmlFormat:
         return decoded
 
     def grid(self, block: Float32, importance: Float32 | None) -> LevelGrid | None:
-        """Fix the scales of one block as the reference quantiser does; None for types made of code books."""
+        """Fix the scales of one block as the reference quantiser does; None for codebook types."""
         layout = LAYOUTS.get(self.name)
         if layout is None:
             return None
         blocks = self.encode_rows(block, importance)
-        # What two codes decode to tells scale and minimum of every part, however they are stored.
+        # The decoded values of two codes give scale and minimum of every part, however they are stored.
         low, high = (self._decoded_everywhere(layout, blocks, code) for code in (0, len(layout.levels) - 1))
         scale = (high - low) / (layout.levels[-1] - layout.levels[0])
         minimum = low - layout.levels[0] * scale
@@ -167,7 +167,7 @@ class GgmlFormat:
         return NestedGrid(layout, blocks, nesting, Scales.of(nesting, blocks, scale, minimum))
 
     def _decoded_everywhere(self, layout: Layout, blocks: Bytes, code: int) -> Float32:
-        """Return what one code decodes to in each part of each block, float32 [parts, rows]."""
+        """Return the decoded value of one code in each part of each block, float32 [parts, rows]."""
         filled = blocks.copy()
         layout.put(filled, np.full((len(blocks), self.block_columns), code, np.uint8))
         return np.ascontiguousarray(self.decode_rows(filled, self.block_columns)[:, :: layout.columns].T)

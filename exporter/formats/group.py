@@ -15,7 +15,7 @@ class WeightGroup:
         layer: Index of the decoder layer, or None outside the layers.
         rows: Outputs (for the embedding: tokens).
         columns: Inputs.
-        uses: What the storage serves; a tied embedding has `("embedding", "head")`.
+        uses: Uses of the storage; a tied embedding has `("embedding", "head")`.
         site: Where its input is observed, such as `layers.0.mlp_out`; see `exporter.calibrate.statistics`.
     """
 
@@ -35,17 +35,17 @@ class WeightGroup:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one weight group, and why; data for the plan, the encoder and the report.
+    """The treatment of one weight group and its reason; data for the plan, the encoder and the report.
 
     Attributes:
         group: The weight group.
         method: Name of the compression method.
-        format: What it is stored in.
-        reason: For people.
-        predicted_kl: KL divergence a token, in nats, that it is predicted to add on the evaluation text; None before
+        format: Its storage format.
+        reason: Explanation for the user.
+        predicted_kl: Predicted increase of the KL divergence per token on the evaluation text, in nats; None before
             statistics.
         calibration_kl: The same on the calibration text.
-        low_rank: Factors that are stored beside it; None for nothing.
+        low_rank: Factors that are stored with it; None for no factors.
     """
 
     group: WeightGroup
@@ -58,7 +58,7 @@ class Decision:
 
     @property
     def stored_as(self) -> str:
-        """The format's name, with rank and format of the factors where there are any: `Q4_0+r32-Q8_0`."""
+        """The format's name, with rank and format of any factors: `Q4_0+r32-Q8_0`."""
         return self.format.name if self.low_rank is None else f"{self.format.name}+{self.low_rank.name}"
 
     @property

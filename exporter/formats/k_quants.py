@@ -1,9 +1,9 @@
-"""Blocks of 256 whose parts have scales of their own: small whole numbers times a float16 of the whole block.
+"""Blocks of 256 whose parts have their own scales: small whole numbers times a float16 of the whole block.
 
 In a row's block, part p with codes L_p decodes to d S_p L_p - e M_p: S and M are the whole numbers, d and e the
-float16 numbers; types without minima lack the second term. d and e begin as ggml chooses them for the block. When
-error feedback reaches a part, S and M are chosen for the values that it has brought there. Descent moves S and M of one
-part at a time to the best whole numbers while all else stays, then d and e to their least squares.
+float16 numbers; types without minima lack the second term. d and e start as ggml chooses them for the block. When
+error feedback reaches a part, S and M are chosen for the values that the part has then. Descent moves S and M of one
+part at a time to the best whole numbers with all else fixed, then d and e to their least-squares values.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class Nesting:
     """How a block stores the scales of its parts.
 
     Attributes:
-        lowest: The least whole number that a part's scale can be.
-        highest: The greatest one; minima are from 0 to it.
-        d: First byte of the float16 that all scales are multiplied by.
-        e: First byte of the float16 that all minima are multiplied by; None where there are no minima.
+        lowest: Smallest whole number of a part's scale.
+        highest: Largest one; minima are from 0 to it.
+        d: First byte of the float16 by which all scales are multiplied.
+        e: First byte of the float16 by which all minima are multiplied; None without minima.
         put: Writes scales and minima, int [parts, rows], into encoded blocks, uint8 [rows, bytes of a block].
     """
 
@@ -82,8 +82,8 @@ class Scales:
     """The scales of one block in every row.
 
     Attributes:
-        d: float32 [rows], as float16 holds it.
-        e: Likewise; zeros where there are no minima.
+        d: float32 [rows], with float16 precision.
+        e: Likewise; zeros without minima.
         scales: Whole numbers S, float32 [parts, rows].
         minima: Whole numbers M, float32 [parts, rows].
     """
@@ -95,7 +95,7 @@ class Scales:
 
     @classmethod
     def of(cls, nesting: Nesting, blocks: Bytes, scale: Float32, minimum: Float32) -> "Scales":
-        """Read them from encoded blocks and from what each part is scaled by and begins at, float32 [parts, rows]."""
+        """Read scales from encoded blocks and from each part's scale and minimum, float32 [parts, rows]."""
         d = _float16(blocks, nesting.d)
         e = np.zeros_like(d) if nesting.e is None else _float16(blocks, nesting.e)
         return cls(d, e, _whole(scale, d), _whole(-minimum, e))
@@ -103,7 +103,7 @@ class Scales:
     def fitted_part(
         self, nesting: Nesting, part: int, levels: Float32, values: Float32, importance: Float32
     ) -> "Scales":
-        """Return scales with those of one part by least squares; see `NestedGrid.reached` for the arguments."""
+        """Return scales with those of one part fitted by least squares; see `NestedGrid.reached` for the arguments."""
         weights = importance[:, None] / importance.sum()
         minimum = np.zeros_like(self.e)
         if nesting.e is None:
@@ -120,12 +120,12 @@ class Scales:
         return replace(self, scales=scales, minima=minima)
 
     def _nearest(self, nesting: Nesting, scale: Float32) -> Float32:
-        """Return the whole numbers, float32 [rows], that come closest to scales."""
+        """Return the whole numbers, float32 [rows], that are closest to scales."""
         numbers: Float32 = np.clip(np.rint(_ratio(scale, self.d)), nesting.lowest, nesting.highest)
         return numbers
 
     def refitted(self, nesting: Nesting, levels: Float32, gram: Float32, aim: Float32) -> "Scales":
-        """Return scales that suit the levels of the codes, float32 [256, rows], better; see `Grid.refit`."""
+        """Return better scales for the levels of the codes, float32 [256, rows]; see `Grid.refit`."""
         parts = levels.reshape(len(self.scales), -1, levels.shape[1])
         scales, minima = self.scales.copy(), self.minima.copy()
         slope = gram @ self.decode(parts).reshape(levels.shape) - aim
@@ -141,7 +141,7 @@ class Scales:
         self, nesting: Nesting, part: int, levels: Float32, gram: Float32, slope: Float32,
         scales: Float32, minima: Float32,
     ) -> Float32:  # fmt: skip
-        """Move one part's whole numbers in place, where that is better, and return how its weights change."""
+        """Move one part's whole numbers in place if that is better, and return the change of its weights."""
         across = gram @ levels
         square, along = _dot(levels, across), _dot(levels, slope)
         if nesting.e is None:
@@ -165,7 +165,7 @@ class Scales:
         return change
 
     def _refitted_factors(self, nesting: Nesting, parts: Float32, gram: Float32, aim: Float32) -> "Scales":
-        """Return the same whole numbers with the d and e that suit them best."""
+        """Return the same whole numbers with the best d and e for them."""
         flat = (-1, parts.shape[2])
         up = (parts * self.scales[:, None]).reshape(flat)
         across = gram @ up
@@ -202,7 +202,7 @@ class Scales:
         return decoded
 
     def put(self, nesting: Nesting, blocks: Bytes) -> None:
-        """Write them into encoded blocks."""
+        """Write the scales into encoded blocks."""
         nesting.put(blocks, *(numbers.astype(np.int8).view(np.uint8) for numbers in (self.scales, self.minima)))
         for first, number in ((nesting.d, self.d), (nesting.e, self.e)):
             if first is not None:
@@ -210,13 +210,13 @@ class Scales:
 
 
 class NestedGrid(LevelGrid):
-    """The codes of one block of 256 column by column; scales can still be chosen when a part is reached.
+    """Chooses the codes of one block of 256 column by column; a part's scales can be chosen when it is reached.
 
     Args:
-        layout: Of the format.
+        layout: Layout of the format.
         blocks: Encoded blocks, uint8 [rows, bytes of a block].
-        nesting: Of the format.
-        scales: Of the blocks.
+        nesting: Nesting of the format.
+        scales: Scales of the blocks.
     """
 
     def __init__(self, layout: Layout, blocks: Bytes, nesting: Nesting, scales: Scales) -> None:
@@ -230,12 +230,12 @@ class NestedGrid(LevelGrid):
         return self._layout.columns
 
     def reached(self, column: int, values: Float32, importance: Float32) -> "NestedGrid":
-        """Return the grid with the scales that suit the values of a part, those of other parts as they are.
+        """Return the grid with the best scales for the values of a part; other parts keep theirs.
 
         Args:
-            column: The part's first.
+            column: First column of the part.
             values: float32 [columns of the part, rows].
-            importance: What an error in each of its columns costs, float32 [columns of the part].
+            importance: Cost of an error in each of its columns, float32 [columns of the part].
         """
         codes, rounded = self.round(column, values)
         part = column // self._layout.columns
@@ -246,7 +246,7 @@ class NestedGrid(LevelGrid):
         return self._with(self._scales.where(better, scales))
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "NestedGrid":
-        """Return the grid with scales that suit the codes better."""
+        """Return the grid with better scales for the codes."""
         return self._with(self._scales.refitted(self._nesting, self._layout.levels[codes], gram, aim))
 
     def pack(self, codes: Bytes) -> Bytes:

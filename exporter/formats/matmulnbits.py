@@ -1,8 +1,8 @@
 """ONNX Runtime's `MatMulNBits` formats: 2, 4 or 8 bits, blocks of 16 to 256 columns, symmetric or not.
 
-A weight is (code - zero point) x scale. Scales are stored in float16, or in float32 where the name says so; the
-operator takes them in float32. An encoded row holds the codes of all blocks, then their scales, then their zero points;
-`split` gives the three as the initialisers that are stored.
+A weight is (code - zero point) x scale. Scales are stored in float16, or in float32 if the name says so; the operator
+takes them in float32. An encoded row holds the codes of all blocks, then their scales, then their zero points. `split`
+returns the three as the stored initialisers.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ FLOAT32_SUFFIX = "-f32"
 # Shares of the full range tried as the range of a block: clipping its tails often costs less than coarse steps.
 CLIPPINGS = np.linspace(1.0, 0.7, 5, dtype=np.float32)
 ROWS_AT_ONCE = 2048
-# A weight of float32 over anything smaller may overflow.
+# A float32 weight divided by anything smaller may overflow.
 SMALLEST_SCALE = 1e-30
 
 
@@ -38,7 +38,7 @@ class _IntegerGrid:
     stored: type[np.float16 | np.float32]
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
-        """Return the nearest codes, uint8 [rows], and what they decode to, float32 [rows]."""
+        """Return the nearest codes, uint8 [rows], and their decoded values, float32 [rows]."""
         codes = self.nearest(values)
         return codes.astype(np.uint8), self._decoded(codes)
 
@@ -52,17 +52,17 @@ class _IntegerGrid:
         return codes
 
     def decode(self, codes: Bytes) -> Float32:
-        """Return what codes, uint8 [..., rows], decode to, float32 of the same shape."""
+        """Decode codes, uint8 [..., rows], to float32 of the same shape."""
         return self._decoded(codes.astype(np.float32))
 
     def _decoded(self, codes: Float32) -> Float32:
-        """Return what codes stand for, in their own memory."""
+        """Decode codes in place."""
         codes -= self.zero_point
         codes *= self.scale
         return codes
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_IntegerGrid":
-        """Return the grid with the scales, and where there are any the zero points, that suit the codes best."""
+        """Return the grid with the best scales, and zero points if it has any, for the codes."""
         zero_point = self.zero_point
         if self.asymmetric:
             scale, minimum = fitted_line(codes.astype(np.float32), gram, aim)
@@ -78,7 +78,7 @@ class _IntegerGrid:
         )
 
     def pack(self, codes: Bytes) -> Bytes:
-        """Return the encoded block: packed codes, the scale's bytes, the zero point where there is one."""
+        """Return the encoded block: packed codes, the scale's bytes, the zero point if there is one."""
         scale = np.ascontiguousarray(self.scale, self.stored)[:, None].view(np.uint8)
         parts = [_pack_bits(codes, self.bits), scale]
         if self.asymmetric:
@@ -88,11 +88,11 @@ class _IntegerGrid:
 
 @dataclass(frozen=True)
 class MatMulNBitsFormat:
-    """Integers of a few bits with a scale, and where asymmetric a zero point, for each block of columns.
+    """Integers of a few bits with a scale, and if asymmetric a zero point, per block of columns.
 
     Attributes:
-        scale_type: What a scale is stored in. Codes are chosen for the scale as stored, so float16 loses nothing but
-            range: its largest is 65504, and below 6e-5 it gets coarser, down to a last step of 6e-8.
+        scale_type: Type of the stored scales. Codes are chosen for the stored scale, so float16 only loses range: its
+            largest value is 65504, and below 6e-5 it gets coarser, down to a last step of 6e-8.
     """
 
     bits: int
@@ -114,7 +114,7 @@ class MatMulNBitsFormat:
 
     @property
     def activation_block(self) -> int | None:
-        """Inputs that ONNX Runtime rounds to 8 bits with one scale: those of a block."""
+        """Number of inputs that ONNX Runtime rounds to 8 bits with one scale: those of a block."""
         return self.block_columns
 
     def fits(self, columns: int) -> bool:
@@ -157,15 +157,15 @@ class MatMulNBitsFormat:
         return self.join(encoded)
 
     def grid(self, block: Float32, importance: Float32 | None) -> _IntegerGrid:
-        """Fix scale and zero point of one block for every row: those of the least weighted squared error.
+        """Choose scale and zero point of one block for every row, with the least weighted squared error.
 
         Clipped ranges are tried, the scale is fitted to the codes by least squares, and each row keeps its best.
 
         Raises:
-            RequestError: the weights need a scale beyond the largest that is stored.
+            RequestError: the weights need a scale larger than the largest that can be stored.
         """
         weights = np.ones(self.block_columns, np.float32) if importance is None else importance
-        # Columns first: what is summed over columns then runs along the rows.
+        # Columns first, so that sums over columns run along the rows.
         columns = np.array(block.T, order="C")
         low, high = columns.min(axis=0), columns.max(axis=0)
         if self.scale_type is np.float16:
@@ -180,7 +180,7 @@ class MatMulNBitsFormat:
         return _IntegerGrid(self.bits, self.asymmetric, scale, zero_point, self.scale_type)
 
     def _require_range(self, low: Float32, high: Float32) -> None:
-        """Refuse a range, each end float32 [rows], that no float16 scale spans."""
+        """Refuse a range that no float16 scale spans; each end is float32 [rows]."""
         steps = (1 << self.bits) - 1 if self.asymmetric else 1 << (self.bits - 1)
         most = float(np.finfo(np.float16).max) * steps
         spans = np.maximum(high, 0) - np.minimum(low, 0) if self.asymmetric else np.maximum(high, -low)
@@ -193,7 +193,7 @@ class MatMulNBitsFormat:
             )
 
     def _fitted(self, columns: Float32, weights: Float32, low: Float32, high: Float32) -> _IntegerGrid:
-        """Return the grid of a range, its scale fitted to columns, float32 [block columns, rows]."""
+        """Return the grid of a range, with its scale fitted to columns, float32 [block columns, rows]."""
         grid = self._ranged(low, high)
         if self.bits == 8:
             return grid
@@ -238,7 +238,7 @@ class MatMulNBitsFormat:
         return packed, scale, np.ascontiguousarray(data[:, codes + scales :]) if self.asymmetric else None
 
     def decode_rows(self, data: Bytes, columns: int) -> Float32:
-        """Return what `MatMulNBits` multiplies with at accuracy level 0, float32 [rows, columns]."""
+        """Decode rows as `MatMulNBits` does at accuracy level 0, float32 [rows, columns]."""
         packed, scale, zero_points = self.split(data, columns)
         rows, blocks = scale.shape
         codes = _unpack_bits(packed.reshape(rows, -1), self.bits).reshape(rows, blocks, self.block_columns)
@@ -250,9 +250,9 @@ class MatMulNBitsFormat:
 
 
 def _storable(scale: NDArray[np.floating[Any]], stored: type[np.float16 | np.float32]) -> Float32:
-    """Return the nearest stored values of scales that are not zero.
+    """Return the nearest storable values of scales; none is zero.
 
-    Scales of nothing but zeros, or so small that a weight over them overflows, become 1, and the codes zero.
+    Scales that are zero, or so small that a weight divided by them overflows, become 1, and the codes zero.
     """
     information = np.finfo(stored)
     nearest = np.clip(np.abs(scale), information.smallest_subnormal, information.max).astype(stored)

@@ -1,8 +1,8 @@
-"""The weight format of static integer graphs: int8, symmetric, one float32 scale for each row of the matrix.
+"""The weight format of static integer graphs: int8, symmetric, one float32 scale per row of the matrix.
 
-A row is an output channel of the product, or a token of the embedding: what QNN, XNNPACK and ONNX Runtime take beside
-activations that are integers too. A weight is code x scale with codes from -127 to 127: without -128 the grid is
-symmetric, as those runtimes ask. An encoded row holds its codes, then its scale.
+A row is an output channel of a matrix multiplication, or a token of the embedding: the form that QNN, XNNPACK and ONNX
+Runtime use with integer activations. A weight is code x scale with codes from -127 to 127: without -128 the grid is
+symmetric, as those runtimes require. An encoded row holds its codes, then its scale.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from exporter.foundation.errors import RequestError
 
 LARGEST_CODE = 127
 SCALE_BYTES = 4
-# A scale this small would make weights over it overflow.
+# A weight divided by a smaller scale may overflow.
 LEAST_SCALE = np.float32(1e-30)
 
 
@@ -26,16 +26,16 @@ class _ChannelGrid:
     scale: Float32
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
-        """Return the nearest codes, the bytes of int8 [rows], and what they decode to, float32 [rows]."""
+        """Return the nearest codes, the bytes of int8 [rows], and their decoded values, float32 [rows]."""
         codes = np.clip(np.rint(values / self.scale), -LARGEST_CODE, LARGEST_CODE)
         return codes.astype(np.int8).view(np.uint8), codes * self.scale
 
     def decode(self, codes: Bytes) -> Float32:
-        """Return what codes, the bytes of int8 [columns, rows], decode to, float32 of the same shape."""
+        """Decode codes, the bytes of int8 [columns, rows], to float32 of the same shape."""
         return codes.view(np.int8) * self.scale
 
     def refit(self, codes: Bytes, gram: Float32, aim: Float32) -> "_ChannelGrid":
-        """Return the grid with the scales that suit the codes best; see `Grid.refit`."""
+        """Return the grid with the best scales for the codes; see `Grid.refit`."""
         levels = codes.view(np.int8).astype(np.float32)
         scale = fitted_scale(levels, gram, aim)
         usable = scale >= LEAST_SCALE
@@ -49,7 +49,7 @@ class _ChannelGrid:
 
 @dataclass(frozen=True)
 class ChannelFormat:
-    """int8 with a scale for each row; a format for rows of one width, since the whole row is its block.
+    """int8 with one scale per row; a format is for rows of one width, since the whole row is its block.
 
     Attributes:
         block_columns: The width.
@@ -65,7 +65,7 @@ class ChannelFormat:
 
     @property
     def activation_block(self) -> int | None:
-        """None: the graph says how activations are rounded, not the runtime."""
+        """None: the graph, not the runtime, determines how activations are rounded."""
         return None
 
     def fits(self, columns: int) -> bool:
@@ -77,7 +77,7 @@ class ChannelFormat:
         return rows * (columns + SCALE_BYTES)
 
     def encode_rows(self, weight: Float32, importance: Float32 | None) -> Bytes:
-        """Encode whole rows, every weight to its nearest code; the importance changes nothing.
+        """Encode whole rows, every weight to its nearest code; the importance is ignored.
 
         Raises:
             RequestError: the rows have another width.
@@ -91,7 +91,7 @@ class ChannelFormat:
         return grid.pack(np.ascontiguousarray(codes.T))
 
     def grid(self, block: Float32, importance: Float32 | None) -> _ChannelGrid:
-        """Fix the scale of every row so that its largest weight gets the largest code."""
+        """Set the scale of every row so that its largest weight gets the largest code."""
         scale = np.abs(block).max(axis=1) / np.float32(LARGEST_CODE)
         return _ChannelGrid(np.where(scale < LEAST_SCALE, np.float32(1), scale))
 
@@ -106,6 +106,6 @@ class ChannelFormat:
         return codes, np.ascontiguousarray(data[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
 
     def decode_rows(self, data: Bytes, columns: int) -> Float32:
-        """Return what `DequantizeLinear` makes of the codes, float32 [rows, columns]."""
+        """Decode rows as `DequantizeLinear` does, float32 [rows, columns]."""
         codes, scale = self.split(data)
         return codes.astype(np.float32) * scale[:, None]

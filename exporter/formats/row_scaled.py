@@ -1,7 +1,7 @@
-"""The 8-bit formats with one step for a whole row, chosen by who encodes: what entropy coding makes small.
+"""8-bit formats with one step per row, chosen by the encoder so that entropy coding makes the file small.
 
-With coarse steps only a few of the 256 codes occur, and equal scales repeat: both take few bits in a coded file, while
-the runtime loads the restored file as any other of its 8-bit files.
+With coarse steps only a few of the 256 codes occur, and equal scales repeat, so both take few bits in a coded file. The
+runtime loads the restored file like any other of its 8-bit files.
 """
 
 import gguf
@@ -19,7 +19,7 @@ _SMALLEST = {np.float16: np.float32(2**-24), np.float32: np.float32(1e-30)}
 
 
 def scale_type(format: WeightFormat) -> type[np.float16 | np.float32]:
-    """Return what a format stores its scales in.
+    """Return the type in which a format stores its scales.
 
     Raises:
         RequestError: it is not a symmetric format of 8 bits.
@@ -40,7 +40,7 @@ def stored_steps(format: WeightFormat, steps: Float32) -> Float32:
     """Return steps, float32 [rows], as a format stores them.
 
     Raises:
-        RequestError: one is beyond what its scales can be.
+        RequestError: a step exceeds the range of the format's scales.
     """
     stored = scale_type(format)
     if steps.max(initial=0) > np.finfo(stored).max:

@@ -1,4 +1,4 @@
-"""How far an artifact's behaviour is from the original's: one measure for every target, through its real runtime."""
+"""Distance of an artifact's behaviour from the original's: one measure for every target, in its real runtime."""
 
 import hashlib
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Reference:
-    """A float model's next-token distributions, kept as the hidden states that the head sees.
+    """A float model's next-token distributions, stored as the hidden states before the head.
 
     Logits follow from them exactly, and a hidden state is some hundred times smaller than its logits.
 
@@ -55,7 +55,7 @@ class Reference:
 
     @classmethod
     def of_original(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
-        """Do the same for a model from its source; its hidden states stay in the cache for its next artifact."""
+        """Do the same for a model from its source; its hidden states are cached for its next artifact."""
         text = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
         key = hashlib.sha256(f"{VERSION}:{model.digest}:{tokens.shape}:{text}".encode()).hexdigest()[:32]
         path = cache_folder("references") / f"{key}.npy"
@@ -73,10 +73,10 @@ class Distance:
     """Differences of next-token distributions over the second half of each window.
 
     Attributes:
-        kl_mean: Mean KL(reference || other), nats a token.
+        kl_mean: Mean KL(reference || other), nats per token.
         kl_p99: Its 99th percentile.
         top1_agreement: Share of positions where both rank the same token first.
-        confident_agreement: The same where the reference's first token leads by more than 0.5 nats.
+        confident_agreement: The same at positions where the reference's first token leads by more than 0.5 nats.
         perplexity_ratio: exp of the mean difference of the text's log-likelihoods.
         tokens: Positions compared.
     """
@@ -93,17 +93,17 @@ class Distance:
 def distances(references: list[Reference], logits: Logits, progress: Progress = silent) -> list[Distance]:
     """Compare an artifact's logits with several references on the same tokens; the artifact runs once.
 
-    The first half of each window only gives context. Sums are in float64, since KL may be below 1e-9.
+    The first half of each window only provides context. Sums are in float64, since KL may be below 1e-9.
 
     Args:
-        references: All on the windows of the first, or on the first of these windows.
-        logits: Gives the artifact's logits of a window's tokens from a position on, float32 [positions, vocab].
+        references: All on the windows of the first one, or on the first of these windows.
+        logits: Returns the artifact's logits of a window's tokens from a position on, float32 [positions, vocab].
         progress: Called with windows done and their total.
     """
     windows = references[0].tokens
     half = windows.shape[1] // 2
     following = torch.from_numpy(windows[:, half + 1 :])
-    # Kept whole from the start: small tensors that outlive the large ones they follow would scatter the heap.
+    # Allocated as a whole from the start: small tensors that outlive large ones would fragment the heap.
     found = [torch.zeros(MEASURES, *following[: len(r.tokens)].shape, dtype=torch.float64) for r in references]
     for window, tokens in enumerate(windows):
         progress(window, len(windows))
@@ -163,7 +163,7 @@ def divergence(expected: Float32, got: Float32) -> Float64:
 
 
 def _gain(expected: torch.Tensor, got: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p of one, and what it is more than of the other, both float64 [positions, vocab]."""
+    """Return log p of `expected`, and its difference from that of `got`, both float64 [positions, vocab]."""
     p = expected.log_softmax(-1, dtype=torch.float64)
     return p, p - got.log_softmax(-1, dtype=torch.float64)
 
@@ -187,5 +187,5 @@ class _Replaced:
 
 
 def dequantised(model: Model, read: Callable[[WeightGroup], Float32]) -> Model:
-    """Return the float model whose matrices are what the runtime decodes from the artifact."""
+    """Return the float model with the matrices that the runtime decodes from the artifact."""
     return replace(model, tensors=_Replaced(model, read))

@@ -1,12 +1,12 @@
-"""What an artifact does on an emulated Arm core like the device's, and how its activations are rounded there.
+"""Runs an artifact on an emulated Arm core like the device's, and chooses how its activations are rounded there.
 
-Two things are checked. With float32 activations the core must compute what this machine computes, but for the order of
-sums: that is strict, and shows that instructions, runtime and files are right. How kernels round activations to
-integers differs from core to core, so each way that the artifact could take is held to what it costs on that core,
-against float32 activations on the same tokens; of those that cost no more than twice what rounding costs here, the
-quickest is put into the artifact. Float32 takes emulation several times as long as integers, so the core computes some
-tokens in it, and the rest are this machine's: where the two agree that strictly, a divergence from one is one from the
-other.
+Two things are checked. With float32 activations the core must compute the same as this machine, except for the order of
+sums: this check is strict, and shows that instructions, runtime and files are right. How kernels round activations to
+integers differs from core to core. Each setting of the artifact is therefore measured on that core, against float32
+activations on the same tokens. Among the settings that cost no more than twice as much as rounding here, the fastest is
+stored in the artifact. Emulation takes several times as long in float32 as in integers, so the core computes some
+tokens in it, and this machine computes the rest. Because the two agree so strictly, a divergence from one is a
+divergence from the other.
 """
 
 from collections.abc import Mapping
@@ -37,11 +37,11 @@ NAMES = (INSTRUCTIONS, AGREEMENT, ROUNDING)
 # Sums of some thousand products in another order.
 MOST_DIFFERENCE = 1e-3
 MOST_AGREEMENT_KL = 1e-6
-# What rounding may cost on a core: so many times what this machine's own costs on the same tokens, and in any case what
-# nobody would notice; where kernels round nothing, no more than another order of sums.
+# Limits of the loss by rounding on a core: a multiple of this machine's own loss on the same tokens, and in any case a
+# negligible one; if kernels round nothing, no more than another order of sums.
 TIMES_HERE, NEGLIGIBLE_KL, MOST_KL_UNROUNDED = 2.0, 1e-3, MOST_AGREEMENT_KL
 POSITIONS, POSITIONS_IN_FLOAT32 = 256, 16
-# The last tokens come one at a time: kernels for a single row are others.
+# The last tokens come one at a time, since single rows use other kernels.
 SINGLE = 2
 TIMEOUT_S, TIMEOUT_BYTES_PER_S = 600.0, 2e7
 THREADS = 2
@@ -49,7 +49,7 @@ THREADS = 2
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean KL(reference || other), nats a token, its standard error, and how many tokens were compared."""
+    """Mean KL(reference || other) in nats per token, its standard error, and the number of tokens compared."""
 
     kl_mean: float
     kl_error: float
@@ -63,7 +63,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Emulator:
-    """A target's artifacts on one emulated core, with some tokens."""
+    """A target's artifacts on one emulated core, with tokens to run."""
 
     target: Emulated
     installation: Installation
@@ -78,16 +78,16 @@ class Emulator:
 
 
 def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: Progress = silent) -> Emulation:
-    """Run an artifact on a core like the device's, and let it round activations as is best there.
+    """Run an artifact on a core like the device's, and store the best way to round activations there in it.
 
     Args:
-        artifact: What to run; its graph and configuration are written anew where another way to round is better.
+        artifact: The artifact; its graph and configuration are rewritten if another way to round is better.
         device: The device.
         tokens: Text to run it on, int64 [windows, length].
-        progress: Called with what is done, steps done and their total.
+        progress: Called with the name of the step, steps done and their total.
 
     Returns:
-        Checks and numbers with the basis `emulated`; nothing for a device that is not an Arm.
+        Checks and numbers with the basis `emulated`; empty for a device that is not an Arm.
     """
     core = stand_in(device)
     if core is None:
@@ -119,7 +119,7 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
         def configured(setting: Setting) -> Artifact:
             if setting == current:
                 return artifact
-            # Beside the artifact, on its disk: the data can be shared.
+            # Next to the artifact, on its disk, so that the data can be shared.
             folder = opened.enter_context(TemporaryDirectory(prefix=".setting-", dir=artifact.folder.parent))
             return target.configured(artifact, setting, Path(folder))
 
@@ -156,7 +156,7 @@ def _logits_here(artifact: Artifact, tokens: list[int], exact: bool) -> Float32:
 
 
 def choose(losses: Mapping[str, Loss], limit: float, candidates: Mapping[str, Setting], current: Setting) -> str:
-    """Return the first that keeps within the limit; where none does, what the artifact has now."""
+    """Return the first setting within the limit; if there is none, the artifact's current one."""
     within = [name for name, found in losses.items() if found.kl_mean <= limit]
     return within[0] if within else next(name for name, setting in candidates.items() if setting == current)
 
@@ -179,7 +179,7 @@ def _check_ran(emulator: Emulator, device: DeviceProfile) -> Check:
 
 
 def check_agreement(here: Float32, there: Float32, core: Core) -> Check:
-    """Compare logits with float32 activations, of this machine and of an emulated core, both [tokens, vocab]."""
+    """Compare the logits of this machine and of an emulated core in float32 activations, both [tokens, vocab]."""
     if here.shape != there.shape:
         return _check(AGREEMENT, "failed", f"{list(there.shape)} logits on the {core.name}, {list(here.shape)} here")
     most, kl = difference(here, there), loss(here, there).kl_mean
@@ -192,18 +192,18 @@ def check_agreement(here: Float32, there: Float32, core: Core) -> Check:
 
 
 def difference(here: Float32, there: Float32) -> float:
-    """Return the largest difference of two logits."""
+    """Return the largest difference between two logits."""
     return float(np.abs(here - there).max())
 
 
 def check_rounding(losses: Mapping[str, Loss], chosen: str, limit: float, reason: str, core: Core) -> Check:
-    """Hold what the chosen way to round activations costs to a limit, and say what each way costs."""
+    """Compare the loss of the chosen rounding with a limit, and report the loss of each one."""
     found = losses[chosen]
     passed = found.kl_mean <= limit
     measured = ", ".join(f"{name} {one}" for name, one in losses.items())
     verdict = f"the bundle has {chosen}: {reason}"
     if not passed:
-        # In float32 nothing is lost, so it was not to be had.
+        # Float32 loses nothing, so it was not available.
         verdict = f"{chosen} stays, for float32 activations have no quick kernels for these codes"
     against = f"KL on the emulated {core.name} against float32 activations here"
     detail = f"{against}: {measured}; the limit is {limit:.2g}; {verdict}"

@@ -1,4 +1,4 @@
-"""What an artifact does on the build machine under a device's limits: the stage that `--emulate` adds."""
+"""Runs an artifact on the build machine under a device's limits: the stage that `--emulate` adds."""
 
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -23,15 +23,15 @@ from exporter.targets.artifact import Artifact, runtime_of
 from exporter.targets.opened import memory_bytes
 from exporter.targets.runtime import Runtime, Timing
 
-if TYPE_CHECKING:  # it brings transformers along, which a run does without
+if TYPE_CHECKING:  # it imports transformers, which a run does not need
     from exporter.calibrate.windows import Tokens
 
 NAMES = ("emulation.run", "emulation.memory", "emulation.cpu", "emulation.network")
-# Whether these could be run depends on what else the machine does.
+# Whether these can be run depends on the other load of the machine.
 NEVER_FAILING = frozenset({"emulation.cpu", "emulation.network"})
-# Beyond the one period that a run may begin and end in the middle of.
+# Beyond one period, since a run may begin and end in the middle of one.
 SHARE_TOLERANCE = 0.15
-# Beyond the time that a run may take, after which it is ended in any case.
+# Beyond the time limit of a run, after which it is killed in any case.
 SLACK_S = 60.0
 
 
@@ -40,7 +40,7 @@ class Emulation:
     """Checks and numbers of an emulated run; every number's basis is `emulated`.
 
     Attributes:
-        checks: Outcomes; what this machine cannot emulate is `not run`.
+        checks: Outcomes; a check that this machine cannot emulate is `not run`.
         quantities: Name -> number, such as `peak_bytes`.
     """
 
@@ -48,7 +48,7 @@ class Emulation:
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
 
     def __add__(self, other: Self) -> "Emulation":
-        """Return both, one after the other."""
+        """Return the checks and numbers of both."""
         return Emulation(self.checks + other.checks, {**self.quantities, **other.quantities})
 
 
@@ -60,15 +60,15 @@ def emulate(
     progress: Progress = silent,
     limits: ProcessLimits | None = None,
 ) -> Emulation:
-    """Run an artifact as on a device, on this machine: each kind of emulation is one term of the sum.
+    """Run an artifact on this machine under a device's limits.
 
     Args:
-        artifact: What to run; its files are not changed.
+        artifact: The artifact; its files are not changed.
         device: The device.
         tokens: Text to run it on, int64 [windows, length].
         context: Tokens of context to run at.
-        progress: Called with what is done, steps done and their total.
-        limits: The limits in place of the device's.
+        progress: Called with the name of the step, steps done and their total.
+        limits: Limits in place of the device's.
     """
     return run_within(artifact, limits or device_limits(device, artifact.file_bytes), tokens, context, progress)
 
@@ -80,10 +80,10 @@ def confined_child(
     """Start a child process under a device's limits.
 
     Args:
-        title: What runs, for messages.
-        memory_bytes: Most memory that it may ask for; see `Child`.
+        title: Name of the runtime, for messages.
+        memory_bytes: Most memory that it may allocate; see `Child`.
         limits: The limits.
-        files: Files whose pages count in full, whoever else maps them.
+        files: Files whose pages count in full, even if other processes map them.
     """
     with (
         control_groups(controlled(limits)) as groups,
@@ -95,13 +95,13 @@ def confined_child(
 
 @dataclass(frozen=True)
 class EmulationRun:
-    """A run that came to its end.
+    """A completed run.
 
     Attributes:
-        timing: Of the runtime, on this machine.
+        timing: Timing of the runtime on this machine.
         wall_s: Seconds of the timed part.
-        cpu_s: CPU seconds of it, all threads together.
-        network_methods: How the network was taken away; none where it was not.
+        cpu_s: CPU seconds of the timed part, over all threads.
+        network_methods: How the network was disabled; empty if it was not.
     """
 
     timing: Timing

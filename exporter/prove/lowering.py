@@ -1,7 +1,7 @@
-"""What an artifact computes beside its weights: they are written once more in float32 and run in the same runtime.
+"""Checks the rest of an artifact apart from its weights: a float32 copy is run in the same runtime.
 
-Rounding hides a small fault of the graph, of the header or of a vector. In float32 there is next to no rounding: what
-is left is the order of sums, and then a fault stands out.
+Rounding hides a small fault of the graph, of the header or of a vector. In float32 there is almost no rounding, only a
+different order of sums, so a fault stands out.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +23,12 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import Target
 
-# Nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
+# In nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
 MOST_KL = 1e-6
 
 
 class Decoded:
-    """Matrices as the runtime decodes them from the artifact's bytes, each digested when it is read."""
+    """Matrices as the runtime decodes them from the artifact's bytes; each is hashed when it is read."""
 
     def __init__(self, read: Callable[[WeightGroup], Float32]) -> None:
         self._read = read
@@ -46,9 +46,9 @@ class FloatCopy:
     """The weights of an artifact, written in float32 for the same runtime.
 
     Attributes:
-        artifact: What was written; the artifact itself where it is in float32 already.
-        model: The float model that it must compute, its matrices as the runtime decodes them from the artifact.
-        whole: It holds every layer, not the first and the last only.
+        artifact: The copy, or the artifact itself if it is in float32 already.
+        model: The float model that it must compute, with matrices as the runtime decodes them from the artifact.
+        whole: Whether it holds every layer, not only the first and the last.
     """
 
     artifact: Artifact
@@ -57,7 +57,7 @@ class FloatCopy:
 
 
 def in_float32(decisions: Iterable[Decision]) -> bool:
-    """Say whether all matrices are stored in float32."""
+    """Return whether all matrices are stored in float32."""
     return all(decision.stored_as == "F32" for decision in decisions)
 
 
@@ -65,13 +65,13 @@ def in_float32(decisions: Iterable[Decision]) -> bool:
 def float_copy(
     target: Target, artifact: Artifact, compressed: CompressedModel, decoded: Decoded
 ) -> Iterator[FloatCopy]:
-    """Write the float32 copy of an artifact beside it; it goes at the end.
+    """Write the float32 copy of an artifact next to it; it is deleted at the end.
 
     Args:
-        target: What made the artifact.
+        target: The artifact's target.
         artifact: The artifact.
-        compressed: The plan's outcome.
-        decoded: Gives the matrices as the runtime decodes them from the artifact.
+        compressed: The result of the plan.
+        decoded: Returns the matrices as the runtime decodes them from the artifact.
     """
     model = dequantised(compressed.rewritten, decoded)
     if in_float32(compressed.decisions.values()):
@@ -89,10 +89,10 @@ def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress:
         copy: The copy.
         expected: Its float model's next-token distributions.
         threads: Threads of the runtime.
-        progress: Called with what is done, steps done and their total.
+        progress: Called with the name of the step, steps done and their total.
 
     Returns:
-        The check `lowering`: its value is the mean KL in nats.
+        The check `lowering`; its value is the mean KL in nats.
     """
     with OpenedArtifact(copy.artifact, expected.tokens.shape[1], threads, exact=True) as opened:
         found = distance(expected, opened.logits, partial(progress, "prove: windows in float32"))
@@ -116,7 +116,7 @@ def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check
 
 
 def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
-    """Compare the formats in the file with those decided on."""
+    """Compare the formats in the file with the planned ones."""
     stored = target.stored_types(artifact, compressed.rewritten)
     wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
     detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
@@ -124,7 +124,7 @@ def check_stored_types(target: Target, artifact: Artifact, compressed: Compresse
 
 
 def check_rounding(rounding: Distance, most_kl: float) -> Check:
-    """Hold the rounding of activations below what a packing error would cost."""
+    """Check that rounding of activations costs less than a packing error would."""
     detail = f"KL {rounding.kl_mean:.4f} of the artifact against a float model with the artifact's own weights"
     passed = rounding.kl_mean <= most_kl
     check = _check("lowering.runtime_rounding", passed, detail)

@@ -1,4 +1,4 @@
-"""Parity of tokenizer and chat template: a runtime must feed the model what its own tokenizer and template feed it."""
+"""Parity of tokenizer and chat template: a runtime must feed the model the same as the model's own ones do."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from exporter.model.chat import Chat, Render, Taken, as_taken
 
 T = TypeVar("T")
 SHOWN = 16
-# Two renderings of a template that writes the time differ where a second, or a day, ends between them.
+# Two renderings of a template that writes the time differ if a second, or a day, ends between them.
 CLOCK_TRIES = 3
 
 
@@ -24,11 +24,11 @@ def check_tokenizer(
     """Compare the token ids of every text.
 
     Args:
-        texts: Such as `exporter.model.tokenizer.parity_texts`.
+        texts: Texts, such as `exporter.model.tokenizer.parity_texts`.
         expected_ids: The model's own tokenizer.
         got_ids: The runtime's tokenizer. A RequestError means that the runtime has none.
         runtime: Name of the runtime, the last part of the check's name.
-        known_difference: Why a runtime must differ on a text, or None. Such a text is counted apart and named in
+        known_difference: Why a runtime must differ on a text, or None. Such a text is counted separately and named in
             the detail; it neither passes nor fails.
 
     Returns:
@@ -50,18 +50,18 @@ def check_tokenizer(
 def check_chat_template(
     chats: Sequence[Chat], expected: Render, got: Render, runtime: str, clock: bool = False
 ) -> Check:
-    """Compare every chat as rendered, in the form that the template takes; what it refuses, both must refuse.
+    """Compare every chat as rendered, in the form that the template accepts; both must refuse the same chats.
 
     Args:
-        chats: Such as `exporter.model.chat.PARITY_CHATS`.
+        chats: Chats, such as `exporter.model.chat.PARITY_CHATS`.
         expected: The template as transformers renders it.
         got: The template as the runtime renders it. A RequestError means that the runtime has none.
         runtime: Name of the runtime, the last part of the check's name.
-        clock: The template may write the time: what differs is rendered anew, at the same time.
+        clock: The template may write the time: differing chats are rendered again, at the same time.
 
     Returns:
-        The check `parity.chat_template.<runtime>`; its value is the number of chats that differ. It is not run where
-        the template refuses all chats, or does not end.
+        The check `parity.chat_template.<runtime>`; its value is the number of chats that differ. It is not run if the
+        template refuses all chats, or does not end.
     """
     name = f"parity.chat_template.{runtime}"
     try:
@@ -93,7 +93,7 @@ def check_chat_template(
 
 
 def _forms(taken: Sequence[Taken]) -> str:
-    """Say in which other forms the template took chats, and how many it refused as they are."""
+    """Describe the other forms in which the template accepted chats, and how many it refused as they are."""
     forms = Counter((one.refused, one.form) for one in taken if one.form and one.rendered.text is not None)
     return "".join(
         f"; the template refuses {count} of them as they are, and takes them with {form}"
@@ -104,7 +104,7 @@ def _forms(taken: Sequence[Taken]) -> str:
 
 
 def _check(name: str, noun: str, items: Sequence[T], difference: Callable[[T], str | None]) -> Check:
-    """Compare item by item; what cannot be asked is not run, what the runtime fails at has failed."""
+    """Compare item by item; the check is not run if an item is unavailable, and fails if the runtime fails."""
     if not items:
         return Check(name=name, status="not run", detail=f"there are no {noun} to compare")
     try:
@@ -121,7 +121,7 @@ def _check(name: str, noun: str, items: Sequence[T], difference: Callable[[T], s
 
 
 def _difference(item: object, right: object, actual: object) -> str | None:
-    """Show both values from shortly before the place where they part; None where they are equal."""
+    """Show both values from shortly before their first difference; None if they are equal."""
     if right == actual:
         return None
     if not isinstance(right, str | list) or not isinstance(actual, str | list):

@@ -1,4 +1,4 @@
-"""Everything an artifact is asked before it is packed."""
+"""All checks of an artifact before it is packed."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -28,21 +28,21 @@ from exporter.targets.runtime import Timing
 from exporter.targets.target import Target
 from exporter.targets.text import open_text
 
-# The runtime's rounding differs little from window to window: the first third of them tells it.
+# The runtime's rounding differs little from window to window: the first third of them is enough.
 ROUNDING_SHARE = 3
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found out about an artifact.
+    """The results of checking an artifact.
 
     Attributes:
-        accuracy: Against the original model.
-        rounding: Of the artifact against the float model with the artifact's own weights.
-        timing: Speed and memory in a process of its own.
-        checks: Of a GGUF source, lowering, formats, tokenizer and chat template.
-        self_test: What the artifact must answer again.
+        accuracy: Distance from the original model.
+        rounding: Distance of the artifact from the float model with the artifact's own weights.
+        timing: Speed and memory in a separate process.
+        checks: Checks of a GGUF source, lowering, formats, tokenizer and chat template.
+        self_test: Answers that the artifact must reproduce.
     """
 
     accuracy: Distance
@@ -61,23 +61,23 @@ def prove(
     threads: int,
     progress: Progress = silent,
 ) -> Proof:
-    """Compare an artifact with its original through the real runtime, and time it.
+    """Compare an artifact with its original in the real runtime, and time it.
 
     A tokenizer or chat template that differs is a failed check; an artifact that is not the planned model is refused.
 
     Args:
-        target: What made the artifact.
+        target: The artifact's target.
         artifact: The artifact.
-        compressed: The plan's outcome that the artifact must hold.
+        compressed: The result of the plan, which the artifact must hold.
         tokens: Evaluation windows, int64 [windows, length].
-        context: Tokens of context to time and to measure memory at.
+        context: Tokens of context for measuring time and memory.
         threads: Threads of the runtime.
-        progress: Called with what is done, steps done and their total.
+        progress: Called with the name of the step, steps done and their total.
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
         InputError: the source is a GGUF file that llama.cpp runs as another model.
-        RuntimeCrashError: the runtime died of the artifact.
+        RuntimeCrashError: the runtime crashed on the artifact.
     """
     model = compressed.model
     with OpenedArtifact(artifact, context, threads) as opened:

@@ -1,4 +1,4 @@
-"""The self-test that travels in a bundle: what the artifact answered when it was made."""
+"""The self-test in a bundle: the artifact's answers when it was made."""
 
 from collections.abc import Callable
 from typing import Annotated, Self
@@ -12,7 +12,7 @@ from exporter.foundation.quantities import Check, Document
 
 PROMPT_TOKENS = 24
 MARGIN_NATS = 0.5
-# Runtimes on other CPUs sum in another order; a packing fault moves logits by much more.
+# Runtimes on other CPUs sum in another order; a packing fault changes logits by much more.
 TOLERANCE = 2.0
 
 UNSURE = "the artifact was sure of no token of the prompt when the bundle was made, so there is nothing to compare"
@@ -29,15 +29,15 @@ Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT)]
 
 
 class SelfTest(Document):
-    """A prompt of token ids and what must come of it; the ids are random, so that no private text travels.
+    """A prompt of token ids and the expected answers; the ids are random, so that no private text is shipped.
 
     Attributes:
         prompt: Token ids, at least one.
-        positions: Positions in it, ascending, whose first token leads by more than 0.5 nats; elsewhere rounding may
+        positions: Positions in it, ascending, whose top token leads by more than 0.5 nats; at others, rounding may
             decide.
-        expected: The first token at each of these positions.
+        expected: The top token at each of these positions.
         logits: Its logit there.
-        tolerance: Most that such a logit may differ by: `TOLERANCE`.
+        tolerance: Largest allowed difference of such a logit: `TOLERANCE`.
     """
 
     prompt: Annotated[TokenIds, Field(min_length=1)]
@@ -57,10 +57,10 @@ class SelfTest(Document):
         return self
 
     def require_below(self, vocab: int, where: object) -> None:
-        """Refuse ids that a model of so many tokens does not have.
+        """Refuse ids outside a vocabulary of this size.
 
         Raises:
-            InputError: there is one.
+            InputError: an id is outside it.
         """
         most = max((*self.prompt, *self.expected))
         if most >= vocab:
@@ -71,7 +71,7 @@ class SelfTest(Document):
 
 
 def make_self_test(logits: Logits, vocab: int, seed: int) -> SelfTest:
-    """Ask the artifact for the answers that it must give again."""
+    """Record the artifact's answers that it must reproduce."""
     prompt = np.random.default_rng(seed).integers(0, vocab, PROMPT_TOKENS).tolist()
     rows = logits(prompt)
     best = np.sort(rows, axis=1)
@@ -88,7 +88,7 @@ def make_self_test(logits: Logits, vocab: int, seed: int) -> SelfTest:
 
 
 def run_self_test(test: SelfTest, logits: Logits) -> Check:
-    """Compare the artifact's answers with those of the time when it was made; without any, nothing is compared."""
+    """Compare the artifact's answers with those from when it was made; without any, nothing is compared."""
     if not test.positions:
         return Check(name="selftest", status="not run", detail=UNSURE)
     rows = logits(list(test.prompt))

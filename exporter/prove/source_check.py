@@ -1,4 +1,4 @@
-"""Whether a GGUF source was read as the model that it is: llama.cpp answers for the file, not the exporter's reader."""
+"""Checks that a GGUF source was read as the right model, with llama.cpp as the reference for the exporter's reader."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from exporter.targets.gguf.as_float import write_as_float
 from exporter.targets.opened import OpenedArtifact
 
 NAME = "source.gguf"
-# Two float32 implementations of one model differ by 1e-8 at most; a scaling that is missed, by 1e-4 and more.
+# Two float32 implementations of one model differ by 1e-8 at most; a missed scaling, by 1e-4 and more.
 MOST_KL = 1e-6
 WINDOWS = 2
 
@@ -25,24 +25,24 @@ WINDOWS = 2
 def check_source(
     model: Model, tokens: Tokens, threads: int, folder: Path, progress: Progress = silent
 ) -> tuple[Check, ...]:
-    """Compare the model as it was read with what llama.cpp makes of the file, written anew in float32.
+    """Compare the model as it was read with llama.cpp's computation of the file, rewritten in float32.
 
     Args:
         model: The source.
         tokens: Evaluation windows, int64 [windows, length]; the first ones are enough.
         threads: Threads of llama.cpp.
-        folder: Has room for the file in float32, which goes afterwards.
-        progress: Called with what is done, steps done and their total.
+        folder: Has room for the file in float32, which is deleted afterwards.
+        progress: Called with the name of the step, steps done and their total.
 
     Returns:
-        The check `source.gguf`, or none where the source is no GGUF file.
+        The check `source.gguf`, or none if the source is no GGUF file.
 
     Raises:
-        InputError: both differ, or llama.cpp cannot run the file.
+        InputError: the two differ, or llama.cpp cannot run the file.
     """
     if model.gguf is None:
         return ()
-    # Not from the cache: it is this reading that is checked.
+    # Not from the cache, since the check is of this reading of the file.
     reference = Reference.of(excerpt_if_large(model), tokens[:WINDOWS], partial(progress, "check the source: layers"))
     progress("check the source: llama.cpp", 0, 1)
     found = _distance(model, model.gguf, reference, threads, folder)

@@ -1,4 +1,4 @@
-"""What runtimes make of text: asked before a build of what the artifact will say, and after it of what it says."""
+"""Checks of tokenizer and chat template in a runtime: on a preview before a build, on the artifact after it."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.target import Target
 from exporter.targets.text import TextRuntime, open_text
 
-# Raised when the same files would be judged in another way.
+# Raised when the same files would be judged differently.
 VERSION = 1
 LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", "onnxruntime-genai")
 
 
 class TextPreview(Document):
-    """What is known of an artifact's text before it is made.
+    """A preview of an artifact's text handling before the artifact is made.
 
     Attributes:
-        checks: Tokenizer and chat template in the runtime.
+        checks: Checks of tokenizer and chat template in the runtime.
         notes: Sentences that a reader of the results must know.
     """
 
@@ -39,10 +39,10 @@ class TextPreview(Document):
 
 
 def preview_text(model: Model, target: Target) -> TextPreview:
-    """Return what a target's runtime will make of a model's text; found out once for each tokenizer, and kept.
+    """Return the preview of a model's text handling in a target's runtime; computed once per tokenizer and cached.
 
     Raises:
-        InputError: the tokenizer cannot be used, or the target cannot carry it.
+        InputError: the tokenizer cannot be used, or the target does not support it.
     """
     path = cache_folder("texts") / f"{_key(model, target)}.json"
 
@@ -54,7 +54,7 @@ def preview_text(model: Model, target: Target) -> TextPreview:
 
 
 def _key(model: Model, target: Target) -> str:
-    """Return a digest of all that the answer depends on: of the model's configuration, the special tokens alone."""
+    """Return a digest of all that the answer depends on; of the model's configuration, only the special tokens."""
     found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
     special = special_ids(model.folder, {}, model.architecture.vocab)
     kind, rows = model.architecture.family.model_type, model.architecture.vocab
@@ -98,7 +98,7 @@ def _opened(artifact: Artifact, model: Model) -> Child:
 def _ends_notes(
     runtime: str, tokenizer: ModelTokenizer, ends: tuple[int, ...], by_itself: list[int]
 ) -> tuple[str, ...]:
-    """Say where a runtime ends a text by itself, and where it goes on; `edge-exporter run` ends as the model does."""
+    """Describe where a runtime itself ends a text or continues; `edge-exporter run` ends as the model does."""
 
     def named(ids: list[int]) -> str:
         return ", ".join(f"{tokenizer.backend.id_to_token(number)!r} ({number})" for number in ids[:8])

@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp, Ollama and whatever else is built on them."""
+"""GGUF files for llama.cpp, Ollama and other software built on them."""

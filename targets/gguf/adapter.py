@@ -1,7 +1,7 @@
-"""The file of low-rank factors beside a GGUF model: a LoRA adapter, which llama.cpp adds at load.
+"""The file of a GGUF model's low-rank factors: a LoRA adapter, which llama.cpp applies at load.
 
-Of a matrix NAME, `NAME.lora_a` is R and `NAME.lora_b` is L. llama.cpp multiplies their product by alpha / rank, or by 1
-where alpha is 0, which lets every matrix have a rank of its own.
+For a matrix NAME, `NAME.lora_a` is R and `NAME.lora_b` is L. llama.cpp multiplies their product by alpha / rank, or by
+1 if alpha is 0. With alpha 0, every matrix can have its own rank.
 """
 
 from collections.abc import Iterable
@@ -26,9 +26,9 @@ class AdapterWriter:
     """Writes the adapter of a model, matrix by matrix in the order of the decisions.
 
     Args:
-        path: Where to.
+        path: Path of the file.
         model: The model.
-        decisions: Those with factors, in the order in which `add` is called.
+        decisions: Decisions with factors, in the order in which `add` is called.
     """
 
     def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
@@ -50,7 +50,7 @@ class AdapterWriter:
         finish_header(self._writer)
 
     def add(self, factors: EncodedFactors, order: np.ndarray | None) -> None:
-        """Write the factors of the next matrix, whose stored rows are those of the source in an order."""
+        """Write the factors of the next matrix; `order` lists the source row of each stored row."""
         self._writer.write_tensor_data(factors.right)
         self._writer.write_tensor_data(factors.left if order is None else factors.left[order])
 
@@ -60,10 +60,10 @@ class AdapterWriter:
 
 
 class Adapter:
-    """The factors in an adapter's file.
+    """The factors in an adapter file.
 
     Args:
-        path: The file; None for no factors at all.
+        path: The file; None if there are no factors.
         model: The model that it belongs to.
     """
 
@@ -72,12 +72,12 @@ class Adapter:
         self._names = gguf_names(model.architecture.layers)
 
     def low_rank(self, group: WeightGroup) -> LowRank | None:
-        """Return rank and format of a matrix's factors as the file states them; None where there are none."""
+        """Return the rank and format of a matrix's factors as the file states them; None if it has no factors."""
         left = self._tensors.get(f"{self._names[group.name]}.{LEFT}")
         return None if left is None else LowRank(int(left.shape[0]), ggml_format(left.tensor_type.name))
 
     def decode(self, group: WeightGroup) -> tuple[Float32, Float32] | None:
-        """Return L, rows in the file's order, and R as llama.cpp decodes them; None where there are none."""
+        """Return L, rows in the file's order, and R as llama.cpp decodes them; None if there are no factors."""
         if self.low_rank(group) is None:
             return None
         left, right = (decoded(self._tensors[f"{self._names[group.name]}.{part}"]) for part in (LEFT, RIGHT))

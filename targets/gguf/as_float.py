@@ -1,4 +1,4 @@
-"""A GGUF file written anew in float32, all its own keys and tensors kept: what llama.cpp is asked about a source."""
+"""Rewrites a GGUF file in float32 with all its keys and tensors, as a reference for llama.cpp's computation."""
 
 from contextlib import closing
 from pathlib import Path
@@ -11,17 +11,17 @@ from exporter.model.gguf_file import GgufFile
 from exporter.targets.gguf.header import finish_header
 from exporter.targets.gguf.vocabulary import copy_fields
 
-# What the new file has no use for, or states of its own.
+# Keys that the new file does not need, or sets itself.
 LEFT_OUT = ("GGUF.", "split.", "general.architecture", "general.file_type", "general.alignment")
 
 
 def write_as_float(file: GgufFile, path: Path, layers: int | None = None) -> None:
-    """Decode every tensor by gguf's library and write it in float32, beside all keys of the file.
+    """Decode every tensor with gguf's library and write it in float32, together with all keys of the file.
 
     Args:
         file: The file.
         path: Receives the new file, which is not split.
-        layers: Layers of the model, where only the first and the last are written; None for all.
+        layers: Number of layers of the model, to write only the first and the last; None for all.
     """
     names = _names(file, layers)
     architecture = file.value("general.architecture")
@@ -40,7 +40,7 @@ def write_as_float(file: GgufFile, path: Path, layers: int | None = None) -> Non
 
 
 def _names(file: GgufFile, layers: int | None) -> dict[str, str]:
-    """Return the name of each tensor that is kept, and its new name."""
+    """Return the name of each kept tensor -> its new name."""
     if layers is None:
         return {name: name for name in file.tensors}
     last = f"blk.{layers - 1}."
@@ -49,7 +49,7 @@ def _names(file: GgufFile, layers: int | None) -> dict[str, str]:
 
 
 def _cut(field: gguf.ReaderField, layers: int | None) -> gguf.ReaderField:
-    """Return a field; of numbers for each layer those of the first and the last."""
+    """Return a field; if it holds a number per layer, only those of the first and the last."""
     of_numbers = field.types[0] == GGUFValueType.ARRAY and field.types[-1] != GGUFValueType.STRING
     if layers is None or not of_numbers or field.name.startswith("tokenizer."):
         return field

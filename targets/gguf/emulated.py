@@ -1,4 +1,4 @@
-"""llama.cpp on an emulated Arm core: an artifact's logits as its kernels round, and with everything in float32."""
+"""llama.cpp on an emulated Arm core: an artifact's logits with the rounding of its kernels, or all in float32."""
 
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,10 +26,10 @@ ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE
 
 @dataclass(frozen=True)
 class ArmKernels:
-    """What a product's inputs are rounded to, which in llama.cpp follows from the type of its weights.
+    """How inputs of matrix multiplications are rounded; llama.cpp derives it from the type of the weights.
 
     Attributes:
-        reason: What it does, for people.
+        reason: A description for the user.
     """
 
     reason: str
@@ -46,20 +46,20 @@ class EmulatedGguf:
     exact = FLOAT32
 
     def require(self, installation: Installation, core: Core) -> None:
-        """Refuse where the program for a core is missing."""
+        """Require that the program for a core is installed."""
         installation.machine(core)
         installation.program(core)
 
     def rounds(self, core: Core) -> bool:
-        """Return True: kernels of every core round."""
+        """Return True: the kernels of every core round activations."""
         return True
 
     def current(self, artifact: Artifact) -> ArmKernels:
-        """Return what the types of the tensors say."""
+        """Return the rounding that the types of the tensors imply."""
         return FLOAT32 if _is_decoded(artifact) else AS_THE_TYPES_SAY
 
     def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, ArmKernels]:
-        """Return the only way that there is."""
+        """Return the only setting."""
         current = self.current(artifact)
         return {"float32" if current == FLOAT32 else "int8 in blocks": current}
 
@@ -74,9 +74,9 @@ class EmulatedGguf:
         return Artifact(artifact.target, folder, weights)
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], by the program `emulated_main`."""
+        """Return the logits after each token, float32 [tokens, vocab], computed by the program `emulated_main`."""
         exact = _is_decoded(artifact)
-        # The model, then the adapter.
+        # The program takes the model first, then the adapter.
         files = sorted(artifact.weights, key=lambda path: path.name == ADAPTER_FILE)
         with scratch_folder() as scratch:
             asked, made = scratch / "tokens.bin", scratch / "logits.npy"
@@ -94,7 +94,7 @@ def _is_decoded(artifact: Artifact) -> bool:
 
 
 def write_decoded(source: Path, path: Path) -> None:
-    """Write a GGUF file anew with every tensor decoded to float32, one at a time.
+    """Rewrite a GGUF file with every tensor decoded to float32, one tensor at a time.
 
     Raises:
         InputError: the source is damaged.

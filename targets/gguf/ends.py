@@ -1,4 +1,4 @@
-"""The tokens that end a text, as a loaded GGUF file states them in a key of our own."""
+"""The end-of-text tokens of a loaded GGUF file, read from a key that only this exporter writes."""
 
 import ctypes
 from typing import Any
@@ -9,7 +9,7 @@ from exporter.model.ends import GGUF_KEY, ends_read
 
 
 def read_end_tokens(model: Any) -> frozenset[int] | None:
-    """Return the ids at which a text ends, given llama.cpp's pointer to a model; None where the file says none."""
+    """Return the end-of-text ids, given llama.cpp's pointer to a model; None if the file states none."""
     key = GGUF_KEY.encode()
     size = llama_cpp.llama_model_meta_val_str(model, key, None, 0)
     if size < 0:

@@ -1,7 +1,7 @@
-"""How a GGUF file carries feed-forward parts of unequal widths.
+"""How a GGUF file stores feed-forward parts of unequal widths.
 
-llama.cpp gives every layer of most architectures the width that `feed_forward_length` states for the first. Its `deci`
-computes what `llama` does and reads one width for each layer.
+In most of its architectures, llama.cpp gives every layer the width that `feed_forward_length` states for the first.
+Its `deci` computes the same as `llama` but reads one width per layer.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ WITH_WIDTHS = {"llama": "deci"}
 
 @dataclass(frozen=True)
 class FeedForwardStorage:
-    """What becomes of a model's feed-forward widths.
+    """How a model's feed-forward widths are stored.
 
     Attributes:
         architecture: `general.architecture` of the file.
-        padded: Layers are filled with channels of zeros up to the widest, since the file has one width for all.
-        reason: For people.
+        padded: Layers are padded with zero channels to the widest one, since the file has one width for all.
+        reason: An explanation for the user.
     """
 
     architecture: str
@@ -27,7 +27,7 @@ class FeedForwardStorage:
 
 
 def feed_forward_storage(architecture: Architecture) -> FeedForwardStorage:
-    """Say how a GGUF file carries the feed-forward widths of a model."""
+    """Return how a GGUF file stores the feed-forward widths of a model."""
     own = architecture.family.gguf_architecture
     if architecture.even:
         return FeedForwardStorage(own, False, f"all layers are {architecture.intermediate[0]} wide")

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what llama.cpp must know of a decoder besides its tensors and vocabulary."""
+"""The header of a GGUF file: a decoder's hyperparameters, without tensors and vocabulary."""
 
 import math
 
@@ -42,13 +42,13 @@ def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _attention_factor(config: PretrainedConfig) -> float:
-    """Return what llama.cpp multiplies cosines and sines by, besides the factor that YaRN's paper gives them."""
+    """Return llama.cpp's factor for cosines and sines, in addition to the factor from YaRN's paper."""
     _, factor = rotary_frequencies(config)
     return factor / (1 + 0.1 * math.log(max(1.0, config.rope_parameters["factor"])))
 
 
 def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Float32]:
-    """Return the tensor by which llama.cpp divides rotary frequencies for `llama3` scaling, if there is one."""
+    """Return the tensor by which llama.cpp divides rotary frequencies for `llama3` scaling, if any."""
     if rotary_kind(config) != "llama3":
         return {}
     scaled, _ = rotary_frequencies(config)
@@ -57,7 +57,7 @@ def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Floa
 
 
 def finish_header(writer: gguf.GGUFWriter) -> None:
-    """Write keys and the list of tensors, after which the tensors' data follows."""
+    """Write the keys and the list of tensors; the tensors' data follows them."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

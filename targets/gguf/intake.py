@@ -1,4 +1,4 @@
-"""A GGUF artifact is numbers and text: llama.cpp loads nothing that the files name."""
+"""Checks of a GGUF artifact. It holds only numbers and text; llama.cpp loads no files that it names."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,13 +10,13 @@ from exporter.targets.intake import Read
 
 
 class GgufIntake:
-    """One model file and one adapter, of these names alone; see `exporter.targets.intake.Intake`."""
+    """Accepts one model file and one adapter, with fixed names; see `exporter.targets.intake.Intake`."""
 
     weights = ("model.gguf", "adapter.gguf")
     required = 1
 
     def admit(self, artifact: Artifact, names: Collection[str], read: Read, folder: Path) -> Artifact:
-        """Return the artifact as it is, once its Modelfile, from which Ollama loads it, is found to be ours."""
+        """Return the artifact unchanged, after checking that Ollama's Modelfile is one that this exporter writes."""
         del folder
         if MODELFILE in names:
             expected = modelfile([name for name in self.weights if name in names]).encode()

@@ -1,17 +1,17 @@
-"""How quickly llama.cpp multiplies with each type, against Q4_0 with many tokens at once.
+"""Speed of llama.cpp's matrix multiplication per type, relative to Q4_0 with many tokens at once.
 
-Measured with llama-cpp-python 0.3.36 on two cores of x86-64 servers. One has AVX-512 VNNI; there Q4_0 made 208e9
-products a second in matrices of 2048 x 8192. The other has AVX-VNNI besides, where it made 130e9 in the reference
-model's matrices (`tests/benchmarks/test_llama_kernels.py`). That one's memory is slow, and not equally so every hour:
-figures for one token are means of two or three days, and only what they are beside Q4_0's holds elsewhere, so that
-Q4_0's own is the first server's.
+Measured with llama-cpp-python 0.3.36 on two cores of x86-64 servers. The first server has AVX-512 VNNI; there Q4_0
+made 208e9 multiplications per second in matrices of 2048 x 8192. The second also has AVX-VNNI; there Q4_0 made 130e9
+in the reference model's matrices (`tests/benchmarks/test_llama_kernels.py`). Its memory is slow, and its speed varies
+by the hour. Its figures for one token are therefore means of two or three days. Only their ratios to Q4_0 apply to
+other machines, so Q4_0's own figure is the first server's.
 
-What bits cost is not what kernels cost: Q4_1, Q5_0 and Q5_1 have none for many tokens at once, and take up to three
+Fewer bits are not always faster: Q4_1, Q5_0 and Q5_1 have no kernels for many tokens at once, and take up to three
 times as long for a prompt as types of more bits.
 
-On Arm with dotprod or i8mm llama.cpp repacks Q4_0, IQ4_NL, Q4_K, Q5_K, Q6_K and Q8_0 (ggml-cpu/repack.cpp). What has to
-do without there takes 3 to 4 times as long for a prompt: published prefills are 0.13 to 0.29 TOPS against 0.05 to 0.07
-on the Raspberry Pi 5, 2.6 against 0.7 on the M4 Max. One token at a time is taken to be as on x86.
+On Arm with dotprod or i8mm llama.cpp repacks Q4_0, IQ4_NL, Q4_K, Q5_K, Q6_K and Q8_0 (ggml-cpu/repack.cpp). Other
+types take 3 to 4 times as long for a prompt: published prefills are 0.13 to 0.29 TOPS against 0.05 to 0.07 on the
+Raspberry Pi 5, 2.6 against 0.7 on the M4 Max. Speeds for one token at a time are assumed to be as on x86.
 """
 
 import math
@@ -61,23 +61,23 @@ ON_AVX_VNNI: Mapping[str, Throughput] = {
     "F16": Throughput(0.1075, 0.68),
     "F32": Throughput(0.0848, 0.70),
 }
-# One token at a time: the head is by far the largest matrix, and is read more steadily than others.
+# One token at a time: the head is by far the largest matrix, and its reads are steadier than others.
 IN_HEAD_ON_AVX_VNNI = {"IQ4_NL": 0.2332, "Q4_1": 0.1908, "Q5_0": 0.1615, "Q5_1": 0.1455, "Q8_0": 0.1499}
-# The same in down projections: few and long rows. What is not repacked goes to threads by 64 rows (ggml-cpu.c), so that
-# of 576 one of two threads gets five such chunks, and the other waits for it.
+# The same in down projections, which have few and long rows. Types without repacking are split into chunks of 64 rows
+# (ggml-cpu.c); 576 rows make nine chunks, which two threads cannot share evenly.
 IN_DOWN_ON_AVX_VNNI = {"Q4_1": 0.1718, "Q5_0": 0.1380, "Q5_1": 0.1243, "Q8_0": 0.1049}
 REPACKED_ON_ARM = ("Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-# Of the speed of repacked kernels, by those figures.
+# Speed of other kernels relative to repacked ones, from the figures above.
 PLAIN_ON_ARM = 0.28
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """How quick an instruction set is.
+    """Kernel speeds of an instruction set.
 
     Attributes:
-        layers: The speed of each type in matrices of layers.
-        decode_in_down: What it is with one token in down projections, where it differs.
+        layers: Speed of each type in matrices of layers.
+        decode_in_down: Speed with one token in down projections, where it differs.
         decode_in_head: The same in the head.
     """
 
@@ -86,7 +86,7 @@ class Kernels:
     decode_in_head: Mapping[str, float]
 
     def speed(self, group: WeightGroup, type: str) -> Throughput:
-        """Return the speed of a type in a matrix; of a prompt only the last token goes through the head."""
+        """Return the speed of a type in a matrix; only the last token of a prompt goes through the head."""
         known = self.layers[type]
         if group.layer is None:
             return Throughput(self.decode_in_head.get(type, known.decode), math.inf)
@@ -95,7 +95,7 @@ class Kernels:
 
 
 def kernels_on(features: Collection[str]) -> Kernels:
-    """Return the kernels for such instructions, named as in device profiles."""
+    """Return the kernels for an instruction set, whose features are named as in device profiles."""
     if "avx-vnni" in features:
         return Kernels(ON_AVX_VNNI, IN_DOWN_ON_AVX_VNNI, IN_HEAD_ON_AVX_VNNI)
     known = ON_AVX512_VNNI

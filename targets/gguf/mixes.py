@@ -1,8 +1,8 @@
-"""The named mixes (Q4_K_M and so on): llama.cpp itself is asked which type each tensor gets.
+"""The named mixes (Q4_K_M and so on): llama.cpp itself reports the type of each tensor.
 
-llama.cpp chooses by tensor name, width, position and a few hyperparameters, never by the weights. So a
-skeleton of the model, in which each matrix keeps its width but only two rows, is quantised by
-`llama_model_quantize`, and the types are read back. That costs milliseconds and cannot drift from the library.
+llama.cpp chooses types by tensor name, width, position and a few hyperparameters, never by the weights. We therefore
+run `llama_model_quantize` on a skeleton of the model, whose matrices keep their width but have only two rows, and read
+the types back. This takes milliseconds and cannot diverge from the library.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise
 
-# Names of `llama_ftype` that llama-quantize takes and that make sense for a whole model.
+# Names of `llama_ftype` that llama-quantize accepts and that make sense for a whole model.
 MIXES = (
     "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S",
     "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S",
@@ -42,10 +42,10 @@ def mix_types(
         mix: A name of `MIXES`.
         architecture: Shape of the model.
         config: Its transformers config.
-        important: GGUF names of the matrices for which there is importance; some mixes depend on it.
+        important: GGUF names of the matrices that have importance; some mixes depend on it.
 
     Raises:
-        RequestError: llama.cpp refuses the mix for this model (for example for want of importance).
+        RequestError: llama.cpp refuses the mix for this model (for example because importance is missing).
     """
     with scratch_folder() as scratch:
         skeleton, quantised = scratch / "skeleton.gguf", scratch / "quantised.gguf"

@@ -1,4 +1,4 @@
-"""The file by which Ollama finds a GGUF model and its adapter."""
+"""The Modelfile from which Ollama loads a GGUF model and its adapter."""
 
 from collections.abc import Iterable
 
@@ -6,5 +6,5 @@ MODELFILE = "Modelfile"
 
 
 def modelfile(files: Iterable[str]) -> str:
-    """Return the text for a model file, followed by its adapter where there is one."""
+    """Return the Modelfile for a model file and an optional adapter."""
     return "".join(f"{word} ./{file}\n" for word, file in zip(("FROM", "ADAPTER"), files, strict=False))

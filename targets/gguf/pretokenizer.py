@@ -1,8 +1,7 @@
-"""Which of llama.cpp's pre-tokenizers a vocabulary needs, proven before it is written.
+"""Finds the pre-tokenizer of llama.cpp that a vocabulary needs, and verifies it before it is written.
 
-llama.cpp carries the pre-tokenizers of BPE models as code and picks one by name. Which name is right is not looked
-up by a model's identity but found by trying: a name is taken when llama.cpp then gives the ids that the tokenizer
-itself gives.
+llama.cpp implements the pre-tokenizers of BPE models in code and selects one by name. The right name is found by
+trial, not by a model's identity: a name is accepted if llama.cpp then gives the same ids as the tokenizer.
 """
 
 import hashlib
@@ -35,10 +34,10 @@ from exporter.model.tokenizer_files import components
 from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary, write_vocabulary_file
 
-# Raised when what is shown of the same vocabulary changes.
+# Raised when the proof of an unchanged vocabulary changes.
 VERSION = 1
 
-# Names that llama.cpp knows besides those of PRE_TOKENIZERS, one for each way of splitting.
+# Names known to llama.cpp in addition to those of PRE_TOKENIZERS, one for each way of splitting.
 OTHER_PRE_TOKENIZERS = (
     "deepseek-v3", "deepseek-llm", "deepseek-coder", "qwen35", "minicpm5", "tiny_aya", "granite-embed-multi-97m",
     "falcon", "default", "bailingmoe", "seed-coder", "exaone-moe", "jais-2", "youtu", "spark2_5", "afmoe", "laguna",
@@ -48,15 +47,15 @@ OTHER_PRE_TOKENIZERS = (
 
 @dataclass(frozen=True)
 class VocabularyProof:
-    """What was shown about a written vocabulary.
+    """The result of verifying a written vocabulary.
 
     Attributes:
         pre_tokenizer: The name that gave equal ids.
-        compared: Cases (a text with a way of handling special tokens); the ids of all were equal.
-        set_apart: Texts not compared, since llama.cpp is known to treat them in another way: it does not normalise
-            text for byte-level BPE, and puts a space before every part of a text where Metaspace does so once.
-        more_ends: Role -> id of tokens that end a text, besides those at which llama.cpp would end by itself.
-        ends: Ids of all tokens that end a text.
+        compared: Number of cases (a text with a way of handling special tokens); the ids of all were equal.
+        set_apart: Number of texts not compared, since llama.cpp is known to treat them differently: it does not
+            normalise text for byte-level BPE. It puts a space before every part of a text; Metaspace does so once.
+        more_ends: Role -> id of end-of-text tokens, in addition to those at which llama.cpp would stop by itself.
+        ends: Ids of all end-of-text tokens.
     """
 
     pre_tokenizer: str
@@ -67,7 +66,7 @@ class VocabularyProof:
 
 
 def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> VocabularyProof:
-    """Add the vocabulary of a Hugging Face tokenizer to a GGUF file, after llama.cpp was shown to tokenise alike.
+    """Add a Hugging Face tokenizer's vocabulary to a GGUF file, after verifying that llama.cpp tokenises alike.
 
     Args:
         writer: Receives the keys `tokenizer.*`.
@@ -75,7 +74,7 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
         vocab_size: Rows of the embedding; ids that the tokenizer does not use become `[PADn]`.
 
     Raises:
-        InputError: the tokenizer is of a kind that llama.cpp does not have, does not fit the embedding, or no
+        InputError: llama.cpp does not have this kind of tokenizer, the tokenizer does not fit the embedding, or no
             pre-tokenizer of llama.cpp gives the same ids.
     """
     tokenizer = load_tokenizer(folder, vocab_size)
@@ -95,14 +94,14 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
 
 
 def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
-    """Return where the cache keeps what was shown of a vocabulary, under all that it depends on."""
+    """Return the cache file of a vocabulary's proof, named by everything that the proof depends on."""
     decisive = (VERSION, llama_cpp.__version__, asdict(vocabulary), [asdict(case) for case in cases])
     key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
     return cache_folder("vocabularies") / f"{key}.json"
 
 
 def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
-    """Return keys for tokens that end a text and that llama.cpp would go on after: it has two besides that of EOS."""
+    """Return keys for end-of-text tokens at which llama.cpp would continue; it has two keys in addition to EOS."""
     with scratch_folder() as scratch:
         file = scratch / "vocabulary.gguf"
         write_vocabulary_file(file, vocabulary)
@@ -114,7 +113,7 @@ def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def parity_cases(tokenizer: ModelTokenizer, model: str) -> tuple[list[Case], int]:
-    """Return what llama.cpp is asked, and the number of texts that it is known to treat in another way."""
+    """Return the cases for llama.cpp, and the number of texts that it is known to treat differently."""
     texts = parity_texts(tokenizer)
     reasons = [known_difference(tokenizer), *([_space_differs(tokenizer)] if model != "gpt2" else [])]
     alike = [text for text in texts if not any(reason(text) for reason in reasons)]
@@ -125,7 +124,7 @@ def parity_cases(tokenizer: ModelTokenizer, model: str) -> tuple[list[Case], int
 
 
 def _space_differs(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
-    """Return what says where a Metaspace tokenizer puts no space before a text but llama.cpp does."""
+    """Return a function that detects texts where llama.cpp adds a space but a Metaspace tokenizer does not."""
     splitting = tokenizer.definition.get("pre_tokenizer")
     metaspace = any(part["type"] == "Metaspace" for part in components(splitting))
     added = tuple(token.content for token in tokenizer.added().values())
@@ -138,7 +137,7 @@ def _space_differs(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
 
 
 def likely_pre_tokenizers(tokenizer: ModelTokenizer) -> list[str]:
-    """Return llama.cpp's names, the likeliest first: those whose known form splits the corpus as the tokenizer does."""
+    """Return llama.cpp's names, likeliest first: those whose known form splits the corpus most like the tokenizer."""
     backend: Any = tokenizer.backend
     whole_words = bool(backend.model.ignore_merges)
     own = [backend.pre_tokenizer.pre_tokenize_str(text) for text in PARITY_CORPUS]

@@ -1,4 +1,4 @@
-"""llama.cpp's own quantiser, as it is; it belongs in a child process, since it may abort."""
+"""llama.cpp's own quantiser; run it in a child process, since it may abort."""
 
 import ctypes
 from pathlib import Path
@@ -20,7 +20,7 @@ def quantise(source: Path, target: Path, mix: str, importance: dict[str, Float32
 
 
 def quantise_parameters(mix: str, importance: dict[str, Float32]) -> llama_cpp.llama_model_quantize_params:
-    """Return what tells llama.cpp's quantiser a mix, and GGUF name -> importance, float32 [columns]."""
+    """Return the quantiser's parameters for a mix and importance, GGUF name -> float32 [columns]."""
     parameters: llama_cpp.llama_model_quantize_params = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if mix == 'F32' else 'MOSTLY'}_{mix}")
     if importance:

@@ -1,4 +1,4 @@
-"""llama.cpp, inside a child process."""
+"""llama.cpp in a child process."""
 
 import ctypes
 import sys
@@ -27,10 +27,10 @@ AMX_ADVICE = (
 
 
 class LlamaCpp:
-    """A GGUF file loaded by llama.cpp, and an adapter where the artifact has one.
+    """A GGUF file loaded by llama.cpp, with an adapter if the artifact has one.
 
     Args:
-        artifact: The GGUF file; one named `adapter.gguf` beside it is applied at full strength.
+        artifact: The GGUF file; `adapter.gguf` in the same folder is applied at full strength.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Keep keys and values in float32 (llama.cpp's default is float16).
@@ -49,7 +49,7 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise InputError("llama.cpp cannot load the file", where=path)
-        # Before the context: its graphs are given room for the adapters that the model then has.
+        # Before the context is created: its graphs reserve room for the adapters that the model has by then.
         adapters = [self._adapter(file) for file in artifact.weights if file.name == ADAPTER_FILE]
         self._context_size = context
         self._context = llama_cpp.llama_init_from_model(
@@ -66,7 +66,7 @@ class LlamaCpp:
         self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
-            # Among the last lines of the log, which are told where the process dies.
+            # One of the last lines of the log, which are reported if the process dies.
             print(AMX_ADVICE, file=sys.stderr, flush=True)
         self._sampled: list[list[int]] = []
         self._position = 0
@@ -79,11 +79,11 @@ class LlamaCpp:
         return loaded
 
     def _apply(self, adapters: list[Any]) -> None:
-        """Let the context add the adapters' products to those of the matrices that they name."""
+        """Make the context add the adapters' outputs to those of the matrices that they name."""
         count = len(adapters)
         strengths = (ctypes.c_float * count)(*([1.0] * count))
         pointers = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*adapters)
-        # It cannot fail: llama.cpp returns 0 whatever happens.
+        # llama.cpp always returns 0.
         llama_cpp.llama_set_adapters_lora(self._context, pointers, count, strengths)
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
@@ -97,7 +97,7 @@ class LlamaCpp:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         made: list[int] = []
         position = self._prefill(tokens)
         while len(made) < count:
@@ -110,7 +110,7 @@ class LlamaCpp:
         return made
 
     def _ends_at(self, token: int) -> bool:
-        """Return whether the model ends its text with a token: as the file says, or where it does not, llama.cpp."""
+        """Return whether a token ends the text, as the file says or, if it does not, as llama.cpp says."""
         if self._ends is None:
             return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
         return token in self._ends
@@ -145,11 +145,11 @@ class LlamaCpp:
         return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
         return llama_tokenize(self._model, text)
 
     def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special tokens left out."""
+        """Return the text of tokens, without special tokens."""
         pieces = (self._piece(token) for token in tokens)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
@@ -211,7 +211,7 @@ class LlamaCpp:
 
 
 def _drawn(logits: Float32, chance: float) -> int:
-    """Return the token at which the softmax of logits, float32 [vocab], summed up, passes `chance` in [0, 1)."""
+    """Sample a token from logits, float32 [vocab], by inverse transform of `chance` in [0, 1)."""
     sums = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
     return int(np.searchsorted(sums, chance * sums[-1], side="right"))
 

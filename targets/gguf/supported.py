@@ -1,4 +1,4 @@
-"""What of a decoder llama.cpp computes as transformers does; all else is refused before a weight is read."""
+"""Refuses decoders that llama.cpp does not compute as transformers does, before a weight is read."""
 
 from transformers import PretrainedConfig
 
@@ -7,20 +7,20 @@ from exporter.model.gguf_rope import BETA_FAST, BETA_SLOW, same_yarn
 from exporter.model.model import Model
 from exporter.model.rotary import rotary_kind
 
-# The graphs of these architectures have it built in; both names mean x * sigmoid(x).
+# llama.cpp's graphs have this activation built in; both names mean x * sigmoid(x).
 ACTIVATIONS = ("silu", "swish")
-# Architectures that read a tensor of frequency factors, which llama3's scaling is written as.
+# Architectures that read a tensor of frequency factors, in which llama3's scaling is stored.
 WITH_FACTORS = ("llama",)
-# Architectures whose query matrix is square: the heads are together as wide as the residual stream.
+# Architectures with a square query matrix: the heads together are as wide as the residual stream.
 SQUARE = ("qwen2",)
 ELSEWHERE = "use --target onnx, which computes it"
 
 
 def require_supported(model: Model) -> None:
-    """Refuse a model that llama.cpp would compute otherwise, or not load.
+    """Refuse a model that llama.cpp would compute differently or not load.
 
     Raises:
-        RequestError: see above; the property, the limit and a target without it are named.
+        RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
     shape, config = model.architecture, model.config
     family = shape.family.gguf_architecture

@@ -42,7 +42,7 @@ from exporter.targets.target import AsStored, shape_of
 MODEL_FILE = "model.gguf"
 
 
-# From which `storages` chooses: the types that llama.cpp computes with quickly, from 2 to 8 bits.
+# The types from which `storages` chooses: those that llama.cpp computes quickly, from 2 to 8 bits.
 ALPHABET = (
     "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1",
     "Q5_K", "Q6_K", "Q8_0",
@@ -53,7 +53,7 @@ USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS"
 
 
 class Gguf:
-    """One GGUF file, its tensors in any type of llama.cpp's, and a Modelfile for Ollama."""
+    """One GGUF file with tensors in any of llama.cpp's types, and a Modelfile for Ollama."""
 
     name = "gguf"
     default_type = "Q4_K_M"
@@ -67,7 +67,7 @@ class Gguf:
             for bits, name in {2: "Q2_K", 3: "Q3_K", 4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0"}.items()
         }
     )
-    # The 32-wide types, so that a rank need be a multiple of 32 only.
+    # 32-wide types, so that a rank only has to be a multiple of 32.
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
     )
@@ -77,7 +77,7 @@ class Gguf:
         self._kernels = kernels_on(self._features)
 
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target with the kernels that llama.cpp has for a device's instruction set."""
+        """Return the target with llama.cpp's kernels for a device's instruction set."""
         return type(self)(device.isa.features)
 
     def types(self) -> list[str]:
@@ -85,7 +85,7 @@ class Gguf:
         return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
 
     def carried(self, model: Model) -> AsStored:
-        """Return the model, filled with channels of zeros where the file has one width for layers of several."""
+        """Return the model, padded with zero channels if its layers have several widths and the file only one."""
         require_supported(model)
         way = feed_forward_storage(model.architecture)
         return AsStored(padded(model) if way.padded else model, way.reason)
@@ -118,7 +118,7 @@ class Gguf:
         return [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
 
     def storages(self, model: Model) -> list[Storage]:
-        """Return every matrix by itself; types that cannot do without importance only where inputs were observed."""
+        """Return every matrix by itself; types that need importance are offered only where inputs were observed."""
         alphabet = [ggml_format(name) for name in ALPHABET]
 
         def formats(group: WeightGroup) -> tuple[GgmlFormat, ...]:
@@ -128,7 +128,7 @@ class Gguf:
         return [Storage((group,), formats(group)) for group in model.groups()]
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
-        """Return llama.cpp's usual mix of that size."""
+        """Return the largest of llama.cpp's usual mixes within that size."""
         for mix in USUAL_MIXES:
             decisions = self._mixed(model, mix, "rtn")
             if sum(decision.stored_bytes for decision in decisions) <= most_bytes:
@@ -140,7 +140,7 @@ class Gguf:
         return self._kernels.speed(group, format.name)
 
     def fixed_bytes(self, model: Model) -> int:
-        """Return the size of the file without its matrices, and the most that their alignment takes."""
+        """Return the size of the file without its matrices, plus the most that their alignment takes."""
         names = gguf_names(model.architecture.layers)
         vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
         with scratch_folder() as scratch:
@@ -156,7 +156,7 @@ class Gguf:
         return header + 4 * sum(vectors.values()) + frequencies + tensors * gguf.GGUF_DEFAULT_ALIGNMENT
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
-        """Return tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""
+        """Return the size of tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""
         vectors = sum(4 * int(np.prod(shape)) for shape in model.architecture.vectors().values())
         tokenizer = model.folder / "tokenizer.json"
         text = tokenizer.stat().st_size if tokenizer.is_file() else 16 * model.architecture.vocab
@@ -170,11 +170,11 @@ class Gguf:
         return llama_cpp_peak(shape_of(model.architecture), weights, context)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
-        """Return the model with evened channels, where codes are fitted to them."""
+        """Return the model with scaled channels, if codes are fitted to them."""
         return scaled_if_fitted(model, statistics, decisions)
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
-        """Write the vocabulary alone; that of a GGUF file is copied, and is nothing to ask about."""
+        """Write only the vocabulary; return None for a GGUF source, whose vocabulary is copied and needs no check."""
         if model.gguf:
             return None
         path = folder / MODEL_FILE
@@ -184,7 +184,7 @@ class Gguf:
         return Artifact(self.name, folder, (path,))
 
     def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
-        """Write the GGUF file tensor by tensor, beside it the factors if there are any, then the Modelfile."""
+        """Write the GGUF file tensor by tensor, with the adapter if there are factors, then the Modelfile."""
         with_factors = [one for one in compressed.decisions.values() if one.low_rank is not None]
         with ExitStack() as opened:
             adapter = None
@@ -201,7 +201,7 @@ class Gguf:
         return self.lower(CompressedModel(model, self.decide(model, "F32", "rtn"), None), "F32", folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
-        """Return a function that decodes a matrix from the files with ggml's own `to_float`, its factors included."""
+        """Return a function that decodes a matrix from the files with ggml's own `to_float`, including its factors."""
         tensors = {tensor.name: tensor for tensor in open_gguf(_model_file(artifact)).tensors}
         names = gguf_names(model.architecture.layers)
         adapter = _adapter(artifact, model)
@@ -240,12 +240,12 @@ def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: s
     return Decision(group, method, format, reason)
 
 
-# What llama.cpp takes for a K or IQ type whose blocks of 256 do not fit.
+# llama.cpp's replacements for a K or IQ type whose blocks of 256 do not fit.
 FALLBACKS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16")
 
 
 def row_order(model: Model, group: WeightGroup) -> np.ndarray | None:
-    """Return for each stored row its row in the source, or None where the order is the same."""
+    """Return the source row of each stored row, or None if the order is the same."""
     shape = model.architecture
     heads = {"q": shape.heads, "k": shape.kv_heads}.get(group.role)
     if heads is None or not shape.family.rotary_interleaved_in_gguf:

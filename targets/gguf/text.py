@@ -1,4 +1,4 @@
-"""What llama.cpp makes of text: the vocabulary of a GGUF file alone."""
+"""llama.cpp's tokenizer for an artifact: only the vocabulary of its GGUF file."""
 
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.runtime import ADAPTER_FILE

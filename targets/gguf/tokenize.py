@@ -1,6 +1,6 @@
-"""How llama.cpp tokenises a text and how llama-cpp-python renders a chat.
+"""Tokenisation by llama.cpp and chat rendering by llama-cpp-python.
 
-A bad vocabulary may abort the process: `LlamaTokenizer` and `Comparer` are made to live in a `Child`.
+A bad vocabulary may abort the process, so `LlamaTokenizer` and `Comparer` run in a `Child`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
     Args:
         model: llama.cpp's pointer to a model, with or without weights.
         chat: Messages with `role` and `content`.
-        prompt: Ask for the start of an answer at the end.
+        prompt: End with the start of an answer.
 
     Raises:
         RequestError: the file holds no chat template.
@@ -36,7 +36,7 @@ def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
     try:
         formatter = Jinja2ChatFormatter(template.decode(), eos, bos, add_generation_prompt=prompt)
         return Rendered(formatter(messages=chat).prompt)  # type: ignore[arg-type]
-    except Exception as error:  # a template may end in any
+    except Exception as error:  # a template may raise any exception
         return Rendered.refused(error)
 
 
@@ -55,7 +55,7 @@ class LlamaTokenizer:
         self._model = self._opened.__enter__()
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text, with BOS or EOS where the file asks for them."""
+        """Return the ids of a text, with BOS or EOS if the file asks for them."""
         return llama_tokenize(self._model, text)
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
@@ -63,14 +63,14 @@ class LlamaTokenizer:
         return llama_render_chat(self._model, chat, prompt)
 
     def ends(self) -> list[int]:
-        """Return the ids at which llama.cpp ends a text: those of the file's keys, and texts that it knows."""
+        """Return the ids at which llama.cpp ends a text: those in the file's keys and those whose text it knows."""
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         ids = range(llama_cpp.llama_vocab_n_tokens(vocabulary))
         return [token for token in ids if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
 
 
 class Comparer:
-    """Compares the vocabulary of one file, under several pre-tokenizers, with given ids."""
+    """Compares the ids that one file's vocabulary gives, under several pre-tokenizers, with expected ids."""
 
     def __init__(self, path: Path, cases: Sequence[Case]) -> None:
         self._path = path
@@ -83,7 +83,7 @@ class Comparer:
 
 
 def compare_in_child(path: Path, names: Sequence[str | None], cases: Sequence[Case]) -> Iterator[Comparison]:
-    """Compare one pre-tokenizer after the other, and go on after one that llama.cpp refuses or dies on."""
+    """Compare one pre-tokenizer after the other; continue after one that llama.cpp refuses or crashes on."""
     remaining = list(names)
     while remaining:
         with Child("llama.cpp", TEXT_BYTES) as child:

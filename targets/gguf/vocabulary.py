@@ -22,7 +22,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """A tokenizer as a GGUF file describes it.
 
     Attributes:
         model: llama.cpp's kind of tokenizer: byte-level BPE is `gpt2`, BPE over SentencePiece's pieces is `llama`.
@@ -30,9 +30,9 @@ class Vocabulary:
         tokens: Text of every token, in the order of ids.
         types: Kind of every token.
         merges: Pairs in the order of rank, for `gpt2`.
-        scores: The higher the earlier a token is formed, for `llama`.
+        scores: Tokens with higher scores are formed earlier, for `llama`.
         add_space_prefix: A space is put before the text.
-        special: Special tokens, and how chats are written with them.
+        special: Special tokens and chat templates.
     """
 
     model: Literal["gpt2", "llama"]
@@ -47,10 +47,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a GGUF file says of special tokens.
+    """Special tokens and chat templates as a GGUF file describes them.
 
     Attributes:
-        ids: Role -> id, the roles being those of gguf's own library.
+        ids: Role -> id; the roles are those of gguf's own library.
         add_bos: BOS is put before a text.
         add_eos: EOS is put after a text.
         ends: Ids at which a text ends.
@@ -89,7 +89,7 @@ def copy_fields(writer: GGUFWriter, fields: Iterable[gguf.ReaderField]) -> None:
 
 
 def _value(field: gguf.ReaderField) -> Any:
-    """Return what a field holds; strings as bytes, since a token need not be valid UTF-8."""
+    """Return the value of a field; strings as bytes, since a token need not be valid UTF-8."""
     parts = [field.parts[index] for index in field.data]
     texts = field.types[-1] == GGUFValueType.STRING
     values = [value for part in parts for value in ([part.tobytes()] if texts else part.tolist())]
@@ -97,7 +97,7 @@ def _value(field: gguf.ReaderField) -> Any:
 
 
 def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> Vocabulary:
-    """Return what a GGUF file must say of a tokenizer, its pre-tokenizer still to be proven.
+    """Return the vocabulary of a tokenizer for a GGUF file; its pre-tokenizer is not verified yet.
 
     Args:
         tokenizer: The tokenizer.
@@ -131,7 +131,7 @@ def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) ->
 
 
 def _put_pieces(pieces: Pieces, tokens: list[str], types: list[TokenType], scores: list[float]) -> None:
-    """Put kinds and scores as SentencePiece has them; llama.cpp looks for user-defined texts before it marks spaces."""
+    """Set types and scores as SentencePiece does; llama.cpp looks for user-defined texts before it marks spaces."""
     scores[: len(pieces.scores)] = pieces.scores
     for number, kind in enumerate(map(TokenType, pieces.types)):
         if kind != TokenType.NORMAL:
@@ -172,7 +172,7 @@ def _tokens(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> tuple[l
 
 
 def _kind(used: bool, special: bool | None) -> TokenType:
-    """Return the kind of a token; `special` is None unless it was added to the vocabulary."""
+    """Return the kind of a token; `special` is None unless the token was added to the vocabulary."""
     if not used:
         return TokenType.UNUSED
     if special is None:
@@ -181,7 +181,7 @@ def _kind(used: bool, special: bool | None) -> TokenType:
 
 
 def _scores(tokens: list[str], pairs: Iterable[list[str]]) -> list[float]:
-    """Return minus the rank of the merge that forms a token; what no merge forms comes last."""
+    """Return minus the rank of the merge that forms each token; tokens without a merge come last."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(pairs):
         ranks.setdefault(left + right, rank)

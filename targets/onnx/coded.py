@@ -1,8 +1,8 @@
-"""A decoder whose weights stay coded in memory: each part of its graph is decoded just ahead of its use, and dropped.
+"""A decoder whose weights stay coded in memory: each part of its graph is decoded just before its use, then dropped.
 
-A part runs in a session of ONNX Runtime of its own, so that its kernels, and with them its logits, are those of the
-whole graph. Decoding a part and making its session cost far more than one token's products with it; a part that is kept
-plain costs memory instead. How many are kept plain follows from the speed that is asked for.
+Each part runs in its own session of ONNX Runtime, so its kernels and logits are those of the whole graph. Decoding a
+part and making its session cost far more than one token's multiplications with it; a plain part costs memory instead.
+The requested speed determines how many parts are kept plain.
 """
 
 import ctypes
@@ -30,16 +30,16 @@ from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget
 from exporter.targets.runtime import Residence, Timing, require_tokens, resident_bytes
 
 Values = dict[str, NDArray[Any]]
-# Threads of dozens of sessions would wait for work beside each other, on the same cores.
+# Spinning threads of dozens of sessions would compete for the same cores.
 IDLE = {"session.intra_op.allow_spinning": "0"}
-# A part with fewer bytes than that, such as the last normalisation, is never worth decoding again.
+# A part with fewer bytes, such as the last normalisation, is never worth decoding again.
 LEAST_BYTES = 1 << 16
-# The C library where it is glibc, and what its malloc.h says.
+# The C library if it is glibc, and a constant of its malloc.h.
 LIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 M_ARENA_MAX = -8
-# Parts whose sessions are made at a time: each worker holds the weights of one.
+# Number of sessions made at a time; each worker holds the weights of one part.
 WORKERS = 2
-# Tokens in which the share of plain weights must settle.
+# Tokens within which the share of plain weights must settle.
 ATTEMPTS = 60
 
 
@@ -50,7 +50,7 @@ class CodedOnnxRuntime(DecoderFolder):
         artifact: A folder with model.onnx.coded and model.onnx.data.coded, genai_config.json and the tokenizer.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
-        exact: Has no effect: products are computed as the graph says.
+        exact: Has no effect: multiplications are computed as the graph says.
         sequences: Must be 1.
     """
 
@@ -69,7 +69,7 @@ class CodedOnnxRuntime(DecoderFolder):
         self._workers = ThreadPoolExecutor(WORKERS)
         parts = self._cut.parts
         self._large = {part.name: part for part in parts if part.weight_bytes >= LEAST_BYTES}
-        # Of parts whose weights are plain.
+        # Sessions of parts whose weights are plain.
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._most_bytes = 0
         self._vocab = self._cut.lookup.weights[0].shape[0]
@@ -83,10 +83,10 @@ class CodedOnnxRuntime(DecoderFolder):
         self._load_s = time.perf_counter() - started
 
     def keep_up(self, tokens_per_s: float) -> None:
-        """Keep as many parts plain as generating so fast takes, now and from now on; 0 keeps none.
+        """Keep enough parts plain, from this call on, to generate at this speed; 0 keeps none.
 
         Raises:
-            RequestError: this machine is slower although all weights are plain.
+            RequestError: this machine is slower even with all weights plain.
         """
         self._share = PlainWeightBudget({name: part.weight_bytes for name, part in self._large.items()}, tokens_per_s)
         self._settle()
@@ -104,7 +104,7 @@ class CodedOnnxRuntime(DecoderFolder):
         self._most_bytes = 0
 
     def residence(self) -> Residence:
-        """Return what the process took at most since the floor was set."""
+        """Return the peak memory use since the floor was set."""
         kept = len(self._share.kept)
         return Residence(
             self._most_bytes, sum(weight.span.size for weight in self._cut.weights), len(self._large) - kept, kept,
@@ -117,7 +117,7 @@ class CodedOnnxRuntime(DecoderFolder):
         return self._forward(tokens, self._nothing(), first)[0]
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         return list(self._generated(tokens, min(count, self._context_size - len(tokens))))
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
@@ -136,7 +136,7 @@ class CodedOnnxRuntime(DecoderFolder):
         return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def _generated(self, tokens: list[int], count: int, ends: bool = True) -> Iterator[int]:
-        """Give greedy tokens one by one; those after the first adapt which parts are plain."""
+        """Yield greedy tokens; those after the first adapt which parts are plain."""
         given, past = tokens, self._nothing()
         for number in range(count):
             started = time.perf_counter()
@@ -150,7 +150,7 @@ class CodedOnnxRuntime(DecoderFolder):
             given = [token]
 
     def _forward(self, tokens: list[int], past: Values, first: int) -> tuple[Float32, Values]:
-        """Return logits, float32 [tokens - first, vocab], and keys and values of all tokens so far."""
+        """Return logits, float32 [tokens - first, vocab], and the keys and values of all tokens so far."""
         before = next(iter(past.values())).shape[2]
         values: Values = {MASK: np.ones((1, before + len(tokens)), np.int64), **past, **self._tables}
         values |= self._looked_up(tokens)
@@ -178,7 +178,7 @@ class CodedOnnxRuntime(DecoderFolder):
         return logits, present
 
     def _in_turn(self) -> Iterator[tuple[Segment, onnxruntime.InferenceSession]]:
-        """Give every part with its session; those of the next coded parts are made while one runs."""
+        """Yield every part with its session; sessions of the next coded parts are made while one runs."""
         coming = iter([part for part in self._cut.parts if part.name not in self._sessions])
         waiting = deque(self._workers.submit(self._made, part) for part in islice(coming, WORKERS))
         for part in self._cut.parts:
@@ -194,13 +194,13 @@ class CodedOnnxRuntime(DecoderFolder):
             del session
 
     def _made(self, part: Segment) -> tuple[onnxruntime.InferenceSession, float]:
-        """Return a session of a part, and the seconds that it took."""
+        """Return a session of a part and the seconds that making it took."""
         started = time.perf_counter()
         session = self._session(part, self._file.read([weight.span for weight in part.weights]))
         return session, time.perf_counter() - started
 
     def _settle(self) -> None:
-        """Drop sessions of parts that are not kept any longer, and coded weights of those that are."""
+        """Drop sessions of parts that are no longer kept, and coded weights of those that are."""
         for name in self._large:
             if name not in self._share.kept:
                 self._sessions.pop(name, None)
@@ -208,7 +208,7 @@ class CodedOnnxRuntime(DecoderFolder):
         self._file.hold([weight.span for part in (*coded, self._cut.lookup) for weight in part.weights])
 
     def _looked_up(self, tokens: list[int]) -> Values:
-        """Return the rows of the embedding that tokens stand for: of the table, these rows alone are decoded."""
+        """Return the embedding's rows for tokens; only these rows of the table are decoded."""
         lookup, (output,) = self._cut.lookup, self._cut.lookup.outputs
         rows, places = np.unique(np.array(tokens, np.int64), return_inverse=True)
         found = self._file.read([weight.rows(int(row), 1).span for weight in lookup.weights for row in rows])
@@ -217,7 +217,7 @@ class CodedOnnxRuntime(DecoderFolder):
         return {output.name: table.run([output.name], {IDS: places.reshape(1, -1)})[0]}
 
     def _nothing(self) -> Values:
-        """Return the keys and values of no tokens."""
+        """Return empty keys and values."""
         return {
             given.name: np.zeros((1, given.type.tensor_type.shape.dim[1].dim_value, 0, self._head_width), np.float32)
             for part in self._cut.layers
@@ -235,17 +235,17 @@ class CodedOnnxRuntime(DecoderFolder):
 
 
 def _use_one_heap() -> None:
-    """Let all threads of this process allocate from one heap, where the C library is glibc.
+    """Make all threads of this process allocate from one heap, if the C library is glibc.
 
-    Weights that pass by are allocated in one thread and freed in another; with a heap for each, glibc keeps what they
-    leave behind (on the demo model, 35 MB).
+    Streamed weights are allocated in one thread and freed in another. With one heap per thread, glibc keeps the freed
+    memory (35 MB on the demo model).
     """
     if LIBC is not None:
         LIBC.mallopt(M_ARENA_MAX, 1)
 
 
 def _give_back() -> None:
-    """Give the system back what was freed, where the C library is glibc."""
+    """Return freed memory to the system, if the C library is glibc."""
     if LIBC is not None:
         LIBC.malloc_trim(0)
 

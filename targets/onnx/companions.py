@@ -1,4 +1,4 @@
-"""The files beside a graph that say how text becomes tokens, and what tokens mean."""
+"""The files next to a graph for text: tokenizer, chat templates and special tokens."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from exporter.model.tokenizer_notes import DEFAULT
 from exporter.targets.onnx.settings import CONFIGURATION, TOKEN_NAME, TOKENIZER_SETTINGS, TokenizerConfig
 from exporter.targets.onnx.tokenize import OTHER_TEMPLATES, TEMPLATE
 
-# Where a tokenizer has no pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
+# Without a pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
 WHOLE = {"type": "Split", "pattern": {"Regex": "[\\s\\S]+"}, "behavior": "Isolated", "invert": False}
 
 
@@ -24,8 +24,8 @@ def write_text_files(tokenizer: ModelTokenizer, context_length: int, folder: Pat
 
     Args:
         tokenizer: The model's tokenizer.
-        context_length: Tokens of the longest text.
-        folder: Where.
+        context_length: Length of the longest text in tokens.
+        folder: Output folder.
     """
     (folder / TOKENIZER).write_text(to_text(_whole(tokenizer.definition)), encoding="utf-8")
     settings = TokenizerConfig(
@@ -48,15 +48,15 @@ def _texts(names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole(definition: dict[str, Any]) -> dict[str, Any]:
-    """Return an equal tokenizer that onnxruntime-genai does not split by a pattern of its own."""
+    """Return an equivalent tokenizer that onnxruntime-genai does not split by a pattern of its own."""
     never_cut = definition | {"truncation": None, "padding": None}
     return never_cut if definition.get("pre_tokenizer") else never_cut | {"pre_tokenizer": WHOLE}
 
 
 def genai_ids(model: Model, tokenizer: ModelTokenizer) -> dict[str, Any]:
-    """Return the ids of special tokens as genai_config.json has them.
+    """Return the ids of special tokens for genai_config.json.
 
-    Without any end, onnxruntime-genai takes the padding token for one, or token 0 where there is none either.
+    Without an end token, onnxruntime-genai ends at the padding token, or at token 0 if there is none either.
     """
     found = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
     ids: dict[str, Any] = {"eos_token_id": list(found.ends), "pad_token_id": _padding(found)}
@@ -68,10 +68,10 @@ def _padding(found: SpecialIds) -> int:
 
 
 def write_text_alone(model: Model, folder: Path) -> None:
-    """Write what onnxruntime-genai's tokenizer reads of a folder; the graph is not there.
+    """Write the files that onnxruntime-genai's tokenizer reads, without the graph.
 
     Raises:
-        InputError: onnxruntime-genai has no tokenizer of the kind.
+        InputError: onnxruntime-genai has no tokenizer of this kind.
     """
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
     kind = tokenizer.definition["model"]["type"]

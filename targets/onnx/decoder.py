@@ -1,4 +1,4 @@
-"""What a decoder folder says beside its graph: settings, and how text becomes tokens."""
+"""The settings and the tokenizer of a decoder folder."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from exporter.targets.onnx.tokenize import GenaiTokenizer
 
 
 class DecoderFolder:
-    """A folder for onnxruntime-genai, its graph left to others.
+    """A folder for onnxruntime-genai; subclasses run its graph.
 
     Args:
         artifact: A folder with genai_config.json and the tokenizer.
@@ -25,7 +25,7 @@ class DecoderFolder:
             raise RequestError("ONNX Runtime runs one sequence at a time here", got=sequences, expected=1)
         self._folder: Path = artifact.folder
         settings = json.loads((self._folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        # onnxruntime-genai hands names that it does not know on to the session; those of ONNX Runtime have dots.
+        # onnxruntime-genai passes names that it does not know to the session; those of ONNX Runtime have dots.
         options = settings["decoder"]["session_options"].items()
         self._options: dict[str, str] = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
@@ -34,15 +34,15 @@ class DecoderFolder:
         self._ends = set(ends if isinstance(ends, list) else [ends])
 
     def tokenize(self, text: str) -> list[int]:
-        """Return token ids as the runtime gives them to the model, special tokens in the text recognised."""
+        """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
         return self._tokenizer.tokenize(text)
 
     def text(self, tokens: list[int]) -> str:
-        """Return the text of tokens, special tokens left out."""
+        """Return the text of tokens, without special tokens."""
         return self._tokenizer.text(tokens)
 
     def _session_options(self, threads: int, entries: Mapping[str, str]) -> onnxruntime.SessionOptions:
-        """Return the options of a session: those of the folder's settings, and some more."""
+        """Return session options: those of the folder's settings, with further entries."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an emulated Arm core: an artifact's ways to round activations, and its logits under each."""
+"""ONNX Runtime on an emulated Arm core: how an artifact may round activations, and its logits in each case."""
 
 import json
 import os
@@ -37,15 +37,15 @@ class EmulatedOnnx:
     exact = FLOAT32
 
     def require(self, installation: Installation, core: Core) -> None:
-        """Refuse where the system is missing."""
+        """Require that the system is installed."""
         installation.machine(core)
 
     def rounds(self, core: Core) -> bool:
-        """Return whether there are kernels for int8."""
+        """Return whether the core has int8 kernels."""
         return "dotprod" in core.features
 
     def current(self, artifact: Artifact) -> Rounding:
-        """Return what graph and configuration say."""
+        """Return the rounding that the graph and the configuration state."""
         levels = {attribute.i for attribute in _attributes(_graph(artifact), "accuracy_level")}
         if levels == {FLOAT32.level}:
             return FLOAT32
@@ -53,7 +53,7 @@ class EmulatedOnnx:
         return WITHOUT_KLEIDIAI if without else KLEIDIAI
 
     def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Rounding]:
-        """Return KleidiAI's kernels, ONNX Runtime's own, and float32 where the codes have quick kernels for it."""
+        """Return KleidiAI's kernels, ONNX Runtime's own, and float32 if the codes have fast kernels for it."""
         current = self.current(artifact)
         if not self.rounds(core):
             return {"float32": replace(current, reason="without dotprod the kernels for int8 are not there")}
@@ -64,7 +64,7 @@ class EmulatedOnnx:
         return found
 
     def configured(self, artifact: Artifact, setting: Rounding, folder: Path) -> Artifact:
-        """Write graph and configuration with a setting; in another folder than the artifact's, link the data."""
+        """Write the graph and the configuration with a setting; link the data if the folder is not the artifact's."""
         model, data = artifact.weights
         graph = _graph(artifact)
         for attribute in _attributes(graph, "accuracy_level"):
@@ -80,7 +80,7 @@ class EmulatedOnnx:
         return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab], by `emulated_main.py`."""
+        """Return the logits after each token, float32 [tokens, vocab], computed by `emulated_main.py`."""
         request = {"model": _request(artifact), "tokens": run.tokens, "single": run.single, "threads": run.threads}
         with scratch_folder() as scratch:
             asked, made = scratch / "request.json", scratch / "logits.npy"
@@ -105,7 +105,7 @@ def _graph(artifact: Artifact) -> onnx.ModelProto:
 
 
 def _attributes(model: onnx.ModelProto, name: str) -> list[onnx.AttributeProto]:
-    """Return the attributes of that name of all products."""
+    """Return the attributes of that name of all `MatMulNBits` nodes."""
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     return [attribute for node in products for attribute in node.attribute if attribute.name == name]
 
@@ -118,7 +118,7 @@ def _settings(artifact: Artifact) -> dict[str, Any]:
 
 
 def _share(data: Path, place: Path) -> None:
-    """Give a file a second name, or a copy on another disk: ONNX Runtime follows no link out of the model's folder."""
+    """Hard-link a file, or copy it to another disk: ONNX Runtime follows no link out of the model's folder."""
     try:
         os.link(data, place)
     except OSError:

@@ -1,12 +1,12 @@
-"""Run a decoder under ONNX Runtime and keep its logits: a program of its own, for any CPU that has both libraries.
+"""Run a decoder under ONNX Runtime and save its logits: a standalone program for any CPU that has both libraries.
 
-It imports nothing of the exporter, so that an emulated machine needs numpy and onnxruntime alone:
+It imports nothing from the exporter, so that an emulated machine only needs numpy and onnxruntime:
 
     python emulated_main.py REQUEST LOGITS
 
-REQUEST is a JSON file: `tokens`, `single` (how many of the last tokens come one at a time, with the keys and values of
-those before), `threads`, and `model` with its `path`, `head_width` and `options` of the session. LOGITS becomes a .npy
-file, float32 [tokens, vocab].
+REQUEST is a JSON file: `tokens`, `single` (number of last tokens that are run one at a time, with the cached keys and
+values of those before), `threads`, and `model` with its `path`, `head_width` and session `options`. LOGITS becomes a
+.npy file, float32 [tokens, vocab].
 """
 
 import json
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Before it is imported: ONNX Runtime asks for a host of its maker's otherwise, and leaves a device's id in the home.
+# Set before the import: otherwise ONNX Runtime contacts a host of its vendor and stores a device id in the home folder.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
@@ -26,7 +26,7 @@ def run(model: dict[str, Any], tokens: list[int], single: int, threads: int) -> 
     """Return the logits after each token, float32 [tokens, vocab]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # The threads of an emulated CPU would wait for one another at the cost of those that work.
+    # Spinning threads of an emulated CPU would slow down those that work.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     for name, value in model["options"].items():
@@ -53,7 +53,7 @@ def run(model: dict[str, Any], tokens: list[int], single: int, threads: int) -> 
 
 
 def main() -> None:
-    """Answer the request."""
+    """Run the request."""
     asked, made = map(Path, sys.argv[1:])
     request = json.loads(asked.read_text(encoding="utf-8"))
     values = run(request["model"], request["tokens"], request["single"], request["threads"])

@@ -1,4 +1,4 @@
-"""Low-rank factors beside a matrix: two small products, and an addition to the matrix's own."""
+"""Low-rank factors of a matrix: two small matrix multiplications, added to the matrix's own output."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from exporter.targets.onnx.graph import DOMAIN, DataFile, Product, put_table, re
 def add_factors(
     graph: ir.Graph, product: Product, factors: Sequence[EncodedFactors], file: DataFile, accuracy_level: int
 ) -> None:
-    """Add L (R x) to what a matrix puts out; where that holds several groups, those of each side by side.
+    """Add L (R x) to a matrix's output; for a fused matrix, concatenate the results of its groups.
 
     Args:
         graph: The graph; `put_matrix` has replaced the product in it.
-        product: The product as it was.
-        factors: Of each group of the product.
-        file: Where data go.
-        accuracy_level: Of `MatMulNBits`.
+        product: The multiplication before its replacement.
+        factors: Factors of each group of the product.
+        file: Receives the data.
+        accuracy_level: Accuracy level of `MatMulNBits`.
     """
     base = next(node for node in graph if node.name == f"{product.node.name}NBits")
     given, own = base.inputs[0], base.outputs[0]
@@ -54,7 +54,7 @@ def _product(
     file: DataFile,
     accuracy_level: int,
 ) -> ir.Node:
-    """Return the product with one factor: `MatMulNBits`, or `MatMul` by float16 numbers that are widened at load."""
+    """Return the multiplication by one factor: `MatMulNBits`, or `MatMul` with float16 weights widened at load."""
     name = stem.strip("/").replace("/", ".")
     if not isinstance(format, MatMulNBitsFormat):
         halves = np.ascontiguousarray(np.ascontiguousarray(data).view(np.float16).T)

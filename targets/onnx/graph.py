@@ -1,4 +1,4 @@
-"""From the skeleton to the artifact: matrices become `MatMulNBits`, and data streams into the external file."""
+"""Turns the skeleton into the artifact: matrices become `MatMulNBits`, and data is written to the external file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class DataFile:
         self._folder = folder
 
     def append(self, name: str, values: NDArray[np.generic]) -> ir.ExternalTensor:
-        """Write a tensor, large ones on a page of their own so that they can be mapped, and return its reference."""
+        """Write a tensor and return its reference; large ones start on a page so that they can be mapped."""
         alignment = PAGE_BYTES if values.nbytes >= ALIGNED_FROM_BYTES else SMALL_ALIGNMENT_BYTES
         self._file.write(b"\0" * (-self._file.tell() % alignment))
         offset = self._file.tell()
@@ -73,7 +73,7 @@ class DataFile:
 def put_matrix(
     graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile, accuracy_level: int
 ) -> list[ir.Value]:
-    """Replace a `MatMul` by a `MatMulNBits` that holds the encoded rows; return its codes, scales, zero points."""
+    """Replace a `MatMul` with a `MatMulNBits` that holds the encoded rows; return its codes, scales, zero points."""
     node = product.node
     weight = node.inputs[1]
     assert weight is not None and weight.name and weight.shape is not None
@@ -103,7 +103,7 @@ def put_matrix(
 def put_table(
     graph: ir.Graph, file: DataFile, stem: str, format: MatMulNBitsFormat, data: Bytes, columns: int
 ) -> list[ir.Value]:
-    """Write codes, scales and zero points and return their values, the scales' in float32."""
+    """Write codes, scales and zero points and return their values; scales are returned in float32."""
     codes, scales, zero_points = format.split(data, columns)
     parts: dict[str, NDArray[Any]] = {"codes": codes, "scales": scales}
     if zero_points is not None:
@@ -116,7 +116,7 @@ def put_table(
 
 
 def output_of(node: ir.Node) -> ir.Value:
-    """Return a value that can stand for a node's output in what replaces the node."""
+    """Return a value that replaces a node's output when the node is replaced."""
     (output,) = node.outputs
     return ir.Value(name=output.name, shape=output.shape, type=output.type)
 
@@ -130,7 +130,7 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def widened(graph: ir.Graph, halves: ir.Value) -> ir.Value:
-    """Return float16 numbers behind a `Cast` to float32, which ONNX Runtime folds into a constant when it loads."""
+    """Return float16 numbers behind a `Cast` to float32, which ONNX Runtime folds into a constant at load."""
     output = ir.Value(name=f"{halves.name}.float32", shape=halves.shape, type=ir.TensorType(ir.DataType.FLOAT))
     cast = ir.node("Cast", [halves], {"to": ir.DataType.FLOAT}, outputs=[output], name=f"{halves.name}/Cast")
     graph.insert_before(graph[0], cast)
@@ -145,7 +145,7 @@ def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns
     codes, *scales = table
     shape = ir.tensor(np.array([rows, columns * format.bits // 8], np.int64), name=f"{GATHER}/shape")
     shape_value = register(graph, shape)
-    # The codes of a row side by side instead of block by block: the same bytes.
+    # Flatten the blocks of each row; the bytes stay the same.
     flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")
     output = output_of(gather)
     lookup = ir.node(
@@ -166,9 +166,9 @@ def put_floats(graph: ir.Graph, name: str, values: Float32, file: DataFile) -> N
 
 
 def move_rest(graph: ir.Graph, file: DataFile) -> None:
-    """Write the float initialisers that still hold their values: norms, biases, rotary tables.
+    """Write the float initialisers that the graph still holds: norms, biases, rotary tables.
 
-    Shapes stay in the graph, where shape inference needs them, and so do single numbers.
+    Shapes stay in the graph, where shape inference needs them; so do scalars.
     """
     for name, value in graph.initializers.items():
         held = value.const_value

@@ -1,7 +1,7 @@
-"""A decoder's graph cut at its layers, so that the weights of one part at a time have to be there.
+"""Partitions a decoder's graph at its layers, so that only the weights of one part at a time must be in memory.
 
-The builder names nodes after the layer that they belong to. A head is cut further, into some of its rows each, and an
-embedding is looked up in a table of those rows alone that are asked for.
+The builder names nodes after their layer. The head is split further, into blocks of its rows. The embedding is looked
+up in a table that holds only the requested rows.
 """
 
 import re
@@ -28,9 +28,9 @@ LAYER = re.compile(r"/model/layers\.([0-9]{1,4})/")
 EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"
 IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
 PRODUCT = "MatMulNBits"
-# What an embedding consists of whose table has a row for each token.
+# Operators of an embedding whose table has one row per token.
 LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape"}
-# Rows of the head in one part: a multiple of what kernels take at once, and a few megabytes at usual widths.
+# Rows of the head in one part: a multiple of the rows that kernels process at once, a few megabytes at usual widths.
 HEAD_ROWS = 4096
 
 
@@ -39,11 +39,11 @@ class Weight:
     """An initialiser whose values are in the external data.
 
     Attributes:
-        name: Its name, or where it is stored in float16 and used in float32 that of the wider one.
+        name: Its name; if it is stored in float16 and used in float32, the name of the widened value.
         shape: Its dimensions.
-        span: Where its bytes are.
-        stored: What they are.
-        used: What the nodes take.
+        span: Position of its bytes.
+        stored: Type in the file.
+        used: Type that the nodes use.
     """
 
     name: str
@@ -64,16 +64,16 @@ class Weight:
         return replace(self, shape=(count, *self.shape[1:]), span=Span(self.span.start + first * row, count * row))
 
     def array(self, data: Bytes) -> NDArray[Any]:
-        """Return its bytes as the nodes take them; numbers that are widened keep their values."""
+        """Return its bytes as the type that the nodes use; widening keeps the values."""
         return data.view(self.stored).astype(self.used, copy=False).reshape(self.shape)
 
     @property
     def section(self) -> FileSection:
-        """What its bytes are."""
+        """The section of the file that holds its bytes."""
         return FileSection(self.span.start, array_part(self.shape, self.stored))
 
     def reference(self) -> TensorProto:
-        """Return an initialiser whose values a session is given apart from the graph."""
+        """Return an initialiser whose values are passed to a session separately from the graph."""
         kind = helper.np_dtype_to_tensor_dtype(self.used)
         tensor = TensorProto(name=self.name, data_type=kind, dims=self.shape, data_location=TensorProto.EXTERNAL)
         tensor.external_data.add(key="location", value="given")
@@ -86,12 +86,12 @@ class Segment:
 
     Attributes:
         name: Such as `layers.3`.
-        header: The graph's model without its graph: versions of its operators.
+        header: The model without its graph: the versions of its operators.
         nodes: Its nodes, in order.
         constants: Initialisers whose values are in the graph.
         weights: Initialisers whose values are in the external data.
-        inputs: What it takes.
-        outputs: What others or the caller want of it.
+        inputs: Values that it takes.
+        outputs: Values that other parts or the caller use.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Segment:
 
     @cached_property
     def model(self) -> bytes:
-        """The part as an ONNX model whose weights are to be given to the session."""
+        """The part as an ONNX model; its weights are passed to the session separately."""
         given = [weight.reference() for weight in self.weights]
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, [*self.constants, *given])
         model = ModelProto()
@@ -119,7 +119,7 @@ class Segment:
         return serialised
 
     def of_rows(self, first: int, count: int) -> "Segment":
-        """Return the part of a single product that computes so many of its outputs."""
+        """Return the part of a single `MatMulNBits` that computes `count` of its outputs."""
         narrow = NodeProto()
         for node in self.nodes:
             if node.op_type == PRODUCT:
@@ -135,7 +135,7 @@ class Segment:
         )
 
     def of_height(self, count: int) -> "Segment":
-        """Return the part of a lookup whose table has so many rows."""
+        """Return this lookup with a table of `count` rows."""
         return replace(self, weights=tuple(weight.rows(0, count) for weight in self.weights))
 
 
@@ -144,11 +144,11 @@ class GraphCut:
     """All parts of a decoder, in the order in which they run.
 
     Attributes:
-        masks: What layers want to know of the attention mask; without weights.
+        masks: Computes the values that layers need from the attention mask; without weights.
         lookup: The embedding.
         layers: The layers, and the last normalisation.
-        head: Products with so many rows of the head each; their outputs stand side by side.
-        tables: What several parts want and none changes: rotary tables.
+        head: Matrix multiplications with a block of the head's rows each; their outputs are concatenated.
+        tables: Values that several parts use and none changes: rotary tables.
     """
 
     masks: Segment
@@ -159,19 +159,19 @@ class GraphCut:
 
     @cached_property
     def parts(self) -> tuple[Segment, ...]:
-        """All but the embedding."""
+        """All parts but the embedding."""
         return (self.masks, *self.layers, *self.head)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """All weights: those of the parts, the tables, and the embedding's where it is not also the head's."""
+        """All weights: those of the parts, the tables, and the embedding's unless the head shares them."""
         own = [weight for part in self.parts for weight in part.weights]
         starts = {weight.span.start for weight in own}
         return (*own, *self.tables, *(one for one in self.lookup.weights if one.span.start not in starts))
 
     @cached_property
     def spent(self) -> dict[str, tuple[str, ...]]:
-        """What none wants after a part has run, by the part's name."""
+        """Part's name -> values that no later part uses."""
         last = {given.name: part.name for part in self.parts for given in part.inputs}
         return {part.name: tuple(name for name, user in last.items() if user == part.name) for part in self.parts}
 
@@ -184,13 +184,13 @@ def cut(graph: bytes, where: Path) -> GraphCut:
         where: Its path, for errors.
 
     Raises:
-        InputError: it is no such model, too large, or does not come apart at its layers.
+        InputError: it is no such model, is too large, or cannot be partitioned at its layers.
     """
     return _Cutting(read_graph(graph, where), where).cut()
 
 
 class _Cutting:
-    """What is known of a graph while it is cut."""
+    """The state of partitioning a graph."""
 
     def __init__(self, model: ModelProto, where: Path) -> None:
         self._where = where
@@ -201,7 +201,7 @@ class _Cutting:
         self._values = {value.name: value for value in named}
         self._wanted = {value.name for value in model.graph.output}
         self._nodes = list(model.graph.node)
-        # What depends on nothing but constants, and the place of the node that gives it.
+        # Value that depends only on constants -> index of the node that computes it.
         self._fixed: dict[str, int] = {}
         self._parts: dict[str, list[NodeProto]] = {}
         for place, node in enumerate(self._nodes):
@@ -213,7 +213,7 @@ class _Cutting:
         copied = 0
         for name, nodes in self._parts.items():
             self._before[name] = self._fixed_before(nodes)
-            # A part has copies of its own of these.
+            # Each part has its own copies of these.
             copied += len(self._before[name])
             if copied > MOST_NODES:
                 raise self._strange(f"more than {MOST_NODES:,} nodes before its parts")
@@ -248,7 +248,7 @@ class _Cutting:
         )
 
     def _segment(self, name: str, shared: Collection[str]) -> Segment:
-        """Return a part with the nodes that only depend on constants and that it wants."""
+        """Return a part, with the nodes that it uses and that depend only on constants."""
         nodes = [*self._before[name], *self._parts[name]]
         tensors = [self._initialisers[one] for one in self._initialisers_of(name) if one not in shared]
         wider = {node.input[0]: node.output[0] for node in nodes if self._widens(node)}
@@ -269,11 +269,11 @@ class _Cutting:
         )
 
     def _taken(self, value: str, part: str) -> bool:
-        """Return whether another part takes a value."""
+        """Return whether another part uses a value."""
         return bool(self._users.get(value, set()) - {part})
 
     def _widens(self, node: NodeProto) -> bool:
-        """Return whether a node makes float32 of an initialiser of float16: a session would do that each time anew."""
+        """Return whether a node widens a float16 initialiser to float32, which every new session would repeat."""
         tensor = self._initialisers.get(node.input[0]) if node.op_type == "Cast" and node.input else None
         return (
             tensor is not None
@@ -308,7 +308,7 @@ class _Cutting:
             raise self._strange(f"a constant {shown(constant.name)} that cannot be read ({error})") from error
 
     def _head(self, segment: Segment, count: int) -> tuple[Segment, ...]:
-        """Cut the head, which has so many rows, where it is a product that allows it."""
+        """Split the head, which has `count` rows, if it is a multiplication that allows it."""
         rows = {weight.shape[0] for weight in segment.weights}
         products = [node for node in segment.nodes if node.op_type == PRODUCT]
         if [value.name for value in segment.outputs] != [LOGITS] or len(segment.inputs) != 1:
@@ -320,12 +320,12 @@ class _Cutting:
         return tuple(segment.of_rows(first, min(HEAD_ROWS, count - first)) for first in range(0, count, HEAD_ROWS))
 
     def _initialisers_of(self, part: str) -> dict[str, None]:
-        """Return the names of initialisers that a part and the constants before it take, in order."""
+        """Return the names of initialisers that a part and its constant nodes use, in order."""
         every = [*self._before[part], *self._parts[part]]
         return dict.fromkeys(name for node in every for name in node.input if name in self._initialisers)
 
     def _fixed_before(self, nodes: Iterable[NodeProto]) -> list[NodeProto]:
-        """Return the nodes that depend on nothing but constants and that others take something of, in order."""
+        """Return the nodes that depend only on constants and that the given nodes depend on, in order."""
         found, waiting = set[int](), [name for node in nodes for name in node.input]
         while waiting:
             place = self._fixed.get(waiting.pop())
@@ -335,7 +335,7 @@ class _Cutting:
         return [self._nodes[place] for place in sorted(found)]
 
     def _weight(self, tensor: TensorProto, wider: str | None = None) -> Weight:
-        """Return an initialiser as it is used: in float32 under another name where it is widened."""
+        """Return an initialiser as it is used: in float32 under another name if it is widened."""
         held = External.of(tensor, self._where)
         size = prod(held.shape) * held.kind.itemsize
         if not size or held.size != size or not held.shape or held.shape[0] > MAX_WIDTH:
@@ -344,7 +344,7 @@ class _Cutting:
         return Weight(wider or tensor.name, held.shape, Span(held.start, size), held.kind, used)
 
     def _value(self, name: str, shape: bool = True) -> ValueInfoProto:
-        """Return what is known of a value; without its shape for one that will be another's."""
+        """Return the type and shape of a value; without its shape if the shape will differ."""
         tensor = self._initialisers.get(name)
         if tensor is not None:
             return helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))

@@ -1,4 +1,4 @@
-"""What ONNX Runtime and onnxruntime-genai are given of an artifact that somebody else may have made."""
+"""Checks of an untrusted artifact before ONNX Runtime and onnxruntime-genai load it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -23,11 +23,11 @@ from exporter.targets.onnx.settings import (
 )
 from exporter.targets.onnx.tokenize import OTHER_TEMPLATES, TEMPLATE
 
-# A settings file of ours has some 2 kB; a graph of 126 layers, the most of any model known, has 2.2 MB. What is parsed
-# can take a hundred times as much memory.
+# This exporter's settings files have some 2 kB. A graph of 126 layers, the most of any known model, has 2.2 MB. Parsed
+# data can take a hundred times as much memory.
 MOST_SETTINGS_BYTES, MOST_GRAPH_BYTES = 1 << 20, 4 << 20
 MOST_PARTS, MOST_ATTRIBUTES = 50_000, 64
-# Operators that compute, and do nothing else: none loads a library, reads a file, or holds a graph of its own.
+# Operators that only compute: none loads a library, reads a file, or holds a graph of its own.
 OPERATORS: dict[str, frozenset[str]] = {
     "": frozenset({
         "Add", "Cast", "Concat", "Constant", "DequantizeLinear", "Gather", "Gelu", "MatMul", "Mul", "Pow",
@@ -39,7 +39,7 @@ OPERATORS: dict[str, frozenset[str]] = {
         "SkipSimplifiedLayerNormalization",
     }),
 }  # fmt: skip
-# What these may hold besides; the rest of what ONNX knows is for code, and for what runtimes are told.
+# Fields that these messages may have; ONNX's other fields are for code and for instructions to runtimes.
 FIELDS: dict[type[Message], frozenset[str]] = {
     ModelProto: frozenset({"ir_version", "opset_import", "producer_name", "producer_version", "graph"}),
     GraphProto: frozenset({"name", "node", "initializer", "input", "output", "value_info"}),
@@ -51,15 +51,15 @@ NEXT_STEP = "get the bundle again"
 
 
 class OnnxIntake:
-    """A graph, its data, and the settings and tokenizer beside them; see `exporter.targets.intake.Intake`."""
+    """Accepts a graph with its data, settings and tokenizer; see `exporter.targets.intake.Intake`."""
 
     weights = (MODEL_FILE, DATA_FILE)
     required = 2
 
     def admit(self, artifact: Artifact, names: Collection[str], read: Read, folder: Path) -> Artifact:
-        """Return an artifact of settings written anew, and of links to the graph, its data and the tokenizer's files.
+        """Return an artifact of rewritten settings and of links to the graph, its data and the tokenizer's files.
 
-        ONNX Runtime follows links to a graph and its data that lie in one folder, and opens no data outside that.
+        ONNX Runtime follows links to a graph and its data in one folder. It opens no data outside that folder.
         """
         settings = from_json(GenaiConfig, read(CONFIGURATION, MOST_SETTINGS_BYTES), artifact.folder / CONFIGURATION)
         _check_graph(artifact, read, settings.model.decoder)
@@ -103,10 +103,10 @@ def require_known(model: ModelProto, data_bytes: int, where: Path) -> None:
     Args:
         model: The graph.
         data_bytes: Size of the data file.
-        where: For errors.
+        where: Path for errors.
 
     Raises:
-        InputError: it has an operator, a function, a nested graph or another place of data that no graph of ours has.
+        InputError: it has an operator, a function, a nested graph or a place of data that no written graph has.
     """
     graph, size = model.graph, model.ByteSize()
     _require(size <= MOST_GRAPH_BYTES, where, "the graph is too large", size, f"at most {MOST_GRAPH_BYTES:,} bytes")
@@ -135,7 +135,7 @@ def _require_operator(node: NodeProto, where: Path) -> None:
 
 
 def _require_fields(message: Message, where: Path) -> None:
-    """Refuse what no graph of ours has: functions, graphs within operators, entries for a runtime, and so on."""
+    """Refuse fields that no written graph has: functions, graphs within operators, entries for a runtime, and so on."""
     known = FIELDS[type(message)]
     more = next((field.name for field, _ in message.ListFields() if field.name not in known), None)
     _require(more is None, where, f"the graph has another form of {type(message).__name__}", more, "no such field")
@@ -160,7 +160,7 @@ def _require_place(tensor: TensorProto, data_bytes: int, where: Path) -> None:
 
 
 def _require_shape(graph: GraphProto, decoder: Decoder, where: Path) -> None:
-    """Refuse a graph whose keys and values are not of the shape that the settings name, by which they are allocated."""
+    """Refuse a graph whose keys and values differ in shape from the settings, by which they are allocated."""
     past = [value for value in graph.input if value.name.startswith("past_key_values.")]
     heads = {value.type.tensor_type.shape.dim[1].dim_value if _rank(value) == 4 else None for value in past}
     found, expected = (len(past), heads), (2 * decoder.num_hidden_layers, {decoder.num_key_value_heads})

@@ -1,16 +1,16 @@
-"""How quickly ONNX Runtime multiplies with each `MatMulNBits` format, against int4-b32.
+"""Speed of ONNX Runtime's matrix multiplication per `MatMulNBits` format, relative to int4-b32.
 
 Measured by `tests/benchmarks/test_onnx_kernels.py`: onnxruntime 1.32.0 on an x86-64 server with AVX-512 VNNI, at
-accuracy level 4. For a prompt, geometric means over the shapes 576x576, 1536x576 and 576x1536 on one core. For one
-token, matrices of more weights than the caches hold on two cores: what is read decides, and scales lie in memory as
-float32, whatever they are in the file, so blocks of 16 take nearly twice as long as blocks of 32. For 2 bits there are
-kernels for blocks of 32, 64 and 128 alone: in other blocks a token takes a hundred times as long. At level 0 or 1, that
-is where nothing multiplies in int8, 4 bits take three times as long for a token, and 2 and 8 bits a hundred times.
+accuracy level 4. Prompt speeds are geometric means over the shapes 576x576, 1536x576 and 576x1536 on one core.
+One-token speeds are of matrices larger than the caches, on two cores. They depend on the bytes read. Scales are float32
+in memory, whatever they are in the file, so blocks of 16 take nearly twice as long as blocks of 32. 2 bits have kernels
+only for blocks of 32, 64 and 128; with other blocks a token takes a hundred times as long. Level 0 or 1 does not
+multiply in int8: 4 bits take three times as long for a token, and 2 and 8 bits a hundred times.
 """
 
 from exporter.predict.roofline import Throughput
 
-# What int4-b32 itself makes of the products a second of llama.cpp's Q4_0, with many tokens, on the same cores.
+# Speed of int4-b32 relative to llama.cpp's Q4_0 with many tokens, on the same cores.
 INT4_B32 = Throughput(0.155, 0.63)
 THROUGHPUT = {
     "int2-b16": Throughput(0.01, 0.61),
@@ -44,9 +44,9 @@ THROUGHPUT = {
     "int8-b256": Throughput(0.82, 1.46),
     "int8-b256-asymmetric": Throughput(0.78, 1.46),
 }
-# From which formats are chosen for a budget: quick ones, each the best of its size on the reference model's matrices.
-# At 2 bits zero points gain less than their bytes do elsewhere, and 8 bits have no need of them. Rows are not padded:
-# at a width of 576, blocks of 128 would take 640 columns, more bytes than blocks of 64 and coarser scales.
+# The formats offered for a budget: fast ones, each the best of its size on the reference model's matrices. At 2 bits,
+# zero points gain less than their bytes do elsewhere; 8 bits do not need them. Rows are not padded: at a width of 576,
+# blocks of 128 would take 640 columns, which is more bytes than blocks of 64, with coarser scales.
 ALPHABET = (
     "int2-b128", "int2-b64", "int2-b32",
     "int4-b256", "int4-b128", "int4-b128-asymmetric", "int4-b64", "int4-b64-asymmetric", "int4-b32",

@@ -1,11 +1,11 @@
-"""Which parts of a model are kept plain, so that a floor of tokens/s is held with as few bytes as that takes."""
+"""Chooses the parts of a model to keep plain, so that a floor of tokens/s is held with as few bytes as possible."""
 
 from collections.abc import Mapping
 from statistics import median
 
-# Where the floor is missed, it is aimed at with so much to spare.
+# After a miss, the speed aimed at is the floor times this.
 SPARE = 1.1
-# Tokens, since the last change, whose median tells the speed.
+# Number of tokens since the last change whose median gives the speed.
 LOOKS = 3
 
 
@@ -13,7 +13,7 @@ class PlainWeightBudget:
     """The parts that are kept plain.
 
     Args:
-        sizes: Bytes that each part takes when it is plain.
+        sizes: Bytes of each part when it is plain.
         tokens_per_s: The floor; 0 keeps nothing plain.
     """
 
@@ -31,20 +31,20 @@ class PlainWeightBudget:
 
     @property
     def exhausted(self) -> bool:
-        """Whether tokens were too slow although every part was plain."""
+        """Whether tokens were too slow with every part plain."""
         return self.kept == set(self._sizes) and len(self._took) == LOOKS and not self.settled
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The speed of the last tokens; None where there were too few since the last change."""
+        """The speed of the last tokens; None if there were too few since the last change."""
         return 1 / median(self._took) if len(self._took) == LOOKS else None
 
     def spent(self, part: str, seconds: float) -> None:
-        """Say what it took to make a part ready that was not plain."""
+        """Record the time it took to prepare a part that was not plain."""
         self._costs[part] = seconds
 
     def adapt(self, seconds: float) -> None:
-        """Say how long a token took, and keep more where that is too long."""
+        """Record the time of a token, and keep more parts plain if it is too long."""
         self._took = [*self._took, seconds][-LOOKS:]
         if len(self._took) < LOOKS:
             return

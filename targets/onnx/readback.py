@@ -1,4 +1,4 @@
-"""What ONNX Runtime decodes from the artifact's bytes: each table fed through its own operator, one at a time."""
+"""Decodes the artifact's tables with ONNX Runtime's own operators, one at a time."""
 
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class Tables:
         return {tensor.name: tensor for tensor in self._graph.initializer}
 
     def decode(self, group: WeightGroup) -> Float32:
-        """Return a matrix as the runtime multiplies with it, its factors included, float32 [rows, columns]."""
+        """Return a matrix as the runtime uses it, including its factors, float32 [rows, columns]."""
         base = self._decoded(*self._node(group), group.rows, group.columns)
         factors = self._factors(group)
         if factors is None:
@@ -51,7 +51,7 @@ class Tables:
         return plus(base, self._decoded(left, 0, group.rows, rank), self._decoded(right, 0, rank, group.columns))
 
     def _factors(self, group: WeightGroup) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
-        """Return the nodes that multiply with L and R, or None where a matrix has no factors."""
+        """Return the nodes that multiply by L and R, or None if the matrix has no factors."""
         if group.layer is None:
             return None
         sides = [[f"{_stem(group)}/{side}/{kind}" for kind in ("MatMulNBits", "MatMul")] for side in ("left", "right")]
@@ -59,7 +59,7 @@ class Tables:
         return (found[0], found[1]) if len(found) == 2 else None
 
     def _decoded(self, node: onnx.NodeProto, first: int, rows: int, columns: int) -> Float32:
-        """Return some rows of what a node multiplies with."""
+        """Return some rows of a node's matrix."""
         last = first + rows
         if node.op_type == "MatMul":
             return np.ascontiguousarray(self._values(self._stored(node.input[1])).T[first:last], np.float32)
@@ -113,7 +113,7 @@ class Tables:
         raise InputError("the graph lacks a node", where=self._folder, expected=" or ".join(names))
 
     def _first_row(self, node: onnx.NodeProto, group: WeightGroup) -> int:
-        """Return where query, key or value begins in a fused matrix: query first, then key, then value."""
+        """Return the first row of query, key or value in a fused matrix, whose order is query, key, value."""
         if group.role == "q":
             return 0
         return self._outputs(node) - (2 if group.role == "k" else 1) * group.rows
@@ -123,11 +123,11 @@ class Tables:
         return int(dims[1] if node.op_type == "MatMul" else dims[0])
 
     def _stored(self, name: str) -> str:
-        """Return the name of what is stored where a `Cast` may widen it."""
+        """Return the name of a stored initialiser, which a `Cast` may widen."""
         return name if name in self._initialisers else self._makers[name].input[0]
 
     def _table_inputs(self, node: onnx.NodeProto) -> list[str]:
-        """Return the names of codes, scales and zero points as they are stored."""
+        """Return the names of codes, scales and zero points as stored."""
         used = [*node.input[1:]] if node.op_type == "MatMulNBits" else [node.input[0], *node.input[2:]]
         return [self._stored(name) for name in used]
 
@@ -140,13 +140,13 @@ class Tables:
 
 
 def _stem(group: WeightGroup) -> str:
-    """Return how the names of a matrix's nodes begin."""
+    """Return the common prefix of a matrix's node names."""
     part = "attn" if LINEARS[group.role][0].startswith("self_attn") else "mlp"
     return f"/model/layers.{group.layer}/{part}/{group.role}_proj"
 
 
 def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32:
-    """Multiply the identity by a table in a model of one product that computes in float32; return [rows, columns].
+    """Multiply the identity by a table in a model with one float32 multiplication; return [rows, columns].
 
     Float16 scales go through the runtime's own `Cast`, as in the artifact.
     """

@@ -1,10 +1,10 @@
 """How ONNX Runtime rounds activations on a device: the accuracy level of the graph and the options of its session.
 
-At level 4 `MatMulNBits` rounds activations to int8 in the weights' own blocks; where a core has no kernel for that (Arm
-without dotprod) it computes in float32, for which only 4 bits have a quick kernel. On Arm with dotprod, 4-bit weights
-in blocks of 32 or more without zero points go to KleidiAI's kernels instead, which round activations by whole rows and
-cut scales to bfloat16: on an emulated Cortex-A76 that cost a mean KL of 0.046 against the same weights in float32, and
-ONNX Runtime's own int8 kernels 0.009, as on x86. So KleidiAI is switched off there. Computing at level 1 instead takes
+At level 4 `MatMulNBits` rounds activations to int8 in the weights' own blocks. A core without a kernel for that (Arm
+without dotprod) computes in float32, for which only 4 bits have a fast kernel. On Arm with dotprod, 4-bit weights in
+blocks of 32 or more without zero points use KleidiAI's kernels instead, which round activations by whole rows and
+truncate scales to bfloat16. On an emulated Cortex-A76 these cost a mean KL of 0.046 against the same weights in
+float32; ONNX Runtime's own int8 kernels cost 0.009, as on x86. KleidiAI is therefore disabled there. Level 1 takes
 three times as long for a token at 4 bits and a hundred times at 8 (on x86; `exporter.targets.onnx.kernel_speeds`).
 """
 
@@ -17,13 +17,13 @@ DISABLE_KLEIDIAI = "mlas.disable_kleidiai"
 
 @dataclass(frozen=True)
 class Rounding:
-    """What is decided for a device; two are equal where the runtime would do the same.
+    """The rounding on a device; two are equal if the runtime would do the same.
 
     Attributes:
         level: The attribute `accuracy_level` of every `MatMulNBits`.
-        quick_bits: Widths of codes for which the device has quick kernels.
+        quick_bits: Code widths for which the device has fast kernels.
         options: Entries of the session's configuration, for genai_config.json.
-        reason: For the plan and the report.
+        reason: Explanation for the plan and the report.
     """
 
     level: int = 4

@@ -1,4 +1,4 @@
-"""ONNX Runtime and onnxruntime-genai, inside a child process."""
+"""ONNX Runtime and onnxruntime-genai in a child process."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
-# Weights behind a `DequantizeLinear`: multiply them by float32 activations.
+# Multiply weights behind a `DequantizeLinear` by float32 activations.
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "0"}
 
 
@@ -23,8 +23,8 @@ class OnnxRuntime(DecoderFolder):
         artifact: A folder with model.onnx, its data, genai_config.json and the tokenizer.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
-        exact: Compute products with float32 activations where the graph does not say how they are rounded: ONNX
-            Runtime rounds those of weights behind a `DequantizeLinear` to int8 in blocks by default.
+        exact: Use float32 activations where the graph does not say how they are rounded. By default, ONNX Runtime
+            rounds the inputs of weights behind a `DequantizeLinear` to int8 in blocks.
         sequences: Must be 1.
     """
 
@@ -55,7 +55,7 @@ class OnnxRuntime(DecoderFolder):
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
-        """Return `count` greedy tokens, fewer where the model ends its text."""
+        """Return `count` greedy tokens, fewer if the model ends its text."""
         generator = self._generator(len(tokens) + count)
         generator.append_tokens(np.array([tokens], np.int32))
         while not generator.is_done():
@@ -78,7 +78,7 @@ class OnnxRuntime(DecoderFolder):
                 generator.generate_next_token()
             prefills.append(first - started)
             decodes.append(time.perf_counter() - first)
-            # Or else it would keep its keys and values while the next one gets its own.
+            # Otherwise it would keep its keys and values while the next one allocates its own.
             del generator
         return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 

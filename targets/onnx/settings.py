@@ -1,6 +1,6 @@
-"""genai_config.json and tokenizer_config.json: all that they may say, for what writes them and for what reads them.
+"""The accepted keys of genai_config.json and tokenizer_config.json, for both writing and reading.
 
-onnxruntime-genai does as they say: a key can make it load a library, or write a file. So they have these keys alone.
+onnxruntime-genai obeys these files: a key can make it load a library or write a file. No other keys are accepted.
 """
 
 import json
@@ -65,7 +65,7 @@ class Decoder(Document):
 
 
 class GenaiModel(Document):
-    """The model: its decoder, and its special tokens."""
+    """The model: its decoder and its special tokens."""
 
     context_length: Size
     decoder: Decoder
@@ -84,7 +84,7 @@ class GenaiModel(Document):
 
 
 class Search(Document):
-    """How tokens are chosen; what this tool runs chooses the first."""
+    """How tokens are chosen; this tool itself decodes greedily."""
 
     diversity_penalty: Share
     do_sample: bool
@@ -110,7 +110,7 @@ class GenaiConfig(Document):
     search: Search
 
     def with_session_options(self, options: Mapping[str, str]) -> "GenaiConfig":
-        """Return the same with these entries of the session's configuration and no others."""
+        """Return a copy with exactly these entries of the session's configuration."""
         decoder = self.model.decoder
         kept = {"log_id": decoder.session_options.log_id, "provider_options": decoder.session_options.provider_options}
         session = SessionOptions.model_validate(kept | dict(options))
@@ -123,7 +123,7 @@ class GenaiConfig(Document):
 
 
 class TokenizerConfig(Document):
-    """tokenizer_config.json: as this version writes it, and as version 0.1.0 did."""
+    """tokenizer_config.json, as written by this version and by version 0.1.0."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[Annotated[str, Field(pattern=TOKEN_NAME)], str]

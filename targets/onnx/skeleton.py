@@ -1,4 +1,4 @@
-"""The decoder's graph from onnxruntime-genai's model builder, made without its weights."""
+"""Builds a decoder's graph with onnxruntime-genai's model builder, without weights."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ from exporter.targets.onnx.companions import genai_ids, write_text_files
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 
 GENERATION = "generation_config.json"
-# What the builder takes over of it, and what it must be.
+# Keys that the builder copies from it, and their types.
 NUMBERS: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
 BUILDERS: dict[str, Any] = {
     "LlamaForCausalLM": builders.LlamaModel,
@@ -43,8 +43,8 @@ class Skeleton:
 
     Attributes:
         graph: The model; initialisers of matrices hold no data, all others are complete.
-        builder: onnxruntime-genai's builder, for the files that go beside the graph.
-        tokenizer: The model's tokenizer, for the same.
+        builder: onnxruntime-genai's builder, for the files next to the graph.
+        tokenizer: The model's tokenizer, for the same files.
     """
 
     graph: ir.Model
@@ -61,7 +61,7 @@ class Skeleton:
         settings["model"].pop("bos_token_id")
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
-        # A prompt is read in parts: the graph gives logits after every token, of which the last are wanted.
+        # A prompt is processed in chunks: the graph computes logits for every token, but only the last are used.
         settings["search"]["chunk_size"] = ONNX_CHUNK
         path.write_text(from_json(GenaiConfig, json.dumps(settings), path).to_text(), encoding="utf-8")
 
@@ -72,8 +72,8 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
     Args:
         model: The source; its norms and biases are read, its matrices are not.
         scratch: A folder for the builder's own files.
-        fuse_qkv: One matrix multiplication for query, key and value.
-        share_embedding: The float32 graph gathers its embedding from the transposed head.
+        fuse_qkv: Use one matrix multiplication for query, key and value.
+        share_embedding: Make the float32 graph gather its embedding from the transposed head.
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
     tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
@@ -91,7 +91,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(
             model, builder.rope_attrs["cache_length"]
         )
-        # The builder would take every matrix with as many rows as there are tokens for the head.
+        # Otherwise the builder would mistake every matrix with as many rows as the vocabulary for the head.
         builder.has_lm_head = lambda module: module is builder.weights.lm_head
         _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
         builder.hf_config = config
@@ -101,7 +101,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
 
 
 def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelTokenizer, scratch: Path) -> Path:
-    """Return a folder with what the builder reads besides weights, checked: the model's own may be anything."""
+    """Return a folder with checked files for the builder, without weights; the model's own files are untrusted."""
     folder = scratch / "checked"
     folder.mkdir()
     write_text_files(tokenizer, model.architecture.context_length, folder)
@@ -111,7 +111,7 @@ def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelToke
 
 
 def _sampling(folder: Path) -> dict[str, Any]:
-    """Return how a model wants to be sampled, of generation_config.json, as far as it can be."""
+    """Return the valid sampling settings of generation_config.json."""
     given = read_json_object_if_there(folder / GENERATION) or {}
     wanted = {key: value for key, value in given.items() if key in NUMBERS and _is_number(value, NUMBERS[key])}
     return wanted | ({"do_sample": given["do_sample"]} if isinstance(given.get("do_sample"), bool) else {})
@@ -122,9 +122,9 @@ def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
 
 
 def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConfig:
-    """Return the config without what the builder would make anew: rotary tables, windows that no context exceeds.
+    """Return the config without values that the builder would recompute: rotary tables, windows no context exceeds.
 
-    Ids of special tokens are put right by `write_companions`; the builder only wants some.
+    `write_companions` corrects the ids of special tokens; the builder only needs some.
     """
     config = model.own_config()
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
@@ -139,7 +139,7 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
 
 @contextlib.contextmanager
 def _configured_by(config: PretrainedConfig) -> Iterator[None]:
-    """Let the builder, which would read config.json anew with all its keys, use the config that was checked."""
+    """Make the builder use the checked config; otherwise it would read config.json again with all its keys."""
     original = genai_builder.AutoConfig
     genai_builder.AutoConfig = SimpleNamespace(from_pretrained=lambda *_, **__: config)
     try:
@@ -149,14 +149,14 @@ def _configured_by(config: PretrainedConfig) -> Iterator[None]:
 
 
 def _rotary_tables(model: Model, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines as transformers has them, float32 [positions, head width]."""
+    """Return cosines and sines as transformers computes them, float32 [positions, head width]."""
     frequencies, factor = rotary_frequencies(model.config)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
-    """Let the builder, which knows one width for the feed-forward parts, use each layer's own."""
+    """Make the builder, which supports one feed-forward width, use each layer's own."""
     make_layer = builder.make_layer
 
     def make(layer: int, module: nn.Module) -> None:
@@ -167,7 +167,7 @@ def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
 
 
 def _weightless(model: Model) -> nn.Module:
-    """Return the transformers module with real vectors and with matrices that are one zero, repeated by stride."""
+    """Return the transformers module with real vectors; each matrix is a single zero, repeated by stride."""
     module = weightless_module(model)
     vectors = model.architecture.vectors()
     for name, parameter in list(module.named_parameters()):
@@ -178,13 +178,13 @@ def _weightless(model: Model) -> nn.Module:
 
 
 def _packed(*matrices: nn.Linear) -> SimpleNamespace:
-    """Stand in for the builder's own way to stack query, key and value, which would fill memory with the zeros."""
+    """Replace the builder's stacking of query, key and value, which would fill memory with zeros."""
     rows, columns = sum(len(matrix.weight) for matrix in matrices), matrices[0].weight.shape[1]
     return SimpleNamespace(weight=torch.zeros(()).expand(rows, columns))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the builder's prints from the user's terminal."""
+    """Hide the builder's prints from the user's terminal."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""What of a decoder ONNX Runtime's operators compute; all else is refused before a weight is read."""
+"""Refuses decoders that ONNX Runtime's operators do not compute, before a weight is read."""
 
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
@@ -8,13 +8,13 @@ HEAD_WIDTHS = 16
 
 
 def require_supported(model: Model) -> None:
-    """Refuse a model that ONNX Runtime does not run.
+    """Refuse a model that ONNX Runtime cannot run.
 
-    Activations and kinds of rotary embeddings need no look: the builder writes every activation that is read, and
-    rotary tables are transformers' own.
+    Activations and rotary embeddings need no check: the builder writes every activation that is read, and the rotary
+    tables are transformers' own.
 
     Raises:
-        RequestError: see above; the property, the limit and a target without it are named.
+        RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
     width = model.architecture.head_dim
     if width % HEAD_WIDTHS:

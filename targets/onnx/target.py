@@ -1,4 +1,4 @@
-"""The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, its matrices in `MatMulNBits`."""
+"""The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, with matrices in `MatMulNBits`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +51,7 @@ from exporter.targets.target import AsStored, shape_of
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = "F32"
 
-# What onnxruntime-genai's builder makes of the head, and an embedding tied to it, and of the rest, from the largest.
+# Formats that onnxruntime-genai's builder uses for the head (with a tied embedding) and for the rest, largest first.
 STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
 
 
@@ -59,7 +59,7 @@ class Onnx:
     """model.onnx with its external data, genai_config.json and the tokenizer.
 
     Args:
-        rounding: How the runtime rounds activations on the device that the model is for.
+        rounding: How the runtime rounds activations on the target device.
     """
 
     name = "onnx"
@@ -75,7 +75,7 @@ class Onnx:
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {4: matmulnbits_format("int4-b32"), 8: matmulnbits_format("int8-b32"), 16: ggml_format("F16")}
     )
-    # Nodes and initialisers of a layer: 9,792 with zero points everywhere, 8,575 without, in the reference model.
+    # Bytes of a layer's nodes and initialisers in the reference model: 9,792 with all zero points, 8,575 without.
     graph_bytes_per_layer = 9792
 
     def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:
@@ -107,9 +107,9 @@ class Onnx:
         return decisions
 
     def storages(self, model: Model) -> list[Storage]:
-        """Return the matrices, query, key and value of a layer as one.
+        """Return the matrices; query, key and value of a layer are one storage.
 
-        Apart they could differ in format, but on the reference model a token takes 1.18 times as long.
+        They could differ in format if stored apart, but on the reference model a token takes 1.18 times as long.
         """
         together: dict[object, list[WeightGroup]] = {}
         for group in model.groups():
@@ -122,7 +122,7 @@ class Onnx:
         ]
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
-        """Return what the builder makes by default, or with 8 bits for the head or for all where they fit."""
+        """Return the builder's default formats, or 8 bits for the head or for all matrices if they fit."""
         for head, rest in STOCK:
             decisions = [
                 Decision(group, "rtn", matmulnbits_format(name), "as the builder makes it")
@@ -138,7 +138,7 @@ class Onnx:
         return THROUGHPUT[format.name.removesuffix("-f32")].times(INT4_B32)
 
     def fixed_bytes(self, model: Model) -> int:
-        """Return vectors, rotary tables, the graph, and the most that alignment takes."""
+        """Return the size of vectors, rotary tables and graph, plus the most that alignment takes."""
         aligned = sum(PAGE_BYTES if group.size >= ALIGNED_FROM_BYTES else 0 for group in model.groups())
         small = 4 * SMALL_ALIGNMENT_BYTES * (len(model.groups()) + len(model.architecture.vectors()))
         return (
@@ -154,7 +154,7 @@ class Onnx:
         return vectors + 2 * 4 * shape.context_length * shape.head_dim // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
-        """Return matrices, vectors, rotary tables and the graph."""
+        """Return the size of matrices, vectors, rotary tables and graph."""
         matrices = sum(decision.stored_bytes for decision in decisions)
         return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.architecture.layers
 
@@ -167,11 +167,11 @@ class Onnx:
         return onnx_weights(decisions, rest)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
-        """Return the model with evened channels, where codes are fitted to them."""
+        """Return the model with scaled channels, if codes are fitted to them."""
         return scaled_if_fitted(model, statistics, decisions)
 
     def lower_text(self, model: Model, folder: Path) -> Artifact:
-        """Write the tokenizer's files and as much of genai_config.json as it needs."""
+        """Write the tokenizer's files and the part of genai_config.json that it needs."""
         write_text_alone(model, folder)
         return Artifact(self.name, folder, ())
 
@@ -196,13 +196,13 @@ class Onnx:
         fuse_qkv: bool,
         share_embedding: bool,
     ) -> Artifact:
-        """Write a decoder and what onnxruntime-genai needs beside it.
+        """Write a decoder and the other files that onnxruntime-genai needs.
 
         Args:
-            compressed: What to write.
-            folder: Where; empty.
+            compressed: The model.
+            folder: Output folder; empty.
             fill: Puts the matrices into the skeleton's graph and their data into the file.
-            fuse_qkv: One matrix multiplication for query, key and value.
+            fuse_qkv: Use one matrix multiplication for query, key and value.
             share_embedding: See `build_skeleton`.
         """
         with scratch_folder() as scratch:
@@ -219,7 +219,7 @@ class Onnx:
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
     def lower_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32: products of floats, any factors added to their matrices."""
+        """Write a model in float32: float multiplications, with factors added to their matrices."""
         return self.lower(CompressedModel(model, self.decide(model, FLOAT, "rtn"), None), FLOAT, folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
@@ -233,7 +233,7 @@ class Onnx:
 
 
 def _factors_alike(decisions: Mapping[str, Decision]) -> bool:
-    """Return whether of query, key and value of each layer all have factors or none: else they are three products."""
+    """Return whether query, key and value of each layer all have factors or all lack them, and can be fused."""
     found: dict[int | None, set[bool]] = {}
     for decision in decisions.values():
         if decision.group.role in ("q", "k", "v"):

@@ -1,4 +1,4 @@
-"""What onnxruntime-genai makes of text: the files beside a graph."""
+"""onnxruntime-genai's tokenizer, from the files next to a graph."""
 
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.tokenize import GenaiTokenizer

@@ -1,4 +1,4 @@
-"""How onnxruntime-genai tokenises a text and renders a chat, from a model folder and without its weights."""
+"""Tokenisation and chat rendering by onnxruntime-genai, from a model folder without weights."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 class GenaiTokenizer:
-    """The tokenizer and chat template of a folder for onnxruntime-genai, made to live in a `Child`.
+    """The tokenizer and chat template of a folder for onnxruntime-genai; it runs in a `Child`.
 
     Args:
         folder: Holds genai_config.json, tokenizer.json and tokenizer_config.json; the ONNX graph is not read.
@@ -26,7 +26,7 @@ class GenaiTokenizer:
         self._folder = folder
         try:
             self._tokenizer = onnxruntime_genai.Tokenizer(str(folder))
-            # Its default leaves out BOS and EOS even where tokenizer.json adds them.
+            # The default omits BOS and EOS even if tokenizer.json adds them.
             self._tokenizer.update_options(add_special_tokens="true")
         except RuntimeError as error:
             raise InputError(
@@ -37,11 +37,11 @@ class GenaiTokenizer:
             ) from error
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text, with BOS or EOS where the tokenizer adds them."""
+        """Return the ids of a text, with BOS or EOS if the tokenizer adds them."""
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def text(self, ids: list[int]) -> str:
-        """Return the text of ids, special tokens left out."""
+        """Return the text of ids, without special tokens."""
         return str(self._tokenizer.decode(np.array(ids, np.int32)))
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
@@ -49,7 +49,7 @@ class GenaiTokenizer:
 
         Args:
             chat: Messages with `role` and `content`.
-            prompt: Ask for the start of an answer at the end.
+            prompt: End with the start of an answer.
 
         Raises:
             RequestError: the folder holds no chat template.
@@ -59,7 +59,7 @@ class GenaiTokenizer:
         try:
             text = self._tokenizer.apply_chat_template(json.dumps(chat), add_generation_prompt=prompt)
             return Rendered(str(text))
-        except Exception as error:  # a template may end in any
+        except Exception as error:  # a template may raise any exception
             return Rendered.refused(error)
 
     def ends(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""What is let in is what it is for the target `onnx`."""
+"""The checks are those of the target `onnx`."""
 
 from exporter.targets.onnx.intake import OnnxIntake
 

@@ -1,4 +1,4 @@
-"""What ONNX Runtime decodes from the artifact's bytes: each table through `DequantizeLinear`, one at a time."""
+"""Decodes the artifact's tables with ONNX Runtime's `DequantizeLinear`, one at a time."""
 
 import numpy as np
 import onnxruntime
@@ -14,21 +14,21 @@ class QdqTables(Tables):
     """The matrices of an ONNX decoder in QDQ form, found by the nodes that use them."""
 
     def decode(self, group: WeightGroup) -> Float32:
-        """Return a matrix as the runtime multiplies with it, float32 [rows, columns]."""
+        """Return a matrix as the runtime uses it, float32 [rows, columns]."""
         codes, scales = (self._values(name) for name in self._names(group))
         if group.role == "embedding":
             return dequantised(codes, scales[:, 0], 0)
         return np.ascontiguousarray(dequantised(codes, scales, 1).T)
 
     def format_name(self, group: WeightGroup) -> str:
-        """Return the format that the initialisers have, such as `int8-channel`."""
+        """Return the format of the initialisers, such as `int8-channel`."""
         codes, scales = (self._initialisers[name] for name in self._names(group))
         kind = TensorProto.DataType.Name(codes.data_type).lower()
         channels = codes.dims[0 if group.role == "embedding" else 1]
         return f"{kind}-{'channel' if scales.dims[0] == channels else 'tensor'}"
 
     def _names(self, group: WeightGroup) -> tuple[str, str]:
-        """Return the initialisers of codes and scales: those that are looked up, or those of a product's weights."""
+        """Return the initialisers of codes and scales, of the embedding's lookup or of a `MatMul`'s weights."""
         if group.role == "embedding":
             return self._first(GATHER).input[0], self._first(f"{GATHER}/scales").input[0]
         node, _ = self._node(group)
@@ -37,7 +37,7 @@ class QdqTables(Tables):
 
 
 def dequantised(codes: np.ndarray, scales: Float32, axis: int) -> Float32:
-    """Return what ONNX Runtime's `DequantizeLinear` makes of codes with a scale for each index of an axis."""
+    """Return the output of ONNX Runtime's `DequantizeLinear` for codes with one scale per index of an axis."""
     node = helper.make_node("DequantizeLinear", ["codes", "scales"], ["y"], axis=axis)
     graph = helper.make_graph(
         [node],

@@ -1,4 +1,4 @@
-"""ONNX Runtime runs QDQ graphs too: it fuses each product with the quantisers around it."""
+"""ONNX Runtime also runs QDQ graphs: it fuses each matrix multiplication with the quantisers around it."""
 
 from exporter.targets.onnx.runtime import OnnxRuntime
 

@@ -1,4 +1,4 @@
-"""The target `onnx-qdq`: a decoder whose products are of static integers, as NPUs and XNNPACK take them."""
+"""The target `onnx-qdq`: a decoder with static integer matrix multiplications, for NPUs and XNNPACK."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ from exporter.targets.onnx_qdq.readback import QdqTables
 
 @dataclass(frozen=True)
 class Scheme:
-    """How activations are stored: one scale and zero point a tensor, fixed before the model runs.
+    """How activations are stored: one static scale and zero point per tensor.
 
     Attributes:
-        codes: NumPy type of the inputs and outputs of a product.
-        wide: Roles with 16 bits instead, that 8 are too few for: `down`, since a few tokens drive a few channels of the
-            feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2), and
+        codes: NumPy type of the inputs and outputs of a matrix multiplication.
+        wide: Roles that use 16 bits instead, because 8 are too few: `down`, since a few tokens drive a few channels of
+            the feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2); and
             the head, whose matrix is often the embedding too, so that its channels cannot be equalised.
     """
 
@@ -44,7 +44,7 @@ class Scheme:
     wide: tuple[str, ...] = ()
 
     def of(self, role: str) -> type[np.unsignedinteger]:
-        """Return the type of the inputs and outputs of a role's product."""
+        """Return the type of the inputs and outputs of a role's matrix multiplication."""
         return np.uint16 if role in self.wide else self.codes
 
     def bits(self, role: str) -> int:
@@ -56,21 +56,21 @@ TYPES = {
     "a16w8": Scheme(np.uint16),
     "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
 }
-# Not what goes into the down projections: their codes are wide, and the channels of `up` would become uneven instead.
+# Inputs of the down projection are left out: their codes are wide, and the channels of `up` would become uneven.
 EQUALISED = ("attention_in", "attention_out", "mlp_in", "head_in")
 ALPHA = 0.5
-# ONNX Runtime turns the tables round while it fuses them: 2.8 with 8-bit activations, 3.5 with 16-bit ones.
+# ONNX Runtime transposes the tables during fusion: 2.8 copies with 8-bit activations, 3.5 with 16-bit ones.
 WEIGHT_COPIES = 3.25
 
 
 class OnnxQdq(Onnx):
-    """A decoder in QDQ form, with the files that the target `onnx` has."""
+    """A decoder in QDQ form, with the files of the target `onnx`."""
 
     name = "onnx-qdq"
     default_type = "a16w8"
     default_method = "ldlq"
     type_of_8_bits = "a16w8"
-    # Static activations are coarser than those that a runtime scales as it goes; a table out of place costs nats.
+    # Static activations are coarser than dynamically scaled ones; a misplaced table costs nats.
     most_rounding_kl = 0.3
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
@@ -81,7 +81,7 @@ class OnnxQdq(Onnx):
         return list(TYPES)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
-        """Return int8 with a scale for each row, for every matrix."""
+        """Return int8 with one scale per row for every matrix."""
         require_supported(model)
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
@@ -92,15 +92,15 @@ class OnnxQdq(Onnx):
         ]
 
     def storages(self, model: Model) -> list[Storage]:
-        """Return the matrices, each with the only format that they can have."""
+        """Return the matrices, each with the only available format."""
         return [Storage((group,), (ChannelFormat(group.columns),)) for group in model.groups()]
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
-        """Return nothing: there is one format."""
+        """Return nothing: there is only one format."""
         return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
-        """Return the same for every matrix: there is one format."""
+        """Return the same speed for every matrix: there is only one format."""
         return Throughput()
 
     def _weights(self, model: Model, decisions: list[Decision]) -> Weights:
@@ -125,7 +125,7 @@ class OnnxQdq(Onnx):
         return Onnx(self._rounding).lower_float(model, folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
-        """Return a function that decodes a matrix by ONNX Runtime's `DequantizeLinear` on the artifact's bytes."""
+        """Return a function that decodes a matrix from the artifact's bytes with ONNX Runtime's `DequantizeLinear`."""
         return QdqTables(artifact.weights[0]).decode
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
@@ -134,7 +134,7 @@ class OnnxQdq(Onnx):
         return {group.name: tables.format_name(group) for group in model.groups()}
 
     def _scheme(self, type: str) -> Scheme:
-        """Return the scheme of a type; a budget names no type, and its activations are the default's."""
+        """Return the scheme of a type; a budget names no type and gets the default's activations."""
         return TYPES.get(type, TYPES[self.default_type])
 
 

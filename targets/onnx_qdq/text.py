@@ -1,4 +1,4 @@
-"""Text is what it is for the target `onnx`."""
+"""Text is handled as in the target `onnx`."""
 
 from exporter.targets.onnx.text import GenaiText
 

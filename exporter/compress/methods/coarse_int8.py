@@ -1,10 +1,11 @@
-"""Double compression: 8-bit integers with steps so coarse that entropy coding makes a second compression of them.
+"""Double compression: 8-bit integers with steps so coarse that entropy coding compresses them a second time.
 
-After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), of which no code is published;
-the choices here are ours. Input channels are divided by a root of their magnitude, and the weights are multiplied by it
-(`exporter.compress.awq_scaling`). Step sizes are chosen for the bits that the codes take once they are entropy-coded
-(`exporter.coding`), by how much the rows of all matrices matter (`exporter.compress.rate_distortion`). Weights are
-rounded to the nearest; on request, those with the least |w| max|x| become zero. The file is the runtime's own.
+After Wang et al. 2025, "When Compression Meets Model Compression" (arXiv 2502.15443), which has no published code; the
+choices here are this exporter's. Input channels are divided by a root of their magnitude, and the weights are
+multiplied by it (`exporter.compress.awq_scaling`). Step sizes are chosen for the entropy-coded size of the codes
+(`exporter.coding`), weighted by the sensitivity of the rows of all matrices (`exporter.compress.rate_distortion`).
+Weights are rounded to nearest; optionally, those with the least |w| max|x| become zero. The file has the runtime's own
+format.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,23 +27,23 @@ from exporter.formats.row_scaled import LARGEST_CODE, encode_steps, scale_type, 
 from exporter.model.model import Model
 
 DEFAULT_BITS = 3.8
-# Half of the inputs' magnitude goes into the weights: a row has one step and codes of 8 bits, so that the weights of a
-# channel much larger than the others would make the step coarse for all of them.
+# Half of the inputs' magnitude goes into the weights. A row has one step and codes of 8 bits, so a channel with much
+# larger weights than the others would make the step coarse for all of them.
 ALPHA = 0.5
-# Of the weights that the steps leave, this share becomes zero. At as many bits 2 % lose a quarter more than none, 0.091
-# against 0.072 nats (tests/benchmarks/test_coding.py, 3.85 bits): finer steps are the better use of them.
+# Share of the nonzero codes that become zero. At equal bits, 2 % lose a quarter more than none, 0.091 against 0.072
+# nats (tests/benchmarks/test_coding.py, 3.85 bits).
 ZEROED = 0.0
 
 
 @dataclass(frozen=True)
 class Double:
-    """Round to the nearest of steps as coarse as the bits ask for.
+    """Rounding to nearest, with steps as coarse as the bits require.
 
     Attributes:
-        bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
-        largest: The largest magnitude seen of each input, float32 [columns]; None for the deviations at hand.
+        bits: Target bits per weight of the coded codes; if `step` is given, the rate follows from it.
+        largest: The largest observed magnitude of each input, float32 [columns]; None to use its root mean square.
         zeroed: Share of the weights that become zero because they move the outputs least.
-        roots: What the step is divided by in each row, float32 [rows]; None where all rows count alike.
+        roots: Divisor of the step in each row, float32 [rows]; None if all rows count alike.
         step: The common step.
     """
 
@@ -60,10 +61,10 @@ class Double:
         return self if self.roots is None else replace(self, roots=self.roots[rows])
 
     def require(self, format: WeightFormat) -> None:
-        """Refuse all but symmetric formats of 8 bits.
+        """Refuse all formats but symmetric ones of 8 bits.
 
         Raises:
-            RequestError: the format is another.
+            RequestError: the format is another one.
         """
         scale_type(format)
 
@@ -87,11 +88,11 @@ class Double:
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Return the error itself: nothing of it is fitted to the text."""
+        """Return the actual error: none of it is fitted to the text."""
         return error_of(self.encode(weight, format, site).planned - weight, site, columns)
 
     def sampled_curve(self, weight: Float32, roots: Float32, reach: Float32) -> Curve:
-        """Return what rates common steps give, from some rows of a matrix, float32 [rows, columns]."""
+        """Return the rates at common steps, measured on some rows of a matrix, float32 [rows, columns]."""
         rows = some_rows(len(weight))
         some, counted = weight[rows], roots[rows]
 
@@ -101,7 +102,7 @@ class Double:
         return Curve.of(some, counted, rounded, len(weight) / len(rows))
 
     def _codes(self, weight: Float32, steps: Float32, reach: Float32) -> Int8:
-        """Return the nearest codes, int8 [rows, columns], those that move the outputs least zero."""
+        """Return the nearest codes, int8 [rows, columns]; those that move the outputs least become zero."""
         nearest = np.rint(weight / steps[:, None])
         codes: Int8 = np.clip(nearest, -LARGEST_CODE, LARGEST_CODE).astype(np.int8)
         moved = np.abs(codes) * steps[:, None] * reach
@@ -112,7 +113,7 @@ class Double:
 
 
 def in_scaled_channels(model: Model, statistics: Statistics) -> Rewritten:
-    """Return the model with channels scaled by their magnitude: its compressible form."""
+    """Return the model with channels scaled by their magnitude, the form that this method compresses."""
     return scaled_channels(model, statistics, ALPHA)
 
 
@@ -124,13 +125,13 @@ def doubled(
     zeroed: float = ZEROED,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Double]:
-    """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
+    """Return the method for each matrix, by name, so that together they take this many bits per weight when coded.
 
     Args:
-        model: The model, in the coordinates that it is encoded in.
+        model: The model, in the coordinates in which it is encoded.
         statistics: In the same coordinates.
         groups: The matrices.
-        bits: Bits a weight on average, tables and scales included.
+        bits: Average bits per weight, including tables and scales.
         zeroed: Share of the weights that become zero.
         progress: Called with matrices done and their total.
 
@@ -151,5 +152,5 @@ def doubled(
 
 
 def at(effort: Effort) -> Double:
-    """Return the method for one matrix by itself; `doubled` spreads bits over several."""
+    """Return the method for a single matrix; `doubled` distributes bits over several."""
     return Double()

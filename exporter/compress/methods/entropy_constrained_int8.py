@@ -1,16 +1,17 @@
-"""A rate of our choice in an 8-bit format: error feedback with steps chosen for the entropy of the codes.
+"""A chosen rate in an 8-bit format: error feedback with steps chosen for the entropy of the codes.
 
-The file is the runtime's own, 8 bits a weight; coded (`exporter.coding`) it takes what its codes' entropy is. With
-D = E V the error of feedback (`exporter.compress.methods.ldlq`), a matrix costs sum_ij s_i d_j step_ij^2 / 24 in KL.
-Here s_i is a row's sensitivity, and d_j = 1 / U_jj^2 the part of an input that later inputs do not predict. The codes
-take sum_ij log2(sigma_ij / step_ij) + const bits. The least KL at a given total of bits is thus
+The file has the runtime's own format of 8 bits per weight; coded (`exporter.coding`), its size is the entropy of its
+codes. With D = E V the error after feedback (`exporter.compress.methods.ldlq`), a matrix costs
+sum_ij s_i d_j step_ij^2 / 24 in KL. Here s_i is a row's sensitivity, and d_j = 1 / U_jj^2 the part of an input that
+later inputs do not predict. The codes take sum_ij log2(sigma_ij / step_ij) + const bits. The KL at a given total of
+bits is thus least with
 
     step_ij = c / sqrt(s_i d_j)
 
 with one c for all matrices: reverse water-filling (Lifar et al. 2026, WaterSIC, for the columns). The columns' part is
-absorbed by what comes before the matrix (`in_even_columns`), the rows' part is the scale of a row. Values are drawn
-towards zero before they are rounded, by the Wiener factor v / (v + 1/12) for codes of variance v: near a step's bound
-the cheaper code is the better one.
+folded into the layer before the matrix (`in_even_columns`); the rows' part is the scale of a row. Before rounding,
+values are shrunk by the Wiener factor v / (v + 1/12) for codes of variance v: near a decision boundary, the cheaper
+code is the better one.
 """
 
 import math
@@ -35,7 +36,7 @@ from exporter.formats.row_scaled import LARGEST_CODE, encode_steps, scale_type, 
 from exporter.model.model import Model
 
 DEFAULT_BITS = 3.0
-# Added to the diagonal of H, as a share of itself: no input counts as predicted better than that.
+# Added to the diagonal of H, as a share of itself; it limits how well an input counts as predicted.
 DAMPING = 0.03
 ROWS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 32
@@ -43,13 +44,13 @@ COLUMNS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Rate:
-    """Error feedback in an 8-bit format, for a rate.
+    """Error feedback in an 8-bit format, for a target rate.
 
     Attributes:
-        bits: Bits a weight that the codes are to take when coded; where `step` is given it follows from that.
-        roots: Square root of each row's s_i times d, the mean of the columns', float32 [rows]; None where the rows
-            count alike.
-        step: c in the formula; where the rows count alike, the step itself.
+        bits: Target bits per weight of the coded codes; if `step` is given, the rate follows from it.
+        roots: Square root of each row's s_i times d, the mean of the columns', float32 [rows]; None if the rows count
+            alike.
+        step: c in the formula; if the rows count alike, the step itself.
     """
 
     bits: float = DEFAULT_BITS
@@ -64,15 +65,15 @@ class Rate:
         return self if self.roots is None else replace(self, roots=self.roots[rows])
 
     def require(self, format: WeightFormat) -> None:
-        """Refuse all but symmetric formats of 8 bits.
+        """Refuse all formats but symmetric ones of 8 bits.
 
         Raises:
-            RequestError: the format is another.
+            RequestError: the format is another one.
         """
         scale_type(format)
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
-        """Encode one matrix; without statistics of its inputs every weight is rounded by itself.
+        """Encode one matrix; without statistics of its inputs every weight is rounded independently.
 
         Raises:
             RequestError: the format is not a symmetric one of 8 bits.
@@ -91,7 +92,7 @@ class Rate:
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Foretell the error of some rows from what they lose on the text that codes are not fitted to."""
+        """Predict the error of some rows from their loss on text that codes are not fitted to."""
         if site is None:
             change = self.encode(weight, format, None).planned - weight
             return ExpectedError(np.zeros(len(weight)), (change**2 @ columns).astype(np.float64))
@@ -106,9 +107,9 @@ class _Problem:
 
     Attributes:
         weight: float32 [rows, columns].
-        moment: H, damped, float32 [columns, columns]; None where inputs were not observed.
-        factor: Its feedback factor U; likewise.
-        roots: See `Rate`; ones where the rows count alike.
+        moment: H, damped, float32 [columns, columns]; None if inputs were not observed.
+        factor: Its feedback factor U; None likewise.
+        roots: See `Rate`; ones if the rows count alike.
     """
 
     weight: Float32
@@ -127,7 +128,7 @@ class _Problem:
         return 1.0 if self.factor is None else math.exp(-2 * np.log(self.factor.diagonal()).mean(dtype=np.float64))
 
     def sampled_curve(self) -> Curve:
-        """Return what rates common steps give, from some rows."""
+        """Return the rates at common steps, measured on some rows."""
         rows = some_rows(len(self.weight))
         some = replace(self, weight=self.weight[rows], roots=self.roots[rows])
 
@@ -137,7 +138,7 @@ class _Problem:
         return Curve.of(some.weight, some.roots, rounded, len(self.weight) / len(rows))
 
     def rounded(self, steps: Float32) -> Int8:
-        """Return codes, int8 [rows, columns], for a step of each row."""
+        """Return codes, int8 [rows, columns], given a step for each row."""
         gain = self._gain(steps)
         if self.factor is None:
             return _codes(self.weight / steps[:, None] * gain)
@@ -145,7 +146,7 @@ class _Problem:
         return np.concatenate([_fed_back(self.weight[one], steps[one], gain[one], self.factor) for one in chunks])
 
     def _gain(self, steps: Float32) -> Float32:
-        """Return the Wiener factor of each code, float32 [rows, columns], from rows' and columns' variances."""
+        """Return the Wiener factor of each code, float32 [rows, columns], from variances of rows and columns."""
         squares = (self.weight / steps[:, None]) ** 2
         of_rows, of_columns = squares.mean(axis=1, keepdims=True), squares.mean(axis=0, keepdims=True)
         variance = of_rows * of_columns / max(float(squares.mean()), 1e-30)
@@ -153,7 +154,7 @@ class _Problem:
         return gain
 
     def refitted(self, codes: Int8, steps: Float32) -> Float32:
-        """Return the steps, float32 [rows], that suit the codes best: (q H w) / (q H q) of each row."""
+        """Return the best steps for the codes, float32 [rows]: (q H w) / (q H q) of each row."""
         levels = codes.astype(np.float32)
         seen = levels if self.moment is None else levels @ self.moment
         square, product = np.einsum("ij,ij->i", seen, levels), np.einsum("ij,ij->i", seen, self.weight)
@@ -163,11 +164,11 @@ class _Problem:
 
 
 def damped(second_moment: Float32, shrinkage: float = 0.0) -> Float32:
-    """Return H with a share of its diagonal added to it, float32 [columns, columns]: the same in all coordinates.
+    """Return H plus a share of its diagonal, float32 [columns, columns]; the share is the same in all coordinates.
 
     Args:
         second_moment: H.
-        shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.second_moments.Site`.
+        shrinkage: Share removed from off-diagonal elements; see `exporter.calibrate.second_moments.Site`.
     """
     diagonal = second_moment.diagonal()
     floor = np.float32(1e-6) * diagonal.mean() if diagonal.any() else np.float32(1)
@@ -179,7 +180,7 @@ def _codes(values: Float32) -> Int8:
 
 
 def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -> Int8:
-    """Round some rows column by column, each error fed back into later columns."""
+    """Round some rows column by column and feed each error back into later columns."""
     columns, gains = np.ascontiguousarray(weight.T), np.ascontiguousarray(gain.T / steps)
     errors, codes = np.empty_like(columns), np.empty(columns.shape, np.int8)
     for start in range(0, len(columns), COLUMNS_AT_ONCE):
@@ -194,7 +195,7 @@ def _fed_back(weight: Float32, steps: Float32, gain: Float32, factor: Float32) -
 
 
 def in_even_columns(model: Model, statistics: Statistics) -> Rewritten:
-    """Return the model in coordinates in which every column of a matrix wants the same step.
+    """Return the model in coordinates in which every column of a matrix needs the same step.
 
     Column j is multiplied by sqrt(d_j), the deviation of an input from its prediction by later inputs.
     """
@@ -202,7 +203,7 @@ def in_even_columns(model: Model, statistics: Statistics) -> Rewritten:
     def factors(site: str, _: Collection[str]) -> Float32:
         seen = observed(statistics.site(site), site)
         logarithms = -np.log(feedback_factor(damped(seen.second_moment, seen.shrinkage)).diagonal())
-        # Only ratios matter; the rest would push scales to the ends of float16.
+        # Only ratios matter; a common factor would push scales to the limits of float16.
         even: Float32 = np.exp(logarithms - logarithms.mean())
         return even
 
@@ -217,17 +218,17 @@ def rated(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Rate]:
-    """Return the method for each matrix, by name, so that together they take so many bits a weight when coded.
+    """Return the method for each matrix, by name, so that together they take this many bits per weight when coded.
 
-    All have one common step: the rate of each follows from how much it matters.
+    All share one common step: the rate of each follows from how much it matters.
 
     Args:
-        model: The model, in the coordinates that it is encoded in.
+        model: The model, in the coordinates in which it is encoded.
         statistics: In the same coordinates.
         groups: The matrices.
-        bits: Bits a weight on average, tables and scales included, factors not.
+        bits: Average bits per weight, including tables and scales but not factors.
         progress: Called with matrices done and their total.
-        ranks: Of the factors beside matrices, by name: their codes have to hold what these leave.
+        ranks: Ranks of the matrices' factors, by name; the codes then represent the residual of the factors.
 
     Raises:
         RequestError: no common step gives this rate.
@@ -249,5 +250,5 @@ def rated(
 
 
 def at(effort: Effort) -> Rate:
-    """Return the method for one matrix by itself; `rated` spreads bits over several."""
+    """Return the method for a single matrix; `rated` distributes bits over several."""
     return Rate()

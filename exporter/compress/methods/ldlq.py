@@ -1,13 +1,13 @@
-"""LDLQ error feedback and coordinate descent: codes and scales that lose least of what the matrix puts out.
+"""LDLQ error feedback and coordinate descent: codes and scales that minimise the error of the matrix's outputs.
 
 With H = E[x x^T] and the upper Cholesky factor U of its inverse (H^-1 = U^T U), rounding the columns in order and
 adding to each later column k the feedback -(w_j - q_j) U_jk / U_jj minimises tr(D H D^T) greedily (Frantar et al.
 2022, GPTQ, section 3.3; shown equal to LDLQ, optimal among such schemes, by Chee et al. 2023, QuIP, theorem 1).
 Formats whose codes are not chosen one by one get the same feedback from block to block.
 
-Descent then goes over the blocks again: scales are fitted to their codes by least squares, and every code is moved to
-the best value that it can have while all others stay (as Kim et al. 2025, GuidedQuant, section 4, do for code books).
-Neither step can make the error larger.
+Coordinate descent then revisits the blocks: scales are fitted to their codes by least squares, and every code is moved
+to its best value with all others fixed (as Kim et al. 2025, GuidedQuant, section 4, do for code books). Neither step
+can increase the error.
 """
 
 from dataclasses import dataclass
@@ -21,27 +21,27 @@ from exporter.compress.method import ExpectedError
 from exporter.compress.methods.rtn import RoundToNearest
 from exporter.formats.format import Bytes, EncodedMatrix, Float32, Grid, PartedGrid, WeightFormat
 
-# Of the diagonal's median, so that a few columns of large inputs do not decide it. Other text makes other use of the
-# directions in which inputs hardly vary here: with 0.01 of the mean, as GPTQ has it, codes that leave errors there lost
-# 1 to 4 % more on text of the same kind, and 5 to 6 % on source code, after prose.
+# Share of the diagonal's median, so that a few columns of large inputs do not decide it. Other text may use directions
+# in which inputs hardly vary here: with 0.01 of the mean, as in GPTQ, codes that leave errors there lost 1 to 4 % more
+# on text of the same kind, and 5 to 6 % on source code, after prose.
 DAMPING = 0.3
-# Of the diagonal's mean, so that H can be inverted whatever the median is.
+# Share of the diagonal's mean, so that H can be inverted whatever the median is.
 LEAST_DAMPING = 0.01
 SWEEPS = 2
-# Rows are independent of each other. Products are BLAS's, which uses all cores; more threads were no faster.
+# Rows are independent of each other. BLAS computes matrix products on all cores; more threads were no faster.
 ROWS_AT_ONCE = 2048
 COLUMNS_AT_ONCE = 32
 PANEL_COLUMNS, STRIPE_COLUMNS = 256, 512
-# Up to so many columns a matrix is factored and inverted in one piece.
+# A matrix of up to this many columns is factored and inverted in one piece.
 WHOLE_FACTOR_COLUMNS = 64
 
 
 class Ldlq:
-    """Error feedback from column to column, or from block to block, then descent.
+    """Error feedback from column to column, or from block to block, then coordinate descent.
 
     Args:
         damping: Added to the diagonal of H; see `damped`.
-        sweeps: How often descent goes over a matrix.
+        sweeps: Passes of descent over a matrix.
     """
 
     name = "ldlq"
@@ -55,7 +55,7 @@ class Ldlq:
         self._foretold: tuple[Site, Float32, Float32, dict[int, tuple[Float32, Float32]]] | None = None
 
     def require(self, format: WeightFormat) -> None:
-        """Refuse nothing: it chooses codes in every format."""
+        """Accept every format."""
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix; without statistics of its inputs this is round to nearest."""
@@ -71,10 +71,10 @@ class Ldlq:
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Foretell the error from that of rounding to nearest, e: rounding errors are alike with feedback or without.
+        """Predict the error from that of rounding to nearest, e: rounding errors are alike with and without feedback.
 
-        Feedback turns them into D = e V, V being U with each row over its diagonal. The factor is that of most of the
-        text; the rest of it tells what such errors cost on text that they were not fitted to.
+        Feedback turns them into D = e V, where V is U with each row divided by its diagonal. U is fitted to most of the
+        text; the rest of the text gives the cost of such errors on text that they were not fitted to.
         """
         if site is None:
             return RoundToNearest().expected_error(weight, format, None, columns)
@@ -88,7 +88,7 @@ class Ldlq:
         return ExpectedError(outputs.astype(np.float64), lookups.astype(np.float64))
 
     def _costs(self, site: Site, block: int, columns: Float32) -> tuple[Float32, Float32]:
-        """Return what the squared error e^2 of each column costs in the outputs and the lookups, float32 [columns].
+        """Return the cost of the squared error e^2 of each column in outputs and lookups, float32 [columns].
 
         They are the diagonal of V H V^T and, with weights on the diagonal of C, that of V C V^T.
         """
@@ -106,14 +106,14 @@ class Ldlq:
         return found[block]
 
     def _moment_and_factor(self, site: Site) -> tuple[Float32, Float32]:
-        """Return damped H and its factor; the last ones are kept, since matrices that share an input follow on."""
+        """Return damped H and its factor; the last ones are cached, since matrices that share an input are adjacent."""
         if self._last is None or self._last[0] is not site:
             moment = damped(site.second_moment, self._damping, site.shrinkage)
             self._last = site, moment, feedback_factor(moment)
         return self._last[1:]
 
     def _encode_rows(self, weight: Float32, format: WeightFormat, moment: Float32, factor: Float32) -> Bytes:
-        """Encode some rows; columns are kept as rows of memory, since they are visited one by one."""
+        """Encode some rows; columns are stored as rows of memory, since they are visited one by one."""
         importance = np.ascontiguousarray(moment.diagonal())
         columns = np.ascontiguousarray(weight.T)
         size = format.block_columns
@@ -123,7 +123,7 @@ class Ldlq:
         for start in range(0, len(columns), size):
             block, first = slice(start, start + size), start - start % panel
             if start == first:
-                # The feedback of all earlier panels is one large product: much quicker than a small one for each block.
+                # One large product for the feedback of all earlier panels is much faster than one small per block.
                 following = slice(first, first + panel)
                 ahead = columns[following] - factor[:first, following].T @ feedback[:first]
             left = ahead[start - first :][:size] - factor[first:start, block].T @ feedback[first:start]
@@ -142,7 +142,7 @@ class Ldlq:
 
 @dataclass
 class _Block:
-    """The codes of a block, uint8 [block columns, rows], where it lies, and what the codes mean."""
+    """The codes of a block, uint8 [block columns, rows], its position, and the grid of the codes."""
 
     columns: slice
     grid: Grid
@@ -154,12 +154,12 @@ class _Block:
 
 
 def damped(second_moment: Float32, damping: float, shrinkage: float = 0.0) -> Float32:
-    """Return H that can be inverted and is not fitted to chance, float32 [columns, columns].
+    """Return H, regularised to be invertible and not fitted to chance, float32 [columns, columns].
 
     Args:
         second_moment: H, float32 [columns, columns].
-        damping: Added to the diagonal, as a share of its median; no less than `LEAST_DAMPING` of its mean.
-        shrinkage: What is taken from all that lies off the diagonal; see `exporter.calibrate.second_moments.Site`.
+        damping: Added to the diagonal, as a share of its median; at least `LEAST_DAMPING` of its mean.
+        shrinkage: Share removed from off-diagonal elements; see `exporter.calibrate.second_moments.Site`.
     """
     diagonal = second_moment.diagonal()
     least = LEAST_DAMPING * diagonal.mean(dtype=np.float64)
@@ -179,11 +179,11 @@ def feedback_factor(moment: Float32) -> Float32:
 
 
 def _invert_factor(moment: NDArray[np.float64]) -> None:
-    """Put the inverse of its lower Cholesky factor into the place of a symmetric matrix, by halves.
+    """Replace a symmetric matrix by the inverse of its lower Cholesky factor, by halves.
 
     [[P, Q^T], [Q, R]] has the factor [[A, 0], [B, C]], where A A^T = P, B = Q A^-T and C C^T = R - B B^T; its inverse
-    is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. So there is never more than one such matrix, and nearly all of the work is
-    products. SciPy has both steps too, but a BLAS of its own, whose waiting threads slow down NumPy's.
+    is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]. This needs no more than one such matrix, and nearly all of the work is matrix
+    products. SciPy has both steps too, but with its own BLAS, whose waiting threads slow down NumPy's.
     """
     size = len(moment)
     if size <= WHOLE_FACTOR_COLUMNS:
@@ -203,7 +203,7 @@ def _invert_factor(moment: NDArray[np.float64]) -> None:
 def _spread_costs(factor: Float32, block: int, moment: Float32, columns: Float32) -> tuple[Float32, Float32]:
     """Return v H v^T of each row v of V, and the sum of its squares with weights; see `Ldlq._costs`.
 
-    V is an upper triangle, made and multiplied stripe by stripe without what lies left of the stripe's diagonal.
+    V is upper triangular. It is computed and multiplied in stripes, without the part left of each stripe's diagonal.
     """
     outputs, lookups = np.empty_like(columns), np.empty_like(columns)
     step = block * max(1, STRIPE_COLUMNS // block)
@@ -219,7 +219,7 @@ def _spread_costs(factor: Float32, block: int, moment: Float32, columns: Float32
 
 
 def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, errors: Float32) -> _Block:
-    """Round the columns of one block in order; fill in their errors / U_jj, float32 [columns, rows]."""
+    """Round the columns of one block in order; write their errors / U_jj to `errors`, float32 [columns, rows]."""
     codes = np.empty(columns.shape, np.uint8)
     size = grid.part_columns if isinstance(grid, PartedGrid) else COLUMNS_AT_ONCE
     for start in range(0, len(columns), size):
@@ -227,7 +227,7 @@ def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, 
         left = columns[part] - factor[:start, part].T @ errors[:start]
         feedback = np.ascontiguousarray(factor[part, part].T)
         if isinstance(grid, PartedGrid):
-            # What an error costs after the later columns have made up for it as well as they can.
+            # Cost of an error after the later columns have compensated for it as well as they can.
             grid = grid.reached(start, left, feedback.diagonal() ** -2)
         for column in range(len(left)):
             values = left[column] - feedback[column, :column] @ errors[start : start + column]
@@ -238,14 +238,14 @@ def _round_columns(block: slice, columns: Float32, grid: Grid, factor: Float32, 
 
 
 def _round_block(block: Float32, format: WeightFormat, factor: Float32, importance: Float32) -> tuple[Bytes, Float32]:
-    """Round one block with the reference quantiser; return it encoded and its errors times U_bb^-1, [columns, rows]."""
+    """Round one block with the reference quantiser; return its code and its errors times U_bb^-1, [columns, rows]."""
     data = format.encode_rows(block, importance)
     difference = block - format.decode_rows(data, block.shape[1])
     return data, np.linalg.inv(factor).T @ difference.T
 
 
 def _descend(weight: Float32, blocks: list[_Block], moment: Float32, sweeps: int) -> None:
-    """Better scales and codes in place; `weight` is float32 [columns, rows]."""
+    """Improve scales and codes in place; `weight` is float32 [columns, rows]."""
     error = np.concatenate([block.grid.decode(block.codes) for block in blocks])
     error -= weight
     for _ in range(sweeps):
@@ -254,9 +254,9 @@ def _descend(weight: Float32, blocks: list[_Block], moment: Float32, sweeps: int
 
 
 def _improve(block: _Block, weight: Float32, moment: Float32, error: Float32) -> None:
-    """Refit the scales of one block and move its codes; `error` = Q - W, float32 [columns, rows], follows."""
+    """Refit the scales of one block, move its codes, and update `error` = Q - W, float32 [columns, rows]."""
     gram = np.ascontiguousarray(moment[block.columns, block.columns])
-    # Half the gradient of tr(D H D^T) at the block's weights q; in them the error is q^T G q - 2 a^T q.
+    # Half the gradient of tr(D H D^T) at the block's weights q, in which the error is q^T G q - 2 a^T q.
     slope = moment[block.columns] @ error
     now = error[block.columns] + weight
     block.grid = block.grid.refit(block.codes, gram, gram @ now - slope)
@@ -278,5 +278,5 @@ def _improve(block: _Block, weight: Float32, moment: Float32, error: Float32) ->
 
 
 def at(effort: Effort) -> Ldlq:
-    """Return the method as it works at an effort."""
+    """Return the method with the settings of an effort."""
     return Ldlq(sweeps=effort.sweeps)

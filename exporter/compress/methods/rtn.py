@@ -1,4 +1,4 @@
-"""Round to nearest: every weight on its own, scales weighted by the importance of the columns."""
+"""Round to nearest: every weight is rounded independently; scales are weighted by the importance of the columns."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class RoundToNearest:
     error_feedback = False
 
     def require(self, format: WeightFormat) -> None:
-        """Refuse nothing: it chooses codes in every format."""
+        """Accept every format."""
 
     def encode(self, weight: Float32, format: WeightFormat, site: Site | None) -> EncodedMatrix:
         """Encode one matrix with the format's reference quantiser and llama.cpp's importance."""
@@ -26,7 +26,7 @@ class RoundToNearest:
     def expected_error(
         self, weight: Float32, format: WeightFormat, site: Site | None, columns: Float32
     ) -> ExpectedError:
-        """Return the error itself: nothing of it depends on more than the columns' importance."""
+        """Return the actual error: it depends on no more than the columns' importance."""
         return error_of(self.encode(weight, format, site).planned - weight, site, columns)
 
 
@@ -39,5 +39,5 @@ def error_of(change: Float32, site: Site | None, columns: Float32) -> ExpectedEr
 
 
 def at(effort: Effort) -> RoundToNearest:
-    """Return the method; it works the same at every effort."""
+    """Return the method; it is the same at every effort."""
     return RoundToNearest()

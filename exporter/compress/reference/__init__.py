@@ -1,1 +1,1 @@
-"""Methods as they were published, for comparison: no runtime holds what they make."""
+"""Methods as published, for comparison; no runtime supports their results."""

@@ -1,12 +1,12 @@
 """CALDERA as published: W = Q + L R with all three rounded (Saha et al. 2024, NeurIPS, algorithm 1).
 
-Q, L and R are to minimise tr(D H D^T), D = Q + L R - W, H = E[x x^T]. Q is LDLQ of W - L R with H downdated by what L R
-reaches; L and R are the rank-constrained regression of W - Q, then each is fitted to the other rounded. The two take
-turns, and the best iterate is kept. Nothing here fits a runtime: lattice, rotation and fractional bits exist to compare
-with the publication; `exporter.compress.caldera` is what runtimes hold.
+Q, L and R minimise tr(D H D^T), D = Q + L R - W, H = E[x x^T]. Q is LDLQ of W - L R with H downdated by the span of
+L R. L and R are the rank-constrained regression of W - Q, then each is fitted to the other rounded. The two updates
+alternate, and the best iterate is kept. No runtime supports this form: lattice, rotation and fractional bits serve the
+comparison with the publication. Runtimes use `exporter.compress.caldera`.
 
-Two things differ from the publication: every component of L and R has a scale of its own, and a rotation of a size
-that is no power of two is completed by a Hartley transform.
+Two things differ from the publication: every component of L and R has its own scale, and a rotation whose size is not a
+power of two is completed by a Hartley transform.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,21 +36,21 @@ SCALE_BITS = 16
 
 @dataclass(frozen=True)
 class CalderaOptions:
-    """How the reference form works.
+    """Options of the reference form.
 
     Attributes:
-        rank: Rank of L R; 0 leaves Q alone.
-        factor_bits: Bits of a weight of L and R: 4 (lattice), 8 (integers) or 16 (float16).
-        rounder: What rounds Q.
-        order: Which of Q and L R comes first.
-        outliers: Columns of the largest inputs that L R begins with (ODLRI); 0 begins with L R = 0.
-        iterations: Turns of Q and L R.
-        factor_iterations: Turns of L and R within each of theirs.
+        rank: Rank of L R; 0 for Q only.
+        factor_bits: Bits per weight of L and R: 4 (lattice), 8 (integers) or 16 (float16).
+        rounder: The rounder of Q.
+        order: The order of the two updates.
+        outliers: Number of columns, those of the largest inputs, that initialise L R (ODLRI); 0 starts with L R = 0.
+        iterations: Iterations of Q and L R.
+        factor_iterations: Iterations of L and R within each of these.
         polish: Passes of descent over Q after LDLQ.
-        downdate: Leave to L R what it can mend.
+        downdate: Exclude from Q's loss the directions that L R can represent.
         rotate: Rotate inputs and outputs at random.
         damping: Added to the diagonal of H, as a share of its mean; also after a downdate.
-        seed: Of the rotation.
+        seed: Seed of the rotation.
     """
 
     rank: int = 64
@@ -67,7 +67,7 @@ class CalderaOptions:
     seed: int = 0
 
     def check(self, rows: int, columns: int) -> None:
-        """Refuse what cannot work on a matrix.
+        """Refuse options that do not fit a matrix.
 
         Raises:
             RequestError: see the messages.
@@ -102,8 +102,8 @@ class Decomposition:
         base: Q, float32 [rows, columns].
         left: L, float32 [rows, rank].
         right: R, float32 [rank, columns].
-        bits: Bits a weight of W: codes of Q, L and R, and a scale of 16 bits for each component of L and R.
-        errors: Of the best iterate after each update: tr(D H D^T) / tr(W H W^T).
+        bits: Bits per weight of W: codes of Q, L and R, and a scale of 16 bits for each component of L and R.
+        errors: tr(D H D^T) / tr(W H W^T) of the best iterate after each update.
     """
 
     base: Float32
@@ -124,7 +124,7 @@ def decompose(weight: Float32, moment: Float32, options: CalderaOptions) -> Deco
     Args:
         weight: W, float32 [rows, columns].
         moment: H, float32 [columns, columns].
-        options: How.
+        options: Options of the decomposition.
 
     Raises:
         RequestError: the options do not fit the matrix.
@@ -132,7 +132,7 @@ def decompose(weight: Float32, moment: Float32, options: CalderaOptions) -> Deco
     rows, columns = weight.shape
     options.check(rows, columns)
     moment = _regular(moment, options.damping)
-    # The first L and R hold W on the columns of the largest inputs (Cho et al. 2025, ODLRI); zeros without any.
+    # The first L and R represent W on the columns of the largest inputs (Cho et al. 2025, ODLRI), or are zero.
     outliers = regression_on(largest_channels(moment, options.outliers), weight, moment, options.rank)
     if not options.rotate:
         return _alternate(weight, moment, outliers, options)
@@ -152,7 +152,7 @@ def _between(first: Float32, middle: Float32, last: Float32) -> Float32:
 
 
 def _regular(moment: Float32, damping: float) -> Float32:
-    """Return H with a mean diagonal of 1, and some more of it added."""
+    """Return H scaled to a mean diagonal of 1, with damping added."""
     mean = float(moment.trace(dtype=np.float64)) / len(moment) or 1.0
     regular = moment / np.float32(mean)
     regular[np.diag_indices_from(regular)] += np.float32(damping)
@@ -162,12 +162,12 @@ def _regular(moment: Float32, damping: float) -> Float32:
 def _alternate(
     weight: Float32, moment: Float32, start: tuple[Float32, Float32], options: CalderaOptions
 ) -> Decomposition:
-    """Let Q and L R take turns and keep the best iterate."""
+    """Alternate between Q and L R and keep the best iterate."""
     base, (left, right) = np.zeros_like(weight), start
     whole = weighted_error(weight, moment)
     bits, errors, done = 0.0, list[float](), set[Part]()
     best: tuple[Float32, Float32, Float32] | None = None
-    # Without L R there is nothing to take turns with.
+    # Without L R there is nothing to alternate with.
     for _ in range(options.iterations if options.rank else 1):
         for part in options.order:
             if part == "Q":
@@ -188,7 +188,7 @@ def _alternate(
 
 
 def factors(target: Float32, moment: Float32, options: CalderaOptions) -> tuple[Float32, Float32]:
-    """Return rounded L and R: the closed form, then each fitted to the other rounded; the best pair is kept."""
+    """Return rounded L and R: the closed form, then each fitted to the rounded other; the best pair is kept."""
     rounded = FACTOR_ROUNDERS[options.factor_bits]
     left, right = regression(target, moment, options.rank)
     left, right = rounded(left.T).T, rounded(right)
@@ -221,12 +221,12 @@ def _halves(components: Float32) -> Float32:
     return components.astype(np.float16).astype(np.float32)
 
 
-# Bits -> what rounds the components of a factor, float32 [rank, size], each on its own scale.
+# Bits -> function that rounds the components of a factor, float32 [rank, size], each on its own scale.
 FACTOR_ROUNDERS = {4: _lattice_twice, 8: _integers, 16: _halves}
 
 
 def _base(residual: Float32, moment: Float32, right: Float32, options: CalderaOptions) -> tuple[Float32, float]:
-    """Return Q for W - L R, and its bits a weight."""
+    """Return Q for W - L R, and its bits per weight."""
     if options.downdate and right.any():
         moment = downdated(moment, right)
         mean = np.float32(options.damping * (1 + moment.trace(dtype=np.float64) / len(moment)))

@@ -1,9 +1,9 @@
 """E8P: 65,536 points of the lattice E8, shifted by a quarter, for eight weights at 2 bits each.
 
 The points are the sign patterns of 256 vectors of half-integers: all 227 whose squared length is at most 10, and 29 of
-the 56 that are permutations of (3/2 x 5, 1/2 x 3). Seven signs are free and the eighth makes the sum of the coordinates
-even, which keeps the point in its coset of D8; one bit more shifts it by 1/4 either way (Tseng et al. 2024, QuIP#,
-section 4.2, whose own choice of the 29 is another).
+the 56 that are permutations of (3/2 x 5, 1/2 x 3). Seven signs are free; the eighth makes the sum of the coordinates
+even, which keeps the point in its coset of D8. One more bit shifts the point by 1/4 either way (Tseng et al. 2024,
+QuIP#, section 4.2, which chooses another 29).
 """
 
 from functools import cache
@@ -15,9 +15,9 @@ from exporter.formats.format import Float32
 
 WIDTH = 8
 SHIFT = np.float32(0.25)
-# Of unit Gaussian weights; 2 bits.
+# Scale of unit Gaussian weights, for 2 bits.
 SCALE = 1.03
-# The second of two stages that make 4 bits rounds what the first leaves, so many times enlarged.
+# For 4 bits, a second stage rounds the residual of the first, enlarged by this factor.
 SECOND_STAGE = np.float32(3.45)
 VECTORS_AT_ONCE = 1 << 15
 MOST_LENGTH = 10
@@ -26,7 +26,7 @@ SHORT, LONG = 227, 256
 
 @cache
 def magnitudes() -> tuple[Float32, Float32]:
-    """Return the vectors of even and those of odd sum, float32 [n, 8]; their negative signs are as even or odd."""
+    """Return the vectors of even and of odd sum, float32 [n, 8]; the number of minus signs has the same parity."""
     found = [one for one in product((0.5, 1.5, 2.5), repeat=WIDTH) if sum(x * x for x in one) <= MOST_LENGTH]
     places = list(combinations(range(WIDTH), 5))
     for index in np.linspace(0, len(places) - 1, LONG - SHORT).round().astype(int):
@@ -37,9 +37,9 @@ def magnitudes() -> tuple[Float32, Float32]:
 
 
 def nearest(vectors: Float32) -> Float32:
-    """Return the nearest points of vectors, float32 [n, 8], or now and then one that is hardly further away.
+    """Return the nearest points of vectors, float32 [n, 8], or occasionally one that is hardly further away.
 
-    Where a vector's own signs are not those of a point, the sign of its smallest coordinate gives way.
+    If a vector's own signs are not those of a point, the sign of its smallest coordinate is flipped.
     """
     chunks = (vectors[first : first + VECTORS_AT_ONCE] for first in range(0, len(vectors), VECTORS_AT_ONCE))
     return np.concatenate([_nearest(chunk) for chunk in chunks])
@@ -68,7 +68,7 @@ def _nearest_signed(vectors: Float32) -> Float32:
 
 
 def nearest_twice(vectors: Float32) -> Float32:
-    """Return points of the 4-bit lattice: a point, and a smaller one for what is left, float32 [n, 8]."""
+    """Return points of the 4-bit lattice, float32 [n, 8]: a point, plus a smaller one for the residual."""
     first = nearest(vectors)
     return first + nearest((vectors - first) * SECOND_STAGE) / SECOND_STAGE
 

@@ -1,6 +1,6 @@
-"""LDLQ with any rounder of a few columns at a time, as QuIP# does it (Tseng et al. 2024, section 4.1).
+"""LDLQ with any rounder of a few columns at a time, as in QuIP# (Tseng et al. 2024, section 4.1).
 
-`exporter.compress.methods.ldlq` does the same for formats with a scale in each block; here the matrix has one scale.
+`exporter.compress.methods.ldlq` does the same for formats with a scale per block; here the matrix has one scale.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class BlockLdlq:
         return rounded
 
     def _polished(self, columns: Float32, rounded: Float32, round: Callable[[Float32], Float32]) -> Float32:
-        """Round every block anew where all others are as they are; of all passes' outcomes the best is kept."""
+        """Round every block again with all others fixed; the best result of all passes is kept."""
         best, current = rounded, rounded.copy()
         least = weighted_error((best - columns).T, self._moment)
         left = columns - current

@@ -1,7 +1,8 @@
-"""What rounds the weights of the reference form: the lattice E8P at 2 bits, or a uniform scalar whose codes are coded.
+"""Rounders of the reference form: the lattice E8P at 2 bits, or a uniform scalar quantiser with entropy-coded codes.
 
-A uniform scalar whose codes take as many bits as their entropy says is as good as the lattice at 2 bits, and has every
-other rate as well (Lifar et al. 2026, WaterSIC, and the high-rate theory of Gersho and Gray 1992, section 9.9).
+A uniform scalar quantiser whose codes take as many bits as their entropy is as good as the lattice at 2 bits, and
+supports every other rate as well (Lifar et al. 2026, WaterSIC, and the high-rate theory of Gersho and Gray 1992,
+section 9.9).
 """
 
 from collections.abc import Callable
@@ -31,17 +32,17 @@ class Rounder(Protocol):
     def width(self) -> int: ...  # noqa: D102
 
     def encode(self, weight: Float32, feedback: Feedback) -> tuple[Float32, float]:
-        """Return rounded weights, float32 [rows, columns], and the bits that each of them takes.
+        """Return rounded weights, float32 [rows, columns], and their bits per weight.
 
         Args:
             weight: float32 [rows, columns].
-            feedback: Rounds some rows, given what rounds float32 [rows, width].
+            feedback: Rounds some rows, given a function that rounds float32 [rows, width].
         """
 
 
 @dataclass(frozen=True)
 class E8P:
-    """Eight weights as a point of the lattice E8P: 2 bits a weight."""
+    """Eight weights as a point of the lattice E8P: 2 bits per weight."""
 
     width: int = lattice.WIDTH
 
@@ -56,14 +57,14 @@ class EntropyCoded:
     """Multiples of one step, which is chosen for a target entropy of the codes.
 
     Attributes:
-        bits: Bits a weight, as the entropy of the matrix's codes.
+        bits: Bits per weight, as the entropy of the matrix's codes.
     """
 
     bits: float
     width: int = 1
 
     def encode(self, weight: Float32, feedback: Feedback) -> tuple[Float32, float]:
-        """Round with the step that some rows tell: a bit less of entropy is about twice the step."""
+        """Round with a step found on some rows; one bit less of entropy is about twice the step."""
         rows = np.unique(np.linspace(0, len(weight) - 1, SAMPLED_ROWS).astype(np.int64))
         some = weight[rows]
         step = rms(weight) * 2.0 ** (2.05 - self.bits)
@@ -77,7 +78,7 @@ class EntropyCoded:
 
 
 def multiples(step: float) -> Round:
-    """Return what rounds to multiples of a step."""
+    """Return a function that rounds to multiples of a step."""
     size = np.float32(step)
     return lambda values: np.rint(values / size) * size
 
@@ -90,5 +91,5 @@ def entropy(rounded: Float32, step: float) -> float:
 
 
 def rms(values: Float32) -> float:
-    """Return the root of the mean square; 1 of nothing but zeros."""
+    """Return the root mean square; 1 if all values are zero."""
     return float(np.sqrt(np.square(values, dtype=np.float64).mean())) or 1.0

@@ -1,1 +1,1 @@
-"""ARM64 programs on this machine: QEMU runs their instructions, one kind of core at a time."""
+"""ARM64 programs on this machine: QEMU emulates one kind of core at a time."""

@@ -1,4 +1,4 @@
-"""Which emulated core stands in for a device's: the richest one that has no instruction the device lacks."""
+"""Chooses the emulated core for a device: the one with the most features, none of which the device lacks."""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -6,11 +6,11 @@ from typing import get_args
 from exporter.device.backend import ArmFeature
 from exporter.device.profile import DeviceProfile
 
-# Of the features in the profiles, those that choose other kernels in ONNX Runtime or llama.cpp. A profile says the
-# less about the rest, bf16 for one: neither runtime uses it unless it is asked to.
+# Features of the profiles that select other kernels in ONNX Runtime or llama.cpp. Profiles say less about the rest,
+# such as bf16: neither runtime uses it by default.
 CHOOSING = frozenset[str]({"dotprod", "i8mm", "sve2", "sme"})
 
-# By the kernel's names in /proc/cpuinfo: what every ARMv8.0 core has, and what comes with the features above.
+# The kernel's names in /proc/cpuinfo: features of every ARMv8.0 core, and those that come with the features above.
 BASIC = ("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "cpuid")
 V82 = ("atomics", "fphp", "asimdhp", "asimdrdm", "lrcpc", "dcpop")
 
@@ -20,12 +20,12 @@ class Core:
     """A kind of core that QEMU 7.2 emulates in user mode.
 
     Attributes:
-        name: What reports call it.
+        name: Name in reports.
         model: QEMU's `-cpu`.
         part: Its number in the main identification register, by which libraries know the microarchitecture.
-        features: Of the profiles' features, those that choose kernels.
+        features: The features of profiles that select kernels and that it has.
         flags: The kernel's names of its features.
-        march: What compilers call its instruction set.
+        march: The compilers' name of its instruction set.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Core:
     march: str
 
     def cpuinfo(self, count: int) -> str:
-        """Return the text of /proc/cpuinfo on a machine of so many of these cores (Arm Ltd. is implementer 0x41)."""
+        """Return the text of /proc/cpuinfo for so many of these cores (Arm Ltd. is implementer 0x41)."""
         lines = (
             "BogoMIPS\t: 100.00",
             f"Features\t: {' '.join(self.flags)}",
@@ -58,7 +58,7 @@ CORTEX_A76 = Core(
     (*BASIC, *V82, "asimddp"),
     "armv8.2-a+dotprod",
 )
-# QEMU 7.2 has no core with i8mm but its own, which has everything: what is not wanted is taken away. The part is that
+# QEMU 7.2's only core with i8mm is its own, which has every feature; unwanted features are disabled. The part is that
 # of a Cortex-A715.
 WITH_I8MM = Core(
     "Armv8.6 core with i8mm",
@@ -72,7 +72,7 @@ CORES = (CORTEX_A72, CORTEX_A76, WITH_I8MM)
 
 
 def stand_in(device: DeviceProfile) -> Core | None:
-    """Return the core that stands in for a device's; None where the device is not an Arm."""
+    """Return the emulated core for a device; None if the device is not an Arm."""
     features = set(device.isa.features)
     if not features & set(get_args(ArmFeature)):
         return None
@@ -80,5 +80,5 @@ def stand_in(device: DeviceProfile) -> Core | None:
 
 
 def lacked(core: Core, device: DeviceProfile) -> tuple[str, ...]:
-    """Return the features that choose kernels on a device and that its stand-in lacks, sorted."""
+    """Return the features of a device that select kernels and that its emulated core lacks, sorted."""
     return tuple(sorted((CHOOSING & set(device.isa.features)) - core.features))

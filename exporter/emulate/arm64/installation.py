@@ -1,4 +1,4 @@
-"""Where the ARM64 system lies that programs on emulated cores run in, and whether it is there."""
+"""The installation of the ARM64 system in which programs on emulated cores run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ INSTALL_COMPILER = "install what builds llama.cpp: apt-get install g++-aarch64-l
 
 @dataclass(frozen=True)
 class Installation:
-    """What is installed for programs on emulated cores, each part in a folder that is whole or not there.
+    """The installation for programs on emulated cores; each part is a folder that is complete or absent.
 
     Attributes:
-        folder: Where.
+        folder: Folder of the installation.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Installation:
         return self.folder / "programs"
 
     def program(self, core: Core) -> Path:
-        """Return the program with llama.cpp for a kind of core.
+        """Return the llama.cpp program for a kind of core.
 
         Raises:
             MissingDependencyError: it was not built, or is damaged.
@@ -51,7 +51,7 @@ class Installation:
         return path
 
     def machine(self, core: Core) -> EmulatedMachine:
-        """Return a machine of a kind of core.
+        """Return a machine with a kind of core.
 
         Raises:
             MissingDependencyError: QEMU or the system is not installed, or the system is damaged.

@@ -1,4 +1,4 @@
-"""Logits that a program on an emulated core left in a file: the file is outside data until it is checked."""
+"""Reads the logits that a program on an emulated core wrote to a file; the file is untrusted until it is checked."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def read_logits(path: Path, count: int) -> NDArray[np.float32]:
     """Return logits, float32 [count, vocab], from a .npy file; nothing in it is executed.
 
     Raises:
-        RuntimeCrashError: there is no such file, or it holds something else, or numbers that are not finite.
+        RuntimeCrashError: the file is missing, or holds something else, or numbers that are not finite.
     """
     size = path.stat().st_size if path.is_file() else 0
     if not 0 < size <= HEADER_BYTES + 4 * MOST_VOCAB * count:

@@ -1,4 +1,4 @@
-"""Programs for ARM64, run by QEMU's user mode emulation: it translates their instructions and hands on system calls."""
+"""Runs ARM64 programs by QEMU's user mode emulation, which translates instructions and forwards system calls."""
 
 import re
 import resource
@@ -15,10 +15,10 @@ from exporter.foundation.errors import MissingDependencyError, RuntimeCrashError
 
 QEMU = ("qemu-aarch64-static", "qemu-aarch64")
 INSTALL_QEMU = "install it: apt-get install qemu-user-static (Debian, Ubuntu) or qemu-user-static of your distribution"
-# As many as any machine that this emulates on: libraries size their tables by it.
+# Any machine that runs the emulation has as many; libraries size their tables by it.
 CORES_SHOWN = 2
 SHOWN_CHARACTERS = 300
-# A Python that is isolated finds packages nowhere but in its own folders and in the one that is added here.
+# An isolated Python finds packages only in its own folders and in the one that is added here.
 START = (
     "import runpy, sys; del sys.argv[0]; sys.path.append(sys.argv.pop(0)); "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -26,7 +26,7 @@ START = (
 
 
 class IllegalInstructionError(RuntimeCrashError):
-    """A program met an instruction that the core does not have."""
+    """A program executed an instruction that the core does not have."""
 
 
 def qemu() -> str:
@@ -44,12 +44,12 @@ def qemu() -> str:
 
 @dataclass(frozen=True)
 class EmulatedMachine:
-    """A core to run programs on, with the system files that they find.
+    """A core to run programs on, with the system files that they see.
 
     Attributes:
         core: The core.
         root: The root of an ARM64 system; its own /proc/cpuinfo is ignored.
-        packages: A folder that Python looks for packages in.
+        packages: A folder in which Python looks for packages.
     """
 
     core: Core
@@ -57,7 +57,7 @@ class EmulatedMachine:
     packages: Path
 
     def python(self, program: Path, arguments: Sequence[Path | str], timeout_s: float) -> str:
-        """Run a Python program that needs the standard library and `packages` alone; see `run`."""
+        """Run a Python program that needs only the standard library and `packages`; see `run`."""
         start: list[Path | str] = [self.root / "usr/bin/python3", "-I", "-B", "-c", START]
         return self.run([*start, self.packages.absolute(), program, *arguments], timeout_s)
 
@@ -66,11 +66,11 @@ class EmulatedMachine:
 
         Args:
             command: An ARM64 program and its arguments.
-            timeout_s: Seconds after which it is ended.
+            timeout_s: Seconds after which it is killed.
 
         Raises:
-            IllegalInstructionError: it met an instruction that the core does not have.
-            RuntimeCrashError: it failed otherwise, or took too long.
+            IllegalInstructionError: it executed an instruction that the core does not have.
+            RuntimeCrashError: it failed in another way, or took too long.
             MissingDependencyError: QEMU is not installed.
         """
         emulator = qemu()
@@ -81,7 +81,7 @@ class EmulatedMachine:
                 list(map(str, line)), cwd=scratch, text=True, errors="replace",
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             ) as process:  # fmt: skip
-                # QEMU writes the memory of a program that died into a file.
+                # QEMU would write the memory of a program that died into a file.
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
                 try:
                     output, errors = process.communicate(timeout=timeout_s)
@@ -95,9 +95,9 @@ class EmulatedMachine:
         return output
 
     def _prefix(self, folder: Path) -> Path:
-        """Make what QEMU looks for absolute paths in first: the root, but with the core's own /proc/cpuinfo.
+        """Make the folder in which QEMU looks up absolute paths first: the root, with the core's own /proc/cpuinfo.
 
-        Libraries that read the host's would take it for an ARM and fail.
+        Libraries would parse the host's file as that of an Arm and fail.
         """
         (folder / "proc").mkdir(parents=True)
         (folder / "proc/cpuinfo").write_text(self.core.cpuinfo(CORES_SHOWN), encoding="ascii")
@@ -106,7 +106,7 @@ class EmulatedMachine:
         return folder
 
     def _failure(self, code: int, errors: str) -> RuntimeCrashError:
-        # A static emulator dies of the signal of its program, another may end with the shell's code for it.
+        # A static emulator dies of its program's signal; another may exit with the shell's code for it.
         number = -code if code < 0 else code - 128
         if number == signal.SIGILL:
             return IllegalInstructionError(

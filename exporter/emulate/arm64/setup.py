@@ -1,7 +1,7 @@
-"""Install the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from its source.
+"""Installs the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from source.
 
-It goes into the user's cache and changes nothing else on the machine. Each part is made beside its place and renamed
-when it is whole, so that what was cut short goes on where it stopped; a damaged part is made anew.
+It goes into the user's cache and changes nothing else on the machine. Each part is built next to its place and renamed
+when it is complete, so that an interrupted installation resumes where it stopped; a damaged part is rebuilt.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from exporter.foundation.errors import MissingDependencyError, RequestError
 from exporter.foundation.progress import Progress, silent
 
 DEBIAN_PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1", "zlib1g")
-# Newer releases of Debian trust these keys only where a source names them.
+# Newer releases of Debian trust these keys only if a source names them.
 DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# The versions that .ci/constraints.txt pins for this machine too: Python 3.11 to 3.14, as a release of Debian has it.
+# The versions that .ci/constraints.txt also pins for this machine, for the Pythons of Debian's releases: 3.11 to 3.14.
 WHEELS = {
     "numpy==2.4.6": (
         "0ab0a9c4ffb1a6d95ef519fe4247dba8eb6b18ad93999f76b7f657039acabd47",
@@ -42,9 +42,9 @@ WHEELS = {
         "4135431395c1f37de0811f452c20a8b774f51812fda6c49611ed9899bbdbeeb4",
     ),
 }
-# wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
+# Wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
 PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
-# llama.cpp as the package for this machine has it.
+# The llama.cpp version of the package for this machine.
 SOURCE = {"llama-cpp-python==0.3.36": ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",)}
 EMULATED_MAIN = Path(str(files("exporter.targets.gguf"))) / "emulated_main"
 COMPILERS = {"C": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
@@ -54,34 +54,34 @@ CMAKE_SETTINGS = {
     "CMAKE_SYSTEM_NAME": "Linux",
     "CMAKE_SYSTEM_PROCESSOR": "aarch64",
     **{f"CMAKE_{language}_COMPILER": program for language, program in COMPILERS.items()},
-    # GCC 12.2's vectoriser gets ggml's kernel for Q4_K with i8mm wrong: KL 5.9 nats instead of 0.12 on a tiny model.
+    # GCC 12.2's vectoriser miscompiles ggml's Q4_K kernel with i8mm: KL 5.9 nats instead of 0.12 on a tiny model.
     **{f"CMAKE_{language}_FLAGS": "-fno-tree-vectorize" for language in COMPILERS},
     "GGML_NATIVE": "OFF",
     "LLAMA_BUILD_COMMON": "OFF",
     "LLAMA_CURL": "OFF",
 }
-# The system takes 75 MB, the packages 115, the programs 30; the rest is what they are made from.
+# The system takes 75 MB, the packages 115, the programs 30; the rest is for building them.
 NEED_BYTES = 1_000_000_000
 TIMEOUT_S = 1800.0
 SHOWN_CHARACTERS = 300
 
 
 def installation() -> Installation:
-    """Return the place of the installation of these versions in the cache, whether or not it is complete."""
+    """Return the place of these versions' installation in the cache, whether or not it is complete."""
     contents = repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
     contents += b"".join(path.read_bytes() for path in sorted(EMULATED_MAIN.iterdir()))
     return Installation(cache_folder("arm64", hashlib.sha256(contents).hexdigest()[:12]))
 
 
 def install(progress: Progress = silent) -> Installation:
-    """Install what is missing and return the installation.
+    """Install the missing parts and return the installation.
 
     Args:
-        progress: Called with the part that comes next, the parts done and their total.
+        progress: Called with the next part, the parts done and their total.
 
     Raises:
-        MissingDependencyError: a program that this needs is not there; the message says how to install it.
-        RequestError: a package cannot be had, or there is too little disk space.
+        MissingDependencyError: a required program is missing; the message says how to install it.
+        RequestError: a package cannot be downloaded, or there is too little disk space.
     """
     qemu()
     found = installation()
@@ -100,13 +100,13 @@ def install(progress: Progress = silent) -> Installation:
 
 
 def _debian(root: Path) -> None:
-    """Unpack Debian's packages for ARM64; apt works on a state of its own, in which this machine has none."""
+    """Unpack Debian's packages for ARM64; apt uses a private state, in which this machine has none."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise MissingDependencyError(
                 f"{tool} is not installed", next_step="set up on Debian, or in a container of it"
             )
-    # Stays until all is unpacked: apt goes on with the packages that it has.
+    # Kept until everything is unpacked, so that apt can resume with the packages that it has.
     private = root.parent / "apt"
     archives = private / "cache/archives"
     for folder in (private / "state/lists/partial", archives / "partial"):
@@ -135,7 +135,7 @@ def _debian(root: Path) -> None:
 
 
 def _debian_sources() -> str:
-    """Return the sources that this machine has Debian's packages from, one a line."""
+    """Return the sources from which this machine gets Debian's packages, one per line."""
     signed = f"[signed-by={DEBIAN_KEYS}] " if DEBIAN_KEYS.is_file() else ""
     line = f"deb {signed}$(REPO_URI) $(RELEASE) $(COMPONENT)"
     lines = _run(["apt-get", "indextargets", "--format", line, "Created-By: Packages", "Origin: Debian"])
@@ -158,12 +158,12 @@ def _wheels(root: Path, packages: Path) -> None:
 
 
 def missing_compilers() -> list[str]:
-    """Return the programs that building llama.cpp needs and that are not installed."""
+    """Return the programs for building llama.cpp that are not installed."""
     return [program for program in ("cmake", *COMPILERS.values()) if shutil.which(program) is None]
 
 
 def _programs(programs: Path) -> None:
-    """Compile the program with llama.cpp for each kind of core; the package's files go again."""
+    """Compile the llama.cpp program for each kind of core; the package's files are deleted afterwards."""
     with scratch_folder(programs.parent) as scratch:
         (archive,) = _downloaded(SOURCE, scratch, "--no-binary=:all:")
         with tarfile.open(archive) as opened:
@@ -172,7 +172,7 @@ def _programs(programs: Path) -> None:
         build = scratch / "build"
         settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
         for core in CORES:
-            # What does not depend on the core is compiled once.
+            # Parts that do not depend on the core are compiled once.
             _cmake("-S", EMULATED_MAIN, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}")
             _cmake("--build", build, "--parallel", str(os.cpu_count()), "--target", "emulated_main")
             shutil.copy(build / "emulated_main", programs / core.march)
@@ -183,7 +183,7 @@ def _cmake(*arguments: Path | str) -> None:
 
 
 def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:
-    """Let pip fetch packages into a folder, each with one of its digests, and return the files in order."""
+    """Download packages with pip into a folder, each with one of its digests, and return the files in order."""
     wanted, downloads = folder / "wanted.txt", folder / "downloads"
     lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in packages.items()]
     wanted.write_text("\n".join(lines), encoding="ascii")
@@ -197,7 +197,7 @@ def _run(
     failure: str = "a package cannot be installed",
     next_step: str = "check the network and try again",
 ) -> str:
-    """Run a program of this machine and return what it says; its words are quoted when it fails."""
+    """Run a program of this machine and return its output, which is quoted if it fails."""
     try:
         done = subprocess.run(
             list(map(str, command)), check=False, capture_output=True, text=True, errors="replace",

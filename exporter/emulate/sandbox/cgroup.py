@@ -1,6 +1,6 @@
-"""Control groups of our own below those this process is in, where the system lets us make some.
+"""Control groups created below those of this process, where the system allows it.
 
-No group that exists is changed. The files and their meaning: the kernel's admin-guide, cgroup-v1 and cgroup-v2.
+No existing group is changed. The kernel's admin-guide describes the files: cgroup-v1 and cgroup-v2.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 PREFIX = "edge-exporter"
-# Of a quota: short, so that short runs are slowed evenly; the kernel takes no quota of less than 1 ms.
+# Periods of a quota: short, so that short runs are slowed evenly; the kernel takes no quota of less than 1 ms.
 PERIOD_US, LONGEST_PERIOD_US, LEAST_QUOTA_US = 20_000, 100_000, 1000
 REMOVING_S = 2.0
 OWN, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
@@ -25,7 +25,7 @@ CONTROLLERS: tuple[Controller, ...] = ("memory", "cpu")
 
 @dataclass(frozen=True)
 class Place:
-    """A group that exists, below which one of ours may be made, and what that could limit."""
+    """An existing group below which a new one may be created, and the controllers that it offers."""
 
     folder: Path
     version: int
@@ -34,10 +34,10 @@ class Place:
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """A group of ours.
+    """A group created by this process.
 
     Attributes:
-        folder: Where it is.
+        folder: Its folder.
         version: 1 or 2.
     """
 
@@ -45,7 +45,7 @@ class ControlGroup:
     version: int
 
     def limit(self, controller: Controller, most: float) -> bool:
-        """Limit memory to bytes, swap included, or CPU time to cores; return whether that worked."""
+        """Limit memory to bytes, swap included, or CPU time to cores; return whether that succeeded."""
         period = PERIOD_US if most * PERIOD_US >= LEAST_QUOTA_US else LONGEST_PERIOD_US
         size, quota = int(most), round(most * period)
         required: dict[tuple[int, Controller], dict[str, object]] = {
@@ -56,28 +56,28 @@ class ControlGroup:
         }
         held = self._write(required[self.version, controller])
         if controller == "memory":
-            # Without accounting of swap there is no file for it.
+            # Without accounting of swap this file does not exist.
             self._write({"memory.swap.max": 0} if self.version == 2 else {"memory.memsw.limit_in_bytes": size})
         return held
 
     def add(self, process_id: int) -> bool:
-        """Move a process here, and return whether that was allowed."""
+        """Move a process here and return whether that was allowed."""
         return self._write({"cgroup.procs": process_id})
 
     @property
     def killed(self) -> bool:
-        """Whether the system ended a process here for want of memory."""
+        """Whether the system killed a process here for lack of memory."""
         return self._count("memory.events" if self.version == 2 else "memory.oom_control", "oom_kill") > 0
 
     @property
     def paged_bytes(self) -> int:
-        """Bytes of files that were read again because the limit had pushed them out of memory."""
-        # The machine's own want of memory counts in the same statistic.
+        """Bytes of files that were read again because the limit had evicted them from memory."""
+        # A lack of memory on the whole machine counts in the same statistic.
         hit = self._count("memory.events", "max") if self.version == 2 else self._count("memory.failcnt", "")
         return self._count("memory.stat", "workingset_refault_file") * os.sysconf("SC_PAGESIZE") if hit else 0
 
     def remove(self) -> None:
-        """End what is left in the group, and delete it."""
+        """Kill the processes that are left in the group, and delete it."""
         end = time.monotonic() + REMOVING_S
         while time.monotonic() < end:
             # A group is busy for a moment after its last process ended.
@@ -92,7 +92,7 @@ class ControlGroup:
     def _write(self, texts: Mapping[str, object]) -> bool:
         try:
             for file, text in texts.items():
-                # Never created: a file that is not there is a limit that this group cannot set.
+                # Never created: a missing file is a limit that this group cannot set.
                 descriptor = os.open(self.folder / file, os.O_WRONLY)
                 try:
                     os.write(descriptor, str(text).encode())
@@ -113,13 +113,13 @@ class ControlGroup:
 
 @contextmanager
 def control_groups(limits: Mapping[Controller, float]) -> Iterator[dict[Controller, ControlGroup]]:
-    """Make groups that hold limits, and delete them in the end.
+    """Create groups that enforce limits, and delete them at the end.
 
     Args:
         limits: Bytes of `memory`, cores of `cpu`.
 
     Yields:
-        The group for each limit that one could be made for; in version 2 it is the same one for both.
+        The group of each limit for which one could be created; in version 2 both limits share one group.
     """
     groups: dict[Controller, ControlGroup] = {}
     try:
@@ -134,7 +134,7 @@ def control_groups(limits: Mapping[Controller, float]) -> Iterator[dict[Controll
 
 def _make_below(place: Place, limits: Mapping[Controller, float], groups: dict[Controller, ControlGroup]) -> None:
     """Add a group below a place for limits that have none yet."""
-    # A process is in one group of version 2 only.
+    # A process can be in only one group of version 2.
     taken = place.version == 2 and any(group.version == 2 for group in groups.values())
     missing = [name for name in place.controllers if name in limits and name not in groups]
     if taken or not missing:
@@ -158,9 +158,9 @@ def _remove_stale(folder: Path) -> None:
 
 
 def places(own: str, mounts: str) -> list[Place]:
-    """Return where groups may be made, those of version 2 first.
+    """Return the places where groups may be created, those of version 2 first.
 
-    Below a group with processes version 2 hands no controllers on, so there the group above is a place, too.
+    In version 2 a group with processes delegates no controllers, so the group above it is a place, too.
 
     Args:
         own: The text of /proc/self/cgroup.
@@ -184,7 +184,7 @@ def places(own: str, mounts: str) -> list[Place]:
 
 
 def _mounted(mounts: str) -> dict[str, tuple[str, Path]]:
-    """Return a controller of version 1, or `cgroup2` -> the group that is mounted, and where."""
+    """Return a controller of version 1, or `cgroup2` -> the mounted group and its mount point."""
     found: dict[str, tuple[str, Path]] = {}
     for line in mounts.splitlines():
         fields, _, rest = line.partition(" - ")

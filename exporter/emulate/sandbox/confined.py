@@ -1,4 +1,4 @@
-"""A child process under a device's limits: held to them, and looked at from outside."""
+"""A child process under a device's limits, enforced and watched from outside."""
 
 import os
 import sys
@@ -14,12 +14,12 @@ from exporter.emulate.sandbox.watch import DutyCycle, Watch
 
 @dataclass(frozen=True)
 class Confinement:
-    """Limits that a process is held to.
+    """The limits of a process and their enforcement.
 
     Attributes:
         limits: The limits.
-        watch: What looks at it.
-        groups: Control groups it is in, by what they limit.
+        watch: Watches the process.
+        groups: Control groups that it is in, by controller.
     """
 
     limits: ProcessLimits
@@ -28,12 +28,12 @@ class Confinement:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether the process was ended because it needed more memory."""
+        """Whether the process was killed because it needed more memory."""
         return self.watch.ended == "memory" or ("memory" in self.groups and self.groups["memory"].killed)
 
     @property
     def paged_bytes(self) -> int:
-        """Bytes of files that it read again for want of memory, as far as a control group tells."""
+        """Bytes of files that it read again for lack of memory, as far as a control group reports them."""
         return self.groups["memory"].paged_bytes if "memory" in self.groups else 0
 
     @property
@@ -56,7 +56,7 @@ def _named(group: ControlGroup) -> str:
 
 
 def controlled(limits: ProcessLimits) -> dict[Controller, float]:
-    """Return what control groups are to limit: bytes of memory, and cores where only a share of them may be used."""
+    """Return the limits for control groups: bytes of memory, and cores if only a share of them may be used."""
     wanted: dict[Controller, float] = {}
     if limits.memory_bytes is not None:
         wanted["memory"] = limits.memory_bytes
@@ -66,7 +66,7 @@ def controlled(limits: ProcessLimits) -> dict[Controller, float]:
 
 
 def hindrance() -> str | None:
-    """Return why no process can be held to limits here; None where one can."""
+    """Return why limits cannot be enforced here; None if they can."""
     if sys.platform != "linux":
         return "only Linux is supported"
     if not Path("/proc/self/smaps_rollup").exists():
@@ -82,13 +82,13 @@ def hindrance() -> str | None:
 def confined(
     process_id: int, limits: ProcessLimits, groups: dict[Controller, ControlGroup], files: Collection[Path] = ()
 ) -> Iterator[Confinement]:
-    """Hold a process to limits, and let it go in the end.
+    """Enforce limits on a process as long as the block lasts.
 
     Args:
-        process_id: A child that was not waited for, of one thread still.
+        process_id: A child that was not waited for and still has one thread.
         limits: The limits.
-        groups: Control groups to put it in; without one, the process is watched, or stopped by turns.
-        files: Files whose pages count in full, whoever else maps them.
+        groups: Control groups for it; without one, the process is watched, or alternately stopped and continued.
+        files: Files whose pages count in full, even if other processes map them.
     """
     joined = {name: group for name, group in groups.items() if group.add(process_id)}
     os.sched_setaffinity(process_id, sorted(os.sched_getaffinity(0))[: limits.usable_cores])

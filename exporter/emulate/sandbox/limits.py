@@ -1,4 +1,4 @@
-"""What a device grants one process."""
+"""The limits of one process on a device."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError
 
 TIMEOUT_S = 300.0
-# A run reads the model some 40 times; a few tokens a second of a large one are slow, not stuck.
+# A run reads the model some 40 times; a few tokens/s of a large model are slow, not stuck.
 TIMED_BYTES_PER_S = 5e6
 LEAST_SHARE = 0.01
 
@@ -19,10 +19,10 @@ class ProcessLimits:
 
     Attributes:
         memory_bytes: Most memory that it may hold.
-        cores: Cores that it may run on, as many as this machine has of them.
+        cores: Cores that it may run on, capped by those of this machine.
         cpu_share: Share of the time of these cores that it may use, above 0, at most 1.
-        timeout_s: Seconds after which it is ended. Always there: a mapped file that does not fit is read again and
-            again rather than refused.
+        timeout_s: Seconds after which it is killed. Always set: a mapped file that does not fit is read again and again
+            rather than refused.
 
     Raises:
         RequestError: a number is impossible.
@@ -42,13 +42,13 @@ class ProcessLimits:
 
     @property
     def usable_cores(self) -> int:
-        """How many of the cores this machine has."""
+        """Number of these cores that this machine has."""
         present = available_cores()
         return present if self.cores is None else min(self.cores, present)
 
 
 def device_limits(device: DeviceProfile, file_bytes: int) -> ProcessLimits:
-    """Return what a device grants one app: its memory limit and all cores, and time for a model of some bytes."""
+    """Return the limits of one app on a device: its memory limit, all cores, and time for a model of some bytes."""
     timeout_s = TIMEOUT_S + file_bytes / TIMED_BYTES_PER_S
     return ProcessLimits(memory_bytes=int(device.app_memory_limit_bytes.value), cores=device.cores, timeout_s=timeout_s)
 

@@ -1,4 +1,4 @@
-"""Watching a process from outside: its memory, its time, and the share of the CPU that it gets."""
+"""Watches a process from outside: its memory, its time and its share of the CPU."""
 
 import os
 import re
@@ -15,15 +15,15 @@ from typing import Literal, Self
 
 LOOK_S = 0.02
 CYCLE_S = 0.02
-# How many looks pass between two at single mappings, which take longer.
+# Number of looks between two at single mappings, which take longer.
 LOOKS = 10
-# Of /proc/PID/smaps: the line of a mapping of a file with one of these inodes, then its pages in KiB, and its share.
+# In /proc/PID/smaps: the line of a mapping of a file with one of these inodes, then its pages and its share in KiB.
 MAPPING = rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (?:%b) .*\n(?:\w+: .*\n)*?Rss: +(\d+) kB\nPss: +(\d+) kB"
 Ending = Literal["memory", "time"]
 
 
 class _Beside(ABC):
-    """A thread that goes on beside a process until it is closed; both are there from entering to leaving it.
+    """A thread that watches or controls a process; both exist from entering to leaving the context.
 
     Args:
         process_id: The process; it must not have been waited for.
@@ -31,7 +31,7 @@ class _Beside(ABC):
 
     def __init__(self, process_id: int) -> None:
         self._closed = threading.Event()
-        # A process id may be given anew once the process was waited for; this handle is never another's.
+        # A process id may be reused once the process was waited for; this handle is never another's.
         self._handle = os.pidfd_open(process_id)
         self._thread = threading.Thread(target=self._go_on, daemon=True)
 
@@ -40,34 +40,34 @@ class _Beside(ABC):
         """Do the work until `_closed` is set."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End, and leave the process as it is to go on."""
+        """End the thread and leave the process running."""
         self._closed.set()
         self._thread.join()
         os.close(self._handle)
 
 
 class Watch(_Beside):
-    """Looks at a process every 20 ms, and ends it once it holds more memory or takes longer than it may.
+    """Checks a process every 20 ms, and kills it once it holds more memory or takes longer than allowed.
 
-    Memory is the proportional set: pages that several processes map count in parts, but for those of the artifact. An
-    address space is no measure: runtimes reserve more than they use.
+    Memory is the proportional set: pages that several processes map count in parts, except those of the artifact.
+    Address space is no measure, since runtimes reserve more than they use.
 
     Args:
         process_id: The process; it must not have been waited for.
         memory_bytes: Most memory; None for no limit.
         timeout_s: Seconds from now.
-        files: Files whose pages count in full, whoever else maps them.
+        files: Files whose pages count in full, even if other processes map them.
 
     Attributes:
-        peak_bytes: The largest proportional set that was seen.
-        ended: Why the process was ended, None where it was not.
+        peak_bytes: The largest proportional set observed.
+        ended: Why the process was killed; None if it was not.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Watch(_Beside):
 
 
 class DutyCycle(_Beside):
-    """Stops and continues a process by turns, so that it runs for a share of the time.
+    """Alternately stops and continues a process, so that it runs for a share of the time.
 
-    How long it did run and stand is summed up, and each stop makes up for what the ones before it missed.
+    Running and stopped times are summed, and each stop compensates for the error of earlier ones.
 
     Args:
         process_id: The process; it must not have been waited for.
@@ -123,26 +123,26 @@ class DutyCycle(_Beside):
             send(self._handle, signal.SIGCONT)
 
     def _pass(self, seconds: float) -> float:
-        """Let seconds pass, and return how many really did."""
+        """Wait for some seconds and return how many really passed."""
         started = time.perf_counter()
         self._closed.wait(max(seconds, 0))
         return time.perf_counter() - started
 
 
 def send(handle: int, number: signal.Signals) -> None:
-    """Send a signal to the process of a handle, if it is still there."""
+    """Send a signal to the process of a handle, if it still exists."""
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(handle, number)
 
 
 def proportional_bytes(process_id: int) -> int:
-    """Return the proportional set of a process, swap included, in bytes; 0 where it cannot be read."""
+    """Return the proportional set of a process, swap included, in bytes; 0 if it cannot be read."""
     lines = _read(process_id, "smaps_rollup").decode("ascii").splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Pss:", "SwapPss:")))
 
 
 def shared_bytes(process_id: int, files: Collection[Path]) -> int:
-    """Return what other processes are counted for of a process's pages of some files, in bytes."""
+    """Return the share of a process's pages of some files that counts for other processes, in bytes."""
     if not files:
         return 0
     inodes = b"|".join(str(file.stat().st_ino).encode() for file in files)
