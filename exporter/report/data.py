@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from typing import Annotated, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import AliasChoices, FailFast, Field, model_validator
 
 from exporter.coding.profiles import Profile
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity, Status
@@ -53,8 +53,8 @@ class TensorRow(Document):
         reason: Why this format and method.
         stored_bytes: Bytes in the model file.
         bits_per_weight: Stored bits for each weight, scales and padding included.
-        weight_error: Relative squared error of the planned weights under the second moments of the inputs;
-            None where the outputs are all zero.
+        output_error: Relative squared error of the matrix's outputs: that of the planned weights under the second
+            moments of the inputs; None where the outputs are all zero. Version 0.1.0 called it `weight_error`.
         calibration_kl: KL divergence a token, in nats, that the decision is predicted to add on the calibration text;
             None in reports of version 0.1.0.
         evaluation_kl: The same on the evaluation text.
@@ -70,7 +70,7 @@ class TensorRow(Document):
     reason: str
     stored_bytes: Count
     bits_per_weight: float
-    weight_error: float | None
+    output_error: Annotated[float | None, Field(validation_alias=AliasChoices("output_error", "weight_error"))]
     calibration_kl: Predicted = None
     evaluation_kl: Predicted = None
 

@@ -49,6 +49,7 @@ class Section:
     bits_per_weight: float
     formats: str
     worst_error: float | None
+    predicted: bool
 
 
 def render_html(report: Report, measurements: Measurements) -> str:
@@ -174,7 +175,7 @@ def _sections(rows: Sequence[TensorRow]) -> list[Section]:
 
 
 def _section(layer: int | None, rows: Sequence[TensorRow]) -> Section:
-    errors = [row.weight_error for row in rows if row.weight_error is not None]
+    errors = [row.output_error for row in rows if row.output_error is not None]
     return Section(
         title="Outside the layers" if layer is None else f"Layer {layer}",
         rows=tuple(rows),
@@ -182,4 +183,5 @@ def _section(layer: int | None, rows: Sequence[TensorRow]) -> Section:
         bits_per_weight=charts.mean_bits(rows),
         formats=", ".join(sorted({row.format for row in rows})),
         worst_error=max(errors, default=None),
+        predicted=all(row.evaluation_kl is not None and row.calibration_kl is not None for row in rows),
     )

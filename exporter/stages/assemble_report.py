@@ -148,7 +148,7 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
             reason=decision.reason,
             stored_bytes=decision.stored_bytes,
             bits_per_weight=8 * decision.stored_bytes / decision.group.size,
-            weight_error=compressed.outcomes[decision.group.name].output_error,
+            output_error=compressed.outcomes[decision.group.name].output_error,
             calibration_kl=decision.calibration_kl or 0.0,
             evaluation_kl=decision.predicted_kl or 0.0,
         )

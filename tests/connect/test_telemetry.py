@@ -10,7 +10,7 @@ import pytest
 
 from exporter.bench.engine import Settings
 from exporter.bench.measurement import measure_here
-from exporter.targets.onnx.emulated import GUEST
+from exporter.targets.onnx.emulated import EMULATED_MAIN
 from tests.connect.quiet import left_in, quietly
 
 # In one process and its children; `build` is how the bundle was made.
@@ -42,6 +42,6 @@ def test_programs_that_stand_alone(world: Path, tmp_path: Path, monkeypatch: pyt
     model = {"path": str(world / "onnx/model/model.onnx"), "head_width": decoder["head_size"], "options": {}}
     request, logits = tmp_path / "request.json", tmp_path / "logits.npy"
     request.write_text(json.dumps({"model": model, "tokens": [1, 2, 3], "single": 1, "threads": 1}))
-    subprocess.run([sys.executable, "-I", GUEST, request, logits], check=True)
+    subprocess.run([sys.executable, "-I", EMULATED_MAIN, request, logits], check=True)
     assert len(np.load(logits)) == 3
     assert left_in(tmp_path) == {"request.json", "logits.npy"}

@@ -27,7 +27,7 @@ from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import write_bundle
 from exporter.cli.show import bundle_facts, gguf_facts
 from exporter.coding.container import PROFILES, SUFFIX, check_file, code_file, original_of, restore_file
-from exporter.coding.in_memory import ResidentFile, Section
+from exporter.coding.in_memory import FileSection, ResidentFile
 from exporter.coding.layout import array_part, layout_of
 from exporter.device.fit import check_fit
 from exporter.device.profile import device_names, load_device
@@ -62,6 +62,7 @@ from tests.fuzz.mutations import (
 )
 from tests.gguf_files import float_gguf, split_gguf
 from tests.models import TEMPLATE, VOCAB, tiny_model
+from tests.plans import with_plan
 
 Attempt = Callable[[Random], bool]
 DATA = Path(__file__).parents[1] / "data"
@@ -101,6 +102,7 @@ def _bundles(folder: Path) -> list[Path]:
         shutil.copytree(folder / target, staging)
         manifest = read_manifest(staging)
         (staging / MANIFEST).unlink()
+        with_plan(staging)
         models = [staging / entry.path for entry in manifest.files if entry.role == "model"]
         code_beside(models, profile, lambda name, done, total: None)  # type: ignore[arg-type]
         write_bundle(staging, coded, _header(manifest))
@@ -243,14 +245,14 @@ def _digest_changed(before: bytes, after: bytes) -> bool:
 def coded(folder: Path) -> Attempt:
     """Coded files: restored, checked, and held coded in memory."""
     source = tiny_model(folder / "model")
-    seeds: list[tuple[Path, Sequence[Section]]] = []
+    seeds: list[tuple[Path, Sequence[FileSection]]] = []
     for path in (float_gguf(source, folder / "model.gguf"), source / "tokenizer.json"):
         for profile in PROFILES:
             seeds.append((folder / f"{path.name}-{profile}{SUFFIX}", layout_of(path)))
             code_file(path, seeds[-1][0], profile)
     small = folder / "small"
     small.write_bytes(Random(0).randbytes(600) + bytes(900) + bytes(range(250)) * 4)
-    layout = [Section(0, array_part((20, 30), _dtype("u1"))), Section(700, array_part((9, 20), _dtype("<f4")))]
+    layout = [FileSection(0, array_part((20, 30), _dtype("u1"))), FileSection(700, array_part((9, 20), _dtype("<f4")))]
     for profile in PROFILES:
         seeds += [(folder / f"small-{profile}{SUFFIX}", layout)] * 6
         code_file(small, seeds[-1][0], profile, layout)
@@ -258,7 +260,7 @@ def coded(folder: Path) -> Attempt:
     scratch = folder / "scratch"
     scratch.mkdir()
 
-    def use(path: Path, sections: Sequence[Section]) -> bool:
+    def use(path: Path, sections: Sequence[FileSection]) -> bool:
         restored = scratch / "restored"
         stated = original_of(path)
         restore_file(path, restored)

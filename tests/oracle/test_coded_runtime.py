@@ -15,7 +15,7 @@ from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx import coded as coding
-from exporter.targets.onnx import segments
+from exporter.targets.onnx import graph_partition
 from exporter.targets.onnx.coded import CodedOnnxRuntime
 from exporter.targets.onnx.runtime import OnnxRuntime
 from exporter.targets.target import load_target
@@ -29,7 +29,7 @@ PROMPT = TOKENS[0, :24].tolist()
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of tiny models are coded too, and their heads cut."""
     monkeypatch.setattr(coding, "LEAST_BYTES", 1024)
-    monkeypatch.setattr(segments, "HEAD_ROWS", 128)
+    monkeypatch.setattr(graph_partition, "HEAD_ROWS", 128)
 
 
 def lowered(folder: Path, type: str, to: Path) -> Artifact:

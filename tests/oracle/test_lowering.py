@@ -164,8 +164,8 @@ def test_onnx_tables_are_as_long_as_asked_for(source: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("target", "type", "method", "sentence"),
     [
-        ("gguf", "Q4_K_M", "double", "steps can be chosen in symmetric formats of 8 bits only"),
-        ("onnx", "int4", "rate", "steps can be chosen in symmetric formats of 8 bits only"),
+        ("gguf", "Q4_K_M", "coarse-int8", "steps can be chosen in symmetric formats of 8 bits only"),
+        ("onnx", "int4", "entropy-constrained-int8", "steps can be chosen in symmetric formats of 8 bits only"),
     ],
 )
 def test_methods_and_types_that_do_not_go_together_are_refused_at_plan(

@@ -20,7 +20,7 @@ from exporter.model.widths import padded, selected
 from exporter.plan.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf import feed_forward_storage as carriages
+from exporter.targets.gguf import feed_forward_widths
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
@@ -130,7 +130,7 @@ def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatc
 
 def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `deci` is for: the day that this fails, it is not needed any more."""
-    monkeypatch.setattr(carriages, "WITH_WIDTHS", {"llama": "llama"})
+    monkeypatch.setattr(feed_forward_widths, "WITH_WIDTHS", {"llama": "llama"})
     artifact, _ = lower(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32")
     with pytest.raises(Exception, match=r"llama\.cpp cannot load the file"):
         logits(artifact)

@@ -18,7 +18,15 @@ from tests.unit.test_bundle import SELF_TEST
 
 DATA = Path(__file__).parents[1] / "data"
 MODEL = bytes(range(256)) * 3
-PATHS = ["licences/A", "manifest.json", "measurements.json", "model/model.gguf", "report.json", "selftest.json"]
+PATHS = [
+    "licences/A",
+    "manifest.json",
+    "measurements.json",
+    "model/model.gguf",
+    "plan.json",
+    "report.json",
+    "selftest.json",
+]
 QUICK = settings(max_examples=60, deadline=None)
 
 
@@ -37,7 +45,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for path, data in {"model/model.gguf": MODEL, "licences/A": b"x", "selftest.json": SELF_TEST}.items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(data)
-        for name in ("report.json", "measurements.json"):
+        for name in ("plan.json", "report.json", "measurements.json"):
             shutil.copyfile(DATA / name, folder / name)
         write_bundle(folder, output, header())
     assert files_below(output)[0] == PATHS

@@ -18,6 +18,7 @@ from exporter.foundation.quantities import Check, from_json
 from exporter.report.data import Report, to_json
 
 DATA = Path(__file__).parents[1] / "data"
+DOCUMENTS = ("plan.json", "report.json", "measurements.json")
 SELF_TEST = b'{"expected": [], "logits": [], "positions": [], "prompt": [1], "tolerance": 2.0}'
 FILES = {
     "model/model.gguf": b"graph",
@@ -49,7 +50,7 @@ def stage(folder: Path) -> None:
     for path, data in FILES.items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
-    for name in ("report.json", "measurements.json"):
+    for name in DOCUMENTS:
         shutil.copyfile(DATA / name, folder / name)
 
 
@@ -77,13 +78,13 @@ def test_a_written_bundle_verifies(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert {check.status for check in checks} == {"passed"}
     assert [check.name for check in checks][:2] == ["file licences/MODEL", "file measurements.json"]
-    assert len(checks) == len(FILES) + 2 + 8
+    assert len(checks) == len(FILES) + 3 + 9
 
 
 def test_the_manifest_lists_every_other_file(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     paths = [entry.path for entry in manifest.files]
-    assert paths == sorted([*FILES, "report.json", "measurements.json"])
+    assert paths == sorted([*FILES, *DOCUMENTS])
     assert {entry.path: entry.role for entry in manifest.files}["model/tokenizer.json"] == "tokenizer"
     assert to_json(manifest) == (bundle / "manifest.json").read_text(encoding="utf-8")
 
@@ -102,6 +103,7 @@ def test_nothing_but_the_bundle_is_left(bundle: Path) -> None:
         ("model/Modelfile", "config"),
         ("model/tokenizer_config.json", "tokenizer"),
         ("licences/a/LICENSE", "licence"),
+        ("plan.json", "plan"),
         ("report.json", "report"),
         ("report.html", "report"),
         ("measurements.json", "measurements"),
@@ -217,7 +219,15 @@ def test_a_report_on_another_device_is_found(bundle: Path) -> None:
     assert "reports on another device" in failed(bundle)["report.json"].detail
 
 
-@pytest.mark.parametrize("name", ["report.json", "measurements.json"])
+def test_a_plan_of_other_decisions_is_found(bundle: Path) -> None:
+    plan = (bundle / "plan.json").read_text("utf-8")
+    for old, new in (('"Q8_0"', '"Q4_0"'), ('"evaluation_kl": ', '"evaluation_kl": 1'), ('"seed": 0', '"seed": 1')):
+        assert old in plan
+        (bundle / "plan.json").write_text(plan.replace(old, new, 1), "utf-8")
+        assert "is not the plan of what report.json reports on" in failed(bundle)["plan.json"].detail
+
+
+@pytest.mark.parametrize("name", ["plan.json", "report.json", "measurements.json"])
 def test_documents_must_be_of_their_schema(bundle: Path, name: str) -> None:
     (bundle / name).write_text('{"schema_version": 1}', encoding="utf-8")
     assert "document: " in failed(bundle)[name].detail
@@ -422,7 +432,7 @@ def test_a_staged_link_is_our_fault(tmp_path: Path) -> None:
 
 def test_files_below_are_sorted_with_slashes(bundle: Path) -> None:
     regular, strange = files_below(bundle)
-    assert regular == sorted([*FILES, "report.json", "measurements.json", "manifest.json"])
+    assert regular == sorted([*FILES, *DOCUMENTS, "manifest.json"])
     assert strange == []
 
 

@@ -36,6 +36,7 @@ from exporter.report.data import canonical_json
 from exporter.targets.onnx.intake import MOST_GRAPH_BYTES
 from exporter.targets.onnx.settings import GenaiModel
 from tests.commands import cli
+from tests.plans import with_plan
 
 BUNDLES = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
 SETTINGS, TOKENIZER, GRAPH = "model/genai_config.json", "model/tokenizer_config.json", "model/model.onnx"
@@ -382,7 +383,12 @@ def test_a_manifest_of_very_many_files_is_refused_at_once(bundle: Path, count: i
 
 @pytest.mark.parametrize("name", MOST_BYTES)
 def test_documents_are_bounded(bundle: Path, name: str) -> None:
-    largest = {"manifest.json": 3_000, "report.json": 7_000, "measurements.json": 3_000, "selftest.json": 400}
+    with_plan(bundle)
+    seal(bundle, lambda manifest: manifest.update(schema_version=2))
+    largest = {
+        "manifest.json": 3_000, "plan.json": 9_000, "report.json": 7_000, "measurements.json": 3_000,
+        "selftest.json": 400,
+    }  # fmt: skip
     assert MOST_BYTES[name] > 100 * largest[name]
     os.truncate(bundle / name, MOST_BYTES[name] + 1)
     if name == "manifest.json":
@@ -525,7 +531,8 @@ def with_device_checks(bundle: Path) -> None:
     rows = [{name: check[name] for name in ("name", "status", "limit", "unit")} for check in measured["checks"]]
     values = [None, None, measured["checks"][2]["value"]]
     told = [row | {"value": value} for row, value in zip(rows, values, strict=True)]
-    edit(bundle / "report.json", lambda report: report.update(schema_version=2, device_checks=told))
+    with_plan(bundle)
+    edit(bundle / "report.json", lambda report: report.update(device_checks=told))
     seal(bundle, lambda manifest: manifest.update(schema_version=2))
 
 
@@ -684,7 +691,7 @@ DOCUMENTS = ("manifest.json", "report.json", "measurements.json")
 WRONG = [None, True, -1, 1.5, 10**30, 10**400, 1e308, "", "\x1b[31m" * 9, [], {}, [[[[]]]], {"a": {}}]
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "report.json", "measurements.json", "selftest.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json", "report.json", "measurements.json", "selftest.json"])
 def test_every_wrong_value_is_the_bundle_s_fault(bundle: Path, name: str) -> None:
     with_device_checks(bundle)
     original = json.loads((bundle / name).read_text("utf-8"))
