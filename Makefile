@@ -12,7 +12,7 @@ PROMPT := The capital of France is
 WITHOUT_AMX := $(if $(shell cc -march=native -dM -E -x c /dev/null 2>/dev/null | grep __AMX_INT8__),-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz golden check format format-check lint types wheel benchmark clean
+.PHONY: help demo test quick fuzz golden check format format-check lint types wheel benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,9 @@ demo: $(READY) ## build, run and verify a phone's and a laptop's bundle of the e
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/python -m pytest -m alone
+
+quick: $(READY) ## run the tests of a minute: unit, property and contract
+	$(BIN)/python -m pytest -n 2 --dist load -m 'not alone and not slow' tests/unit tests/property tests/contract
 
 golden: $(READY) ## compare what BASE=COMMIT and the working tree build, byte by byte
 	$(BIN)/python tests/golden.py $(BASE) --only '$(ONLY)'

@@ -21,11 +21,11 @@ from exporter.model.folder import require_new, save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.job import Job
-from exporter.plan.outline import Outline, needs_of, outline
-from exporter.plan.plan import Plan
-from exporter.plan.resolve import ResolvedJob, resolve
-from exporter.plan.step import Draft, Observe
+from exporter.planning.job import Job
+from exporter.planning.outline import Outline, needs_of, outline
+from exporter.planning.plan import Plan
+from exporter.planning.resolve import ResolvedJob, resolve
+from exporter.planning.step import Draft, Observe
 from exporter.prove.arm64 import settle
 from exporter.prove.emulation import Emulation, emulate
 from exporter.prove.proof import prove

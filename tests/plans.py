@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from exporter.foundation.quantities import from_json
-from exporter.plan.plan import Plan
+from exporter.planning.plan import Plan
 from exporter.report.data import Report, to_json
 
 SPENDS = {"calibration_windows": 27, "prediction_windows": 8, "sweeps": 2, "propagates_errors": True}

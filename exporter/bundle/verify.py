@@ -27,7 +27,7 @@ from exporter.bundle.reading import read_document, read_manifest, unreadable
 from exporter.coding.container import check_file
 from exporter.foundation.errors import ExporterError, InputError
 from exporter.foundation.quantities import Check, Document
-from exporter.plan.plan import Plan
+from exporter.planning.plan import Plan
 from exporter.prove.self_test import SelfTest
 from exporter.report.data import Measurements, Report, agree, disagreements
 

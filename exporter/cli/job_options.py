@@ -12,7 +12,7 @@ from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError
 
 if TYPE_CHECKING:
-    from exporter.plan.job import Job
+    from exporter.planning.job import Job
 
 THREADS = min(available_cores(), 8)
 ThreadsOption = Annotated[
@@ -101,8 +101,8 @@ def job_of(
         RequestError: an option is named that the plan decides.
         InputError: the plan cannot be read.
     """
-    from exporter.plan.job import Job
-    from exporter.plan.plan import read_plan
+    from exporter.planning.job import Job
+    from exporter.planning.plan import read_plan
 
     given = locals()
     defaults = {name: parameter.default for name, parameter in inspect.signature(job_of).parameters.items()}

@@ -21,7 +21,7 @@ from exporter.cli.job_options import THREADS, ThreadsOption, takes_job
 from exporter.foundation.errors import ExporterError, RequestError, printable
 
 if TYPE_CHECKING:
-    from exporter.plan.job import Job
+    from exporter.planning.job import Job
 
 app = typer.Typer(
     name="edge-exporter",

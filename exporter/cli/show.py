@@ -26,7 +26,7 @@ from exporter.report.figures import text as figure
 
 if TYPE_CHECKING:  # they bring torch along, which most commands do without
     from exporter.bundle.installed import Answer
-    from exporter.plan.outline import Outline
+    from exporter.planning.outline import Outline
 
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 STATUS = {"passed": "[green]passed[/]", "failed": "[red]failed[/]", "not run": "[yellow]not run[/]"}

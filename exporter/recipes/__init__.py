@@ -1,1 +1,1 @@
-"""Named recipes, a TOML file each; see `exporter.plan.recipe`."""
+"""Named recipes, a TOML file each; see `exporter.planning.recipe`."""

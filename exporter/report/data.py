@@ -11,7 +11,7 @@ from pydantic import AliasChoices, FailFast, Field, model_validator
 
 from exporter.coding.profiles import Profile
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity, Status
-from exporter.plan.plan import Plan, TextFacts
+from exporter.planning.plan import Plan, TextFacts
 
 Sentences = Annotated[tuple[str, ...], FailFast()]
 # Left out where there is none, as in version 0.1.0.

@@ -16,10 +16,10 @@ from exporter.device.fit import FILE_SIZE, check_fit
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Basis, Check, Quantity
 from exporter.model.model import Model
-from exporter.plan.job import Job
-from exporter.plan.outline import pruning
-from exporter.plan.plan import Plan
-from exporter.plan.resolve import ResolvedJob
+from exporter.planning.job import Job
+from exporter.planning.outline import pruning
+from exporter.planning.plan import Plan
+from exporter.planning.resolve import ResolvedJob
 from exporter.prove.emulation import NEVER_FAILING, Emulation
 from exporter.prove.proof import Proof
 from exporter.prove.self_test import SelfTest

@@ -21,9 +21,9 @@ from exporter.formats.format import WeightFormat
 from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
 from exporter.model.model import Model
-from exporter.plan.build_footprint import float_copy_bytes
-from exporter.plan.resolve import ResolvedJob
-from exporter.plan.step import Draft
+from exporter.planning.build_footprint import float_copy_bytes
+from exporter.planning.resolve import ResolvedJob
+from exporter.planning.step import Draft
 from exporter.prove.prompt import DECODE_TOKENS
 from exporter.prove.proof import REPEATS, ROUNDING_SHARE
 from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS

@@ -16,7 +16,7 @@ from exporter.foundation.cache_entries import ARRAY, kept
 from exporter.foundation.progress import Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 

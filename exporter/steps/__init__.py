@@ -1,1 +1,1 @@
-"""The steps that recipes are made of, a file each, which holds `STEP`; see `exporter.plan.recipe`."""
+"""The steps that recipes are made of, a file each, which holds `STEP`; see `exporter.planning.recipe`."""

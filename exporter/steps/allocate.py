@@ -12,8 +12,8 @@ from exporter.compress.effort import Effort
 from exporter.compress.method import load_method
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
-from exporter.plan.budget import Budget, chosen, cost_of_speed, decisions_of, require_feasible, stock_of_that_size
-from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.planning.budget import Budget, chosen, cost_of_speed, decisions_of, require_feasible, stock_of_that_size
+from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.predict.roofline import cpu_of
 from exporter.steps.named_type import Name
 from exporter.targets.target import Target

@@ -11,7 +11,7 @@ from exporter.compress.caldera import Alternation, Part
 from exporter.compress.compressed import with_factors
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
-from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.targets.target import base_format, low_rank
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]

@@ -16,7 +16,7 @@ from exporter.compress.method import MatrixMethod
 from exporter.compress.methods.coarse_int8 import DEFAULT_BITS, ZEROED, doubled, in_scaled_channels
 from exporter.formats.group import Decision
 from exporter.model.model import Model
-from exporter.plan.step import CodedBits, CodedStep
+from exporter.planning.step import CodedBits, CodedStep
 
 
 class DoubleCompression(CodedStep):

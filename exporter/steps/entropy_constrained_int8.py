@@ -20,7 +20,7 @@ from exporter.compress.methods.entropy_constrained_int8 import DEFAULT_BITS, in_
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
-from exporter.plan.step import CodedBits, CodedStep, Draft, EncodingTask
+from exporter.planning.step import CodedBits, CodedStep, Draft, EncodingTask
 from exporter.targets.target import low_rank
 
 # A weight beside factors; fewer are not worth a code.

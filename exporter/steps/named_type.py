@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.targets.target import Target
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]

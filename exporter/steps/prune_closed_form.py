@@ -8,7 +8,7 @@ from typing import Literal
 from exporter.calibrate.layer_stream import Progress
 from exporter.compress.prune import ClosedFormOptions, prune, uneven_widths
 from exporter.model.model import Model
-from exporter.plan.step import Observe, PruningStep, Work, repair_work
+from exporter.planning.step import Observe, PruningStep, Work, repair_work
 
 
 class ClosedForm(PruningStep):

@@ -13,7 +13,7 @@ from exporter.compress import prunenet
 from exporter.compress.prune import repair
 from exporter.foundation.config_files import impossible, shown
 from exporter.model.model import Model
-from exporter.plan.step import Observe, PruningStep, Work, repair_work
+from exporter.planning.step import Observe, PruningStep, Work, repair_work
 
 # Multiplications and additions for the eigenvalues of a matrix, over the cube of its width.
 EIGENVALUES = 4

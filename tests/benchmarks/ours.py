@@ -13,7 +13,7 @@ from exporter.compress.method import load_method
 from exporter.formats.group import Decision
 from exporter.model.families import EMBEDDING
 from exporter.model.model import Model
-from exporter.plan.budget import Budget, chosen, stock_of_that_size
+from exporter.planning.budget import Budget, chosen, stock_of_that_size
 from exporter.predict.roofline import Cpu
 from exporter.targets.artifact import Artifact
 from exporter.targets.target import load_target

@@ -22,8 +22,8 @@ from exporter.compress.compressed import CompressedModel
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.job import Job
-from exporter.plan.recipe import recipe_names
+from exporter.planning.job import Job
+from exporter.planning.recipe import recipe_names
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.proof import ROUNDING_SHARE, Proof, prove
 from exporter.report.data import Report

@@ -8,6 +8,8 @@ import pytest
 
 from tests.commands import cli, printed
 
+pytestmark = pytest.mark.slow
+
 BUNDLES = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
 TARGETS = ("gguf", "onnx", "onnx-qdq")
 

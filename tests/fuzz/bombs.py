@@ -23,7 +23,7 @@ from exporter.model.gguf_file import open_whole
 from exporter.model.json_file import read_json_object
 from exporter.model.template import open_renderer
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.recipe import load_recipe
+from exporter.planning.recipe import load_recipe
 from exporter.targets.onnx.graph_partition import cut
 from tests.models import VOCAB, tiny_model
 

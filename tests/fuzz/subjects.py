@@ -42,9 +42,9 @@ from exporter.model.llama_vocabulary import VocabularyFacts
 from exporter.model.model import Model
 from exporter.model.sources import load_config, open_model
 from exporter.model.tokenizer import load_tokenizer, try_tokenizer
-from exporter.plan.job import Job
-from exporter.plan.recipe import load_recipe, recipe_names
-from exporter.plan.resolve import resolve
+from exporter.planning.job import Job
+from exporter.planning.recipe import load_recipe, recipe_names
+from exporter.planning.resolve import resolve
 from exporter.report.data import canonical_json
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone

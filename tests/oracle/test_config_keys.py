@@ -10,8 +10,8 @@ import pytest
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.config_keys import key_table
 from exporter.model.sources import open_model
-from exporter.plan.job import Job
-from exporter.plan.resolve import resolve
+from exporter.planning.job import Job
+from exporter.planning.resolve import resolve
 from tests.folders import edit, float_kl, transformers_logits
 from tests.models import tiny_model
 

@@ -14,7 +14,7 @@ from exporter.foundation.errors import InputError
 from exporter.model import excerpt, gguf_source
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.plan.build_footprint import float_copy_bytes
+from exporter.planning.build_footprint import float_copy_bytes
 from exporter.prove.accuracy import divergence
 from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact

@@ -17,8 +17,8 @@ from exporter.foundation.quantities import from_json
 from exporter.model import excerpt
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
-from exporter.plan.job import Job
-from exporter.plan.resolve import for_context
+from exporter.planning.job import Job
+from exporter.planning.resolve import for_context
 from exporter.prove import accuracy
 from exporter.prove.lowering import MOST_KL, Decoded, check_lowering, float_copy
 from exporter.report.data import Report

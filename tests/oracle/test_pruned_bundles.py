@@ -13,7 +13,7 @@ from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.pipeline import Bundle, build
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from tests.models import tiny_model
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. "

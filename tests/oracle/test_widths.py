@@ -17,7 +17,7 @@ from exporter.model.folder import save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import padded, selected
-from exporter.plan.outline import zero_bytes
+from exporter.planning.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf import feed_forward_widths

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
 from exporter.formats.ggml import ggml_format
-from exporter.plan.budget import SPEED_KL, Budget, chosen
-from exporter.plan.resolve import PREFERENCES
+from exporter.planning.budget import SPEED_KL, Budget, chosen
+from exporter.planning.resolve import PREFERENCES
 from exporter.predict.roofline import Cpu
 from exporter.targets.target import load_target
+
+pytestmark = pytest.mark.slow
 
 FORMAT = ggml_format("Q8_0")
 SHARES = st.floats(0.0, 1.0)

@@ -20,6 +20,8 @@ from exporter.coding.profiles import Profile
 from exporter.coding.tables import PRECISION, TOTAL, counts_of, entropy_bits, read_table, shares_of, table_bytes
 from exporter.foundation.errors import InputError, RequestError
 
+pytestmark = pytest.mark.slow
+
 Q8_0 = (Field(NUMBERS, 2), Field(CODES, 32))
 FIELDS = st.lists(
     st.builds(Field, st.sampled_from((CODES, NUMBERS, ANYTHING)), st.integers(1, 5)), min_size=1, max_size=4

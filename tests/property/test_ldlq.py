@@ -13,6 +13,8 @@ from exporter.formats.ggml import ggml_format
 from exporter.formats.k_quants import NestedGrid
 from exporter.formats.matmulnbits import matmulnbits_format
 
+pytestmark = pytest.mark.slow
+
 FEEDBACK, DESCENT, RTN = Ldlq(sweeps=0), Ldlq(sweeps=2), RoundToNearest()
 EVERY = np.ones(256, np.float32)
 SCALED = ["int4-b32", "int2-b16-asymmetric", "Q4_0", "Q5_1", "IQ4_NL"]

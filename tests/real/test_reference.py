@@ -19,8 +19,8 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.job import Job
-from exporter.plan.resolve import resolve
+from exporter.planning.job import Job
+from exporter.planning.resolve import resolve
 from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.quantise import quantise

@@ -22,15 +22,17 @@ from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
-from exporter.plan.budget import Budget, cost_of_speed
-from exporter.plan.job import Job
-from exporter.plan.outline import needs_of
-from exporter.plan.step import Draft
+from exporter.planning.budget import Budget, cost_of_speed
+from exporter.planning.job import Job
+from exporter.planning.outline import needs_of
+from exporter.planning.step import Draft
 from exporter.predict.roofline import Cpu
 from exporter.predict.workload import format_family
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
 from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.slow
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
 

@@ -23,6 +23,8 @@ from exporter.formats.format import Float32
 from exporter.foundation.errors import DeadlineError, InputError, RuntimeCrashError
 from tests.taken import ANSWERS, Taken
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
 SOON_S = 60.0
 ROOM_BYTES = 64 << 20

@@ -11,6 +11,8 @@ from exporter.targets.artifact import target_names
 from tests.commands import cli
 from tests.models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 TARGETS = {"gguf": "Q8_0", "onnx": "int8", "onnx-qdq": "a16w8"}
 
 

@@ -26,7 +26,10 @@ from exporter.emulate.sandbox.watch import proportional_bytes, shared_bytes
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError, RuntimeCrashError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds processes to limits here"),
+]
 MB = 1_000_000
 METHODS = ["watched", "grouped"]
 MOST_S, MOST_BYTES = 60.0, 1 << 40

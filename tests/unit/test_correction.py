@@ -21,6 +21,8 @@ from exporter.model.sources import open_model
 from exporter.targets.target import load_target
 from tests.models import VOCAB, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROLES = tuple(LINEARS)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
 LEVEL = Effort(6, 2, 0, True)

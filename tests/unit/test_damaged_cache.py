@@ -11,12 +11,14 @@ from exporter.foundation.cache_entries import folder_is_whole, is_whole
 from exporter.foundation.errors import InputError, RequestError
 from exporter.foundation.progress import Progress, silent
 from exporter.pipeline import build
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from tests.damage import DAMAGES, cached_files, flipped, left_over
 from tests.gguf_files import float_gguf
 from tests.killing import WORDS, alone, kills, source
 from tests.models import tiny_model
 from tests.unit.test_cache import largest_file
+
+pytestmark = pytest.mark.slow
 
 RECIPES = {"closed": 'method = "prune-closed-form"\nratio = 0.34', "net": 'method = "prunenet"\nratio = 0.34'}
 # All kinds of entries come of these together.

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from exporter import pipeline
 from exporter.cli.main import main
 from exporter.foundation.errors import ExporterError, RequestError
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.target import Gguf
 from tests.models import tiny_model
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400

@@ -38,6 +38,8 @@ from exporter.targets.onnx.settings import GenaiModel
 from tests.commands import cli
 from tests.plans import with_plan
 
+pytestmark = pytest.mark.slow
+
 BUNDLES = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
 SETTINGS, TOKENIZER, GRAPH = "model/genai_config.json", "model/tokenizer_config.json", "model/model.onnx"
 QUICK = Settings(prompt=2, generate=2, depth=0, context=64, repeats=1, sustain_s=0, threads=1)

@@ -12,10 +12,12 @@ import pytest
 
 from exporter.foundation.errors import ExporterError
 from exporter.model.sources import open_model
-from exporter.plan.job import Job
-from exporter.plan.resolve import resolve
+from exporter.planning.job import Job
+from exporter.planning.resolve import resolve
 from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.slow
 
 DEEP = b"[" * 60 + b"]" * 60
 STRANGE: tuple[Any, ...] = (

@@ -22,6 +22,8 @@ from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.text import GenaiText
 from tests.models import TEMPLATE, VOCAB, tiny_model
 
+pytestmark = pytest.mark.slow
+
 STRANGE: tuple[Any, ...] = (
     None, -1, 0, True, "x", "", [], {}, [[]], {"a": {}}, 1e30, 2**70, 1.5, ["a", "b"], "\u2581", "a" * 300, [None],
     {"content": 5}, "{{", "\x00",

@@ -13,9 +13,9 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.effort import effort
 from exporter.model.sources import open_model
-from exporter.plan.build_footprint import build_peak_bytes, cache_bytes
-from exporter.plan.job import Job
-from exporter.plan.recipe import Recipe
+from exporter.planning.build_footprint import build_peak_bytes, cache_bytes
+from exporter.planning.job import Job
+from exporter.planning.recipe import Recipe
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 

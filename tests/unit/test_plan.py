@@ -10,13 +10,15 @@ import pytest
 
 from exporter import pipeline
 from exporter.foundation.errors import InputError, RequestError
-from exporter.plan.job import Job
-from exporter.plan.plan import Plan, read_plan
-from exporter.plan.recipe import Recipe
-from exporter.plan.resolve import recipe_for
+from exporter.planning.job import Job
+from exporter.planning.plan import Plan, read_plan
+from exporter.planning.recipe import Recipe
+from exporter.planning.resolve import recipe_for
 from exporter.report.data import to_json
 from exporter.targets.target import load_target
 from tests.models import tiny_model
+
+pytestmark = pytest.mark.slow
 
 WORDS = "the capital of France is Paris, numbers 12 345 and hello world. " * 400
 DEVICE = "raspberry-pi-5"
@@ -225,7 +227,7 @@ def test_a_recipe_file_may_name_every_step(tmp_path: Path) -> None:
 
 def test_plans_and_jobs_are_light() -> None:
     libraries = "{'torch', 'onnx', 'gguf', 'transformers', 'safetensors'}"
-    code = f"import sys, exporter.plan.job; print({libraries} & set(sys.modules))"
+    code = f"import sys, exporter.planning.job; print({libraries} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
     assert Plan.model_fields["recipe"].is_required()

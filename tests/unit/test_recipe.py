@@ -16,11 +16,11 @@ from exporter.model.families import FAMILIES
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.pipeline import drafted
-from exporter.plan.job import Job
-from exporter.plan.outline import needs_of, pruning
-from exporter.plan.recipe import load_recipe, recipe_names
-from exporter.plan.resolve import ResolvedJob
-from exporter.plan.step import Draft, EncodingTask
+from exporter.planning.job import Job
+from exporter.planning.outline import needs_of, pruning
+from exporter.planning.recipe import load_recipe, recipe_names
+from exporter.planning.resolve import ResolvedJob
+from exporter.planning.step import Draft, EncodingTask
 from exporter.report import figures
 from exporter.targets.target import load_target
 from tests.models import tiny_model

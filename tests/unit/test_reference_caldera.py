@@ -11,6 +11,8 @@ from exporter.compress.reference.ldlq import BlockLdlq
 from exporter.compress.reference.rounders import E8P, EntropyCoded, entropy, multiples
 from exporter.foundation.errors import RequestError
 
+pytestmark = pytest.mark.slow
+
 
 def problem(seed: int, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     chance = np.random.default_rng(seed)

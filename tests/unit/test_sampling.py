@@ -9,7 +9,7 @@ from exporter.calibrate.sample import starts
 from exporter.foundation.progress import silent
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from exporter.stages.sampled_text import sampled_windows
 from exporter.targets.gguf.runtime import _drawn
 from tests.models import VOCAB, tiny_model

@@ -13,7 +13,7 @@ from exporter.compress.compressed import CompressedModel
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
-from exporter.plan.job import Job
+from exporter.planning.job import Job
 from exporter.targets.target import load_target
 from tests.models import tiny_model
 

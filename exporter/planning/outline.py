@@ -8,10 +8,10 @@ from exporter.device.fit import check_fit
 from exporter.formats.group import Decision
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity
 from exporter.model.architecture import Architecture
-from exporter.plan.build_footprint import build_peak_bytes, cache_bytes, float_copy_bytes
-from exporter.plan.plan import RecipeDocument
-from exporter.plan.resolve import ResolvedJob
-from exporter.plan.step import Draft
+from exporter.planning.build_footprint import build_peak_bytes, cache_bytes, float_copy_bytes
+from exporter.planning.plan import RecipeDocument
+from exporter.planning.resolve import ResolvedJob
+from exporter.planning.step import Draft
 
 # Of the bundle's other files.
 OTHER_FILES_BYTES = 64 << 20

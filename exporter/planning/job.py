@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from exporter.coding.profiles import Profile
-from exporter.plan.plan import Plan
+from exporter.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Job:
     """One request to `build` or `plan`.
 
     `type`, `method`, the limits, `prefer`, `effort` and `transport` are short forms of a recipe's steps; see
-    `exporter.plan.resolve.recipe_for`.
+    `exporter.planning.resolve.recipe_for`.
 
     Attributes:
         source: A Hugging Face folder, hub id, `.gguf` file, or `demo`.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they bring torch along, which those who only read a plan do
     from exporter.calibrate.windows import Windows
     from exporter.formats.format import LowRank
     from exporter.formats.group import Decision
-    from exporter.plan.step import Draft
+    from exporter.planning.step import Draft
 
 # That of 126 layers has 0.6 MB.
 MOST_BYTES = 8 << 20
@@ -48,7 +48,7 @@ class TextFacts(Document):
 
 
 class RecipeDocument(Document):
-    """A recipe in which every option of every step is stated; see `exporter.plan.recipe`.
+    """A recipe in which every option of every step is stated; see `exporter.planning.recipe`.
 
     Attributes:
         name: The recipe's name; None where options on the command line are all there is.

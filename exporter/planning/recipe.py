@@ -31,8 +31,8 @@ from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Document
 from exporter.foundation.registry import load, names
 from exporter.model.model import Model
-from exporter.plan.plan import RecipeDocument
-from exporter.plan.step import EncodingStep, Observe, PruningStep, RewritingStep
+from exporter.planning.plan import RecipeDocument
+from exporter.planning.step import EncodingStep, Observe, PruningStep, RewritingStep
 from exporter.steps.transport import Transport
 
 PACKAGE = "exporter.recipes"

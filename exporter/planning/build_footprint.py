@@ -13,8 +13,8 @@ from exporter.compress.effort import Effort
 from exporter.formats.group import Decision
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
-from exporter.plan.job import Job
-from exporter.plan.recipe import Recipe
+from exporter.planning.job import Job
+from exporter.planning.recipe import Recipe
 
 # Interpreter, torch, transformers and a runtime's libraries, with what is kept of finished stages.
 BASE_BYTES = 500 << 20

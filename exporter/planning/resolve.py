@@ -13,10 +13,10 @@ from exporter.formats.group import Decision
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Basis, Check
 from exporter.model.model import Model
-from exporter.plan.job import Job
-from exporter.plan.plan import Plan, PlannedMatrix, TextFacts
-from exporter.plan.recipe import Recipe, Table, load_recipe, step_of
-from exporter.plan.step import Draft, EncodingStep, EncodingTask
+from exporter.planning.job import Job
+from exporter.planning.plan import Plan, PlannedMatrix, TextFacts
+from exporter.planning.recipe import Recipe, Table, load_recipe, step_of
+from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.steps.transport import Transport
 from exporter.targets.target import AsStored, Target, load_target
 
