@@ -68,9 +68,9 @@ def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_plug_ins_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"rtn", "ldlq"} <= set(names("exporter.compress"))
+    assert {"rtn", "ldlq"} <= set(names("exporter.compress.methods"))
     with pytest.raises(RequestError, match="unknown method 'ldql'; did you mean 'ldlq'"):
-        load("exporter.compress.{}", "ldql", ["ldlq", "rtn"], "method")
+        load("exporter.compress.methods.{}", "ldql", ["ldlq", "rtn"], "method")
     with pytest.raises(MissingDependencyError, match="needs the library 'no_such_library'"):
         load("no_such_library.{}", "x", ["x"], "target")
 

@@ -104,7 +104,7 @@ def test_an_unknown_key_is_refused() -> None:
 
 
 def test_another_schema_version_is_refused() -> None:
-    text = REPORT.replace('"schema_version": 1', '"schema_version": 3')
+    text = REPORT.replace('"schema_version": 2', '"schema_version": 3')
     with pytest.raises(
         InputError, match=r"schema_version: Input should be 1 or 2; .*version of edge-exporter that made it"
     ):
