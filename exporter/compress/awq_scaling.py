@@ -29,12 +29,13 @@ from exporter.compress.method import method_kind
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
+from exporter.foundation.fitted import fitted_value
 from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 
 # Clip the factors: scaling a rarely active channel further would only make its weights harder to quantise.
 MOST_FACTOR = np.float32(1e4)
-AWQ_ALPHA = 0.25
+AWQ_ALPHA = fitted_value("exporter.compress", "awq_alpha")
 Seen = TypeVar("Seen")
 EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
 

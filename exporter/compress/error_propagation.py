@@ -26,12 +26,16 @@ from exporter.calibrate.second_moments import add_products
 from exporter.calibrate.windows import Tokens
 from exporter.formats.format import Float32
 from exporter.formats.group import WeightGroup
+from exporter.foundation.fitted import fitted_constants
 from exporter.model.families import LINEARS
 from exporter.model.model import Model
 
 # Compensated shares of the differences of the inputs and of the residual stream, and the ridge, as a share of the mean
 # of the second moment's diagonal.
-INPUTS_SHARE, STREAM_SHARE, RIDGE = 0.5, 0.5, 1.0
+FITTED = fitted_constants("exporter.compress")
+INPUTS_SHARE = FITTED["propagated_inputs_share"].value
+STREAM_SHARE = FITTED["propagated_stream_share"].value
+RIDGE = FITTED["propagation_ridge"].value
 SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 INTO_THE_STREAM = ("attention_out", "mlp_out")
 

@@ -1,8 +1,8 @@
 """How long each stage of a build will take on this machine: counted work over speeds measured on the spot.
 
-What is counted is arithmetic (multiplications and additions of the matrices) and weights to encode. The machine's
-speed at float32 products and at encoding each format is measured in about a second; the shares of that speed which
-the stages reach were measured on 2 cores of an x86-64 machine.
+The counted work is arithmetic (multiplications and additions of the matrices) and weights to encode. The machine's
+speed at float32 products and at encoding each format is measured in about a second. The shares of that speed that
+stages reach are fitted (`fitted.toml`).
 """
 
 import time
@@ -20,6 +20,7 @@ from exporter.compress.method import load_method, method_kind, relative_error
 from exporter.formats.format import WeightFormat
 from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
+from exporter.foundation.fitted import fitted_constants
 from exporter.model.model import Model
 from exporter.planning.build_footprint import float_copy_bytes
 from exporter.planning.resolve import ResolvedJob
@@ -28,17 +29,18 @@ from exporter.prove.prompt import DECODE_TOKENS
 from exporter.prove.proof import REPEATS, ROUNDING_SHARE
 from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS
 
-# Shares of the speed of large products: layers with their attention, one token at a time for many texts, a prompt in
-# a runtime, double-precision factors.
-LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE = 0.8, 0.42, 0.9, 0.15
-# What layers do beside their products, where these may be quick: a share of the time of float32's products.
-BESIDE_PRODUCTS = 0.7
-# Two turns of a matrix and of its factors, against the matrix alone: measured on 576 x 576 weights.
-TIMES_WITH_FACTORS = 4.3
-DECODED_BYTES_PER_SECOND = 8e9
-# Comparing one position's logits, and decoding a weight from the artifact.
-COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = 35.0, 20.0
-OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = 2.0, 3.0, 0.5, 1.0
+FITTED = fitted_constants("exporter.stages")
+LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE, BESIDE_PRODUCTS = (
+    FITTED[name].value for name in ("layers_share", "sampling_share", "prompt_share", "factor_share", "beside_products")
+)
+TIMES_WITH_FACTORS = FITTED["times_with_factors"].value
+DECODED_BYTES_PER_SECOND = FITTED["decoded_bytes_per_second"].value
+COMPARE_NANOSECONDS, READ_BACK_NANOSECONDS = (
+    FITTED[name].value for name in ("compare_nanoseconds", "read_back_nanoseconds")
+)
+OPEN_SECONDS, VOCABULARY_SECONDS, CHILD_SECONDS, PARITY_SECONDS = (
+    FITTED[name].value for name in ("open_seconds", "vocabulary_seconds", "child_seconds", "parity_seconds")
+)
 PROBE_ROWS, PROBE_COLUMNS = 1024, 512
 
 

@@ -1,5 +1,6 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -30,13 +31,13 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
-from exporter.targets.gguf.kernel_speeds import kernels_on
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.supported import require_supported
 from exporter.targets.gguf.vocabulary import copy_vocabulary
+from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.target import AsStored, shape_of
 
 MODEL_FILE = "model.gguf"
@@ -74,7 +75,7 @@ class Gguf:
 
     def __init__(self, features: Collection[str] | None = None) -> None:
         self._features = host_features() if features is None else features
-        self._kernels = kernels_on(self._features)
+        self._speeds = speeds_on("exporter.targets.gguf", self._features)
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with llama.cpp's kernels for a device's instruction set."""
@@ -136,8 +137,9 @@ class Gguf:
         return []
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
-        """Return the speed of a type's kernels."""
-        return self._kernels.speed(group, format.name)
+        """Return the speed of a type's kernels; only the last token of a prompt goes through the head."""
+        known = self._speeds[format.name]
+        return Throughput(known.decode, math.inf) if group.layer is None else known
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, plus the most that their alignment takes."""

@@ -1,6 +1,6 @@
 """The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, with matrices in `MatMulNBits`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -22,9 +22,10 @@ from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
-from exporter.predict.peak_memory import Peak, Weights, onnx_weights, onnxruntime_peak
+from exporter.predict.peak_memory import Peak, Weights, host_features, onnx_weights, onnxruntime_peak
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
@@ -40,7 +41,6 @@ from exporter.targets.onnx.graph import (
     put_table,
 )
 from exporter.targets.onnx.intake import require_known
-from exporter.targets.onnx.kernel_speeds import ALPHABET, INT4_B32, THROUGHPUT
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
@@ -53,6 +53,15 @@ FLOAT = "F32"
 
 # Formats that onnxruntime-genai's builder uses for the head (with a tied embedding) and for the rest, largest first.
 STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
+# The formats offered for a budget: fast ones, each the best of its size on the reference model's matrices. At 2 bits,
+# zero points gain less than their bytes do elsewhere; 8 bits do not need them. Rows are not padded: at a width of 576,
+# blocks of 128 would take 640 columns, which is more bytes than blocks of 64, with coarser scales.
+ALPHABET = (
+    "int2-b128", "int2-b64", "int2-b32",
+    "int4-b256", "int4-b128", "int4-b128-asymmetric", "int4-b64", "int4-b64-asymmetric", "int4-b32",
+    "int4-b32-asymmetric", "int4-b16", "int4-b16-asymmetric",
+    "int8-b128", "int8-b64", "int8-b32",
+)  # fmt: skip
 
 
 class Onnx:
@@ -60,6 +69,7 @@ class Onnx:
 
     Args:
         rounding: How the runtime rounds activations on the target device.
+        features: Of its processor, named as in device profiles; None for this machine's.
     """
 
     name = "onnx"
@@ -78,12 +88,13 @@ class Onnx:
     # Bytes of a layer's nodes and initialisers in the reference model: 9,792 with all zero points, 8,575 without.
     graph_bytes_per_layer = 9792
 
-    def __init__(self, rounding: Rounding = INT8_BLOCKS) -> None:
+    def __init__(self, rounding: Rounding = INT8_BLOCKS, features: Collection[str] | None = None) -> None:
         self._rounding = rounding
+        self._speeds = speeds_on("exporter.targets.onnx", host_features() if features is None else features)
 
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target with the rounding for a device."""
-        return type(self)(rounding_on(device))
+        """Return the target with the rounding and the kernels for a device."""
+        return type(self)(rounding_on(device), device.isa.features)
 
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
@@ -135,7 +146,7 @@ class Onnx:
 
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the measured speed of `MatMulNBits` with a format."""
-        return THROUGHPUT[format.name.removesuffix("-f32")].times(INT4_B32)
+        return self._speeds[format.name.removesuffix("-f32")]
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of vectors, rotary tables and graph, plus the most that alignment takes."""

@@ -7,8 +7,7 @@ turns with the same model of which one part has another type. The part is all ma
 projections, then these, and then the head; types of 256 weights a block fit the down projections only. What a weight
 takes is Q4_0's plus the difference; Q4_0's own is what each weight more takes in a random model with feed-forwards
 twice as wide. A figure is the products a second over those of Q4_0 with many tokens at once, as
-`exporter.targets.gguf.kernel_speeds` holds them; for one token it is what the table has for Q4_0 times what the type is
-beside it.
+`targets/gguf/kernel_speeds` holds them; for one token it is what the file has for Q4_0 times the type's ratio to it.
 """
 
 import shutil
@@ -30,8 +29,8 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.predict.peak_memory import host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.kernel_speeds import kernels_on
 from exporter.targets.gguf.target import ALPHABET
+from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.target import load_target
 from tests.benchmarks.measured import by_turns
 from tests.benchmarks.ours import silent
@@ -57,7 +56,7 @@ class Seconds:
 
 
 def test_speed_of_every_type(tmp_path: Path) -> None:
-    known, far = kernels_on(host_features()), []
+    known, far = speeds_on("exporter.targets.gguf", host_features()), []
     own = _own_seconds(tmp_path)
     print(f"\n{BASELINE}: {own.decode * 1e12:.1f} ps a weight, {1e-9 / own.prefill:.0f} G products/s with many")
     with open_model(str(reference_model(tmp_path / "reference"))) as model:
@@ -80,15 +79,15 @@ def test_speed_of_every_type(tmp_path: Path) -> None:
             more = _more_seconds(base, made).of(sum(group.size for group in changed))
             shutil.rmtree(made.folder)
             beside = own.decode / (own.decode + more.decode)
-            found = Throughput(beside * known.layers[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
+            found = Throughput(beside * known[BASELINE].decode, own.prefill / (own.prefill + more.prefill))
             print(f'  {place:6}  "{type}": Throughput({found.decode:.4f}, {found.prefill:.2f}),  ', end="")
             print(f"# {more.decode * 1e12:+.1f} ps", flush=True)
-            held = known.speed(changed[0], type)
+            held = known[type]
             slower = found.decode / held.decode, found.prefill / held.prefill
             # Of a prompt only the last token goes through the head.
             if max(abs(one - 1) for one in slower[: 1 if place == "head" else 2]) > WITHIN:
                 far.append((place, type))
-    assert not far, "the table in exporter.targets.gguf.kernel_speeds is not of such a machine"
+    assert not far, "no file in targets/gguf/kernel_speeds is of such a machine"
 
 
 def _in_head(group: WeightGroup) -> bool:

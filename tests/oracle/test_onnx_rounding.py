@@ -11,8 +11,9 @@ from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
 from exporter.formats.matmulnbits import matmulnbits_formats
 from exporter.model.sources import open_model
-from exporter.targets.onnx.kernel_speeds import ALPHABET, THROUGHPUT
+from exporter.targets.kernel_speeds import speed_files
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
+from exporter.targets.onnx.target import ALPHABET
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import load_target
 from tests.models import tiny_model
@@ -25,8 +26,9 @@ MORE_WITHOUT_DOTPROD = {
 
 
 def test_the_alphabet_is_quick_and_on_a_device_without_int8_kernels_of_four_bits_alone(tmp_path: Path) -> None:
-    assert set(THROUGHPUT) == {name for name in matmulnbits_formats() if not name.endswith("-f32")}
-    assert all(min(THROUGHPUT[name].decode, THROUGHPUT[name].prefill) > 0.5 for name in ALPHABET)
+    for file in speed_files("exporter.targets.onnx"):
+        assert set(file.speeds) == {name for name in matmulnbits_formats() if not name.endswith("-f32")}
+        assert all(min(file.speeds[name].decode, file.speeds[name].prefill) > 0.5 for name in ALPHABET)
     target = load_target("onnx")
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         bits = {

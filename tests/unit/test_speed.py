@@ -1,17 +1,23 @@
 """What a device's processor is expected to make of a matrix: the roofline, and which kernels it has."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from exporter.device.backend import ArmFeature, X86Feature
 from exporter.device.profile import device_names, load_device
 from exporter.formats.ggml import ggml_format
 from exporter.model.sources import open_model
 from exporter.predict.roofline import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
-from exporter.targets.gguf.kernel_speeds import ON_AVX512_VNNI, PLAIN_ON_ARM, REPACKED_ON_ARM, kernels_on
-from exporter.targets.gguf.target import ALPHABET
+from exporter.targets.gguf.target import ALPHABET as GGUF_ALPHABET
+from exporter.targets.kernel_speeds import speed_files, speeds_on
+from exporter.targets.onnx.target import ALPHABET as ONNX_ALPHABET
 from exporter.targets.target import load_target
 from tests.models import tiny_model
+
+ROOT = Path(__file__).parents[2]
+GGUF = "exporter.targets.gguf"
 
 
 def test_a_matrix_takes_the_longer_of_reading_and_multiplying() -> None:
@@ -31,45 +37,44 @@ def test_threads_run_on_the_fastest_cores() -> None:
 
 
 @pytest.mark.parametrize("name", device_names())
-def test_every_type_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
-    kernels = kernels_on(load_device(name).isa.features)
-    assert set(ALPHABET) <= set(kernels.layers)
-    assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in kernels.layers.values())
-    for differing in (kernels.decode_in_down, kernels.decode_in_head):
-        assert set(differing) <= set(ALPHABET)
-        assert all(0 < decode < 2 for decode in differing.values())
+def test_every_format_that_may_be_chosen_has_a_speed_on_every_device(name: str) -> None:
+    for package, alphabet in (("gguf", GGUF_ALPHABET), ("onnx", ONNX_ALPHABET)):
+        speeds = speeds_on(f"exporter.targets.{package}", load_device(name).isa.features)
+        assert set(alphabet) <= set(speeds)
+        assert all(0 < one.decode < 2 and 0 < one.prefill < 2 for one in speeds.values())
+
+
+@pytest.mark.parametrize("package", ["gguf", "onnx"])
+def test_kernel_speeds_say_where_they_come_from(package: str) -> None:
+    found = speed_files(f"exporter.targets.{package}")
+    assert [one.order for one in found] == list(range(1, len(found) + 1))
+    # The last is for all that are left, and only that one.
+    assert [not one.features for one in found] == [False] * (len(found) - 1) + [True]
+    kinds = get_args(ArmFeature) + get_args(X86Feature)
+    for one in found:
+        assert set(one.features) <= set(kinds)
+        assert (ROOT / one.command.split()[3]).is_file() and one.source
+        assert one.speeds.keys() == found[-1].speeds.keys()
 
 
 def test_arm_is_quick_where_llama_cpp_repacks() -> None:
-    known = kernels_on(load_device("raspberry-pi-5").isa.features).layers
-    assert {name for name, one in known.items() if one.prefill == 1.0} == set(REPACKED_ON_ARM)
-    assert known["Q5_1"].prefill == PLAIN_ON_ARM
-    # Without dotprod nothing is repacked, and a prompt goes at the pace of single tokens.
-    slow = kernels_on(load_device("raspberry-pi-4").isa.features).layers
-    assert slow["Q4_0"].prefill == ON_AVX512_VNNI["Q4_0"].decode
+    def prefills(device: str) -> dict[str, float]:
+        return {name: one.prefill for name, one in speeds_on(GGUF, load_device(device).isa.features).items()}
+
+    repacked = {"Q4_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0"}
+    assert {name for name, prefill in prefills("raspberry-pi-5").items() if prefill == 1.0} == repacked
+    # Without dotprod nothing is repacked, and a prompt is as slow as single tokens.
+    slow = speeds_on(GGUF, load_device("raspberry-pi-4").isa.features)
+    assert all(one.prefill == one.decode for one in slow.values())
 
 
-def test_x86_is_as_quick_as_the_server_with_its_instructions() -> None:
-    old, new = (kernels_on(load_device(name).isa.features) for name in ("core-i7-1185g7", "core-ultra-200v"))
-    assert old.layers is ON_AVX512_VNNI
-    assert not old.decode_in_down and not old.decode_in_head
-    assert new.layers["Q4_0"].decode == pytest.approx(old.layers["Q4_0"].decode)
-    assert new.layers["Q8_0"].decode < new.layers["Q5_1"].decode
-    assert new.decode_in_head["Q8_0"] > new.decode_in_head["Q5_1"]
-
-
-def test_head_and_down_projections_have_their_own_speed(tmp_path: Path) -> None:
+def test_only_the_last_token_of_a_prompt_goes_through_the_head(tmp_path: Path) -> None:
     target = load_target("gguf").on(load_device("core-ultra-200v"))
-    kernels = kernels_on(load_device("core-ultra-200v").isa.features)
-    usual = kernels.layers["Q8_0"]
+    usual = speeds_on(GGUF, load_device("core-ultra-200v").isa.features)["Q8_0"]
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        found = {group.role: target.throughput(group, ggml_format("Q8_0")) for group in model.groups()}
-        head = next(group.role for group in model.groups() if group.layer is None)
-        in_q4_k = [target.throughput(group, ggml_format("Q4_K")) for group in model.groups() if group.role == "down"]
-    assert found["down"] == Throughput(kernels.decode_in_down["Q8_0"], usual.prefill)
-    assert found[head] == Throughput(kernels.decode_in_head["Q8_0"], float("inf"))
-    assert {found[role] for role in ("q", "k", "v", "o", "gate", "up")} == {usual}
-    assert set(in_q4_k) == {kernels.layers["Q4_K"]}
+        found = {group: target.throughput(group, ggml_format("Q8_0")) for group in model.groups()}
+    assert {speed for group, speed in found.items() if group.layer is not None} == {usual}
+    assert {speed for group, speed in found.items() if group.layer is None} == {Throughput(usual.decode, float("inf"))}
 
 
 @pytest.mark.parametrize(("target", "largest"), [("gguf", "Q8_0"), ("onnx", "int8-b32")])

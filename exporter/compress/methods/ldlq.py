@@ -20,11 +20,11 @@ from exporter.compress.effort import Effort
 from exporter.compress.method import ExpectedError
 from exporter.compress.methods.rtn import RoundToNearest
 from exporter.formats.format import Bytes, EncodedMatrix, Float32, Grid, PartedGrid, WeightFormat
+from exporter.foundation.fitted import fitted_value
 
 # Share of the diagonal's median, so that a few columns of large inputs do not decide it. Other text may use directions
-# in which inputs hardly vary here: with 0.01 of the mean, as in GPTQ, codes that leave errors there lost 1 to 4 % more
-# on text of the same kind, and 5 to 6 % on source code, after prose.
-DAMPING = 0.3
+# in which inputs hardly vary here.
+DAMPING = fitted_value("exporter.compress", "ldlq_damping")
 # Share of the diagonal's mean, so that H can be inverted whatever the median is.
 LEAST_DAMPING = 0.01
 SWEEPS = 2
