@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # it brings all of the product along
 # What one mutation may take: of the processor, or of the clock where it waits.
 PROCESSOR_S, CLOCK_S = 5.0, 60.0
 GROWTH_BYTES = 512 << 20
-# A process that has grown by so much over many mutations is replaced: tokenizers keeps 0.7 MiB of each tokenizer that it
-# has used, and the system counts what a process holds as what its next child holds, too.
+# A process that has grown by so much over many mutations is replaced: tokenizers keeps 0.7 MiB of each tokenizer that
+# it has used, and the system counts the memory of a process as that of its next child, too.
 REPLACED_BYTES = 128 << 20
 # The longest sentence.
 MOST_CHARACTERS = 4000
