@@ -167,7 +167,7 @@ def _build(
     if resolved.recipe.transport is not None:
         with stages.stage("code for transport"):
             coded = code_beside(artifact.weights, resolved.recipe.transport, progress)
-    plan = resolved.plan(decisions, notes, calibration, evaluation)
+    plan = resolved.plan(decisions, tuple(dict.fromkeys((*notes, *emulation.notes))), calibration, evaluation)
     proof = replace(proof, checks=sourced + proof.checks)
     report, measurements = describe(
         resolved, plan, resolved.scheme(draft), compressed, artifact, proof, emulation, coded, stages

@@ -77,6 +77,10 @@ class OpenedArtifact:
         """Return the text of tokens, without special tokens."""
         return self._child.call(Runtime.text, TEXT_S, tokens)
 
+    def positions(self) -> int:
+        """Return the most tokens that the artifact was made for."""
+        return self._child.call(Runtime.positions, TEXT_S)
+
     def keep_up(self, tokens_per_s: float) -> None:
         """Keep enough parts of coded files plain to generate at this speed; see `CodedRuntime`."""
         self._child.call(CodedRuntime.keep_up, self._seconds(SETTLING_TOKENS), tokens_per_s)

@@ -1,7 +1,6 @@
 """The interface of runtimes in a child process, and the results of their measurements."""
 
 import os
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Protocol
 
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
+from exporter.foundation.systems import peak_memory
 from exporter.targets.artifact import Artifact
 
 
@@ -96,6 +96,9 @@ class Runtime(Protocol):
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
 
+    def positions(self) -> int:
+        """Return the most tokens that the artifact was made for."""
+
 
 class SamplingRuntime(Runtime, Protocol):
     """A runtime that continues several texts at once."""
@@ -152,4 +155,4 @@ def peak_resident_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return peak_memory() * scale

@@ -13,6 +13,7 @@ from exporter.bundle.manifest import FileEntry, sha256_read
 from exporter.foundation.cache import cache_folder, replacing
 from exporter.foundation.cache_entries import identity
 from exporter.foundation.errors import ExporterError, InputError
+from exporter.foundation.systems import READ_SAFELY
 
 NEXT_STEP = "see edge-exporter verify, and get the bundle again"
 MEMORY = "compared.json"
@@ -75,7 +76,7 @@ def read_listed(bundle: Path, entry: FileEntry, most_bytes: int) -> bytes:
     if entry.size > most_bytes:
         raise InputError("the file is too large", where=path, got=entry.size, expected=f"at most {most_bytes:,} bytes")
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(os.open(path, READ_SAFELY), "rb") as file:
             data = file.read(entry.size + 1)
     except OSError as error:
         raise InputError("cannot be read", where=path, got=error.strerror, next_step=NEXT_STEP) from error
@@ -95,7 +96,7 @@ def not_as_listed(path: Path, got: str, expected: str) -> InputError:
 
 def _compared(path: Path, entry: FileEntry, memory: "_Memory") -> str:
     """Return the SHA-256 of a file, which is read only if it is not known to match already."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+    with os.fdopen(os.open(path, READ_SAFELY), "rb") as file:
         before = os.fstat(file.fileno())
         if not stat.S_ISREG(before.st_mode):
             raise InputError("this is no regular file", where=path, next_step=NEXT_STEP)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # it imports transformers
 
 WITHOUT_CHAT = "leave out --chat"
 
+# Tokens of context to run with; a longer prompt gets a longer one.
+USUAL_CONTEXT, TOKENS_AT_ENDS = 2048, 16
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -72,8 +75,16 @@ def answer(
                 "the bundle's weights are plain, so none are decoded", next_step="leave out --min-decode"
             )
         text = as_chat(artifact, prompt) if chat else prompt
-        with OpenedArtifact(artifact, 2048, threads) as opened:
+        # No tokenizer makes more tokens of a text than it has bytes, but for those at its ends.
+        context = max(USUAL_CONTEXT, len(text.encode()) + tokens + TOKENS_AT_ENDS)
+        with OpenedArtifact(artifact, context, threads) as opened:
             given = opened.tokenize(text)
+            if len(given) + tokens > opened.positions():
+                raise RequestError(
+                    "the prompt and its answer are longer than the model's context",
+                    got=f"{len(given):,} and {tokens:,} tokens", expected=f"at most {opened.positions():,} together",
+                    next_step="shorten the prompt, or ask for a shorter answer with --tokens",
+                )  # fmt: skip
             if tokens_per_s is not None:
                 opened.keep_up(tokens_per_s)
             made = opened.text(opened.generate(given, tokens))

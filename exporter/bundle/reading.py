@@ -9,6 +9,7 @@ from typing import TypeVar
 from exporter.bundle.manifest import MANIFEST, MEASUREMENTS, PLAN, REPORT, SELFTEST, Manifest
 from exporter.foundation.errors import InputError
 from exporter.foundation.quantities import Document, from_json
+from exporter.foundation.systems import READ_SAFELY
 from exporter.report.data import to_json
 
 # The report on a model of 126 layers has 0.5 MB, the other documents a few thousand bytes.
@@ -46,7 +47,7 @@ def read_document(bundle: Path, name: str, kind: type[D]) -> D:
 def _bytes(path: Path, most_bytes: int) -> bytes:
     try:
         # Without O_NONBLOCK, a pipe would wait for a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, READ_SAFELY)
         with os.fdopen(handle, "rb") as file:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):

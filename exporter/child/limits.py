@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from exporter.foundation.cpu import available_cores
+from exporter.foundation.systems import hard_limit, limit_process, process_limits
 
 PR_SET_PDEATHSIG = 1
 
@@ -25,7 +25,7 @@ def end_with(parent: int) -> None:
 
 def leave_no_core() -> None:
     """Disable core dumps of this process."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_process("RLIMIT_CORE", 0)
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -38,19 +38,14 @@ def limit_memory(more_bytes: int) -> None:
         return
     page = os.sysconf("SC_PAGESIZE")
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * page
-    _lower(resource.RLIMIT_DATA, min(held + more_bytes, os.sysconf("SC_PHYS_PAGES") * page))
+    most = min(held + more_bytes, os.sysconf("SC_PHYS_PAGES") * page)
+    limit_process("RLIMIT_DATA", min([most, *process_limits("RLIMIT_DATA")]))
 
 
 def limit_cpu(seconds: float) -> None:
     """Let the system kill this process once it has used the CPU time of all its cores for `seconds` from now."""
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
     # In whole seconds, rounded up so that the parent's deadline comes first.
     allowed = math.ceil(time.process_time() + seconds * available_cores()) + 1
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CPU, (allowed, most))
-
-
-def _lower(limit: int, most: int) -> None:
-    before = [one for one in resource.getrlimit(limit) if one != resource.RLIM_INFINITY]
-    lowest = min([most, *before])
-    resource.setrlimit(limit, (lowest, lowest))
+        # The hard limit stays as it is, so that the next call can raise the soft one.
+        limit_process("RLIMIT_CPU", allowed, hard_limit("RLIMIT_CPU"))

@@ -193,8 +193,9 @@ class _Sample:
         squared.
         """
         block = format.activation_block
-        if self.site is None or block is None or block not in self.site.peaks:
+        if self.site is None or block is None:
             return 0.0
+        # A format's blocks divide the columns, so the peaks of its blocks were observed.
         variance = np.repeat(self.site.peaks[block], block) / (127**2 * 12)
         return float(self.rows @ (self.weight**2 @ variance)) / 2
 

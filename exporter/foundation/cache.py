@@ -6,7 +6,6 @@ and removes the path it names.
 """
 
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -19,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from exporter.foundation.errors import ExporterError, RequestError, RuntimeCrashError
+from exporter.foundation.systems import lock, user
 
 # The kinds of entries. A process that holds the lock of one kind may wait only for a later kind, which prevents
 # deadlocks.
@@ -76,15 +76,15 @@ def _root() -> Path:
 
 def _require_own(folder: Path) -> None:
     found = folder.stat()
-    if found.st_uid != os.geteuid():
+    if user() not in (None, found.st_uid):
         raise RequestError(
             "the cache folder belongs to another user",
             where=folder,
             got=f"user {found.st_uid}",
-            expected=f"user {os.geteuid()}",
+            expected=f"user {user()}",
             next_step="name another in EDGE_EXPORTER_CACHE",
         )
-    if found.st_mode & 0o022:
+    if user() is not None and found.st_mode & 0o022:
         raise RequestError(
             "others can write to the cache folder",
             where=folder,
@@ -145,10 +145,10 @@ def _lock(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[in
         descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(descriptor, wait=False)
             except BlockingIOError:
                 waiting()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                lock(descriptor, wait=True)
             # The previous holder may have removed it in the meantime.
             if _is_at(descriptor, file):
                 try:
@@ -195,11 +195,11 @@ def sweep(held: Path) -> None:
     for note in held.iterdir():
         # An error means that a living process holds the lock, or that another sweep was faster.
         with suppress(OSError), note.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), wait=False)
             left = Path(os.fsdecode(file.read()))
             # A damaged note could name a foreign path.
             ours = left.name.endswith(f".partial-{note.name}") and os.path.lexists(left)
-            if ours and left.lstat().st_uid == os.geteuid():
+            if ours and user() in (None, left.lstat().st_uid):
                 _remove(left)
             if not (ours and os.path.lexists(left)):
                 note.unlink()

@@ -140,14 +140,19 @@ def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, pro
     if target.rounds(emulator.core):
         limit = max(TIMES_HERE * loss(here, rounded).kl_mean, NEGLIGIBLE_KL)
     chosen = choose(losses, limit, candidates, current)
+    notes: tuple[str, ...] = ()
     if candidates[chosen] != current:
         target.configured(artifact, candidates[chosen], artifact.folder)
+        notes = (
+            f"activations are not rounded as planned: on the emulated {emulator.core.name}, {chosen} is the better way "
+            f"({candidates[chosen].reason})",
+        )
     checks = (
         _check_ran(emulator, device),
         check_agreement(same, there, emulator.core),
         check_rounding(losses, chosen, limit, candidates[chosen].reason, emulator.core),
     )
-    return Emulation(checks, _quantities(same, there, losses))
+    return Emulation(checks, _quantities(same, there, losses), notes)
 
 
 def _logits_here(artifact: Artifact, tokens: list[int], exact: bool) -> Float32:

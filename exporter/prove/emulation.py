@@ -42,14 +42,17 @@ class Emulation:
     Attributes:
         checks: Outcomes; a check that this machine cannot emulate is `not run`.
         quantities: Name -> number, such as `peak_bytes`.
+        notes: Sentences on what was changed in the artifact.
     """
 
     checks: tuple[Check, ...] = ()
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __add__(self, other: Self) -> "Emulation":
-        """Return the checks and numbers of both."""
-        return Emulation(self.checks + other.checks, {**self.quantities, **other.quantities})
+        """Return the checks, numbers and notes of both."""
+        quantities = {**self.quantities, **other.quantities}
+        return Emulation(self.checks + other.checks, quantities, self.notes + other.notes)
 
 
 def emulate(

@@ -24,6 +24,8 @@ AMX_ADVICE = (
     "this llama.cpp was compiled with AMX kernels, which crash on many machines; reinstall llama-cpp-python with "
     "--no-cache-dir --no-binary llama-cpp-python, and CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 in the environment"
 )
+# Longer pieces are read a second time.
+PIECE_BYTES = 256
 
 
 class LlamaCpp:
@@ -148,15 +150,24 @@ class LlamaCpp:
         """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
         return llama_tokenize(self._model, text)
 
+    def positions(self) -> int:
+        """Return the most tokens that the artifact was made for."""
+        return int(llama_cpp.llama_model_n_ctx_train(self._model))
+
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
         pieces = (self._piece(token) for token in tokens)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def _piece(self, token: int) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        size = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[: max(size, 0)]
+        size = PIECE_BYTES
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            found = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            # Of a longer piece, llama.cpp returns the negative length and writes nothing.
+            if -found <= size:
+                return buffer.raw[: max(found, 0)]
+            size = -found
 
     def _forget(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, True)

@@ -30,6 +30,7 @@ class DecoderFolder:
         self._options: dict[str, str] = {name: value for name, value in options if "." in name}
         self._head_width = int(settings["decoder"]["head_size"])
         self._vocab = int(settings["vocab_size"])
+        self._positions = int(settings["context_length"])
         ends = settings["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
 
@@ -40,6 +41,10 @@ class DecoderFolder:
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
         return self._tokenizer.text(tokens)
+
+    def positions(self) -> int:
+        """Return the most tokens that the artifact was made for."""
+        return self._positions
 
     def _session_options(self, threads: int, entries: Mapping[str, str]) -> onnxruntime.SessionOptions:
         """Return session options: those of the folder's settings, with further entries."""

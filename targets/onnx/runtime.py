@@ -84,11 +84,9 @@ class OnnxRuntime(DecoderFolder):
 
     def _session(self) -> onnxruntime.InferenceSession:
         if self._loaded_session is None:
-            started = time.perf_counter()
             options = self._session_options(self._threads, EXACT if self._exact else {})
             path = str(self._folder / "model.onnx")
             self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            self._load_s = time.perf_counter() - started
         return self._loaded_session
 
     def _model(self) -> genai.Model:

@@ -142,6 +142,7 @@ def test_without_dotprod_the_logits_are_those_of_float_compute(tmp_path: Path, i
     assert found.checks[2].value < 1e-9
     assert {quantity.basis for quantity in found.quantities.values()} == {"emulated"}
     assert artifact.weights[0].read_bytes() == before
+    assert not found.notes
 
 
 @needs_system
@@ -157,6 +158,10 @@ def test_kernels_that_round_too_coarsely_are_found_and_replaced(
     kl = {name.rpartition(".")[2]: quantity.value for name, quantity in found.quantities.items()}
     assert kl["int8 in rows (KleidiAI)"] > 0.035 > kl["int8 in blocks"] > 1e-6 > kl["float32"]
     assert EMULATED.current(artifact) == WITHOUT_KLEIDIAI
+    (note,) = found.notes
+    assert (
+        "activations are not rounded as planned: on the emulated Cortex-A76, int8 in blocks is the better way" in note
+    )
     assert not list(artifact.folder.parent.glob(".setting-*"))
 
 
