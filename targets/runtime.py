@@ -106,12 +106,12 @@ class SamplingRuntime(Runtime, Protocol):
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once, at temperature 1, to `length` tokens each.
 
-        If the texts begin with the last call's result, its keys and values are reused.
+        If the texts are the last call's result, its keys and values are reused.
 
         Args:
             texts: One list of tokens per sequence of the context.
             length: Final number of tokens of each text.
-            seed: Seed of the noise; each draw depends on token and position, not on the number of calls.
+            seed: Seed of the noise; each draw depends on it, the position and the index of the text alone.
         """
 
 

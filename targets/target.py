@@ -64,7 +64,7 @@ class Target(Protocol):
         """Return the names accepted by `--type`: named mixes and single formats."""
 
     def carried(self, model: Model) -> AsStored:
-        """Return the model in a shape that the files can hold; all other methods take this model."""
+        """Return the model in a shape that the files can hold; the other methods refuse or expect this model."""
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each weight group; reads no weights.

@@ -91,6 +91,7 @@ def code_file(
     Raises:
         RequestError: there is no such profile.
         InputError: the file is not valid in its format.
+        ExporterError: the coded file does not read back as the original.
     """
     if profile not in PROFILES:
         raise RequestError("unknown profile of coding", got=profile, expected=" or ".join(PROFILES))

@@ -119,7 +119,7 @@ class WeightFormat(Protocol):
         """Decode rows as the runtime does, float32 [rows, columns]."""
 
     def grid(self, block: Float32, importance: Float32 | None) -> Grid | None:
-        """Fix the scales of one block, float32 [rows, block columns]; None if scales span several blocks."""
+        """Fix the scales of one block, float32 [rows, block columns]; None if the format has no such grid."""
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their encoded blocks, in order of columns."""

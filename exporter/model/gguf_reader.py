@@ -20,8 +20,8 @@ MOST_TENSORS = 1 << 16
 # of memory until it is used.
 MOST_TEXTS, MOST_NUMBERS = 1 << 20, 1 << 22
 MOST_DIMENSIONS = 4
-# llama.cpp stores tensor names in 64 bytes.
-MOST_NAME_BYTES = 256
+# Characters of a tensor's name; llama.cpp itself keeps 63.
+MOST_NAME = 256
 
 
 class BoundedGgufReader(gguf.GGUFReader):
@@ -109,7 +109,7 @@ class BoundedGgufReader(gguf.GGUFReader):
 
 
 def _require_short(name: str) -> None:
-    if len(name) > MOST_NAME_BYTES:
+    if len(name) > MOST_NAME:
         raise ValueError(f"a name of {len(name)} characters: {shown(name)}")
 
 

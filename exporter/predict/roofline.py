@@ -2,7 +2,7 @@
 
 A matrix takes the longer of two times (Williams et al. 2009): reading its bytes, once for each generated token, or its
 multiplications. The speed of llama.cpp's 4-bit kernels per core and cycle is inferred from published prefill speeds:
-2 x parameters x tokens/s over cores and clock. All of it is an estimate.
+parameters x tokens/s over cores and clock. All of it is an estimate.
 """
 
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ class Proof:
         accuracy: Distance from the original model.
         rounding: Distance of the artifact from the float model with the artifact's own weights.
         timing: Speed and memory in a separate process.
-        checks: Checks of a GGUF source, lowering, formats, tokenizer and chat template.
+        checks: Checks of lowering, formats, tokenizer and chat template.
         self_test: Answers that the artifact must reproduce.
     """
 
@@ -76,7 +76,6 @@ def prove(
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
-        InputError: the source is a GGUF file that llama.cpp runs as another model.
         RuntimeCrashError: the runtime crashed on the artifact.
     """
     model = compressed.model
