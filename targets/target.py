@@ -63,7 +63,7 @@ class Target(Protocol):
     def types(self) -> list[str]:
         """Return the names accepted by `--type`: named mixes and single formats."""
 
-    def carried(self, model: Model) -> AsStored:
+    def as_stored(self, model: Model) -> AsStored:
         """Return the model in a shape that the files can hold; the other methods refuse or expect this model."""
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:

@@ -48,7 +48,7 @@ def float_kl(folder: Path, target: str) -> float:
     """Return the mean KL of the float32 artifact in its real runtime against transformers."""
     made = load_target(target)
     with open_model(str(folder)) as model, tempfile.TemporaryDirectory() as out:
-        decisions = made.decide(made.carried(model).model, "F32", "rtn")
+        decisions = made.decide(made.as_stored(model).model, "F32", "rtn")
         artifact = made.lower(CompressedModel(model, decisions, None), "F32", Path(out))
         with OpenedArtifact(artifact, 128, 1, exact=True) as child:
             got = child.logits(TOKENS, 0)

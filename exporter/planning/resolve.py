@@ -144,7 +144,7 @@ class ResolvedJob:
 
     def with_rewritten(self, model: Model) -> "ResolvedJob":
         """Return the job with the model that the rewriting steps gave."""
-        return replace(self, pruned=model, shape="measured", stored=self.target.carried(model))
+        return replace(self, pruned=model, shape="measured", stored=self.target.as_stored(model))
 
 
 def resolve(job: Job, model: Model) -> ResolvedJob:
@@ -169,7 +169,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
         _require_same(job.repeats, model, device)
         recipe = Recipe.of(job.repeats.recipe)
     pruned = recipe.outlined(model)
-    return ResolvedJob(job, recipe, model, pruned, "estimated", target.carried(pruned), device, target)
+    return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target)
 
 
 def for_context(model: Model, context: int) -> Model:

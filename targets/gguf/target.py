@@ -85,7 +85,7 @@ class Gguf:
         """Return the named mixes, then the single types."""
         return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
 
-    def carried(self, model: Model) -> AsStored:
+    def as_stored(self, model: Model) -> AsStored:
         """Return the model, padded with zero channels if its layers have several widths and the file only one."""
         require_supported(model)
         way = feed_forward_storage(model.architecture)
@@ -98,7 +98,7 @@ class Gguf:
         if way.padded:
             raise RequestError(
                 "the feed-forward widths of the layers differ, which the file cannot hold", got=way.reason,
-                next_step="use the model that `carried` returns, or prune all layers alike",
+                next_step="use the model that `as_stored` returns, or prune all layers alike",
             )  # fmt: skip
         if type not in self.types():
             raise RequestError(f"unknown GGUF type {type!r}", next_step=did_you_mean(type, self.types()))

@@ -100,7 +100,7 @@ class Onnx:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
 
-    def carried(self, model: Model) -> AsStored:
+    def as_stored(self, model: Model) -> AsStored:
         """Return the model as it is."""
         require_supported(model)
         return AsStored(model, "every layer of the graph has its own shapes")

@@ -331,7 +331,7 @@ def _unpacked(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
 
 def _planned(model: Model, target: str = "onnx") -> bool:
     """Plan for a model and read its tensors."""
-    load_target("gguf").carried(model)
+    load_target("gguf").as_stored(model)
     resolve(Job("model", DEVICE, target, "int8", context=64), model).draft()
     for name in model.tensors.shapes():
         model.read(name)

@@ -76,7 +76,7 @@ def test_float32_artifact_is_the_pruned_model(tmp_path: Path, source: Model, wid
     pruned = with_widths(source, WIDTHS[widths])
     save_folder(pruned, tmp_path / "saved")
     expected = whole(tmp_path / "saved")
-    carried = load_target(target).carried(pruned).model
+    carried = load_target(target).as_stored(pruned).model
     artifact, _ = lower(carried, tmp_path / "artifact", target, "F32")
     np.testing.assert_allclose(logits(artifact), expected, rtol=0, atol=2e-5)
     assert np.abs(logits(artifact) - whole(tmp_path / "model")).max() > 0.1
@@ -93,7 +93,7 @@ def test_the_artifact_holds_the_pruned_weights(
     tmp_path: Path, source: Model, widths: str, target: str, type: str, method: str
 ) -> None:
     made = load_target(target)
-    carried = made.carried(with_widths(source, WIDTHS[widths])).model
+    carried = made.as_stored(with_widths(source, WIDTHS[widths])).model
     artifact, compressed = lower(carried, tmp_path / "artifact", target, type, method)
     assert check_weights(decoded_digests(artifact, carried), compressed).status == "passed"
     assert check_stored_types(made, artifact, compressed).status == "passed"
@@ -140,7 +140,7 @@ def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: 
 @pytest.mark.parametrize("mix", ["Q4_K_M", "Q8_0"])
 def test_named_mixes_of_the_pruned_model(tmp_path: Path, source: Model, mix: str) -> None:
     for name, widths in WIDTHS.items():
-        carried = load_target("gguf").carried(with_widths(source, widths)).model
+        carried = load_target("gguf").as_stored(with_widths(source, widths)).model
         artifact, compressed = lower(carried, tmp_path / name, "gguf", mix)
         assert check_stored_types(load_target("gguf"), artifact, compressed).status == "passed"
         assert np.isfinite(logits(artifact)).all()
@@ -172,7 +172,7 @@ def test_zeros_are_refused_counted_and_carried(source: Model) -> None:
     pruned = with_widths(source, WIDTHS["uneven"])
     with pytest.raises(RequestError, match=r"widths of the layers differ.* zeros fill each up to 96"):
         target.decide(pruned, "Q8_0", "rtn")
-    decisions = target.decide(target.carried(pruned).model, "Q8_0", "rtn")
+    decisions = target.decide(target.as_stored(pruned).model, "Q8_0", "rtn")
     # 64 + 32 channels of three matrices, 64 weights each, 34 bytes for 32 weights.
     assert zero_bytes(pruned.architecture, decisions) == (64 + 32) * 3 * 64 * 34 // 32
 

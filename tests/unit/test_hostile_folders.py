@@ -56,7 +56,7 @@ def ends_in_a_sentence(folder: Path) -> bool:
     try:
         with open_model(str(folder)) as model:
             # The plan for GGUF asks llama.cpp in a child process, which takes a second.
-            load_target("gguf").carried(model)
+            load_target("gguf").as_stored(model)
             resolve(Job(str(folder), "raspberry-pi-5", "onnx", "int8", context=64), model).draft()
     except ExporterError as error:
         assert error.exit_code in (2, 3), error
