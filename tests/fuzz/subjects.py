@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from onnx import GraphProto, ModelProto, helper
 
 from exporter.bundle.manifest import MANIFEST, FileEntry, Manifest, ManifestHeader
@@ -25,6 +26,7 @@ from exporter.bundle.reading import read_manifest
 from exporter.bundle.transport import code_beside
 from exporter.bundle.verify import verify_bundle
 from exporter.bundle.write import write_bundle
+from exporter.calibrate.windows import Windows
 from exporter.cli.show import bundle_facts, gguf_facts
 from exporter.coding.container import PROFILES, SUFFIX, check_file, code_file, original_of, restore_file
 from exporter.coding.in_memory import FileSection, ResidentFile
@@ -43,9 +45,10 @@ from exporter.model.model import Model
 from exporter.model.sources import load_config, open_model
 from exporter.model.tokenizer import load_tokenizer, try_tokenizer
 from exporter.planning.job import Job
+from exporter.planning.plan import read_plan
 from exporter.planning.recipe import load_recipe, recipe_names
 from exporter.planning.resolve import resolve
-from exporter.report.data import canonical_json
+from exporter.report.data import canonical_json, to_json
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.graph_partition import cut
@@ -523,6 +526,42 @@ def recipes(folder: Path) -> Attempt:
     return attempt
 
 
+def plans(folder: Path) -> Attempt:
+    """Plans: read, and the recipe and the decisions in them held against a model."""
+    model_folder = tiny_model(folder / "model", hidden=256, intermediate=1024, layers=1)
+    text = Windows.of(np.arange(128).reshape(2, 64), "file", 100)
+    path = folder / "plan.json"
+
+    def use(model: Model) -> bool:
+        resolved = resolve(Job("model").repeating(read_plan(path)), model)
+        assert resolved.job.repeats is not None
+        resolved.job.repeats.require_text("calibration", text)
+        resolved.job.repeats.decisions(resolved.draft())
+        return True
+
+    def planned(model: Model, **options: Any) -> bytes:
+        resolved = resolve(Job("model", DEVICE, context=64, **options), model)
+        decisions = resolved.draft().decisions
+        return to_json(resolved.plan(decisions, ["a note"], text, text)).encode()
+
+    def attempt(chance: Random) -> bool:
+        path.write_bytes(mutated_json(json.loads(chance.choice(seeds)), chance))
+        with open_model(str(model_folder)) as model:
+            return use(model)
+
+    with open_model(str(model_folder)) as model:
+        seeds = [
+            planned(model, target="onnx", bits=6.0),
+            planned(model, target="onnx", recipe="caldera"),
+            planned(model, target="onnx-qdq", transport="small"),
+            planned(model, target="onnx", recipe="prune-rate"),
+        ]
+        for seed in seeds:
+            path.write_bytes(seed)
+            assert use(model)
+    return attempt
+
+
 def profiles(folder: Path) -> Attempt:
     """Profiles of devices: read, and held against a model's needs."""
     seeds = {name: (ROOT / "devices" / f"{name}.toml").read_bytes() for name in device_names()}
@@ -545,5 +584,5 @@ def profiles(folder: Path) -> Attempt:
 
 SUBJECTS: dict[str, Callable[[Path], Attempt]] = {
     subject.__name__: subject
-    for subject in (bundle, manifest, coded, gguf, safetensors, config, tokenizer, onnx, recipes, profiles)
+    for subject in (bundle, manifest, coded, gguf, safetensors, config, tokenizer, onnx, recipes, plans, profiles)
 }
