@@ -90,6 +90,7 @@ def predicted_choices(
     statistics: Statistics,
     progress: Callable[[int, int], None],
     methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
+    read_before: dict[str, Float32] | None = None,
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
 
@@ -100,6 +101,7 @@ def predicted_choices(
         statistics: Of the model's inputs and outputs.
         progress: Called with storages done and their total.
         methods: Methods of single matrices, by name, in place of that one.
+        read_before: Rows that were read for the same choices on another text, by name; those read now are added.
     """
     found = []
     for done, storage in enumerate(storages):
@@ -108,7 +110,9 @@ def predicted_choices(
         for group in storage.groups:
             rows = _some_rows(group)
             own = methods.get(group.name)
-            sample = _sampled(model, group, rows, statistics, storage.low_rank)
+            sample = _sampled(
+                model, group, rows, statistics, storage.low_rank, {} if read_before is None else read_before
+            )
             parts.append((method if own is None else own.of_rows(rows), sample))
         found.append(
             [
@@ -139,13 +143,13 @@ def with_predicted_kl(
         progress: Called with predictions done and their total.
     """
     methods_by_name = {name: load_method(name, effort) for name in dict.fromkeys(one.method for one in decisions)}
-    predicted = []
+    predicted, rows = [], dict[str, Float32]()
     for before, statistics in ((0, given.statistics), (len(decisions), evaluation)):
         found = []
         for done, one in enumerate(decisions, before):
             progress(done, 2 * len(decisions))
             choices = predicted_choices(
-                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, _unseen, methods
+                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, _unseen, methods, rows
             )
             found.append(choices[0][0].kl)
         predicted.append(found)
@@ -206,7 +210,12 @@ def _some_rows(group: WeightGroup) -> NDArray[np.int64]:
 
 
 def _sampled(
-    model: Model, group: WeightGroup, chosen: NDArray[np.int64], statistics: Statistics, low_rank: LowRank | None
+    model: Model,
+    group: WeightGroup,
+    chosen: NDArray[np.int64],
+    statistics: Statistics,
+    low_rank: LowRank | None,
+    read_before: dict[str, Float32],
 ) -> _Sample:
     rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
     if group.site != "tokens":
@@ -214,10 +223,14 @@ def _sampled(
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()
         lookups = _scaled_up(frequencies, chosen)
-    whole, site = model.read(group.name), statistics.site(group.site)
-    weight = left = whole[chosen]
+    site = statistics.site(group.site)
     if low_rank is not None and site is not None:
+        whole = model.read(group.name)
         left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.role))[chosen]
+        return _Sample(whole[chosen], left, site, rows, lookups, columns)
+    if group.name not in read_before:
+        read_before[group.name] = model.read(group.name)[chosen]
+    weight = left = read_before[group.name]
     return _Sample(weight, left, site, rows, lookups, columns)
 
 
