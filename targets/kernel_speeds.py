@@ -16,7 +16,7 @@ FOLDER = "kernel_speeds"
 Ratio = Annotated[float, Field(gt=0, le=10)]
 
 
-class Speed(Document):
+class RelativeSpeed(Document):
     """Multiply-adds per second with one token and with many, relative to the file's unit."""
 
     decode: Ratio
@@ -44,8 +44,8 @@ class KernelSpeeds(Document):
     source: Text
     command: Text
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    unit: Speed = Speed(decode=1.0, prefill=1.0)
-    speeds: dict[str, Speed]
+    unit: RelativeSpeed = RelativeSpeed(decode=1.0, prefill=1.0)
+    speeds: dict[str, RelativeSpeed]
 
     def throughputs(self) -> dict[str, Throughput]:
         """Return format -> speed, relative to llama.cpp's Q4_0 with many tokens."""

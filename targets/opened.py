@@ -8,7 +8,7 @@ from exporter.emulate.sandbox.limits import TIMED_BYTES_PER_S, TIMEOUT_S
 from exporter.formats.format import Float32
 from exporter.foundation.errors import RuntimeCrashError
 from exporter.targets.artifact import Artifact, coded_runtime_of, runtime_of
-from exporter.targets.runtime import CodedRuntime, Residence, Runtime, SamplingRuntime, Timing
+from exporter.targets.runtime import CodedResidence, CodedRuntime, Runtime, SamplingRuntime, Timing
 
 # Deadline for text, which takes milliseconds; a runtime may load its tokenizer first.
 TEXT_S = 60.0
@@ -85,7 +85,7 @@ class OpenedArtifact:
         """Keep enough parts of coded files plain to generate at this speed; see `CodedRuntime`."""
         self._child.call(CodedRuntime.keep_up, self._seconds(SETTLING_TOKENS), tokens_per_s)
 
-    def residence(self) -> Residence:
+    def residence(self) -> CodedResidence:
         """Return the peak memory use of coded files since the floor was set."""
         return self._child.call(CodedRuntime.residence, TEXT_S)
 

@@ -54,7 +54,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Residence:
+class CodedResidence:
     """Memory use of a model whose weights stay coded in memory.
 
     Attributes:
@@ -125,7 +125,7 @@ class CodedRuntime(Runtime, Protocol):
             RequestError: this machine is slower even with all weights plain.
         """
 
-    def residence(self) -> Residence:
+    def residence(self) -> CodedResidence:
         """Return the peak memory use since the floor was set."""
 
 

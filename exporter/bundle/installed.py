@@ -19,7 +19,7 @@ from exporter.prove.emulation import Emulation, emulate
 from exporter.prove.self_test import SelfTest, run_self_test
 from exporter.targets.artifact import Artifact, runs_coded
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.runtime import Residence
+from exporter.targets.runtime import CodedResidence
 from exporter.targets.text import open_text
 
 if TYPE_CHECKING:  # it imports transformers
@@ -41,7 +41,7 @@ class Answer:
     """
 
     text: str
-    residence: Residence | None
+    residence: CodedResidence | None
 
 
 def answer(

@@ -18,7 +18,7 @@ OTHER_FILES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Needs:
+class BuildNeeds:
     """What a build needs, estimated, in bytes.
 
     Attributes:
@@ -91,7 +91,7 @@ class Outline(Document):
     decisions: tuple[OutlinedMatrix, ...]
 
 
-def outline(resolved: ResolvedJob, draft: Draft, needs: Needs, seconds: Mapping[str, float]) -> Outline:
+def outline(resolved: ResolvedJob, draft: Draft, needs: BuildNeeds, seconds: Mapping[str, float]) -> Outline:
     """Return what a build would do and need.
 
     Args:
@@ -132,14 +132,14 @@ def outline(resolved: ResolvedJob, draft: Draft, needs: Needs, seconds: Mapping[
     )
 
 
-def needs_of(resolved: ResolvedJob, decisions: list[Decision]) -> Needs:
+def needs_of(resolved: ResolvedJob, decisions: list[Decision]) -> BuildNeeds:
     """Return what a build with these decisions needs; reads no weights."""
     job, recipe, original = resolved.job, resolved.recipe, resolved.original
     file_bytes = resolved.target.estimated_file_bytes(resolved.model, decisions)
     peak = resolved.target.estimated_peak(resolved.model, decisions, job.context).bytes
     # Coded files stand next to the plain ones until the bundle is complete; a GGUF source is checked before that.
     beside = max(file_bytes if recipe.transport else 0, float_copy_bytes(original))
-    return Needs(
+    return BuildNeeds(
         file=file_bytes,
         runtime_peak=peak,
         build_peak=build_peak_bytes(original, job, recipe, decisions, file_bytes, peak),

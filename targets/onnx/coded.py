@@ -27,7 +27,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.onnx.graph_partition import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
 from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget
-from exporter.targets.runtime import Residence, Timing, require_tokens, resident_bytes
+from exporter.targets.runtime import CodedResidence, Timing, require_tokens, resident_bytes
 
 Values = dict[str, NDArray[Any]]
 # Spinning threads of dozens of sessions would compete for the same cores.
@@ -103,10 +103,10 @@ class CodedOnnxRuntime(DecoderFolder):
                 )  # fmt: skip
         self._most_bytes = 0
 
-    def residence(self) -> Residence:
+    def residence(self) -> CodedResidence:
         """Return the peak memory use since the floor was set."""
         kept = len(self._share.kept)
-        return Residence(
+        return CodedResidence(
             self._most_bytes, sum(weight.span.size for weight in self._cut.weights), len(self._large) - kept, kept,
             self._share.tokens_per_s,
         )  # fmt: skip
