@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.fitted import fitted_value
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Effort:
 
 
 DEFAULT = "balanced"
-EFFORTS = {"fast": Effort(5, 2, 0, False), "balanced": Effort(27, 8, 2, True), "max": Effort(96, 8, 6, True)}
+BALANCED_WINDOWS = int(fitted_value("exporter.compress", "balanced_windows"))
+EFFORTS = {
+    "fast": Effort(5, 2, 0, False),
+    "balanced": Effort(BALANCED_WINDOWS, 8, 2, True),
+    "max": Effort(96, 8, 6, True),
+}
 
 
 def effort(name: str) -> Effort:

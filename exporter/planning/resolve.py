@@ -78,9 +78,12 @@ class ResolvedJob:
 
         Raises:
             RequestError: the target or the model cannot hold what the recipe asks for.
+            InputError: the plan that is repeated does not fit its own recipe.
         """
         draft = self.encoding.draft(EncodingTask(self.original, self.model, self.device, self.target, self.effort))
         check_methods(draft.decisions)
+        if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
+            _repeated(self.job.repeats, draft)
         return draft
 
     def decided(self, draft: Draft, given: Rewritten, progress: StepProgress) -> tuple[list[Decision], tuple[str, ...]]:
@@ -90,21 +93,10 @@ class ResolvedJob:
             draft: The decisions before statistics.
             given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
             progress: Called with matrices done and their total.
-
-        Raises:
-            InputError: the plan does not fit its own recipe.
         """
         if self.job.repeats is None:
             return draft.decided(given, progress)
-        decisions = self.job.repeats.decisions(draft)
-        stored = sum(one.stored_bytes for one in decisions)
-        if stored > draft.most_matrix_bytes:
-            raise InputError(
-                "the plan's formats exceed its own budget", where="matrices", got=f"{stored:,} bytes",
-                expected=f"at most {draft.most_matrix_bytes:,.0f}",
-                next_step="make a new plan with edge-exporter build",
-            )  # fmt: skip
-        return decisions, self.job.repeats.notes
+        return _repeated(self.job.repeats, draft), self.job.repeats.notes
 
     def scheme(self, draft: Draft) -> str:
         """Return the recipe's name and the formats, in words."""
@@ -258,6 +250,22 @@ def _require_no_conflict(job: Job, recipe: Recipe | None) -> None:
     alone = {"--recipe", "--type"} & set(named)
     if len(named) > 1 and (alone or {"--max-file-bytes", "--bits"} <= set(named)):
         raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
+
+
+def _repeated(plan: Plan, draft: Draft) -> list[Decision]:
+    """Return the decisions of a plan.
+
+    Raises:
+        InputError: they do not fit the plan's own recipe.
+    """
+    decisions = plan.decisions(draft)
+    stored = sum(one.stored_bytes for one in decisions)
+    if stored > draft.most_matrix_bytes:
+        raise InputError(
+            "the plan's formats exceed its own budget", where="matrices", got=f"{stored:,} bytes",
+            expected=f"at most {draft.most_matrix_bytes:,.0f}", next_step="make a new plan with edge-exporter build",
+        )  # fmt: skip
+    return decisions
 
 
 def _require_same(plan: Plan, model: Model, device: DeviceProfile) -> None:

@@ -20,6 +20,7 @@ from exporter.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.fitted import fitted_value
 from exporter.model.ends import GGUF_KEY, ends_written, special_ids
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
@@ -61,7 +62,7 @@ class Gguf:
     default_method = "ldlq"
     type_of_8_bits = "Q8_0"
     most_rounding_kl = 0.1
-    decode_margin = 0.05
+    decode_margin = fitted_value("exporter.targets.gguf", "decode_margin")
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {
             bits: ggml_format(name)

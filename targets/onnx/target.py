@@ -20,6 +20,7 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.formats.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.fitted import fitted_value
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Peak, Weights, host_features, onnx_weights, onnxruntime_peak
@@ -77,7 +78,7 @@ class Onnx:
     default_method = "ldlq"
     type_of_8_bits = "int8"
     most_rounding_kl = 0.1
-    decode_margin = 0.15
+    decode_margin = fitted_value("exporter.targets.onnx", "decode_margin")
     # At 2 bits larger blocks take fewer bytes, but the runtime rounds inputs in the same blocks, twice as coarsely.
     base_formats: Mapping[int, WeightFormat] = MappingProxyType(
         {bits: matmulnbits_format(name) for bits, name in {2: "int2-b32", 4: "int4-b32", 8: "int8-b32"}.items()}

@@ -17,6 +17,7 @@ from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.formats.per_channel import ChannelFormat
 from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.fitted import fitted_value
 from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Weights
@@ -59,8 +60,7 @@ TYPES = {
 # Inputs of the down projection are left out: their codes are wide, and the channels of `up` would become uneven.
 EQUALISED = ("attention_in", "attention_out", "mlp_in", "head_in")
 ALPHA = 0.5
-# ONNX Runtime transposes the tables during fusion: 2.8 copies with 8-bit activations, 3.5 with 16-bit ones.
-WEIGHT_COPIES = 3.25
+WEIGHT_COPIES = fitted_value("exporter.targets.onnx_qdq", "weight_copies")
 
 
 class OnnxQdq(Onnx):

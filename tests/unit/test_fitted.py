@@ -12,11 +12,15 @@ from exporter.foundation.fitted import FILE, fitted_constants
 from exporter.stages import predicted_times
 
 ROOT = Path(exporter.__file__).parents[1]
-PACKAGES = sorted(f"exporter.{path.parent.name}" for path in Path(exporter.__file__).parent.glob(f"*/{FILE}"))
+PACKAGES = [
+    *sorted(f"exporter.{path.parent.name}" for path in (ROOT / "exporter").glob(f"*/{FILE}")),
+    *sorted(f"exporter.targets.{path.parent.name}" for path in (ROOT / "targets").glob(f"*/{FILE}")),
+]
 
 
 def test_every_file_is_known() -> None:
-    assert PACKAGES == ["exporter.compress", "exporter.stages"]
+    targets = [f"exporter.targets.{name}" for name in ("gguf", "onnx", "onnx_qdq")]
+    assert ["exporter.compress", "exporter.stages", *targets] == PACKAGES
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -29,7 +33,7 @@ def test_a_fitted_constant_names_a_command_that_is_there(package: str) -> None:
 
 
 def test_the_code_uses_them() -> None:
-    compress, stages = (fitted_constants(package) for package in PACKAGES)
+    compress, stages = (fitted_constants(package) for package in PACKAGES[:2])
     assert compress["ldlq_damping"].value == ldlq.DAMPING
     assert compress["awq_alpha"].value == awq_scaling.AWQ_ALPHA
     used = (error_propagation.INPUTS_SHARE, error_propagation.STREAM_SHARE, error_propagation.RIDGE)
