@@ -58,10 +58,9 @@ def again(folder: Path, plan: Path, **changes: object) -> Job:
     [
         {"target": "gguf", "bits": 4.5},
         {"target": "onnx", "recipe": "caldera"},
-        {"target": "gguf", "recipe": "prune-rate", "transport": None},
-        {"target": "onnx", "type": "int4", "transport": "small", "effort": "balanced"},
+        {"target": "gguf", "recipe": "prune-rate"},
     ],
-    ids=["budget", "recipe", "coded recipe", "coded"],
+    ids=["budget", "recipe", "coded"],
 )
 def test_a_plan_gives_the_same_content_again(
     given: Given, folder: Path, tmp_path: Path, options: dict[str, object]
