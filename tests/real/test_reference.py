@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows, file_windows
 from exporter.child.process import Child
+from exporter.compress.allocate import with_predicted_kl
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.effort import effort
@@ -104,7 +105,9 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     made = load_target(target)
     job = Job(str(folder), "raspberry-pi-5", target, effort="fast", max_file_bytes=stock.file_bytes, prefer="accuracy")
     draft = resolve(job, model).draft()
-    decisions, _ = draft.decided(Rewritten(model, statistics), lambda done, total: None)
+    given = Rewritten(model, statistics)
+    decisions, _ = draft.decided(given, lambda done, total: None)
+    decisions = with_predicted_kl(decisions, given, statistics, EFFORT, {}, lambda done, total: None)
     (tmp_path / "ours").mkdir()
     ours = made.lower(CompressedModel(model, decisions, statistics, EFFORT), "allocated", tmp_path / "ours")
     assert ours.file_bytes <= stock.file_bytes
