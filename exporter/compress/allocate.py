@@ -16,6 +16,7 @@ import highspy
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import Rewritten
@@ -149,7 +150,7 @@ def with_predicted_kl(
         for done, one in enumerate(decisions, before):
             progress(done, 2 * len(decisions))
             choices = predicted_choices(
-                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, _unseen, methods, rows
+                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, silent, methods, rows
             )
             found.append(choices[0][0].kl)
         predicted.append(found)
@@ -158,10 +159,6 @@ def with_predicted_kl(
         replace(one, calibration_kl=first, predicted_kl=second)
         for one, first, second in zip(decisions, *predicted, strict=True)
     ]
-
-
-def _unseen(done: int, total: int) -> None:
-    """Report no progress."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Fitted constants as data: each with its basis, what it was fitted on, and the command to run for each candidate."""
 
+from functools import cache
 from importlib.resources import files
 from typing import Annotated, Literal
 
@@ -37,6 +38,7 @@ class _File(Document):
     constants: dict[str, FittedConstant]
 
 
+@cache
 def fitted_constants(package: str) -> dict[str, FittedConstant]:
     """Return the fitted constants of a package, by name."""
     return read_document(files(package) / FILE, _File, "file of fitted constants").constants
