@@ -8,6 +8,7 @@ from operator import attrgetter
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, stored_bytes
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
+from exporter.foundation.fitted import fitted_value
 from exporter.model.model import Model
 from exporter.predict.roofline import Cpu
 from exporter.targets.target import Target
@@ -15,8 +16,7 @@ from exporter.targets.target import Target
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
 # Of the stock tool's prefill at as many bytes, what a choice must at least be expected to have; of its decoding, all.
-# What it turns out to have is up to 6 % less than expected (tests/benchmarks/test_stock_chain.py).
-LEAST_PREFILL = 0.98
+LEAST_PREFILL = fitted_value("exporter.planning", "least_prefill")
 # Of the predicted KL of a choice: a least one below that is worth a remark.
 FAR_FROM_LEAST = 0.9
 # What the stock tool makes counts as of the same size where it has that much more: alignment is counted at its most.

@@ -13,13 +13,13 @@ from exporter.calibrate.layer_stream import Progress
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.method import MatrixMethod
-from exporter.compress.methods.coarse_int8 import DEFAULT_BITS, ZEROED, doubled, in_scaled_channels
+from exporter.compress.methods.coarse_int8 import DEFAULT_BITS, ZEROED, coarse_int8_methods, in_scaled_channels
 from exporter.formats.group import Decision
 from exporter.model.model import Model
 from exporter.planning.step import CodedBits, CodedStep
 
 
-class DoubleCompression(CodedStep):
+class CoarseInt8Step(CodedStep):
     """Options of the step.
 
     Attributes:
@@ -39,7 +39,7 @@ class DoubleCompression(CodedStep):
     ) -> Mapping[str, MatrixMethod]:
         """Return the method for each matrix with its step."""
         groups = [one.group for one in decisions]
-        return dict(doubled(given.model, given.statistics, groups, self.bits, self.zeroed, progress))
+        return dict(coarse_int8_methods(given.model, given.statistics, groups, self.bits, self.zeroed, progress))
 
 
-STEP = DoubleCompression
+STEP = CoarseInt8Step

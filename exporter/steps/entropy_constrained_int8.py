@@ -16,7 +16,11 @@ from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.caldera import Alternation
 from exporter.compress.compressed import with_factors
 from exporter.compress.method import MatrixMethod
-from exporter.compress.methods.entropy_constrained_int8 import DEFAULT_BITS, in_even_columns, rated
+from exporter.compress.methods.entropy_constrained_int8 import (
+    DEFAULT_BITS,
+    entropy_constrained_methods,
+    in_even_columns,
+)
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
@@ -27,7 +31,7 @@ from exporter.targets.target import low_rank
 LEAST_BITS = 1.0
 
 
-class TargetRate(CodedStep):
+class EntropyConstrainedInt8Step(CodedStep):
     """Options of the step: those of every step for coding, and of factors.
 
     Attributes:
@@ -75,7 +79,9 @@ class TargetRate(CodedStep):
         """Return the method for each matrix with its step."""
         groups = [one.group for one in decisions]
         ranks = {one.group.name: one.low_rank.rank for one in decisions if one.low_rank is not None}
-        return dict(rated(given.model, given.statistics, groups, self._left(decisions), progress, ranks))
+        return dict(
+            entropy_constrained_methods(given.model, given.statistics, groups, self._left(decisions), progress, ranks)
+        )
 
 
-STEP = TargetRate
+STEP = EntropyConstrainedInt8Step

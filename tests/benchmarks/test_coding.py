@@ -24,8 +24,8 @@ from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compressed import CompressedModel
 from exporter.compress.effort import effort
 from exporter.compress.method import Method
-from exporter.compress.methods.coarse_int8 import doubled, in_scaled_channels
-from exporter.compress.methods.entropy_constrained_int8 import in_even_columns, rated
+from exporter.compress.methods.coarse_int8 import coarse_int8_methods, in_scaled_channels
+from exporter.compress.methods.entropy_constrained_int8 import entropy_constrained_methods, in_even_columns
 from exporter.foundation.progress import silent
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
@@ -143,7 +143,7 @@ def rivals(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 def test_a_rate_of_the_linears(world: World, rivals: list[Row], tmp_path: Path, bits: float) -> None:
     rewritten = in_even_columns(world.model, world.statistics)
     linears = [group for group in world.model.groups() if group.layer is not None]
-    methods = rated(rewritten.model, rewritten.statistics, linears, bits)
+    methods = entropy_constrained_methods(rewritten.model, rewritten.statistics, linears, bits)
     artifact = lowered(world, rewritten, methods, tmp_path / "artifact")
     got = linear_bits(world, artifact.weights[0], tmp_path)
     size = transported(artifact, tmp_path)
@@ -157,7 +157,7 @@ def test_a_rate_of_the_linears(world: World, rivals: list[Row], tmp_path: Path, 
 def test_double_compression_against_its_int8(world: World, tmp_path: Path) -> None:
     plain = lowered(world, Rewritten(world.model, world.statistics), {}, tmp_path / "plain")
     rewritten = in_scaled_channels(world.model, world.statistics)
-    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
+    methods = coarse_int8_methods(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
     artifact = lowered(world, rewritten, methods, tmp_path / "artifact")
     size = transported(artifact, tmp_path)
     (kl8, _, right8), (kl, same, right) = hits(world, plain), hits(world, artifact)
@@ -171,7 +171,7 @@ def test_weights_stay_coded_in_memory(world: World, tmp_path: Path) -> None:
     """In ONNX Runtime, INT8 plain and double compression coded: what each process grows by, loading included."""
     plain = lowered(world, Rewritten(world.model, world.statistics), {}, tmp_path / "plain", "onnx", "int8")
     rewritten = in_scaled_channels(world.model, world.statistics)
-    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
+    methods = coarse_int8_methods(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS)
     coarse = lowered(world, rewritten, methods, tmp_path / "coarse", "onnx", "int8")
     code_beside(coarse.weights, "small", silent)
     coded = replace(coarse, weights=tuple(path.with_name(path.name + SUFFIX) for path in coarse.weights), coded=True)
@@ -211,7 +211,9 @@ def test_fast_restores_300_mb_a_second(world: World, tmp_path: Path, kind: str) 
     rewritten = (
         in_scaled_channels(world.model, world.statistics) if coarse else Rewritten(world.model, world.statistics)
     )
-    methods = doubled(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS) if coarse else {}
+    methods = (
+        coarse_int8_methods(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS) if coarse else {}
+    )
     (model,) = lowered(world, rewritten, methods, tmp_path / "artifact").weights
     sizes = {profile: code_file(model, tmp_path / profile, profile) for profile in ("small", "fast")}  # type: ignore[arg-type]
     seconds = []

@@ -22,7 +22,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("target", "device"), JOBS)
-def test_plan_foretells_a_cold_build(reference: Path, tmp_path: Path, target: str, device: str) -> None:
+def test_plan_predicts_a_cold_build(reference: Path, tmp_path: Path, target: str, device: str) -> None:
     asked = [str(reference), "--device", device, "--target", target]
     planned = json.loads(printed(tmp_path, "plan", *asked, "--json"))
     printed(tmp_path, "build", *asked, "-o", "bundle")

@@ -1,4 +1,4 @@
-"""The memory that `plan` foretells of the runtimes against what they take, with the demo model on this machine.
+"""The memory that `plan` predicts of the runtimes against what they take, with the demo model on this machine.
 
 Fitted were Q4_0, int4 and int8 of this shape, among others, at contexts of 512 to 1024 with weights of no meaning; not
 fitted were Q4_K_M, Q8_0, and contexts of 2048 and 8192. The longest prompts take minutes.
@@ -22,7 +22,7 @@ MOST_OFF = 0.1
 @pytest.mark.parametrize(
     ("target", "type"), [("gguf", "Q4_0"), ("gguf", "Q4_K_M"), ("gguf", "Q8_0"), ("onnx", "int4"), ("onnx", "int8")]
 )
-def test_the_peak_is_foretold_within_a_tenth(tmp_path: Path, target: str, type: str) -> None:
+def test_the_peak_is_predicted_within_a_tenth(tmp_path: Path, target: str, type: str) -> None:
     made = load_target(target)
     with open_model("demo") as model:
         decisions = made.decide(model, type, "rtn")

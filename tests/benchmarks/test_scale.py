@@ -1,4 +1,4 @@
-"""Models as large as devices take them: the memory and the time of a build, against what `plan` foretells.
+"""Models as large as devices take them: the memory and the time of a build, against what `plan` predicts.
 
 Weights are random, in bfloat16, of the shapes of TinyLlama-1.1B and Llama-2-7B: memory and time do not depend on what
 is in them. Of the 7B shape the first two layers are built, between its whole embedding and head; the rest follows by

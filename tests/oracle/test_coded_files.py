@@ -10,8 +10,8 @@ from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, code_file, restore_file
 from exporter.coding.layout import CODES, layout_of, parts_of
 from exporter.compress.compressed import CompressedModel, with_factors
-from exporter.compress.methods.coarse_int8 import doubled, in_scaled_channels
-from exporter.compress.methods.entropy_constrained_int8 import in_even_columns, rated
+from exporter.compress.methods.coarse_int8 import coarse_int8_methods, in_scaled_channels
+from exporter.compress.methods.entropy_constrained_int8 import entropy_constrained_methods, in_even_columns
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_weights
@@ -71,13 +71,13 @@ def test_methods_with_steps_are_carried_by_the_targets(
         decisions = made.decide(model, type, "rtn")
         groups = [decision.group for decision in decisions]
         if method == "double":
-            methods = dict(doubled(rewritten.model, rewritten.statistics, groups, 6.0))
+            methods = dict(coarse_int8_methods(rewritten.model, rewritten.statistics, groups, 6.0))
         elif method == "rate":
-            methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0))
+            methods = dict(entropy_constrained_methods(rewritten.model, rewritten.statistics, groups, 6.0))
         else:
             decisions = with_factors(decisions, low_rank(made, RANK, 8))
             ranks = {group.name: RANK for group in groups if group.layer is not None}
-            methods = dict(rated(rewritten.model, rewritten.statistics, groups, 6.0, ranks=ranks))
+            methods = dict(entropy_constrained_methods(rewritten.model, rewritten.statistics, groups, 6.0, ranks=ranks))
         compressed = CompressedModel(model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods)
         (tmp_path / "artifact").mkdir()
         artifact = made.lower(compressed, type, tmp_path / "artifact")

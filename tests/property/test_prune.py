@@ -70,7 +70,7 @@ def test_channels_go_as_by_brute_force(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 1000), at_once=st.integers(1, 5))
-def test_the_loss_foretold_is_that_of_the_repaired_weights(seed: int, at_once: int) -> None:
+def test_the_predicted_loss_is_that_of_the_repaired_weights(seed: int, at_once: int) -> None:
     weight, sensitivity, moment, inputs = problem(seed, 6, 16)
     found = eliminate(weight, sensitivity, moment, 4, at_once)
     kept = found.kept(4)
@@ -160,7 +160,7 @@ def test_what_others_can_stand_for_is_not_missed(model: Model) -> None:
         assert kl(doubled, bare) > 0.01
 
 
-def test_uneven_widths_foretell_no_more_than_even_ones(model: Model) -> None:
+def test_uneven_widths_predict_no_more_than_even_ones(model: Model) -> None:
     statistics = statistics_of(model)
     even, uneven = (prune(model, statistics, ClosedFormOptions(1 / 3, 16, even)) for even in (True, False))
     assert even.predicted_kl is not None and uneven.predicted_kl is not None
@@ -193,7 +193,7 @@ def test_any_choice_can_be_repaired(model: Model) -> None:
         assert not np.array_equal(found.model.read(down), bare.read(down))
 
 
-def test_what_masks_are_foretold_to_cost(model: Model) -> None:
+def test_what_masks_are_predicted_to_cost(model: Model) -> None:
     """Of each the weighted error of what all channels put out, inputs weighed by their second moments."""
     statistics = statistics_of(model)
     chance = np.random.default_rng(0)
@@ -210,7 +210,7 @@ def test_what_masks_are_foretold_to_cost(model: Model) -> None:
     assert expected[0] > expected[1] > expected[2] == 0
 
 
-def test_what_is_foretold_is_the_loss_of_the_steps(model: Model) -> None:
+def test_what_is_predicted_is_the_loss_of_the_steps(model: Model) -> None:
     """Two ways to the same: the weighted error of the repaired weights, and the sum of what each step added."""
     statistics = statistics_of(model)
     found = prune(model, statistics, ClosedFormOptions(1 / 3, 16, even=True))

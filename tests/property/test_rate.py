@@ -5,8 +5,8 @@ import pytest
 
 from exporter.calibrate.second_moments import Site
 from exporter.coding.streams import coded_bits
-from exporter.compress.methods.coarse_int8 import Double
-from exporter.compress.methods.entropy_constrained_int8 import Rate, damped
+from exporter.compress.methods.coarse_int8 import CoarseInt8
+from exporter.compress.methods.entropy_constrained_int8 import EntropyConstrainedInt8, damped
 from exporter.compress.methods.rtn import RoundToNearest
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.ggml import ggml_format
@@ -58,7 +58,7 @@ def test_rows_with_a_step_decode_to_code_times_step(format: WeightFormat) -> Non
 @pytest.mark.parametrize("bits", [1.5, 2.5, 4.0])
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_the_rate_is_kept(format: WeightFormat, bits: float) -> None:
-    for method in (Rate(bits), Double(bits)):
+    for method in (EntropyConstrainedInt8(bits), CoarseInt8(bits)):
         data = method.encode(weight(), format, site()).data
         assert coded_bits(codes_of(format, data)) / (ROWS * COLUMNS) + 16 / COLUMNS == pytest.approx(bits, rel=0.04)
 
@@ -70,17 +70,17 @@ def error(planned: Float32) -> float:
 
 def test_more_bits_lose_less_and_feedback_less_than_rounding() -> None:
     format = ggml_format("Q8_0")
-    errors = [error(Rate(bits).encode(weight(), format, site()).planned) for bits in (2.0, 3.0, 4.0)]
+    errors = [error(EntropyConstrainedInt8(bits).encode(weight(), format, site()).planned) for bits in (2.0, 3.0, 4.0)]
     # A bit is worth a factor of four where steps are fine.
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
-    rounded = error(Rate(3.0).encode(weight(), format, None).planned)
+    rounded = error(EntropyConstrainedInt8(3.0).encode(weight(), format, None).planned)
     assert errors[1] < 0.8 * rounded
 
 
 def test_sensitive_rows_get_finer_steps() -> None:
     roots = np.ones(ROWS, np.float32)
     roots[: ROWS // 2] = 4
-    planned = Rate(3.0, roots).encode(weight(), ggml_format("Q8_0"), site()).planned
+    planned = EntropyConstrainedInt8(3.0, roots).encode(weight(), ggml_format("Q8_0"), site()).planned
     change = ((planned - weight()) ** 2).mean(axis=1)
     assert change[: ROWS // 2].mean() < change[ROWS // 2 :].mean() / 6
 
@@ -89,7 +89,7 @@ def test_feedback_is_that_of_a_naive_loop() -> None:
     given, step = weight(24), 0.01
     moment = damped(site().second_moment, site().shrinkage).astype(np.float64)
     upper = np.linalg.cholesky(np.linalg.inv(moment)).T
-    encoded = Rate(step=step).encode(given, ggml_format("Q8_0"), site())
+    encoded = EntropyConstrainedInt8(step=step).encode(given, ggml_format("Q8_0"), site())
     squares = (given / step) ** 2
     variance = np.outer(squares.mean(axis=1), squares.mean(axis=0)) / squares.mean()
     left, codes = given.astype(np.float64), np.zeros(given.shape)
@@ -107,14 +107,14 @@ def test_zeroed_weights_are_those_that_move_outputs_least() -> None:
     largest = np.ones(COLUMNS, np.float32)
     largest[: COLUMNS // 2] = 1e-3
     kept, zeroed = (
-        Double(4.0, largest, share).encode(weight(), ggml_format("Q8_0"), None).planned for share in (0.0, 0.2)
+        CoarseInt8(4.0, largest, share).encode(weight(), ggml_format("Q8_0"), None).planned for share in (0.0, 0.2)
     )
     gone = (zeroed == 0).mean(axis=0) - (kept == 0).mean(axis=0)
     assert gone[: COLUMNS // 2].mean() > gone[COLUMNS // 2 :].mean() + 0.1
 
 
-@pytest.mark.parametrize("method", [Rate(3.0), Double(3.0)], ids=["rate", "double"])
-def test_expected_error_is_about_the_error(method: Rate | Double) -> None:
+@pytest.mark.parametrize("method", [EntropyConstrainedInt8(3.0), CoarseInt8(3.0)], ids=["rate", "double"])
+def test_expected_error_is_about_the_error(method: EntropyConstrainedInt8 | CoarseInt8) -> None:
     format, columns = ggml_format("Q8_0"), np.ones(COLUMNS, np.float32)
     predicted = method.expected_error(weight(), format, site(), columns)
     assert predicted.outputs.sum() == pytest.approx(error(method.encode(weight(), format, site()).planned), rel=0.35)
@@ -125,13 +125,13 @@ def test_expected_error_is_about_the_error(method: Rate | Double) -> None:
 @pytest.mark.parametrize("name", ["Q4_0", "F16"])
 def test_other_formats_are_refused(name: str) -> None:
     with pytest.raises(RequestError, match=f"symmetric formats of 8 bits only; got {name}"):
-        Rate().encode(weight(), ggml_format(name), None)
+        EntropyConstrainedInt8().encode(weight(), ggml_format(name), None)
     with pytest.raises(RequestError, match="int8-b32-asymmetric"):
         scale_type(matmulnbits_format("int8-b32-asymmetric"))
 
 
-@pytest.mark.parametrize("method", [Rate(9.5), Double(9.5), Rate(0.01)])
-def test_rates_that_no_step_gives_are_refused(method: Rate | Double) -> None:
+@pytest.mark.parametrize("method", [EntropyConstrainedInt8(9.5), CoarseInt8(9.5), EntropyConstrainedInt8(0.01)])
+def test_rates_that_no_step_gives_are_refused(method: EntropyConstrainedInt8 | CoarseInt8) -> None:
     with pytest.raises(RequestError, match="no step gives this rate"):
         method.encode(weight(), ggml_format("Q8_0"), site())
 
@@ -143,5 +143,5 @@ def test_steps_beyond_float16_are_refused() -> None:
 
 def test_zeros_stay_zero() -> None:
     nothing = np.zeros((8, COLUMNS), np.float32)
-    assert not Rate(step=0.01).encode(nothing, ggml_format("Q8_0"), site()).planned.any()
+    assert not EntropyConstrainedInt8(step=0.01).encode(nothing, ggml_format("Q8_0"), site()).planned.any()
     assert RoundToNearest().encode(nothing, ggml_format("Q8_0"), None).planned.shape == nothing.shape

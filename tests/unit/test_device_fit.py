@@ -111,7 +111,7 @@ def test_file_size_sentence_names_the_storage() -> None:
     )
 
 
-def test_foretold_file_size_says_so() -> None:
+def test_predicted_file_size_says_so() -> None:
     peak = Quantity(value=1 * GB, unit="bytes", basis="estimated")
     detail = check_fit(profile(), 500, peak, file_basis="estimated")[2].detail
     assert detail == "a model of 500 bytes (estimated) is within what one app may use, 2.79 GiB (measured)"

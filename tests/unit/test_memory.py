@@ -104,7 +104,7 @@ def test_onnx_runtime_holds_packed_matrices_and_the_embedding_as_it_is() -> None
 
 
 @pytest.mark.parametrize(("target", "type"), [("gguf", "Q8_0"), ("onnx", "int4")])
-def test_small_models_take_what_is_foretold(tmp_path: Path, target: str, type: str) -> None:
+def test_small_models_take_what_is_predicted(tmp_path: Path, target: str, type: str) -> None:
     """A model of no size: what is left is the process, the file's pages, and the cache of a large context."""
     with open_model(str(tiny_model(tmp_path / "model", layers=2))) as model:
         made = load_target(target)

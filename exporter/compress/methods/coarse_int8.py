@@ -36,7 +36,7 @@ ZEROED = 0.0
 
 
 @dataclass(frozen=True)
-class Double:
+class CoarseInt8:
     """Rounding to nearest, with steps as coarse as the bits require.
 
     Attributes:
@@ -56,7 +56,7 @@ class Double:
     supports_error_propagation = False
     error_feedback = False
 
-    def of_rows(self, rows: NDArray[np.int64]) -> "Double":
+    def of_rows(self, rows: NDArray[np.int64]) -> "CoarseInt8":
         """Return the method for some rows of its matrix."""
         return self if self.roots is None else replace(self, roots=self.roots[rows])
 
@@ -117,14 +117,14 @@ def in_scaled_channels(model: Model, statistics: Statistics) -> Rewritten:
     return scaled_channels(model, statistics, ALPHA)
 
 
-def doubled(
+def coarse_int8_methods(
     model: Model,
     statistics: Statistics,
     groups: Sequence[WeightGroup],
     bits: float,
     zeroed: float = ZEROED,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Double]:
+) -> dict[str, CoarseInt8]:
     """Return the method for each matrix, by name, so that together they take this many bits per weight when coded.
 
     Args:
@@ -139,18 +139,18 @@ def doubled(
         RequestError: no common step gives this rate.
     """
 
-    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], Double]]:
+    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], CoarseInt8]]:
         site, ranges = statistics.site(group.site), statistics.ranges(group.site)
         variance = 1.0 if site is None else float(site.second_moment.trace() / group.columns)
         roots = roots_of(statistics, group, variance)
         reach = np.ones(group.columns, np.float32) if ranges is None else ranges.largest
-        method = Double(bits, reach, zeroed, roots)
+        method = CoarseInt8(bits, reach, zeroed, roots)
         curve = method.sampled_curve(model.read(group.name), roots, reach)
         return curve, lambda rate, step: replace(method, bits=rate, step=step)
 
     return at_common_step(groups, bits, sampled, progress)
 
 
-def at(effort: Effort) -> Double:
-    """Return the method for a single matrix; `doubled` distributes bits over several."""
-    return Double()
+def at(effort: Effort) -> CoarseInt8:
+    """Return the method for a single matrix; `coarse_int8_methods` distributes bits over several."""
+    return CoarseInt8()

@@ -43,7 +43,7 @@ COLUMNS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Rate:
+class EntropyConstrainedInt8:
     """Error feedback in an 8-bit format, for a target rate.
 
     Attributes:
@@ -60,7 +60,7 @@ class Rate:
     supports_error_propagation = False
     error_feedback = True
 
-    def of_rows(self, rows: NDArray[np.int64]) -> "Rate":
+    def of_rows(self, rows: NDArray[np.int64]) -> "EntropyConstrainedInt8":
         """Return the method for some rows of its matrix."""
         return self if self.roots is None else replace(self, roots=self.roots[rows])
 
@@ -109,7 +109,7 @@ class _Problem:
         weight: float32 [rows, columns].
         moment: H, damped, float32 [columns, columns]; None if inputs were not observed.
         factor: Its feedback factor U; None likewise.
-        roots: See `Rate`; ones if the rows count alike.
+        roots: See `EntropyConstrainedInt8`; ones if the rows count alike.
     """
 
     weight: Float32
@@ -210,14 +210,14 @@ def in_even_columns(model: Model, statistics: Statistics) -> Rewritten:
     return rescaled(model, statistics, EVERY_SITE, factors)
 
 
-def rated(
+def entropy_constrained_methods(
     model: Model,
     statistics: Statistics,
     groups: Sequence[WeightGroup],
     bits: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, Rate]:
+) -> dict[str, EntropyConstrainedInt8]:
     """Return the method for each matrix, by name, so that together they take this many bits per weight when coded.
 
     All share one common step: the rate of each follows from how much it matters.
@@ -234,7 +234,7 @@ def rated(
         RequestError: no common step gives this rate.
     """
 
-    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], Rate]]:
+    def sampled(group: WeightGroup) -> tuple[Curve, Callable[[float, float], EntropyConstrainedInt8]]:
         site = statistics.site(group.site)
         moment = None if site is None else damped(site.second_moment, site.shrinkage)
         weight = model.read(group.name)
@@ -244,11 +244,11 @@ def rated(
         problem = _Problem.of(weight, moment)
         roots = roots_of(statistics, group, problem.variance)
         curve = replace(problem, roots=roots).sampled_curve()
-        return curve, lambda rate, step: Rate(rate, roots, step)
+        return curve, lambda rate, step: EntropyConstrainedInt8(rate, roots, step)
 
     return at_common_step(groups, bits, sampled, progress)
 
 
-def at(effort: Effort) -> Rate:
-    """Return the method for a single matrix; `rated` distributes bits over several."""
-    return Rate()
+def at(effort: Effort) -> EntropyConstrainedInt8:
+    """Return the method for a single matrix; `entropy_constrained_methods` distributes bits over several."""
+    return EntropyConstrainedInt8()
