@@ -12,7 +12,7 @@ from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.compress.allocate import with_predicted_kl
-from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.compression import Compression, propagation_text
 from exporter.foundation.allocator import keep_freed_memory
 from exporter.foundation.cache import telling
 from exporter.foundation.errors import ExporterError, RequestError
@@ -36,8 +36,7 @@ from exporter.stages.assemble_report import describe, header, write_documents
 from exporter.stages.predicted_times import stage_seconds
 from exporter.stages.sampled_text import sampled_windows, sampling_notes
 from exporter.stages.stage_times import Stages
-from exporter.targets.artifact import Artifact
-from exporter.targets.target import Target
+from exporter.targets.target import Lowered, Target, lower
 
 
 @dataclass(frozen=True)
@@ -142,24 +141,24 @@ def _build(
             partial(progress, "predict: matrices"),
         )  # fmt: skip
     with stages.stage("compress and lower"):
-        compressed = CompressedModel(
-            original,
-            decisions,
-            given.statistics,
-            resolved.effort,
-            partial(progress, "compress: matrices"),
-            given.model,
-            encoding.alternation,
-            methods,
-            propagation_text(resolved.effort, decisions, calibration),
+        compression = Compression(
+            model=given.model,
+            decided=decisions,
+            statistics=given.statistics,
+            effort=resolved.effort,
+            alternation=encoding.alternation,
+            methods=methods,
+            propagation_text=propagation_text(resolved.effort, decisions, calibration),
+            source=original,
         )
-        artifact = lowered(compressed, target, draft, staging / "model")
+        lowered = lower_within(draft, target, compression, staging / "model", progress)
+        artifact = lowered.artifact
     emulation = Emulation()
     if job.emulate:
         with stages.stage("emulate: Arm instructions"):
             emulation += settle(artifact, resolved.device, evaluation.tokens, progress)
     with stages.stage("prove"):
-        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
+        proof = prove(target, lowered, evaluation.tokens, job.context, job.threads, progress)
     if job.emulate:
         with stages.stage("emulate"):
             emulation += emulate(artifact, resolved.device, evaluation.tokens, job.context, progress)
@@ -169,9 +168,7 @@ def _build(
             coded = code_beside(artifact.weights, resolved.recipe.transport, progress)
     plan = resolved.plan(decisions, tuple(dict.fromkeys((*notes, *emulation.notes))), calibration, evaluation)
     proof = replace(proof, checks=sourced + proof.checks)
-    report, measurements = describe(
-        resolved, plan, resolved.scheme(draft), compressed, artifact, proof, emulation, coded, stages
-    )
+    report, measurements = describe(resolved, plan, resolved.scheme(draft), lowered, proof, emulation, coded, stages)
     write_documents(staging, plan, report, measurements, proof.self_test)
     original.require_unchanged()
     manifest = write_bundle(staging, output, header(job, original, report))
@@ -186,19 +183,19 @@ def rewritten(resolved: ResolvedJob, observe: Observe, progress: Progress) -> Re
     return resolved.with_rewritten(smaller)
 
 
-def lowered(compressed: CompressedModel, target: Target, draft: Draft, folder: Path) -> Artifact:
+def lower_within(draft: Draft, target: Target, compression: Compression, folder: Path, progress: Progress) -> Lowered:
     """Return the artifact, written into a new folder.
 
     Raises:
         ExporterError: the model files take more bytes than they may.
     """
     folder.mkdir()
-    artifact = target.lower(compressed, draft.scheme, folder)
-    if artifact.file_bytes > draft.most_file_bytes:
+    lowered = lower(target, compression, draft.scheme, folder, partial(progress, "compress: matrices"))
+    if lowered.artifact.file_bytes > draft.most_file_bytes:
         raise ExporterError(
-            "the model files exceed their budget", got=artifact.file_bytes, expected=draft.most_file_bytes
+            "the model files exceed their budget", got=lowered.artifact.file_bytes, expected=draft.most_file_bytes
         )
-    return artifact
+    return lowered
 
 
 def texts(resolved: ResolvedJob, progress: Progress) -> tuple[Windows, Windows]:
@@ -208,7 +205,7 @@ def texts(resolved: ResolvedJob, progress: Progress) -> tuple[Windows, Windows]:
         InputError: the job repeats a plan that was made on another text.
     """
     job, model, windows = resolved.job, resolved.original, resolved.effort.calibration_windows
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     calibration = evaluation = None
     if job.calibration is not None:
         calibration = spread_windows(job.calibration, tokenizer, windows, job.window)

@@ -1,6 +1,6 @@
 """The interface of targets, and how a target is found by name."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -8,13 +8,13 @@ from typing import Protocol, Self
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import CompressedMatrix, Compression, MatrixOutcome, compress
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.foundation.registry import load
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak
 from exporter.predict.roofline import Throughput
@@ -86,7 +86,7 @@ class Target(Protocol):
         """Return the most bytes that the model files take in addition to their matrices."""
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
-        """Return the size of the model files that `lower` would write."""
+        """Return the size of the model files that `write` would write."""
 
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of the runtime's process at a context, weights included.
@@ -107,11 +107,20 @@ class Target(Protocol):
             InputError: the target does not support the tokenizer.
         """
 
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
-        """Write the artifact into an empty folder, matrix by matrix."""
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
+        """Write the artifact into an empty folder.
 
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32 into an empty folder, as `lower` does but without rounding."""
+        Args:
+            compression: What is compressed; it tells the shapes and formats of all matrices.
+            matrices: The matrices, in the order of the decoder's computation.
+            type: The name of the type, or the description of a budget, for the file's own metadata.
+            folder: The folder.
+        """
+
+    def write_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32 into an empty folder, as `write` does but without rounding."""
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the artifact's bytes as the runtime does.
@@ -123,17 +132,58 @@ class Target(Protocol):
         """Return weight group -> the format found in the file."""
 
 
-def shape_of(architecture: Architecture) -> ModelShape:
+def shape_of(decoder: Decoder) -> ModelShape:
     """Return the dimensions that determine a decoder's memory; all layers get the widest feed-forward width."""
     return ModelShape(
-        layers=architecture.layers,
-        hidden=architecture.hidden,
-        intermediate=max(architecture.intermediate),
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        vocab=architecture.vocab,
+        layers=decoder.layers,
+        hidden=decoder.hidden,
+        intermediate=max(decoder.intermediate),
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        vocab=decoder.vocab,
     )
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An artifact, and how it came about.
+
+    Attributes:
+        compression: What was compressed, and how.
+        artifact: The artifact.
+        outcomes: The outcome of each matrix, by name.
+    """
+
+    compression: Compression
+    artifact: Artifact
+    outcomes: Mapping[str, MatrixOutcome]
+
+
+def lower(
+    target: Target,
+    compression: Compression,
+    type: str,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Lowered:
+    """Compress a model and write the artifact, matrix by matrix.
+
+    Args:
+        target: The target.
+        compression: What is compressed, and how.
+        type: See `Target.write`.
+        folder: An empty folder.
+        progress: Called after each matrix with the number of those done and the total.
+    """
+    outcomes: dict[str, MatrixOutcome] = {}
+
+    def matrices() -> Iterator[CompressedMatrix]:
+        for matrix in compress(compression, progress):
+            outcomes[matrix.name] = matrix.outcome
+            yield matrix
+
+    return Lowered(compression, target.write(compression, matrices(), type, folder), outcomes)
 
 
 def load_target(name: str) -> Target:

@@ -10,11 +10,11 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.vocabulary import copy_fields
-from exporter.targets.target import load_target
+from exporter.targets.target import load_target, lower
 
 
 def lowered(source: Path, folder: Path, target: str, type: str) -> Artifact:
@@ -22,7 +22,7 @@ def lowered(source: Path, folder: Path, target: str, type: str) -> Artifact:
     folder.mkdir()
     made = load_target(target)
     with open_model(str(source)) as model:
-        return made.lower(CompressedModel(model, made.decide(model, type, "rtn"), None), type, folder)
+        return lower(made, Compression(model, made.decide(model, type, "rtn")), type, folder).artifact
 
 
 def float_gguf(source: Path, path: Path) -> Path:

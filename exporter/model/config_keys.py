@@ -11,7 +11,8 @@ import numpy as np
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
-from exporter.model.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
+from exporter.model.family import Family
+from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -26,20 +27,19 @@ def key_table() -> dict[str, Any]:
     return tomllib.loads((files("exporter.model") / "config_keys.toml").read_text(encoding="utf-8"))
 
 
-def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, Any]:
+def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str, Any]:
     """Return the keys of a config.json that change what the model computes; all others must be harmless.
 
     Args:
         raw: The content of the file.
-        family: `model_type` of the family.
+        family: Its family.
         where: The file, for messages.
 
     Raises:
         InputError: an unknown key may change the function, or a value is impossible.
     """
     table = key_table()
-    known = table["honoured"]
-    only = table["only"] | table["family"].get(family, {}).get("only", {})
+    known, only = table["honoured"] | family.honoured, table["only"] | family.only
     for key, value in raw.items():
         if key in known:
             _require_kind(key, value, known[key], where)

@@ -50,7 +50,7 @@ ONNXRUNTIME = Overhead(115 * MIB, 0, 14.0, 1.8, 1.5)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder that determine its memory; see `exporter.model.architecture.Architecture`."""
+    """The dimensions of a decoder that determine its memory; see `exporter.model.decoder.Decoder`."""
 
     layers: int
     hidden: int

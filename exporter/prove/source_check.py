@@ -61,7 +61,7 @@ def check_source(
 
 
 def _distance(model: Model, path: Path, reference: Reference, threads: int, folder: Path) -> Distance:
-    layers = None if excerpt_if_large(model) is model else model.architecture.layers
+    layers = None if excerpt_if_large(model) is model else model.decoder.layers
     with TemporaryDirectory(prefix=".source.", dir=folder) as scratch:
         written = Path(scratch, "source.gguf")
         write_as_float(open_whole(path), written, layers)

@@ -11,7 +11,6 @@ import psutil
 from exporter import __version__
 from exporter.bundle.manifest import PLAN, ManifestHeader, Provenance, presentable
 from exporter.coding.container import CodedSize
-from exporter.compress.compressed import CompressedModel
 from exporter.device.fit import FILE_SIZE, check_fit
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Basis, Check, Quantity
@@ -41,6 +40,7 @@ from exporter.report.data import (
 from exporter.report.html import render_html
 from exporter.stages.stage_times import Stages
 from exporter.targets.artifact import Artifact
+from exporter.targets.target import Lowered
 
 LIBRARIES = (
     "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai",
@@ -54,15 +54,14 @@ def describe(
     resolved: ResolvedJob,
     plan: Plan,
     scheme: str,
-    compressed: CompressedModel,
-    artifact: Artifact,
+    lowered: Lowered,
     proof: Proof,
     emulation: Emulation,
     coded: CodedSize | None,
     stages: Stages,
 ) -> tuple[Report, Measurements]:
     """Return report and measurements of a finished job."""
-    model = compressed.model
+    model, artifact = lowered.compression.original, lowered.artifact
     measurements = _measurements(resolved, artifact, proof, emulation, stages)
     recipe = RecipeFacts(
         scheme=scheme,
@@ -81,7 +80,7 @@ def describe(
         device_title=resolved.device.title,
         target=plan.target,
         recipe=recipe,
-        pruning=pruning(resolved, list(compressed.decisions.values())),
+        pruning=pruning(resolved, list(lowered.compression.decided)),
         size=_size(artifact, coded, model),
         accuracy=_accuracy(proof, plan),
         checks=proof.checks,
@@ -90,7 +89,7 @@ def describe(
             for check in measurements.checks
             if check.name not in NEVER_FAILING
         ),
-        tensors=_rows(compressed),
+        tensors=_rows(lowered),
     )
     return report, measurements
 
@@ -103,8 +102,8 @@ def _model_facts(model: Model) -> ModelFacts:
     return ModelFacts(
         name=model.name,
         origin=model.origin,
-        architecture=model.architecture.family.architecture,
-        parameters=model.architecture.parameters,
+        architecture=model.decoder.family.architecture,
+        parameters=model.decoder.parameters,
         digest=model.digest,
         warnings=model.warnings,
     )
@@ -112,7 +111,7 @@ def _model_facts(model: Model) -> ModelFacts:
 
 def _size(artifact: Artifact, coded: CodedSize | None, model: Model) -> Size:
     def both(count: int) -> tuple[Quantity, Quantity]:
-        return _measured(count, "bytes"), _measured(8 * count / model.architecture.parameters, "bits")
+        return _measured(count, "bytes"), _measured(8 * count / model.decoder.parameters, "bits")
 
     file_bytes, bits = both(artifact.file_bytes)
     shipped, shipped_bits = (None, None) if coded is None else both(coded.coded_bytes)
@@ -135,7 +134,7 @@ def _accuracy(proof: Proof, plan: Plan) -> Accuracy:
     )
 
 
-def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
+def _rows(lowered: Lowered) -> tuple[TensorRow, ...]:
     return tuple(
         TensorRow(
             name=decision.group.name,
@@ -148,11 +147,11 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
             reason=decision.reason,
             stored_bytes=decision.stored_bytes,
             bits_per_weight=8 * decision.stored_bytes / decision.group.size,
-            output_error=compressed.outcomes[decision.group.name].output_error,
+            output_error=lowered.outcomes[decision.group.name].output_error,
             calibration_kl=decision.calibration_kl or 0.0,
             evaluation_kl=decision.predicted_kl or 0.0,
         )
-        for decision in compressed.decisions.values()
+        for decision in lowered.compression.decided
     )
 
 

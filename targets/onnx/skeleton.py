@@ -29,12 +29,6 @@ from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 GENERATION = "generation_config.json"
 # Keys that the builder copies from it, and their types.
 NUMBERS: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
-BUILDERS: dict[str, Any] = {
-    "LlamaForCausalLM": builders.LlamaModel,
-    "MistralForCausalLM": builders.MistralModel,
-    "Qwen2ForCausalLM": builders.QwenModel,
-    "Qwen3ForCausalLM": builders.Qwen3Model,
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         share_embedding: Make the float32 graph gather its embedding from the transposed head.
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     config = _shown_to_builder(model, tokenizer)
     folder = str(_checked_folder(model, config, tokenizer, scratch))
     with _quiet(), _configured_by(config), torch.no_grad():
@@ -84,7 +78,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         del extra["hf_details"]
         extra.pop("_effective_builder_config", None)
 
-        kind = BUILDERS[model.architecture.family.architecture]
+        kind = getattr(builders, model.decoder.family.onnx.builder)
         builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
@@ -93,7 +87,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         )
         # Otherwise the builder would mistake every matrix with as many rows as the vocabulary for the head.
         builder.has_lm_head = lambda module: module is builder.weights.lm_head
-        _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
+        _build_each_as_wide_as_it_is(builder, model.decoder.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
@@ -104,7 +98,7 @@ def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelToke
     """Return a folder with checked files for the builder, without weights; the model's own files are untrusted."""
     folder = scratch / "checked"
     folder.mkdir()
-    write_text_files(tokenizer, model.architecture.context_length, folder)
+    write_text_files(tokenizer, model.decoder.context_length, folder)
     config.save_pretrained(folder)
     (folder / GENERATION).write_text(json.dumps(_sampling(model.folder)), encoding="utf-8")
     return folder
@@ -129,7 +123,7 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     config = model.own_config()
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
     config.layer_types = config.sliding_window = None
-    config.max_position_embeddings = model.architecture.context_length
+    config.max_position_embeddings = model.decoder.context_length
     config.__dict__.pop("original_max_position_embeddings", None)
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
@@ -169,7 +163,7 @@ def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
 def _weightless(model: Model) -> nn.Module:
     """Return the transformers module with real vectors; each matrix is a single zero, repeated by stride."""
     module = weightless_module(model)
-    vectors = model.architecture.vectors()
+    vectors = model.decoder.vectors()
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         value = torch.from_numpy(model.read(name)) if name in vectors else torch.zeros(()).expand(parameter.shape)

@@ -20,7 +20,7 @@ from tempfile import mkdtemp
 
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import file_windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.formats.ggml import ggml_format
 from exporter.formats.group import WeightGroup
 from exporter.model.model import Model
@@ -31,7 +31,7 @@ from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.kernel_speeds import speeds_on
-from exporter.targets.target import load_target
+from exporter.targets.target import load_target, lower
 from tests.benchmarks.measured import by_turns
 from tests.benchmarks.ours import silent
 from tests.models import VOCAB, tiny_model
@@ -129,7 +129,7 @@ def _in_types(model: Model, statistics: Statistics, folder: Path, type_of: Calla
         replace(decision, format=ggml_format(type_of(decision.group)))
         for decision in target.decide(model, BASELINE, "rtn")
     ]
-    return target.lower(CompressedModel(model, decisions, statistics), BASELINE, Path(mkdtemp(dir=folder)))
+    return lower(target, Compression(model, decisions, statistics), BASELINE, Path(mkdtemp(dir=folder))).artifact
 
 
 def _more_seconds(one: Artifact, other: Artifact) -> Seconds:

@@ -10,7 +10,7 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, SUFFIX, code_file
 from exporter.coding.profiles import Profile
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
@@ -18,7 +18,7 @@ from exporter.targets.onnx import coded as coding
 from exporter.targets.onnx import graph_partition
 from exporter.targets.onnx.coded import CodedOnnxRuntime
 from exporter.targets.onnx.runtime import OnnxRuntime
-from exporter.targets.target import load_target
+from exporter.targets.target import load_target, lower
 from tests.models import FAMILIES, VOCAB, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (4, 48))
@@ -36,7 +36,7 @@ def lowered(folder: Path, type: str, to: Path) -> Artifact:
     target = load_target("onnx")
     with open_model(str(folder)) as model:
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
-        return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), statistics), type, to)
+        return lower(target, Compression(model, target.decide(model, type, "rtn"), statistics), type, to).artifact
 
 
 def coded_form(artifact: Artifact, profile: Profile = "fast") -> Artifact:
