@@ -48,7 +48,9 @@ class PausedLayer:
 
     def _pause(self, given: torch.Tensor) -> None:
         self.inputs[self._current.start] = given
-        getcurrent().parent.switch()
+        waiting = getcurrent().parent
+        assert waiting is not None
+        waiting.switch()
 
     def advance(self) -> None:
         """Run to the next site, or to the end of the layer."""

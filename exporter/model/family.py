@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from exporter.foundation.registry import load, names
+from exporter.model.attention_windows import FULL
 from exporter.model.blocks import Block
 from exporter.model.shape import Shape
 
@@ -31,6 +32,25 @@ def unchanged(config: PretrainedConfig, original: PretrainedConfig) -> None:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a runtime does not compute a model as transformers does.
+
+    Attributes:
+        key: The key of config.json.
+        got: Its value.
+        expected: The value that the runtime computes.
+    """
+
+    key: str
+    got: object
+    expected: object
+
+
+def nothing_refused(shape: Shape, config: PretrainedConfig) -> Refusal | None:
+    """Return None."""
+
+
+@dataclass(frozen=True)
 class GgufDeclaration:
     """How llama.cpp knows a family.
 
@@ -43,6 +63,7 @@ class GgufDeclaration:
         square_queries: Its heads must together be as wide as the residual stream.
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
+        refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
     """
 
     architecture: str
@@ -53,6 +74,7 @@ class GgufDeclaration:
     square_queries: bool = False
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
+    refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,7 @@ class Family:
         carries_windows: The targets attend within the windows as the model does. Otherwise the artifact's context is
             no longer than the shortest window.
         embedding_scale: Returns the factor of embeddings before the first block.
+        rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
         activation_key: The key of config.json that names the activation.
         refused_flags: Keys of config.json that would add biases which the blocks do not have.
         honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
@@ -99,6 +122,7 @@ class Family:
     onnx: OnnxDeclaration
     carries_windows: bool = False
     embedding_scale: Callable[[PretrainedConfig], float] = no_scale
+    rotary_kinds: Sequence[str] = (FULL,)
     activation_key: str = "hidden_act"
     refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")
     honoured: Mapping[str, str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from exporter.model.gguf_names import gguf_names, in_source_order, row_order
 from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, SourceFiles, digest_files
+from exporter.model.rotary import rope_parameters, rotary_kind
 from exporter.model.tensors import require_finite
 
 # Increment when the unpacked metadata changes.
@@ -56,11 +57,11 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
 
 
 def _require_same_rope(file: GgufFile, config: PretrainedConfig, decoder: Decoder) -> None:
-    if config.rope_parameters["rope_type"] == "yarn" and not same_yarn(config, decoder.head_dim):
+    if rotary_kind(config) == "yarn" and not same_yarn(config, decoder.head_dim):
         raise InputError(
             "llama.cpp and transformers compute other frequencies for this yarn scaling",
             where=file.path,
-            got={key: value for key, value in config.rope_parameters.items() if value is not None},
+            got={key: value for key, value in rope_parameters(config).items() if value is not None},
             next_step=HF_FOLDER,
         )
 

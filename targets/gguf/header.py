@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from exporter.formats.format import Float32
 from exporter.model.decoder import Decoder
 from exporter.model.family import HeaderValue
-from exporter.model.rotary import rotary_frequencies, rotary_kind
+from exporter.model.rotary import rope_parameters, rotary_frequencies, rotary_kind
 
 
 def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedConfig) -> None:
@@ -27,7 +27,7 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
     writer.add_vocab_size(decoder.vocab)
     writer.add_rope_dimension_count(decoder.head_dim)
     _write_rope(writer, config)
-    if decoder.window is not None:
+    if decoder.window is not None and not decoder.family.carries_windows:
         writer.add_sliding_window(decoder.window)
     for key, value in decoder.family.gguf.keys(decoder, config).items():
         _add(writer, f"{writer.arch}.{key}", value)
@@ -47,7 +47,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: HeaderValue) -> None:
 
 
 def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    parameters, kind = config.rope_parameters, rotary_kind(config)
+    parameters, kind = rope_parameters(config), rotary_kind(config)
     writer.add_rope_freq_base(parameters["rope_theta"])
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
@@ -60,7 +60,7 @@ def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 def _attention_factor(config: PretrainedConfig) -> float:
     """Return llama.cpp's factor for cosines and sines, in addition to the factor from YaRN's paper."""
     _, factor = rotary_frequencies(config)
-    return factor / (1 + 0.1 * math.log(max(1.0, config.rope_parameters["factor"])))
+    return factor / (1 + 0.1 * math.log(max(1.0, rope_parameters(config)["factor"])))
 
 
 def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Float32]:
@@ -68,7 +68,7 @@ def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Floa
     if rotary_kind(config) != "llama3":
         return {}
     scaled, _ = rotary_frequencies(config)
-    plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    plain = rope_parameters(config)["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return {"rope_freqs.weight": (plain / scaled.astype(np.float64)).astype(np.float32)}
 
 

@@ -5,7 +5,7 @@ from transformers import PretrainedConfig
 from exporter.foundation.errors import RequestError
 from exporter.model.gguf_rope import BETA_FAST, BETA_SLOW, same_yarn
 from exporter.model.model import Model
-from exporter.model.rotary import rotary_kind
+from exporter.model.rotary import rope_parameters, rotary_kind
 
 ELSEWHERE = "use --target onnx, which computes it"
 
@@ -41,8 +41,15 @@ def require_supported(model: Model) -> None:
             got=f"{shape.heads} heads of {shape.head_dim}, hidden size {shape.hidden}", expected="equal widths",
             next_step=ELSEWHERE,
         )  # fmt: skip
+    refused = declared.refusal(shape, config)
+    if refused is not None:
+        raise RequestError(
+            f"llama.cpp's {family!r} has another value built in", where=refused.key, got=refused.got,
+            expected=refused.expected, next_step=ELSEWHERE,
+        )  # fmt: skip
 
 
 def _yarn_keys(config: PretrainedConfig) -> str:
     keys = ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
-    return ", ".join(f"{key} {config.rope_parameters[key]}" for key in keys if key in config.rope_parameters).lower()
+    given = rope_parameters(config)
+    return ", ".join(f"{key} {given[key]}" for key in keys if key in given).lower()

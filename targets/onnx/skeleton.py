@@ -20,7 +20,7 @@ from exporter.foundation.quantities import from_json
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
-from exporter.model.rotary import rotary_frequencies
+from exporter.model.rotary import rope_parameters, rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.predict.peak_memory import ONNX_CHUNK
 from exporter.targets.onnx.companions import genai_ids, write_text_files
@@ -53,6 +53,7 @@ class Skeleton:
         path = folder / CONFIGURATION
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"].pop("bos_token_id")
+        settings["model"]["type"] = model.decoder.family.model_type
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is processed in chunks: the graph computes logits for every token, but only the last are used.
@@ -78,15 +79,12 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         del extra["hf_details"]
         extra.pop("_effective_builder_config", None)
 
-        kind = getattr(builders, model.decoder.family.onnx.builder)
-        builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
+        builder = _builder_class(model)(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
-        builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(
-            model, builder.rope_attrs["cache_length"]
-        )
         # Otherwise the builder would mistake every matrix with as many rows as the vocabulary for the head.
         builder.has_lm_head = lambda module: module is builder.weights.lm_head
+        builder.embed_attrs["scale"] = model.decoder.embedding_scale
         _build_each_as_wide_as_it_is(builder, model.decoder.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
@@ -121,13 +119,15 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     `write_companions` corrects the ids of special tokens; the builder only needs some.
     """
     config = model.own_config()
-    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    config.layer_types = config.sliding_window = None
+    config.rope_parameters = {"rope_type": "default", "rope_theta": rope_parameters(model.config)["rope_theta"]}
+    if not model.decoder.family.carries_windows:
+        config.layer_types = config.sliding_window = None
     config.max_position_embeddings = model.decoder.context_length
     config.__dict__.pop("original_max_position_embeddings", None)
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
     config.eos_token_id = ids["eos_token_id"] or [0]
+    model.decoder.family.onnx.shim(config, model.config)
     return config
 
 
@@ -142,9 +142,21 @@ def _configured_by(config: PretrainedConfig) -> Iterator[None]:
         genai_builder.AutoConfig = original
 
 
-def _rotary_tables(model: Model, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _builder_class(model: Model) -> Any:
+    """Return the builder of a family, with transformers' own rotary tables and caches that hold every position."""
+    kinds = iter(model.decoder.family.rotary_kinds)
+
+    def tables(builder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _rotary_tables(model, next(kinds), builder.rope_attrs["cache_length"])
+
+    changes = {"make_rotary_embedding_caches_from_scratch": tables, "uses_windowed_kv_cache": lambda builder: False}
+    own = getattr(builders, model.decoder.family.onnx.builder)
+    return type(own.__name__, (own,), changes)
+
+
+def _rotary_tables(model: Model, attention: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines as transformers computes them, float32 [positions, head width]."""
-    frequencies, factor = rotary_frequencies(model.config)
+    frequencies, factor = rotary_frequencies(model.config, attention)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
     return angles.cos() * factor, angles.sin() * factor
 

@@ -162,7 +162,8 @@ class Onnx:
     def _vectors_and_rotary(self, model: Model) -> int:
         shape = model.decoder
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
-        return vectors + 2 * 4 * shape.context_length * shape.head_dim // 2
+        tables = 2 * len(shape.family.rotary_kinds)
+        return vectors + tables * 4 * shape.context_length * shape.head_dim // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of matrices, vectors, rotary tables and graph."""
