@@ -127,7 +127,7 @@ class ResolvedJob:
             evaluation=TextFacts.of(evaluation),
             evaluation_windows=self.job.evaluation_windows,
             matrices=tuple(map(PlannedMatrix.of, decisions)),
-            notes=tuple(notes),
+            notes=tuple(dict.fromkeys(notes)),
         )
 
     def with_text(self, checks: Sequence[Check], notes: Iterable[str]) -> "ResolvedJob":

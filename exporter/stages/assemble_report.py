@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,18 +51,37 @@ ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
 RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ONNX_RUNTIMES}
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What was found out about an artifact.
+
+    Attributes:
+        proof: How it compares with its original in the real runtime.
+        emulation: How it runs under the device's limits and instructions.
+        coded: The size of its coded files; None if it is not to be shipped so.
+    """
+
+    proof: Proof
+    emulation: Emulation
+    coded: CodedSize | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the plan."""
+        return tuple(self.emulation.notes)
+
+
 def describe(
     resolved: ResolvedJob,
     plan: Plan,
     scheme: str,
     lowered: Lowered,
-    proof: Proof,
-    emulation: Emulation,
-    coded: CodedSize | None,
+    evidence: Evidence,
     stages: Stages,
 ) -> tuple[Report, Measurements]:
     """Return report and measurements of a finished job."""
     model, artifact = lowered.compression.original, lowered.artifact
+    proof, emulation, coded = evidence.proof, evidence.emulation, evidence.coded
     measurements = _measurements(resolved, artifact, proof, emulation, stages)
     recipe = RecipeFacts(
         scheme=scheme,
