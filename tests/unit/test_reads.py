@@ -10,7 +10,7 @@ import pytest
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import rescaled
 from exporter.formats.format import Float32
-from exporter.model.checkpoint import SafetensorsSource
+from exporter.model.checkpoint import Checkpoint
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -32,13 +32,13 @@ def test_a_build_reads_a_matrix_few_times(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("calibration", "evaluation"):
         (tmp_path / f"{name}.txt").write_text(name + WORDS * 200)
     reads: Counter[str] = Counter()
-    read = SafetensorsSource.read
+    read = Checkpoint.read
 
-    def counting(source: SafetensorsSource, name: str) -> Float32:
+    def counting(source: Checkpoint, name: str) -> Float32:
         reads[name] += 1
         return read(source, name)
 
-    monkeypatch.setattr(SafetensorsSource, "read", counting)
+    monkeypatch.setattr(Checkpoint, "read", counting)
     job = Job(
         str(tmp_path / "model"), "raspberry-pi-5", target, output=tmp_path / "bundle", bits=6.0, window=64, context=64,
         calibration=tmp_path / "calibration.txt", evaluation=tmp_path / "evaluation.txt", effort="balanced", threads=1,
