@@ -19,7 +19,7 @@ def with_factors(decisions: list[Decision], low_rank: LowRank, roles: Collection
     """
     changed = [
         replace(one, low_rank=low_rank, reason=f"{one.reason}; low-rank factors {low_rank.name} beside it")
-        if one.group.layer is not None and (roles is None or one.group.role in roles)
+        if (one.group.layer is not None if roles is None else one.group.role in roles)
         else one
         for one in decisions
     ]

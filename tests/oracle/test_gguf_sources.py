@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exporter.foundation.errors import InputError
-from exporter.model import excerpt, gguf_source
+from exporter.model import excerpt, gguf_names
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.planning.build_footprint import float_copy_bytes
@@ -137,7 +137,7 @@ def test_the_check_sees_a_rotary_embedding_that_was_lost(files: dict[str, Path],
 def test_the_check_sees_rows_in_another_order(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_source, "interleaved_rows", lambda rows, heads: np.arange(rows))
+    monkeypatch.setattr(gguf_names, "interleaved_rows", lambda rows, heads: np.arange(rows))
     with pytest.raises(InputError, match=r"source\.gguf"):
         checked(files["llama"], tmp_path)
 
