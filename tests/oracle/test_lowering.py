@@ -96,14 +96,14 @@ def other_epsilon(path: Path) -> None:
 def test_a_fault_of_the_header_is_refused_though_rounding_hides_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
-    lower = Gguf.lower
+    write = Gguf.write
 
     def damaged(*arguments: Any) -> Artifact:
-        artifact = lower(*arguments)
+        artifact = write(*arguments)
         damage(artifact.weights[0])
         return artifact
 
-    monkeypatch.setattr(Gguf, "lower", damaged)
+    monkeypatch.setattr(Gguf, "write", damaged)
     with pytest.raises(ExporterError, match=r"lowering: the artifact is not the model that was planned"):
         pipeline.build(job(source, tmp_path / "bundle", "gguf"))
     assert not (tmp_path / "bundle").exists()
@@ -112,10 +112,10 @@ def test_a_fault_of_the_header_is_refused_though_rounding_hides_it(
 def test_a_fault_of_the_graph_is_refused_though_rounding_hides_it(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lower = Onnx.lower
+    write = Onnx.write
 
     def damaged(*arguments: Any) -> Artifact:
-        artifact = lower(*arguments)
+        artifact = write(*arguments)
         graph = onnx.load_model(str(artifact.weights[0]), load_external_data=False)
         for node in graph.graph.node:
             for attribute in node.attribute:
@@ -124,7 +124,7 @@ def test_a_fault_of_the_graph_is_refused_though_rounding_hides_it(
         onnx.save_model(graph, str(artifact.weights[0]))
         return artifact
 
-    monkeypatch.setattr(Onnx, "lower", damaged)
+    monkeypatch.setattr(Onnx, "write", damaged)
     with pytest.raises(ExporterError, match=r"lowering: the artifact is not the model that was planned"):
         pipeline.build(job(source, tmp_path / "bundle", "onnx"))
 
@@ -143,13 +143,13 @@ def test_an_artifact_in_float32_is_its_own_copy(source: Path, tmp_path: Path) ->
 def test_onnx_tables_are_as_long_as_asked_for(source: Path, tmp_path: Path) -> None:
     target = load_target("onnx")
     with open_model(str(source / "model")) as model:
-        long = replace(model, decoder=replace(model.decoder, context_length=4 << 20))
+        long = replace(model, decoder=replace(model.decoder, positions=4 << 20))
         bounded = for_context(long, 512)
         assert bounded.decoder.context_length == 131_072
         assert "131,072 of the model's 4,194,304 positions" in bounded.warnings[-1]
         assert for_context(long, 4 << 20) is long
         assert for_context(model, 512) is model
-        short = replace(model, decoder=replace(model.decoder, context_length=256))
+        short = replace(model, decoder=replace(model.decoder, positions=256))
         sizes = {}
         for name, one in (("whole", model), ("short", short)):
             (tmp_path / name).mkdir()

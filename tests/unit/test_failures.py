@@ -100,15 +100,15 @@ def test_a_disk_that_refuses_to_write(
 def test_an_artifact_that_is_not_the_planned_model_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, check: str
 ) -> None:
-    lower = Gguf.lower
+    write = Gguf.write
 
     def damaged(*arguments: Any) -> Artifact:
-        artifact = lower(*arguments)
+        artifact = write(*arguments)
         (found,) = (one for one in gguf.GGUFReader(artifact.weights[0], "r+").tensors if one.name == tensor)
         found.data[...] = -found.data
         return artifact
 
-    monkeypatch.setattr(Gguf, "lower", damaged)
+    monkeypatch.setattr(Gguf, "write", damaged)
     with pytest.raises(ExporterError, match=f"{check}: the artifact is not the model that was planned"):
         pipeline.build(job(folder))
     assert not (folder / "bundle").exists()
