@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +22,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from exporter.model.blocks import Block
+from exporter.model.decoder import Decoder
+from exporter.model.shape import Shape
 
 KINDS = {
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
@@ -121,6 +126,16 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         pad_token=special[1],
         chat_template=TEMPLATE,
     )
+
+
+def without_gate(decoder: Decoder) -> Decoder:
+    """Return a decoder whose description names no channels of a gated part."""
+
+    def block(shape: Shape, layer: int) -> Block:
+        described = decoder.family.block(shape, layer)
+        return replace(described, sublayers=tuple(replace(one, channels=None) for one in described.sublayers))
+
+    return replace(decoder, family=replace(decoder.family, block=block))
 
 
 def tensor_digests(path: Path) -> dict[str, tuple[str, str]]:

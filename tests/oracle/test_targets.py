@@ -192,7 +192,7 @@ def test_the_forward_oracle_sees_damage(
 def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         stream = LayerStream(model)
-        with stream.layer(0) as module:
-            assert all(parameter.device.type == "cpu" for parameter in module.parameters())
-        assert all(parameter.device.type == "meta" for parameter in module.parameters())
+        with stream.layer(0) as layer:
+            assert all(parameter.device.type == "cpu" for parameter in layer.module.parameters())
+        assert all(parameter.device.type == "meta" for parameter in layer.module.parameters())
         assert stream.head().shape == (VOCAB, 64)

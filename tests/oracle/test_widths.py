@@ -1,6 +1,7 @@
 """Models whose feed-forward widths differ from layer to layer, through both runtimes and as a Hugging Face folder."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -20,7 +21,6 @@ from exporter.model.widths import padded, selected
 from exporter.planning.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf import feed_forward_widths
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.target import Lowered, load_target, lower
@@ -78,7 +78,9 @@ def test_float32_artifact_is_the_pruned_model(tmp_path: Path, source: Model, wid
     expected = whole(tmp_path / "saved")
     carried = load_target(target).as_stored(pruned).model
     artifact = made_of(carried, tmp_path / "artifact", target, "F32").artifact
-    np.testing.assert_allclose(logits(artifact), expected, rtol=0, atol=2e-5)
+    # ggml looks GELU up in a table of float16.
+    tabled = target == "gguf" and source.decoder.activation.startswith("gelu")
+    np.testing.assert_allclose(logits(artifact), expected, rtol=0, atol=5e-3 if tabled else 2e-5)
     assert np.abs(logits(artifact) - whole(tmp_path / "model")).max() > 0.1
 
 
@@ -129,10 +131,12 @@ def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatc
     np.testing.assert_array_equal(logits(as_deci), plain)
 
 
-def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_reads_one_width_only(tmp_path: Path, source: Model) -> None:
     """What `deci` is for: the day that this fails, it is not needed any more."""
-    monkeypatch.setattr(feed_forward_widths, "WITH_WIDTHS", {"llama": "llama"})
-    artifact = made_of(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32").artifact
+    uneven = with_widths(source, WIDTHS["uneven"])
+    family = replace(source.decoder.family, gguf=replace(source.decoder.family.gguf, with_widths="llama"))
+    uneven = replace(uneven, decoder=replace(uneven.decoder, family=family))
+    artifact = made_of(uneven, tmp_path / "artifact", "gguf", "F32").artifact
     with pytest.raises(Exception, match=r"llama\.cpp cannot load the file"):
         logits(artifact)
 

@@ -1,7 +1,6 @@
 """Pruning in closed form against brute force, and what is refused."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from exporter.model.sources import open_model
 from exporter.model.widths import selected
 from exporter.prove.accuracy import Reference, distance
 from tests.llama_names import LINEARS
-from tests.models import FAMILIES, tiny_model
+from tests.models import FAMILIES, tiny_model, without_gate
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (8, 48))
 OTHER_TOKENS = np.random.default_rng(1).integers(2, 200, (4, 48))
@@ -218,7 +217,7 @@ def test_what_is_predicted_is_the_loss_of_the_steps(model: Model) -> None:
         eliminate(
             pruning._down(model, layer),
             pruning._sensitivity(statistics, layer),
-            pruning._moment(statistics, layer, 0.01),
+            pruning._moment(model, statistics, layer, 0.01),
             64,
         ).loss(64)
         for layer in range(3)
@@ -279,7 +278,7 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
 
 
 def test_a_family_without_a_gate_is_refused(model: Model) -> None:
-    plain = replace(model.decoder, family=replace(model.decoder.family, gated=False))
+    plain = without_gate(model.decoder)
     with pytest.raises(RequestError, match=r"feed-forward part of a LlamaForCausalLM is not gated.*leave out the step"):
         planned_widths(plain, 0.25, 32)
 

@@ -23,7 +23,7 @@ from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tensors import TensorSource
-from tests.models import tiny_model
+from tests.models import tiny_model, without_gate
 
 
 @pytest.fixture
@@ -263,7 +263,6 @@ def test_an_impossible_ratio_is_refused(model: Model, ratio: float) -> None:
 
 
 def test_a_family_without_a_gate_is_refused(model: Model) -> None:
-    family = replace(model.decoder.family, gated=False)
-    plain = replace(model, decoder=replace(model.decoder, family=family))
+    plain = replace(model, decoder=without_gate(model.decoder))
     with pytest.raises(RequestError, match="is not gated"):
         learned(plain, PruneNetOptions())
