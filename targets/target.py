@@ -19,6 +19,7 @@ from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact, target_names
+from exporter.targets.facts import sampling_targets
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ def load_target(name: str) -> Target:
     """
     target: Target = load("exporter.targets.{}.target", name, target_names(), "target").TARGET
     return target
+
+
+def sampling_target() -> Target:
+    """Return the target in whose runtime a model writes its own text."""
+    return load_target(sampling_targets()[0])
 
 
 def low_rank(target: Target, rank: int, bits: int) -> LowRank:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.formats.floats import FLOAT32
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.progress import Progress, silent
@@ -58,7 +59,7 @@ class FloatCopy:
 
 def in_float32(decisions: Iterable[Decision]) -> bool:
     """Return whether all matrices are stored in float32."""
-    return all(decision.stored_as == "F32" for decision in decisions)
+    return all(decision.stored_as == FLOAT32.name for decision in decisions)
 
 
 @contextmanager

@@ -18,12 +18,14 @@ from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts, try_tokenizer
 from exporter.prove.parity import check_chat_template, check_tokenizer
 from exporter.targets.artifact import Artifact
+from exporter.targets.facts import facts_of
 from exporter.targets.target import Target
 from exporter.targets.text import TextRuntime, open_text
 
 # Raised when the same files would be judged differently.
 VERSION = 1
-LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", "onnxruntime-genai")
+# Packages that decide how a model handles text; each target names those of its runtime.
+LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
 
 
 class TextPreview(Document):
@@ -59,7 +61,8 @@ def _key(model: Model, target: Target) -> str:
     special = special_ids(model.folder, {}, model.architecture.vocab)
     kind, rows = model.architecture.family.model_type, model.architecture.vocab
     decisive = (VERSION, target.name, kind, rows, model.gguf is None, digest_files(found), special)
-    return hashlib.sha256(repr((decisive, *map(_version, LIBRARIES))).encode()).hexdigest()[:32]
+    libraries = (*LIBRARIES, *facts_of(target.name).text_libraries)
+    return hashlib.sha256(repr((decisive, *map(_version, libraries))).encode()).hexdigest()[:32]
 
 
 def _version(library: str) -> str:

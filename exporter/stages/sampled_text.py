@@ -1,7 +1,7 @@
-"""The stage that lets the model write its own calibration and evaluation text, through a quick Q8_0 artifact.
+"""The stage that lets the model write its own calibration and evaluation text, through a quick artifact of 8 bits.
 
-llama.cpp samples for every target: both targets are then calibrated and compared on the same text, which is
-sampled once and kept in the cache.
+One target samples for all: they are then calibrated and compared on the same text, which is sampled once and kept in
+the cache.
 """
 
 import hashlib
@@ -18,9 +18,8 @@ from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.planning.job import Job
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target
+from exporter.targets.target import Target, sampling_target
 
-QUICK_TYPE = "Q8_0"
 # Raised when the same seed gives another text.
 VERSION = 2
 
@@ -30,10 +29,11 @@ def sampled_windows(
 ) -> tuple[Windows, Windows]:
     """Return so many calibration windows and the evaluation windows, different sequences of one seeded sampling."""
     count = windows + job.evaluation_windows
-    decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
+    target = sampling_target()
+    decisive = (VERSION, model.digest, target.type_of_8_bits, job.seed, count, job.window, job.threads)
     key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
-    tokens = kept(path, ARRAY, lambda: _sample(model, starts(tokenizer, count, job.seed), job, progress))
+    tokens = kept(path, ARRAY, lambda: _sample(model, target, starts(tokenizer, count, job.seed), job, progress))
     return Windows.of(tokens[:windows], "self-sampled", 0), Windows.of(tokens[windows:], "self-sampled", 0)
 
 
@@ -44,12 +44,11 @@ def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
     return notes(load_tokenizer(model.folder, model.architecture.vocab))
 
 
-def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
-    target = load_target("gguf")
+def _sample(model: Model, target: Target, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     # Beside the samples: the folder of temporary files may be small, or in memory.
     with scratch_folder(cache_folder("samples"), "quick") as scratch:
-        compressed = CompressedModel(model, target.decide(model, QUICK_TYPE, "rtn"), None)
-        artifact = target.lower(compressed, QUICK_TYPE, scratch)
+        compressed = CompressedModel(model, target.decide(model, target.type_of_8_bits, "rtn"), None)
+        artifact = target.lower(compressed, target.type_of_8_bits, scratch)
         with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.

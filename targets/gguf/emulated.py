@@ -12,11 +12,11 @@ from exporter.emulate.arm64.core import Core
 from exporter.emulate.arm64.installation import Installation
 from exporter.emulate.arm64.logits import read_logits
 from exporter.formats.format import Float32
-from exporter.formats.ggml import decoded
 from exporter.foundation.cache import require_space, scratch_folder
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
+from exporter.targets.gguf.formats.ggml import decoded
 from exporter.targets.gguf.header import finish_header
 from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_fields

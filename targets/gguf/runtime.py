@@ -12,9 +12,9 @@ import numpy as np
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
-from exporter.predict.peak_memory import LLAMA_CPP_BATCH
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
+from exporter.targets.gguf.memory import BATCH
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
 GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
@@ -65,7 +65,7 @@ class LlamaCpp:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self._ends = read_end_tokens(self._model)
-        self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             # One of the last lines of the log, which are reported if the process dies.
@@ -94,8 +94,8 @@ class LlamaCpp:
         self._forget()
         if first:
             self._prefill(tokens[:first])
-        chunks = range(first, len(tokens), LLAMA_CPP_BATCH)
-        parts = [self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=True) for at in chunks]
+        chunks = range(first, len(tokens), BATCH)
+        parts = [self._decode(tokens[at : at + BATCH], at, every=True) for at in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
@@ -134,7 +134,7 @@ class LlamaCpp:
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode after one warm-up; medians over the repeats."""
-        self.generate(prompt[:LLAMA_CPP_BATCH], 2)
+        self.generate(prompt[:BATCH], 2)
         prefills, decodes = [], []
         for _ in range(repeats):
             started = time.perf_counter()
@@ -175,8 +175,8 @@ class LlamaCpp:
     def _prefill(self, tokens: list[int]) -> int:
         """Decode a prompt from an empty context and return its length."""
         self._forget()
-        for at in range(0, len(tokens), LLAMA_CPP_BATCH):
-            self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=False)
+        for at in range(0, len(tokens), BATCH):
+            self._decode(tokens[at : at + BATCH], at, every=False)
         return len(tokens)
 
     def _decode(self, tokens: list[int], position: int, every: bool) -> Float32:
@@ -231,7 +231,7 @@ def _context_parameters(context: int, threads: int, exact: bool, sequences: int)
     parameters: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
     parameters.n_ctx = context * sequences
     parameters.n_seq_max = sequences
-    parameters.n_batch = parameters.n_ubatch = LLAMA_CPP_BATCH
+    parameters.n_batch = parameters.n_ubatch = BATCH
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.no_perf = True
     if exact:

@@ -16,7 +16,6 @@ from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.compressed import CompressedModel, check_formats
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, WeightFormat, plus
-from exporter.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -26,12 +25,14 @@ from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.model.widths import padded
-from exporter.predict.peak_memory import Peak, host_features, llama_cpp_peak, llama_cpp_weights
+from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
+from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
+from exporter.targets.gguf.memory import held_weights, process_peak
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
@@ -169,8 +170,8 @@ class Gguf:
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of llama.cpp's process."""
         file_bytes = self.estimated_file_bytes(model, decisions)
-        weights = llama_cpp_weights(decisions, file_bytes, self._features)
-        return llama_cpp_peak(shape_of(model.architecture), weights, context)
+        weights = held_weights(decisions, file_bytes, self._features)
+        return process_peak(shape_of(model.architecture), weights, context)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32
-from exporter.formats.matmulnbits import MatMulNBitsFormat
 from exporter.model.families import HEAD, LINEARS, layer_tensor
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 DOMAIN = "com.microsoft"
 PAGE_BYTES = 4096

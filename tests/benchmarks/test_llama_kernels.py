@@ -21,7 +21,6 @@ from tempfile import mkdtemp
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import file_windows
 from exporter.compress.compressed import CompressedModel
-from exporter.formats.ggml import ggml_format
 from exporter.formats.group import WeightGroup
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -29,6 +28,7 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.predict.peak_memory import host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.target import load_target

@@ -9,9 +9,9 @@ import pytest
 
 from exporter.compress.compressed import CompressedModel
 from exporter.device.profile import device_names, load_device
-from exporter.formats.matmulnbits import matmulnbits_formats
 from exporter.model.sources import open_model
 from exporter.targets.kernel_speeds import speed_files
+from exporter.targets.onnx.matmulnbits import matmulnbits_formats
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
 from exporter.targets.onnx.target import ALPHABET
 from exporter.targets.opened import OpenedArtifact

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
-from exporter.formats.ggml import ggml_format
 from exporter.planning.budget import SPEED_KL, Budget, chosen
 from exporter.planning.resolve import PREFERENCES
 from exporter.predict.roofline import Cpu
+from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.target import load_target
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,67 @@
+"""What other parts need to know of a target without its libraries: the file `target.toml` of its folder."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from exporter.device.provenance import Text
+from exporter.foundation.config_files import read_document
+from exporter.foundation.quantities import Document
+from exporter.targets.artifact import target_names
+
+FILE = "target.toml"
+Texts = Annotated[tuple[Text, ...], Field(strict=False)]
+
+
+class TargetFacts(Document):
+    """What is known of a target without its libraries.
+
+    Attributes:
+        runtime: The runtime's name, for the user.
+        libraries: Packages that decide the bytes of artifacts.
+        runtime_libraries: Packages that run them; the manifest states their versions.
+        text_libraries: Packages that decide how the runtime handles text.
+        settings: Files beside the weights from which the runtime reads how to compute.
+        other_settings: Files beside the weights for other programs.
+        runtime_words: Words in the names of runtimes that use memory as this one does.
+        reference: It is the runtime whose kernels and memory are assumed where none is named.
+        samples: The runtime continues several texts at once; see `exporter.targets.runtime.SamplingRuntime`.
+    """
+
+    schema_version: Literal[1]
+    runtime: Text
+    libraries: Texts = ()
+    runtime_libraries: Texts = ()
+    text_libraries: Texts = ()
+    settings: Texts = ()
+    other_settings: Texts = ()
+    runtime_words: Texts = ()
+    reference: bool = False
+    samples: bool = False
+
+
+@cache
+def facts_of(target: str) -> TargetFacts:
+    """Return the facts of a target."""
+    path = files("exporter.targets") / target.replace("-", "_") / FILE
+    return read_document(path, TargetFacts, "file of a target's facts")
+
+
+@cache
+def libraries() -> tuple[str, ...]:
+    """Return the packages that decide the bytes of any target's artifacts."""
+    return tuple(dict.fromkeys(name for target in target_names() for name in facts_of(target).libraries))
+
+
+@cache
+def settings_files() -> frozenset[str]:
+    """Return the names of all targets' files of settings."""
+    facts = [facts_of(target) for target in target_names()]
+    return frozenset(name for one in facts for name in (*one.settings, *one.other_settings))
+
+
+def sampling_targets() -> list[str]:
+    """Return the names of the targets whose runtimes sample."""
+    return [name for name in target_names() if facts_of(name).samples]
