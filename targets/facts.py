@@ -27,6 +27,7 @@ class TargetFacts(Document):
         other_settings: Files beside the weights for other programs.
         runtime_words: Words in the names of runtimes that use memory as this one does.
         reference: It is the runtime whose kernels and memory are assumed where none is named.
+        llama_bench: The program `llama-bench` runs an artifact of one file.
         samples: The runtime continues several texts at once; see `exporter.targets.runtime.SamplingRuntime`.
     """
 
@@ -39,6 +40,7 @@ class TargetFacts(Document):
     other_settings: Texts = ()
     runtime_words: Texts = ()
     reference: bool = False
+    llama_bench: bool = False
     samples: bool = False
 
 
@@ -60,6 +62,11 @@ def settings_files() -> frozenset[str]:
     """Return the names of all targets' files of settings."""
     facts = [facts_of(target) for target in target_names()]
     return frozenset(name for one in facts for name in (*one.settings, *one.other_settings))
+
+
+def llama_bench_targets() -> list[str]:
+    """Return the names of the targets whose artifacts llama-bench runs."""
+    return [name for name in target_names() if facts_of(name).llama_bench]
 
 
 def sampling_targets() -> list[str]:

@@ -16,6 +16,7 @@ from exporter.device.connect.remote_folder import BUNDLE, PROGRAM, RemoteFolder,
 from exporter.device.connect.shell import Line, line
 from exporter.foundation.errors import ExporterError, InputError, MissingDependencyError, RequestError
 from exporter.foundation.quantities import Check
+from exporter.targets.facts import facts_of, llama_bench_targets
 
 PROBE = Path(__file__).with_name("probe.py")
 JOB = f"{PROGRAM}/job.json"
@@ -155,7 +156,7 @@ class Probe:
 
 
 class LlamaBench:
-    """llama.cpp's own `llama-bench`: for phones, which have no Python.
+    """The program `llama-bench` of llama.cpp: for phones, which have no Python.
 
     Args:
         subject: The bundle to measure.
@@ -168,11 +169,13 @@ class LlamaBench:
 
     def prepare(self, place: RemoteFolder) -> int:
         """Refuse a bundle that llama-bench cannot run or a device without it, or send the build named by the user."""
-        if self._subject.artifact.target != "gguf" or self._subject.has_adapter:
-            kind = "an adapter" if self._subject.has_adapter else f"target {self._subject.artifact.target}"
+        artifact = self._subject.artifact
+        able = llama_bench_targets()
+        if artifact.target not in able or len(artifact.weights) > 1:
+            kind = "an adapter" if artifact.target in able else f"target {artifact.target}"
             raise RequestError(
                 "llama-bench cannot run the bundle", where=self._subject.bundle, got=kind,
-                expected="one GGUF file", next_step="build one with --target gguf, or measure over ssh",
+                expected="one model file", next_step=f"build one with --target {able[0]}, or measure over ssh",
             )  # fmt: skip
         if self._binary is None:
             self._program = _found(place.connection)
@@ -194,9 +197,9 @@ class LlamaBench:
     def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
         """Time the model."""
         rows = self._rows(place, settings, settings.repeats, [(settings.prompt, 0), (0, settings.generate)])
-        last = rows[-1]
+        last, runtime = rows[-1], facts_of(self._subject.artifact.target).runtime
         return Measurement(
-            runtime=f"llama.cpp {last.build_commit} ({last.build_number})", model_type=last.model_type,
+            runtime=f"{runtime} {last.build_commit} ({last.build_number})", model_type=last.model_type,
             model_n_params=last.model_n_params, n_batch=last.n_batch, n_threads=last.n_threads, load_ns=None,
             interpreter_bytes=None, peak_bytes=None, tests=tuple(row.test for row in rows),
             sustained_ns=self._sustained(place, settings, fmean(last.samples_ns)),

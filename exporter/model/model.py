@@ -76,7 +76,7 @@ class Model:
         name: Short name for files and titles.
         origin: Human-readable origin for the report (no private path).
         folder: A folder that holds config.json and the tokenizer's files.
-        gguf: The GGUF file that the model was read from, or None.
+        single_file: The file that the model was read from, tokenizer included; None for a folder.
         config: The transformers config.
         architecture: Its shape.
         tensors: Its weights.
@@ -88,7 +88,7 @@ class Model:
     name: str
     origin: str
     folder: Path
-    gguf: Path | None
+    single_file: Path | None
     config: PretrainedConfig
     architecture: Architecture
     tensors: TensorSource

@@ -60,7 +60,7 @@ def _key(model: Model, target: Target) -> str:
     found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
     special = special_ids(model.folder, {}, model.architecture.vocab)
     kind, rows = model.architecture.family.model_type, model.architecture.vocab
-    decisive = (VERSION, target.name, kind, rows, model.gguf is None, digest_files(found), special)
+    decisive = (VERSION, target.name, kind, rows, model.single_file is None, digest_files(found), special)
     libraries = (*LIBRARIES, *facts_of(target.name).text_libraries)
     return hashlib.sha256(repr((decisive, *map(_version, libraries))).encode()).hexdigest()[:32]
 
@@ -73,7 +73,7 @@ def _version(library: str) -> str:
 
 
 def _preview(model: Model, target: Target, scratch: Path) -> TextPreview:
-    if model.gguf is None:
+    if model.single_file is None:
         try_tokenizer(model.folder)
     artifact = target.lower_text(model, scratch)
     if artifact is None:

@@ -71,7 +71,7 @@ def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[
     return {
         "open": OPEN_SECONDS,
         "calibration text": _sampling(resolved, before / (SAMPLING_SHARE * flops_per_s)),
-        **({"check the source": checking} if original.gguf else {}),
+        **({"check the source": checking} if original.single_file else {}),
         **_rewriting(resolved, statistics(original, windows), flops_per_s),
         "statistics": statistics(model, windows),
         "allocate": _prediction(draft.storages, resolved.effort, flops_per_s),

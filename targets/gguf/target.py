@@ -20,7 +20,8 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
-from exporter.model.ends import GGUF_KEY, ends_written, special_ids
+from exporter.model.ends import special_ids
+from exporter.model.gguf_ends import KEY, ends_written
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names, interleaved_rows
@@ -179,7 +180,7 @@ class Gguf:
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
         """Write only the vocabulary; return None for a GGUF source, whose vocabulary is copied and needs no check."""
-        if model.gguf:
+        if model.single_file:
             return None
         path = folder / MODEL_FILE
         with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
@@ -305,12 +306,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     if hasattr(gguf.LlamaFileType, f"MOSTLY_{type}"):
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
     write_header(writer, model.architecture, model.config)
-    if model.gguf:
-        copy_vocabulary(writer, model.gguf)
+    if model.single_file:
+        copy_vocabulary(writer, model.single_file)
         ends: Sequence[int] = special_ids(model.folder, {}, model.architecture.vocab).ends
     else:
         ends = write_vocabulary(writer, model.folder, model.architecture.vocab).ends
-    writer.add_string(GGUF_KEY, ends_written(ends))
+    writer.add_string(KEY, ends_written(ends))
 
 
 TARGET = Gguf()

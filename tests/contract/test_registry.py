@@ -24,6 +24,7 @@ from exporter.planning.resolve import recipe_for, resolve
 from exporter.planning.step import EncodingStep, EncodingTask, RewritingStep
 from exporter.steps.transport import Transport
 from exporter.targets.artifact import target_names
+from exporter.targets.facts import facts_of, libraries, settings_files
 from exporter.targets.target import load_target
 from tests.models import FAMILIES as TINY
 from tests.models import tiny_model
@@ -161,3 +162,11 @@ def test_a_family(family: str, target: str, tmp_path: Path) -> None:
         decisions = resolved.draft().decisions
         assert sum(one.group.size for one in decisions) > 0.9 * opened.architecture.parameters
     assert {FAMILIES[name].architecture for name in FAMILIES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_targets_facts(name: str) -> None:
+    facts = facts_of(name)
+    assert facts.runtime == load("exporter.targets.{}.text", name, target_names(), "target").TEXT.title
+    assert set(facts.runtime_libraries) | set(facts.text_libraries) <= set(facts.libraries)
+    assert set(facts.libraries) <= set(libraries()) and set(facts.settings) <= settings_files()
