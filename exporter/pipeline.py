@@ -37,7 +37,7 @@ from exporter.stages.predicted_times import stage_seconds
 from exporter.stages.sampled_text import sampled_windows, sampling_notes
 from exporter.stages.stage_times import Stages
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import Target
+from exporter.targets.contract import Target
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import TEMPLATE
 from tests.reference import reference_model
 

@@ -21,8 +21,8 @@ from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Target
 
 # In nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
 MOST_KL = 1e-6

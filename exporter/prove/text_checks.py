@@ -18,8 +18,8 @@ from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts, try_tokenizer
 from exporter.prove.parity import check_chat_template, check_tokenizer
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Target
 from exporter.targets.facts import facts_of
-from exporter.targets.target import Target
 from exporter.targets.text import TextRuntime, open_text
 
 # Raised when the same files would be judged differently.

@@ -28,7 +28,7 @@ from exporter.planning.step import Draft
 from exporter.prove.prompt import DECODE_TOKENS
 from exporter.prove.proof import REPEATS, ROUNDING_SHARE
 from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS
-from exporter.targets.target import sampling_target
+from exporter.targets.contract import sampling_target
 
 FITTED = fitted_constants("exporter.stages")
 LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE, BESIDE_PRODUCTS = (

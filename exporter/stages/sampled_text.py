@@ -17,8 +17,8 @@ from exporter.foundation.progress import Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.planning.job import Job
+from exporter.targets.contract import FormatsByBits, sampling_target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Target, sampling_target
 
 # Raised when the same seed gives another text.
 VERSION = 2
@@ -44,7 +44,7 @@ def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
     return notes(load_tokenizer(model.folder, model.architecture.vocab))
 
 
-def _sample(model: Model, target: Target, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
+def _sample(model: Model, target: FormatsByBits, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     # Beside the samples: the folder of temporary files may be small, or in memory.
     with scratch_folder(cache_folder("samples"), "quick") as scratch:
         compressed = CompressedModel(model, target.decide(model, target.type_of_8_bits, "rtn"), None)

@@ -29,6 +29,7 @@ from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import AsStored, Target, shape_of
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
@@ -41,7 +42,6 @@ from exporter.targets.gguf.runtime import ADAPTER_FILE
 from exporter.targets.gguf.supported import require_supported
 from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.kernel_speeds import speeds_on
-from exporter.targets.target import AsStored, shape_of
 
 MODEL_FILE = "model.gguf"
 
@@ -56,7 +56,7 @@ ALPHABET = (
 USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_M")
 
 
-class Gguf:
+class Gguf(Target):
     """One GGUF file with tensors in any of llama.cpp's types, and a Modelfile for Ollama."""
 
     name = "gguf"

@@ -25,6 +25,7 @@ from exporter.model.model import Model
 from exporter.predict.peak_memory import Peak, Weights, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import AsStored, Target, shape_of
 from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
@@ -48,7 +49,6 @@ from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
 from exporter.targets.onnx.supported import require_supported
-from exporter.targets.target import AsStored, shape_of
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = FLOAT32.name
@@ -66,7 +66,7 @@ ALPHABET = (
 )  # fmt: skip
 
 
-class Onnx:
+class Onnx(Target):
     """model.onnx with its external data, genai_config.json and the tokenizer.
 
     Args:

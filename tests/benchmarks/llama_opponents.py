@@ -23,8 +23,8 @@ from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.tensors import gguf_names
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.quantise import quantise_parameters
-from exporter.targets.target import load_target
 
 MIXES = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_M")
 

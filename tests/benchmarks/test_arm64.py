@@ -17,7 +17,7 @@ from exporter.emulate.arm64.setup import installation
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 
 INSTALLED = installation()
 

@@ -35,9 +35,9 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
-from exporter.targets.target import load_target
 from tests.benchmarks.measured import THREADS
 from tests.benchmarks.test_caldera import Bench, Row
 from tests.reference import plain_texts, reference_model

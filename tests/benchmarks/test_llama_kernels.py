@@ -28,10 +28,10 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.predict.peak_memory import host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.kernel_speeds import speeds_on
-from exporter.targets.target import load_target
 from tests.benchmarks.measured import by_turns
 from tests.benchmarks.ours import silent
 from tests.models import VOCAB, tiny_model

@@ -11,8 +11,8 @@ import pytest
 
 from exporter.compress.compressed import CompressedModel
 from exporter.model.sources import open_model
+from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target
 
 CONTEXTS = (512, 2048, 8192)
 DECODED = 8

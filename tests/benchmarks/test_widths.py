@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.formats.ggml import ggml_format
-from exporter.targets.target import load_target
 from tests.benchmarks import llama_opponents
 from tests.benchmarks.bench import Bench, Conditions
 from tests.benchmarks.rows import Row

@@ -50,10 +50,10 @@ from exporter.planning.recipe import load_recipe, recipe_names
 from exporter.planning.resolve import resolve
 from exporter.report.data import canonical_json, to_json
 from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.graph_partition import cut
-from exporter.targets.target import load_target
 from tests.fuzz.mutations import (
     changed_value,
     gguf_numbers,

@@ -21,9 +21,9 @@ from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.onnx.emulated import EMULATED
 from exporter.targets.onnx.rounding import KLEIDIAI, WITHOUT_KLEIDIAI
-from exporter.targets.target import load_target
 from tests.models import tiny_model
 
 # Emulated cores take their time where this machine is busy.

@@ -16,8 +16,8 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_weights
 from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target, low_rank
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, low_rank
 from tests.models import tiny_model
 
 RANK = 32

@@ -15,11 +15,11 @@ from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target
 from exporter.targets.onnx import coded as coding
 from exporter.targets.onnx import graph_partition
 from exporter.targets.onnx.coded import CodedOnnxRuntime
 from exporter.targets.onnx.runtime import OnnxRuntime
-from exporter.targets.target import load_target
 from tests.models import FAMILIES, VOCAB, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (4, 48))

@@ -19,8 +19,8 @@ from exporter.model.tensors import interleaved_rows
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, low_rank
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, low_rank
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -22,9 +22,9 @@ from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
 from exporter.prove.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
-from exporter.targets.target import load_target
 from tests.models import tiny_model
 
 WAYS = {"rows": KLEIDIAI, "blocks": WITHOUT_KLEIDIAI, "float32": FLOAT32}

@@ -28,8 +28,8 @@ from exporter.planning.step import Draft
 from exporter.predict.roofline import Cpu
 from exporter.predict.workload import format_family
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.formats.ggml import ggml_format
-from exporter.targets.target import load_target
 from tests.models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from exporter.formats.format import Float32
 from exporter.model.families import EMBEDDING, LINEARS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import VOCAB, tiny_model
 
 pytestmark = pytest.mark.slow

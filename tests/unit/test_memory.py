@@ -13,13 +13,13 @@ from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.predict.memory_from_size import Interval, alike, predicted_peak
 from exporter.predict.peak_memory import ModelShape, Peak, SizedModel, Weights, host_features
+from exporter.targets.contract import load_target
 from exporter.targets.gguf import memory as llama_cpp
 from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.memory import memory_of
 from exporter.targets.onnx import memory as onnxruntime
 from exporter.targets.onnx.matmulnbits import matmulnbits_format
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target
 from tests.models import VOCAB, tiny_model
 
 MIB = 1 << 20
