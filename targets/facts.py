@@ -2,12 +2,14 @@
 
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from exporter.device.provenance import Text
 from exporter.foundation.config_files import read_document
+from exporter.foundation.errors import RequestError
 from exporter.foundation.quantities import Document
 from exporter.targets.artifact import target_names
 
@@ -27,6 +29,7 @@ class TargetFacts(Document):
         other_settings: Files beside the weights for other programs.
         runtime_words: Words in the names of runtimes that use memory as this one does.
         reference: It is the runtime whose kernels and memory are assumed where none is named.
+        session: The target whose `session.py` runs the artifacts on a device; None for its own.
         llama_bench: The program `llama-bench` runs an artifact of one file.
         samples: The runtime continues several texts at once; see `exporter.targets.runtime.SamplingRuntime`.
     """
@@ -40,6 +43,7 @@ class TargetFacts(Document):
     other_settings: Texts = ()
     runtime_words: Texts = ()
     reference: bool = False
+    session: Text | None = None
     llama_bench: bool = False
     samples: bool = False
 
@@ -62,6 +66,21 @@ def settings_files() -> frozenset[str]:
     """Return the names of all targets' files of settings."""
     facts = [facts_of(target) for target in target_names()]
     return frozenset(name for one in facts for name in (*one.settings, *one.other_settings))
+
+
+def session_file(target: str) -> Path:
+    """Return the standalone file that runs a target's artifacts; see `exporter.bench.probe`.
+
+    Raises:
+        RequestError: the target has none.
+    """
+    owner = facts_of(target).session or target
+    path = Path(str(files("exporter.targets"))) / owner.replace("-", "_") / "session.py"
+    if not path.is_file():
+        raise RequestError(
+            f"the target {target} has no program for devices", next_step="build the model for another target"
+        )
+    return path
 
 
 def llama_bench_targets() -> list[str]:

@@ -16,7 +16,7 @@ from exporter.device.connect.remote_folder import BUNDLE, PROGRAM, RemoteFolder,
 from exporter.device.connect.shell import Line, line
 from exporter.foundation.errors import ExporterError, InputError, MissingDependencyError, RequestError
 from exporter.foundation.quantities import Check
-from exporter.targets.facts import facts_of, llama_bench_targets
+from exporter.targets.facts import facts_of, llama_bench_targets, session_file
 
 PROBE = Path(__file__).with_name("probe.py")
 JOB = f"{PROGRAM}/job.json"
@@ -97,9 +97,11 @@ class Probe:
 
     def prepare(self, place: RemoteFolder) -> int:
         """Send the program, and refuse a device without Python or without the runtime."""
-        sent = place.fill([Upload(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
+        programs = {PROBE.name: PROBE, "session.py": session_file(self._subject.artifact.target)}
+        uploads = [Upload(path, f"{PROGRAM}/{name}", *sha256_of(path)) for name, path in programs.items()]
+        sent = place.fill(uploads, ignored)
         where = place.connection.where
-        answer = place.run(self._command(place, "needs", self._subject.artifact.target), timeout_s=120)
+        answer = place.run(self._command(place, "needs"), timeout_s=120)
         if answer.code in {NOT_FOUND, NOT_EXECUTABLE}:
             raise MissingDependencyError(
                 f"there is no {self._shown}", where=where, got=answer.last_words,
@@ -139,13 +141,12 @@ class Probe:
         _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
-    def _command(self, place: RemoteFolder, command: str, argument: str) -> Line:
-        return line("%s -I %s %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", command, argument)
+    def _command(self, place: RemoteFolder, *arguments: str) -> Line:
+        return line("%s -I %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", list(arguments))
 
     def _job(self, place: RemoteFolder, settings: Settings) -> dict[str, object]:
         test, folder = self._subject.self_test, str(self._bundle or f"{place.path}/{BUNDLE}")
         return {
-            "target": self._subject.artifact.target,
             "folder": f"{folder}/model",
             "files": [f"{folder}/{path}" for path in self._subject.model_files],
             "self_test": {"prompt": test.prompt, "positions": test.positions},

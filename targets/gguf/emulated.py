@@ -18,7 +18,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
 from exporter.targets.gguf.formats.ggml import decoded
 from exporter.targets.gguf.header import finish_header
-from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_fields
 
 ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE

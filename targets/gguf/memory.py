@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable
 
 from exporter.formats.group import Decision
 from exporter.predict.peak_memory import ModelShape, Overhead, Peak, SizedModel, Weights
+from exporter.targets.gguf.session import BATCH
 
-# Prompt tokens processed at once: the physical batch.
-BATCH = 512
 # The cells of the cache are rounded up to a multiple of this.
 CACHE_CELLS = 256
 OVERHEAD = Overhead.fitted("exporter.targets.gguf")

@@ -38,7 +38,7 @@ from exporter.targets.gguf.memory import held_weights, process_peak
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
-from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.supported import require_supported
 from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.kernel_speeds import speeds_on
