@@ -1,5 +1,6 @@
 """The whole job, one call a stage: a model in, a proved bundle for a device out."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +11,17 @@ from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import Statistics, collect
-from exporter.calibrate.windows import Windows, file_windows, spread_windows
+from exporter.calibrate.windows import Tokens, Windows, file_windows, spread_windows
 from exporter.compress.allocate import with_predicted_kl
-from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.awq_scaling import Rewritten
+from exporter.compress.compression import Compression, propagation_text
+from exporter.compress.method import MatrixMethod
+from exporter.formats.group import Decision
 from exporter.foundation.allocator import keep_freed_memory
 from exporter.foundation.cache import telling
 from exporter.foundation.errors import ExporterError, RequestError
 from exporter.foundation.progress import Progress, silent
+from exporter.foundation.quantities import Check
 from exporter.model.folder import require_new, save_folder
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -25,19 +30,43 @@ from exporter.planning.job import Job
 from exporter.planning.outline import Outline, needs_of, outline
 from exporter.planning.plan import Plan
 from exporter.planning.resolve import ResolvedJob, resolve
-from exporter.planning.step import Draft, Observe
+from exporter.planning.step import Draft
 from exporter.prove.arm64 import settle
 from exporter.prove.emulation import Emulation, emulate
 from exporter.prove.proof import prove
 from exporter.prove.source_check import check_source
 from exporter.prove.text_checks import preview_text
 from exporter.report.data import Measurements, Report
-from exporter.stages.assemble_report import describe, header, write_documents
+from exporter.stages.assemble_report import Evidence, describe, header, write_documents
 from exporter.stages.predicted_times import stage_seconds
 from exporter.stages.sampled_text import sampled_windows, sampling_notes
 from exporter.stages.stage_times import Stages
-from exporter.targets.artifact import Artifact
-from exporter.targets.contract import Target
+from exporter.targets.contract import Lowered, lower
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The windows of both texts: what statistics come from, and what accuracy is measured on."""
+
+    calibration: Windows
+    evaluation: Windows
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What statistics decided.
+
+    Attributes:
+        given: The model in the coordinates in which it is compressed, and its statistics there.
+        decisions: One for each matrix.
+        methods: Methods of single matrices, by name, instead of the one that the decision names.
+        notes: Sentences on what other options would give.
+    """
+
+    given: Rewritten
+    decisions: list[Decision]
+    methods: Mapping[str, MatrixMethod]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,120 +124,55 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         InputError: the source changed meanwhile; or see below.
         ExporterError: see `exporter.foundation.errors`; nothing half-written stays.
     """
+    output = new_output(job)
+    keep_freed_memory()
+    stage = Stages()
+    with ExitStack() as opened:
+        opened.enter_context(telling(partial(progress, "wait for another job", 0, 1)))
+        model = stage("open", opened.enter_context, open_model(job.source))
+        resolved, draft = stage("plan", drafted, job, model)
+        folder = opened.enter_context(staging_folder(output, needs_of(resolved, draft.decisions).disk))
+        texts = stage("calibration text", texts_of, resolved, progress)
+        resolved = with_sampling_notes(resolved, texts)
+        tokens = texts.evaluation.tokens
+        source = stage("check the source", check_source, resolved.original, tokens, job.threads, folder, progress)
+        if resolved.recipe.rewriting:
+            resolved, draft = stage("rewrite", rewritten, resolved, texts, progress)
+        given = stage("statistics", observed, resolved, draft, texts, progress)
+        decided = stage("allocate", decide, resolved, draft, given, progress)
+        decided = stage("predict", with_predictions, resolved, decided, texts, progress)
+        lowered = stage("compress and lower", compress_and_lower, resolved, draft, decided, texts, folder, progress)
+        evidence = gather_evidence(resolved, lowered, tokens, source, stage, progress)
+        plan = resolved.plan(decided.decisions, decided.notes + evidence.notes, texts.calibration, texts.evaluation)
+        scheme = resolved.scheme(draft)
+        report, measurements = describe(resolved, plan, scheme, lowered, evidence, stage)
+        write_documents(folder, plan, report, measurements, evidence.proof.self_test)
+        model.require_unchanged()
+        manifest = write_bundle(folder, output, header(job, resolved.original, report))
+        return Bundle(output, manifest, plan, report, measurements)
+
+
+def new_output(job: Job) -> Path:
+    """Return the folder of the bundle.
+
+    Raises:
+        RequestError: none is named, or a folder to write exists.
+    """
     if job.output is None:
         raise RequestError("no output folder was named", next_step="name one with -o")
     if job.save_pruned is not None:
         require_new(job.save_pruned)
-    keep_freed_memory()
-    stages = Stages()
-    with ExitStack() as opened:
-        opened.enter_context(telling(partial(progress, "wait for another job", 0, 1)))
-        with stages.stage("open"):
-            model = opened.enter_context(open_model(job.source))
-        with stages.stage("plan"):
-            resolved, draft = drafted(job, model)
-        staging = opened.enter_context(staging_folder(job.output, needs_of(resolved, draft.decisions).disk))
-        return _build(resolved, draft, staging, job.output, stages, progress)
+    return job.output
 
 
-def _build(
-    resolved: ResolvedJob, draft: Draft, staging: Path, output: Path, stages: Stages, progress: Progress
-) -> Bundle:
-    job, target = resolved.job, resolved.target
-    with stages.stage("calibration text"):
-        calibration, evaluation = texts(resolved, progress)
-        original = resolved.original.noting(sampling_notes(resolved.original, calibration, evaluation))
-        resolved = replace(resolved, original=original)
-    with stages.stage("check the source"):
-        sourced = check_source(original, evaluation.tokens, job.threads, staging, progress)
-
-    def observe(model: Model, text: Windows = calibration) -> Statistics:
-        return collect(model, text, job.seed, partial(progress, "statistics: layers"))
-
-    if resolved.recipe.rewriting:
-        with stages.stage("rewrite"):
-            resolved = rewritten(resolved, observe, progress)
-            draft = resolved.draft()
-    encoding = resolved.encoding
-    with stages.stage("statistics"):
-        given = encoding.coordinates(target, resolved.model, observe(resolved.model), draft.decisions)
-    with stages.stage("allocate"):
-        decisions, notes = resolved.decided(draft, given, partial(progress, "allocate: matrices"))
-        methods = encoding.methods(decisions, given, partial(progress, "steps: matrices"))
-    with stages.stage("predict"):
-        seen = given.of(observe(resolved.model, evaluation.spread(resolved.prediction_windows)))
-        decisions = with_predicted_kl(
-            decisions, given, EvaluationStatistics(given.statistics, seen), resolved.effort, methods,
-            partial(progress, "predict: matrices"),
-        )  # fmt: skip
-    with stages.stage("compress and lower"):
-        compressed = CompressedModel(
-            original,
-            decisions,
-            given.statistics,
-            resolved.effort,
-            partial(progress, "compress: matrices"),
-            given.model,
-            encoding.alternation,
-            methods,
-            propagation_text(resolved.effort, decisions, calibration),
-        )
-        artifact = lowered(compressed, target, draft, staging / "model")
-    emulation = Emulation()
-    if job.emulate:
-        with stages.stage("emulate: Arm instructions"):
-            emulation += settle(artifact, resolved.device, evaluation.tokens, progress)
-    with stages.stage("prove"):
-        proof = prove(target, artifact, compressed, evaluation.tokens, job.context, job.threads, progress)
-    if job.emulate:
-        with stages.stage("emulate"):
-            emulation += emulate(artifact, resolved.device, evaluation.tokens, job.context, progress)
-    coded = None
-    if resolved.recipe.transport is not None:
-        with stages.stage("code for transport"):
-            coded = code_beside(artifact.weights, resolved.recipe.transport, progress)
-    plan = resolved.plan(decisions, tuple(dict.fromkeys((*notes, *emulation.notes))), calibration, evaluation)
-    proof = replace(proof, checks=sourced + proof.checks)
-    report, measurements = describe(
-        resolved, plan, resolved.scheme(draft), compressed, artifact, proof, emulation, coded, stages
-    )
-    write_documents(staging, plan, report, measurements, proof.self_test)
-    original.require_unchanged()
-    manifest = write_bundle(staging, output, header(job, original, report))
-    return Bundle(output, manifest, plan, report, measurements)
-
-
-def rewritten(resolved: ResolvedJob, observe: Observe, progress: Progress) -> ResolvedJob:
-    """Return the job with the model that the rewriting steps give, which is saved where the job says so."""
-    smaller = resolved.recipe.rewritten(resolved.original, observe, partial(progress, "rewrite"))
-    if resolved.job.save_pruned is not None:
-        save_folder(smaller, resolved.job.save_pruned)
-    return resolved.with_rewritten(smaller)
-
-
-def lowered(compressed: CompressedModel, target: Target, draft: Draft, folder: Path) -> Artifact:
-    """Return the artifact, written into a new folder.
-
-    Raises:
-        ExporterError: the model files take more bytes than they may.
-    """
-    folder.mkdir()
-    artifact = target.lower(compressed, draft.scheme, folder)
-    if artifact.file_bytes > draft.most_file_bytes:
-        raise ExporterError(
-            "the model files exceed their budget", got=artifact.file_bytes, expected=draft.most_file_bytes
-        )
-    return artifact
-
-
-def texts(resolved: ResolvedJob, progress: Progress) -> tuple[Windows, Windows]:
+def texts_of(resolved: ResolvedJob, progress: Progress) -> Texts:
     """Return calibration and evaluation windows: the user's texts, or text that the model samples itself.
 
     Raises:
         InputError: the job repeats a plan that was made on another text.
     """
     job, model, windows = resolved.job, resolved.original, resolved.effort.calibration_windows
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     calibration = evaluation = None
     if job.calibration is not None:
         calibration = spread_windows(job.calibration, tokenizer, windows, job.window)
@@ -220,4 +184,101 @@ def texts(resolved: ResolvedJob, progress: Progress) -> tuple[Windows, Windows]:
     if job.repeats is not None:
         job.repeats.require_text("calibration", calibration)
         job.repeats.require_text("evaluation", evaluation)
-    return calibration, evaluation
+    return Texts(calibration, evaluation)
+
+
+def with_sampling_notes(resolved: ResolvedJob, texts: Texts) -> ResolvedJob:
+    """Return the job with the notes on text that the model samples itself."""
+    notes = sampling_notes(resolved.original, texts.calibration, texts.evaluation)
+    return replace(resolved, original=resolved.original.noting(notes))
+
+
+def rewritten(resolved: ResolvedJob, texts: Texts, progress: Progress) -> tuple[ResolvedJob, Draft]:
+    """Return the job with the model that the rewriting steps give, which is saved where the job says so."""
+
+    def observe(model: Model) -> Statistics:
+        return collect(model, texts.calibration, resolved.job.seed, partial(progress, "statistics: layers"))
+
+    smaller = resolved.recipe.rewritten(resolved.original, observe, partial(progress, "rewrite"))
+    if resolved.job.save_pruned is not None:
+        save_folder(smaller, resolved.job.save_pruned)
+    resolved = resolved.with_rewritten(smaller)
+    return resolved, resolved.draft()
+
+
+def observed(resolved: ResolvedJob, draft: Draft, texts: Texts, progress: Progress) -> Rewritten:
+    """Return the model in the coordinates in which it is compressed, and its statistics there."""
+    layers = partial(progress, "statistics: layers")
+    statistics = collect(resolved.model, texts.calibration, resolved.job.seed, layers)
+    return resolved.encoding.coordinates(resolved.target, resolved.model, statistics, draft.decisions)
+
+
+def decide(resolved: ResolvedJob, draft: Draft, given: Rewritten, progress: Progress) -> Decided:
+    """Return the final decisions, and the methods of single matrices."""
+    decisions, notes = resolved.decided(draft, given, partial(progress, "allocate: matrices"))
+    methods = resolved.encoding.methods(decisions, given, partial(progress, "steps: matrices"))
+    return Decided(given, decisions, methods, notes)
+
+
+def with_predictions(resolved: ResolvedJob, decided: Decided, texts: Texts, progress: Progress) -> Decided:
+    """Return the decisions with the loss that each is predicted to add, on both texts."""
+    windows = texts.evaluation.spread(resolved.prediction_windows)
+    seen = collect(resolved.model, windows, resolved.job.seed, partial(progress, "statistics: layers"))
+    decisions = with_predicted_kl(
+        decided.decisions,
+        decided.given,
+        EvaluationStatistics(decided.given.statistics, decided.given.of(seen)),
+        resolved.effort,
+        decided.methods,
+        partial(progress, "predict: matrices"),
+    )
+    return replace(decided, decisions=decisions)
+
+
+def compress_and_lower(
+    resolved: ResolvedJob, draft: Draft, decided: Decided, texts: Texts, staging: Path, progress: Progress
+) -> Lowered:
+    """Return the artifact, written into a new folder.
+
+    Raises:
+        ExporterError: the model files take more bytes than they may.
+    """
+    compression = Compression(
+        model=decided.given.model,
+        decided=decided.decisions,
+        statistics=decided.given.statistics,
+        effort=resolved.effort,
+        alternation=resolved.encoding.alternation,
+        methods=decided.methods,
+        propagation_text=propagation_text(resolved.effort, decided.decisions, texts.calibration),
+        source=resolved.original,
+    )
+    folder = staging / "model"
+    folder.mkdir()
+    lowered = lower(resolved.target, compression, draft.scheme, folder, partial(progress, "compress: matrices"))
+    if lowered.artifact.file_bytes > draft.most_file_bytes:
+        raise ExporterError(
+            "the model files exceed their budget", got=lowered.artifact.file_bytes, expected=draft.most_file_bytes
+        )
+    return lowered
+
+
+def gather_evidence(
+    resolved: ResolvedJob,
+    lowered: Lowered,
+    tokens: Tokens,
+    source_checks: tuple[Check, ...],
+    stage: Stages,
+    progress: Progress,
+) -> Evidence:
+    """Compare the artifact with its original, run it as the device would, and code it if it is to be shipped so."""
+    job, artifact, transport = resolved.job, lowered.artifact, resolved.recipe.transport
+    emulation, coded = Emulation(), None
+    if job.emulate:
+        emulation += stage("emulate: Arm instructions", settle, artifact, resolved.device, tokens, progress)
+    proof = stage("prove", prove, resolved.target, lowered, tokens, job.context, job.threads, progress)
+    if job.emulate:
+        emulation += stage("emulate", emulate, artifact, resolved.device, tokens, job.context, progress)
+    if transport is not None:
+        coded = stage("code for transport", code_beside, artifact.weights, transport, progress)
+    return Evidence(replace(proof, checks=source_checks + proof.checks), emulation, coded)

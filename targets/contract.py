@@ -1,7 +1,7 @@
 """The interface of targets, and how a target is found by name."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -9,13 +9,13 @@ from typing import Protocol, Self, runtime_checkable
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import CompressedMatrix, Compression, MatrixOutcome, compress
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.foundation.registry import load
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak, Weights
 from exporter.predict.roofline import Throughput
@@ -66,12 +66,21 @@ class Target(Protocol):
         """
 
     @abstractmethod
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
-        """Write the artifact into an empty folder, matrix by matrix."""
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
+        """Write the artifact into an empty folder.
+
+        Args:
+            compression: What is compressed; it tells the shapes and formats of all matrices.
+            matrices: The matrices, in the order of the decoder's computation.
+            type: The name of the type, or the description of a budget, for the file's own metadata.
+            folder: The folder.
+        """
 
     @abstractmethod
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32 into an empty folder, as `lower` does but without rounding."""
+    def write_float(self, model: Model, folder: Path) -> Artifact:
+        """Write a model in float32 into an empty folder, as `write` does but without rounding."""
 
     @abstractmethod
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
@@ -108,7 +117,7 @@ class Target(Protocol):
         return None
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
-        """Return the size of the model files that `lower` would write; by default that of the matrices."""
+        """Return the size of the model files that `write` would write; by default that of the matrices."""
         return sum(decision.stored_bytes for decision in decisions)
 
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
@@ -118,7 +127,7 @@ class Target(Protocol):
         without one, this machine.
         """
         held = self.estimated_file_bytes(model, decisions)
-        return Peak(0, Weights(held, held), shape_of(model.architecture).cache_bytes(context, 4), 0)
+        return Peak(0, Weights(held, held), shape_of(model.decoder).cache_bytes(context, 4), 0)
 
 
 @runtime_checkable
@@ -164,17 +173,58 @@ class FormatsByBits(Target, Protocol):
     factor_formats: Mapping[int, WeightFormat]
 
 
-def shape_of(architecture: Architecture) -> ModelShape:
+def shape_of(decoder: Decoder) -> ModelShape:
     """Return the dimensions that determine a decoder's memory; all layers get the widest feed-forward width."""
     return ModelShape(
-        layers=architecture.layers,
-        hidden=architecture.hidden,
-        intermediate=max(architecture.intermediate),
-        heads=architecture.heads,
-        kv_heads=architecture.kv_heads,
-        head_dim=architecture.head_dim,
-        vocab=architecture.vocab,
+        layers=decoder.layers,
+        hidden=decoder.hidden,
+        intermediate=max(decoder.intermediate),
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        vocab=decoder.vocab,
     )
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An artifact, and how it came about.
+
+    Attributes:
+        compression: What was compressed, and how.
+        artifact: The artifact.
+        outcomes: The outcome of each matrix, by name.
+    """
+
+    compression: Compression
+    artifact: Artifact
+    outcomes: Mapping[str, MatrixOutcome]
+
+
+def lower(
+    target: Target,
+    compression: Compression,
+    type: str,
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Lowered:
+    """Compress a model and write the artifact, matrix by matrix.
+
+    Args:
+        target: The target.
+        compression: What is compressed, and how.
+        type: See `Target.write`.
+        folder: An empty folder.
+        progress: Called after each matrix with the number of those done and the total.
+    """
+    outcomes: dict[str, MatrixOutcome] = {}
+
+    def matrices() -> Iterator[CompressedMatrix]:
+        for matrix in compress(compression, progress):
+            outcomes[matrix.name] = matrix.outcome
+            yield matrix
+
+    return Lowered(compression, target.write(compression, matrices(), type, folder), outcomes)
 
 
 def load_target(name: str) -> Target:

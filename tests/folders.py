@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import divergence
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 120).tolist()
@@ -49,7 +49,7 @@ def float_kl(folder: Path, target: str) -> float:
     made = load_target(target)
     with open_model(str(folder)) as model, tempfile.TemporaryDirectory() as out:
         decisions = made.decide(made.as_stored(model).model, "F32", "rtn")
-        artifact = made.lower(CompressedModel(model, decisions, None), "F32", Path(out))
+        artifact = lower(made, Compression(model, decisions), "F32", Path(out)).artifact
         with OpenedArtifact(artifact, 128, 1, exact=True) as child:
             got = child.logits(TOKENS, 0)
     return float(divergence(transformers_logits(folder), got).mean())

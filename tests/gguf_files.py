@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.vocabulary import copy_fields
 
 
@@ -22,7 +22,7 @@ def lowered(source: Path, folder: Path, target: str, type: str) -> Artifact:
     folder.mkdir()
     made = load_target(target)
     with open_model(str(source)) as model:
-        return made.lower(CompressedModel(model, made.decide(model, type, "rtn"), None), type, folder)
+        return lower(made, Compression(model, made.decide(model, type, "rtn")), type, folder).artifact
 
 
 def float_gguf(source: Path, path: Path) -> Path:

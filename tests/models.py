@@ -1,12 +1,16 @@
 """Small random models that the tests make from a seed."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -19,6 +23,7 @@ from transformers import (
 )
 
 KINDS = {
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -44,8 +49,22 @@ def tiny_model(
     intermediate: int = 96,
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, object] = MappingProxyType({}),
 ) -> Path:
-    """Write a random model with a trained byte-level tokenizer as a Hugging Face folder."""
+    """Write a random model with a trained byte-level tokenizer as a Hugging Face folder.
+
+    Args:
+        folder: Where.
+        family: `model_type`.
+        seed: Of its weights.
+        tied: Whether the embedding is the head.
+        hidden: Width of the residual stream; there are four heads.
+        layers: Number of layers.
+        intermediate: Feed-forward width.
+        shards: Whether there are several files.
+        dtype: Of the weights.
+        changes: Other keys of its config.
+    """
     torch.manual_seed(seed)
     config_class, model_class = KINDS[family]
     config = config_class(
@@ -61,16 +80,30 @@ def tiny_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        **own_keys(family, hidden // 4, layers) | dict(changes),
     )
     model = model_class(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than the usual start, so that logits differ enough for an oracle to see a fault.
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else 0.15)
+            gain = 0.0 if family == "gemma3_text" else 1.0
+            parameter.normal_(gain if "norm" in name else 0.0, 0.1 if "norm" in name else 0.15)
     size = "200KB" if shards > 1 else "5GB"
     model.save_pretrained(folder, max_shard_size=size)
     _tokenizer().save_pretrained(folder)
     return folder
+
+
+def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
+    """Return the keys of config.json that a family needs besides those of all, for heads of some width."""
+    if family != "gemma3_text":
+        return {}
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": head,
+        "sliding_window": 16,
+        "layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)],
+    }
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

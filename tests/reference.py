@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from exporter.model.gguf_names import gguf_names, interleaved_rows
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names, interleaved_rows
 
 EVALUATION_CHARACTERS = 160_000
 
@@ -26,9 +26,9 @@ def reference_model(folder: Path, seed: int = 0) -> Path:
     with open_model("demo") as model:
         assert model.single_file is not None
         shutil.copytree(model.folder, folder)
-        shape = model.architecture
+        shape = model.decoder
         held = {tensor.name: tensor for tensor in open_gguf(model.single_file).tensors}
-        names = gguf_names(shape.layers)
+        names = gguf_names(shape)
         chance = torch.Generator().manual_seed(seed)
         tensors = {name: torch.from_numpy(model.read(name)) for name in shape.vectors()}
         for group in model.groups():

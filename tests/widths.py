@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
+from exporter.model.decoder import EMBEDDING, FINAL_NORM, HEAD
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.contract import load_target
+from tests.llama_names import LINEARS, NORMS, layer_tensor
 from tests.models import TEMPLATE
 from tests.reference import reference_model
 

@@ -23,7 +23,7 @@ class RowHead:
         build: The runtime and its version, in place of llama.cpp's commit.
         cpu: The processor's name.
         file: Name of the model's file.
-        type: Architecture, size and format in one phrase.
+        type: Decoder, size and format in one phrase.
         size_bytes: Size of the model's files.
         parameters: Number of weights.
     """

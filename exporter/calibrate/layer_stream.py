@@ -1,7 +1,9 @@
 """Runs the float model with transformers' own modules and one layer's weights in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -10,9 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from exporter.calibrate.bf16_matmul import exact_products
+from exporter.formats.format import Float32
 from exporter.foundation.allocator import give_back_freed_memory
 from exporter.foundation.errors import InputError
-from exporter.model.families import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
+from exporter.model.blocks import Block
+from exporter.model.decoder import layer_prefix
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
 
@@ -23,6 +27,37 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Report no progress."""
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A decoder layer with its weights.
+
+    Attributes:
+        block: Its description.
+        module: transformers' module.
+        arguments: Returns what the module takes besides hidden states, for windows of some length.
+    """
+
+    block: Block
+    module: nn.Module
+    arguments: Callable[[int], Mapping[str, Any]]
+
+    def output(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, float32 [windows, length, hidden], for hidden states of the same shape."""
+        output: torch.Tensor = self.module(hidden, **self.arguments(hidden.shape[1]))
+        return output
+
+    def run(self, hidden: torch.Tensor) -> None:
+        """Replace hidden states, float32 [windows, length, hidden], by the layer's output, in batches of windows."""
+        for part in parts(hidden):
+            hidden[part] = self.output(hidden[part])
+
+    def differentiable(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield for each batch of windows: its slice, the layer's output, and the input to differentiate by."""
+        for part in parts(hidden):
+            given = hidden[part].clone().requires_grad_()
+            yield part, self.output(given), given
 
 
 class LayerStream:
@@ -36,74 +71,74 @@ class LayerStream:
         skeleton = weightless_module(model)
         self._decoder = cast(Any, skeleton.model)
         # The buffers of the rotary embedding follow from the config.
-        self._rotary = type(self._decoder.rotary_emb)(skeleton.config)
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(skeleton.config)
+        self._arguments: dict[int, list[Mapping[str, Any]]] = {}
 
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        return self._model.architecture.layers
+        return self._model.decoder.layers
 
     def embed(self, windows: NDArray[np.int64]) -> torch.Tensor:
         """Return the embedded tokens, float32 [windows, length, hidden]."""
-        table = self._model.read(EMBEDDING)
-        return torch.from_numpy(table[windows])
+        return self.scaled(self._model.read(self._model.decoder.embedding.name)[windows])
+
+    def scaled(self, rows: Float32) -> torch.Tensor:
+        """Return rows of the embedding as the first layer takes them; they are changed."""
+        rows *= np.float32(self._model.decoder.embedding_scale)
+        return torch.from_numpy(rows)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
+    def layer(self, index: int) -> Iterator[LoadedLayer]:
         """Load one decoder layer, and free its weights on exit."""
         module: nn.Module = self._decoder.layers[index]
-        state = {name: torch.from_numpy(self._model.read(layer_tensor(index, name))) for name in module.state_dict()}
+        prefix = layer_prefix(index)
+        state = {name: torch.from_numpy(self._model.read(f"{prefix}{name}")) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         try:
-            yield module
+            yield LoadedLayer(self._model.decoder.blocks[index], module, partial(self._arguments_of, index))
         finally:
             module.to("meta")
             give_back_freed_memory()
 
-    def run(self, module: nn.Module, hidden: torch.Tensor) -> None:
-        """Replace hidden states, float32 [windows, length, hidden], by a layer's output, in batches of windows."""
-        for part in parts(hidden):
-            hidden[part] = self._output(module, hidden[part])
+    def _arguments_of(self, index: int, length: int) -> Mapping[str, Any]:
+        if length not in self._arguments:
+            self._arguments[length] = self._recorded_arguments(length)
+        return self._arguments[length][index]
 
-    def differentiable(
-        self, module: nn.Module, hidden: torch.Tensor
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield for each batch of windows: its slice, the layer's output, and the input to differentiate by."""
-        for part in parts(hidden):
-            given = hidden[part].clone().requires_grad_()
-            yield part, self._output(module, given), given
+    def _recorded_arguments(self, length: int) -> list[Mapping[str, Any]]:
+        """Return what transformers' own model passes to each layer: positions, rotary tables, masks.
 
-    def attended(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the input of a layer's output projection, float32 [windows, length, columns], from `hidden`."""
-        attention: Any = module.get_submodule("self_attn")
-        projection, attention.o_proj = attention.o_proj, nn.Identity()
+        The model runs on zeros, with its layers and its final norm passing on what they are given.
+        """
+        recorded: list[Mapping[str, Any]] = []
+
+        def record(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            recorded.append(arguments)
+            return hidden
+
+        replaced = [*self._decoder.layers, self._decoder.norm]
+        for module in replaced:
+            module.forward = record
         try:
-            normalised = module.get_submodule("input_layernorm")(hidden)
-            attended: torch.Tensor = attention(normalised, attention_mask=None, **self._where(hidden))[0]
+            with exact_products(), torch.inference_mode(False), torch.no_grad():
+                self._decoder(inputs_embeds=torch.zeros(1, length, self._model.decoder.hidden), use_cache=False)
         finally:
-            attention.o_proj = projection
-        return attended
-
-    def _where(self, hidden: torch.Tensor) -> dict[str, Any]:
-        """Return the position arguments of a layer."""
-        positions = torch.arange(hidden.shape[1])[None]
-        with exact_products():
-            return {"position_ids": positions, "position_embeddings": self._rotary(hidden[:1], positions)}
-
-    def _output(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = module(hidden, attention_mask=None, use_cache=False, **self._where(hidden))
-        return output
+            for module in replaced:
+                del module.forward
+        return recorded[: self.layers]
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the head's input: the last layer's output after the final norm."""
         norm = self._decoder.norm
-        norm.load_state_dict({"weight": torch.from_numpy(self._model.read(FINAL_NORM))}, assign=True)
+        gain = self._model.read(self._model.decoder.final_norm.name)
+        norm.load_state_dict({"weight": torch.from_numpy(gain)}, assign=True)
         normalised: torch.Tensor = norm(hidden)
         return normalised
 
     def head(self) -> torch.Tensor:
         """Return the head's matrix, float32 [vocab, hidden]."""
-        return torch.from_numpy(self._model.read(EMBEDDING if self._model.architecture.tied else HEAD))
+        return torch.from_numpy(self._model.read(self._model.decoder.head.name))
 
 
 def parts(hidden: torch.Tensor) -> Iterator[slice]:
@@ -125,8 +160,8 @@ def hidden_states(stream: LayerStream, windows: NDArray[np.int64], progress: Pro
     hidden = stream.embed(windows)
     for index in range(stream.layers):
         progress(index, stream.layers)
-        with stream.layer(index) as module:
-            stream.run(module, hidden)
+        with stream.layer(index) as layer:
+            layer.run(hidden)
         check_finite(hidden, f"layer {index}")
     progress(stream.layers, stream.layers)
     return stream.normalise(hidden)

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.calibrate.layer_stream import check_finite
+from exporter.calibrate.layer_stream import LoadedLayer, check_finite
 from exporter.formats.format import Float32
 from exporter.foundation.cache_entries import ARRAY, Filling, load
-from exporter.model.families import LINEARS
 
 HEAD_OUTPUT = "head_out"
 # The head has many outputs, so their ranges are taken at this number of evenly spaced positions.
@@ -73,7 +72,7 @@ class _Extremes:
 
 
 @contextmanager
-def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[None]:
+def observed_ranges(layer: LoadedLayer, folder: Filling) -> Iterator[None]:
     """Record the ranges of inputs and outputs of a layer's matrices while it runs, then save them."""
     places: dict[str, _Extremes] = {}
 
@@ -88,14 +87,13 @@ def observed_ranges(module: nn.Module, layer: int, folder: Filling) -> Iterator[
         bias = linear.bias
         see(place, made - bias if isinstance(bias, torch.Tensor) else made)
 
-    sites = {site: path for path, site in reversed(LINEARS.values())}
     hooks = [
-        module.get_submodule(path).register_forward_pre_hook(partial(inputs, f"layers.{layer}.{site}"))
-        for site, path in sites.items()
+        layer.module.get_submodule(site.linears[0].module).register_forward_pre_hook(partial(inputs, site.name))
+        for site in layer.block.sites
     ]
-    for role, (path, _) in LINEARS.items():
-        made = partial(outputs, output_place(layer, role))
-        hooks.append(module.get_submodule(path).register_forward_hook(made))
+    for role, linear in layer.block.linears.items():
+        made = partial(outputs, output_place(layer.block.layer, role))
+        hooks.append(layer.module.get_submodule(linear.module).register_forward_hook(made))
     try:
         yield
     finally:

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from exporter.calibrate.bf16_matmul import quick_products
-from exporter.calibrate.layer_stream import LayerStream, Progress, check_finite
+from exporter.calibrate.layer_stream import LayerStream, LoadedLayer, Progress, check_finite
 from exporter.calibrate.ranges import (
     HEAD_OUTPUT,
     ChannelRanges,
@@ -39,11 +38,10 @@ from exporter.calibrate.windows import Windows
 from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder, locked, require_space
 from exporter.foundation.cache_entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
-from exporter.model.families import LINEARS
+from exporter.model.decoder import HEAD_SITE, TOKENS
 from exporter.model.model import Model
 
 VERSION = 6
-HEAD_SITE = "head_in"
 # Written after all other files.
 LAST = "lookups.npz"
 POSITIONS_AT_ONCE = 512
@@ -111,12 +109,12 @@ def statistics_key(model: Model, windows: Windows, seed: int) -> str:
 
 def site_columns(model: Model) -> dict[str, int]:
     """Return the width of each observed site."""
-    return {group.site: group.columns for group in model.groups() if group.site != "tokens"}
+    return {group.site: group.columns for group in model.groups() if group.site != TOKENS}
 
 
 def disk_bytes(model: Model, tokens: int) -> int:
     """Return the disk space needed to collect the statistics: moments, every layer's inputs, gradients."""
-    shape = model.architecture
+    shape = model.decoder
     return 4 * (
         sum(columns**2 for columns in site_columns(model).values()) + tokens * shape.hidden * (shape.layers + 3)
     )
@@ -155,9 +153,13 @@ def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> St
 
 def _whole(folder: Path, model: Model) -> bool:
     """Return whether a folder holds all statistics undamaged."""
-    layers = range(model.architecture.layers)
+    layers = range(model.decoder.layers)
     sites = site_columns(model)
-    places = [*sites, HEAD_OUTPUT, *(output_place(layer, role) for layer in layers for role in LINEARS)]
+    places = [
+        *sites,
+        HEAD_OUTPUT,
+        *(output_place(block.layer, role) for block in model.decoder.blocks for role in block.linears),
+    ]
     files = [f"{place}.range.npy" for place in places]
     files += [f"{site}.{kind}" for site in sites for kind in ("npy", "npz")]
     files += [f"{_gradients(layer)}.npz" for layer in (*layers, None)]
@@ -187,7 +189,7 @@ def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Pr
             for after in (index, index + 1):
                 (folder / _inputs(after)).unlink(missing_ok=True)
         at_embedding = _kept(folder, _gradient(-1)).numpy()
-        counts = np.bincount(windows.tokens.reshape(-1), minlength=model.architecture.vocab) / windows.tokens.size
+        counts = np.bincount(windows.tokens.reshape(-1), minlength=model.decoder.vocab) / windows.tokens.size
         squares = np.square(at_embedding).mean(axis=(0, 1))
     save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), "embedding": squares})
     progress(2 * stream.layers, 2 * stream.layers)
@@ -227,8 +229,8 @@ def _forwards(stream: LayerStream, windows: Windows, files: Filling, progress: P
         hidden = _kept(files.path, _inputs(first))
     for index in range(first, stream.layers):
         progress(index, 2 * stream.layers)
-        with stream.layer(index) as module, observed_ranges(module, index, files):
-            stream.run(module, hidden)
+        with stream.layer(index) as layer, observed_ranges(layer, files):
+            layer.run(hidden)
         check_finite(hidden, f"layer {index}")
         _keep(files, _inputs(index + 1), hidden)
     return hidden
@@ -279,28 +281,23 @@ def _backwards(
 ) -> torch.Tensor:
     """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, hidden]."""
     before = torch.empty_like(gradient)
-    sites: dict[str, list[str]] = {}
-    for role, (_, site) in LINEARS.items():
-        sites.setdefault(site, []).append(role)
     sums: dict[str, torch.Tensor] = {}
-    with stream.layer(index) as module, _observed(module) as (seen, gradients):
-        moments = {site: Moments(_columns(module, roles[0])) for site, roles in sites.items()}
-        for part, outputs, given in stream.differentiable(module, inputs):
+    with stream.layer(index) as layer, _observed(layer) as (seen, gradients):
+        block = layer.block
+        moments = {site.name: Moments(site.columns) for site in block.sites}
+        for part, outputs, given in layer.differentiable(inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
-            tokens = {role: _squares(gradients.pop(role), role, sums) for role in LINEARS}
-            for site, roles in sites.items():
-                moments[site].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
+            tokens = {role: _squares(gradients.pop(role), role, sums) for role in block.linears}
+            for site in block.sites:
+                roles = [linear.role for linear in site.linears]
+                moments[site.name].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
             # Free the activations of these windows before the next.
             seen.clear()
-    for site in sites:
-        moments.pop(site).save(files, f"layers.{index}.{site}")
+    for site in block.sites:
+        moments.pop(site.name).save(files, site.name)
     count = gradient[..., 0].numel()
-    files.save(f"{_gradients(index)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in LINEARS})
+    files.save(f"{_gradients(index)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in block.linears})
     return before
-
-
-def _columns(module: nn.Module, role: str) -> int:
-    return int(module.get_parameter(f"{LINEARS[role][0]}.weight").shape[1])
 
 
 def _squares(gradient: torch.Tensor, role: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -320,7 +317,7 @@ def _weights(tokens: list[torch.Tensor]) -> torch.Tensor:
 
 
 @contextmanager
-def _observed(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+def _observed(layer: LoadedLayer) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """Record, by role, the inputs of a layer's matrices and the gradients at their outputs."""
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -330,10 +327,10 @@ def _observed(module: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor], dict
         output.register_hook(partial(gradients.__setitem__, role))  # type: ignore[no-untyped-call]
 
     hooks = [
-        module.get_submodule(path).register_forward_hook(
+        layer.module.get_submodule(linear.module).register_forward_hook(
             lambda _, given, output, role=role: watch(role, given[0], output)
         )
-        for role, (path, _) in LINEARS.items()
+        for role, linear in layer.block.linears.items()
     ]
     try:
         yield inputs, gradients

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.second_moments import Site
-from exporter.calibrate.statistics import HEAD_SITE, Statistics
+from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import method_kind
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.foundation.fitted import fitted_value
-from exporter.model.families import FINAL_NORM, HEAD, LINEARS, NORMS, layer_tensor
+from exporter.model.blocks import Producer
+from exporter.model.decoder import HEAD_SITE
 from exporter.model.model import Model
 
 # Clip the factors: scaling a rarely active channel further would only make its weights harder to quantise.
@@ -138,17 +139,19 @@ def rescaled(
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
     columns: dict[str, Float32] = {}
+    offsets: dict[str, float] = {}
     for place in _places(model, sites):
         found = factors_of(place.site, place.consumers)
         made = found
-        if place.by_heads:
+        if place.producer.by_heads:
             found, made = _by_heads(model, found)
         factors[place.site] = found
         if place.output is not None:
             factors[place.output] = made
         columns |= dict.fromkeys(place.consumers, found)
-        rows |= dict.fromkeys(place.producers, made)
-    tensors = _Scaled(model, rows, columns)
+        rows |= dict.fromkeys(place.producer.tensors, made)
+        offsets |= {vector.name: vector.offset for vector in place.producer.vectors}
+    tensors = _Scaled(model, rows, columns, offsets)
     return Rewritten(replace(model, tensors=tensors), _ScaledStatistics(statistics, factors), factors)
 
 
@@ -158,40 +161,28 @@ class _Place:
 
     Attributes:
         site: Its name.
-        producers: The tensors whose rows produce its channels.
+        producer: The tensors that produce its channels.
         consumers: The matrices whose columns take them.
         output: Place where the producer's outputs are observed; None for a normalisation.
-        by_heads: The producers are values, which several heads share.
     """
 
     site: str
-    producers: tuple[str, ...]
+    producer: Producer
     consumers: tuple[str, ...]
     output: str | None = None
-    by_heads: bool = False
 
 
 def _places(model: Model, sites: Collection[str]) -> Iterator[_Place]:
-    for layer in range(model.architecture.layers):
-        for place in _layer_places(model, layer):
-            if place.site.rpartition(".")[2] in sites:
-                yield place
-    if HEAD_SITE in sites and not model.architecture.tied:
-        yield _Place(HEAD_SITE, (FINAL_NORM,), (HEAD,))
-
-
-def _layer_places(model: Model, layer: int) -> Iterator[_Place]:
-    def place(site: str, producers: list[str], role: str | None = None) -> _Place:
-        consumers = [layer_tensor(layer, f"{path}.weight") for path, seen in LINEARS.values() if seen == site]
-        output = None if role is None else output_place(layer, role)
-        made = [layer_tensor(layer, name) for name in producers]
-        return _Place(f"layers.{layer}.{site}", tuple(made), tuple(consumers), output, role == "v")
-
-    biases = [name for role, name in model.architecture.family.vectors.items() if role == "v_bias"]
-    yield place("attention_in", [NORMS["attention_norm"]])
-    yield place("attention_out", [f"{LINEARS['v'][0]}.weight", *biases], "v")
-    yield place("mlp_in", [NORMS["mlp_norm"]])
-    yield place("mlp_out", [f"{LINEARS['up'][0]}.weight"], "up")
+    decoder = model.decoder
+    for block in decoder.blocks:
+        for site in block.sites:
+            if site.producer is not None and site.kind in sites:
+                consumers = tuple(linear.group.name for linear in site.linears)
+                linear = site.producer.linear
+                output = None if linear is None else output_place(block.layer, linear.role)
+                yield _Place(site.name, site.producer, consumers, output)
+    if HEAD_SITE in sites and not decoder.tied:
+        yield _Place(HEAD_SITE, Producer((decoder.final_norm,)), (decoder.head.name,))
 
 
 def _factors(model: Model, statistics: Statistics, site: str, consumers: Collection[str], alpha: float) -> Float32:
@@ -224,19 +215,27 @@ def _by_heads(model: Model, factors: Float32) -> tuple[Float32, Float32]:
 
     Returns the factors of the outputs, float32 [heads x head width], and of the values, [key-value heads x head width].
     """
-    shape = model.architecture
+    shape = model.decoder
     heads = np.log(factors).reshape(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
     shared = np.exp(heads.mean(axis=1, keepdims=True)).astype(np.float32)
     return np.broadcast_to(shared, heads.shape).reshape(-1), shared.reshape(-1)
 
 
 class _Scaled:
-    """The tensors of a model, with rows divided and columns multiplied on reading."""
+    """The tensors of a model, with rows divided and columns multiplied on reading.
 
-    def __init__(self, model: Model, rows: dict[str, Float32], columns: dict[str, Float32]) -> None:
+    Args:
+        model: The model.
+        rows: Name -> divisors of its rows.
+        columns: Name -> factors of its columns.
+        offsets: Name of a vector -> what is added to its elements where they are used.
+    """
+
+    def __init__(
+        self, model: Model, rows: dict[str, Float32], columns: dict[str, Float32], offsets: dict[str, float]
+    ) -> None:
         self._source = model.tensors
-        self._rows = rows
-        self._columns = columns
+        self._rows, self._columns, self._offsets = rows, columns, offsets
         self.files: list[Path] = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -249,8 +248,10 @@ class _Scaled:
         if name in self._columns:
             values = values * self._columns[name]
         if name in self._rows:
-            divisor = self._rows[name]
-            values = values / (divisor[:, None] if values.ndim == 2 else divisor)
+            divisor, offset = self._rows[name], np.float32(self._offsets.get(name, 0.0))
+            gains = values + offset if offset else values
+            gains = gains / (divisor[:, None] if values.ndim == 2 else divisor)
+            values = gains - offset if offset else gains
         return values
 
 

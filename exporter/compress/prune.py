@@ -27,8 +27,8 @@ from exporter.foundation import cache_entries as entries
 from exporter.foundation.cache import cache_folder, locked
 from exporter.foundation.cache_entries import ARRAY, VECTORS, filling, is_whole, load
 from exporter.foundation.errors import RequestError
-from exporter.model.architecture import Architecture
-from exporter.model.families import LINEARS, layer_tensor
+from exporter.model.blocks import GatedChannels
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.model.widths import Channels, selected
 
@@ -79,24 +79,24 @@ class Pruned:
         cls, model: Model, kept: Sequence[Channels], down: dict[int, Path], predicted_kl: float | None = None
     ) -> "Pruned":
         """Select channels of a model; see `exporter.model.widths.selected`."""
-        ratio = 1 - sum(map(len, kept)) / sum(model.architecture.intermediate)
+        ratio = 1 - sum(map(len, kept)) / sum(model.decoder.intermediate)
         return cls(selected(model, kept, down), ratio, predicted_kl)
 
 
-def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> tuple[int, ...]:
+def planned_widths(decoder: Decoder, ratio: float, multiple: int) -> tuple[int, ...]:
     """Return how many channels each layer keeps if all lose the same share; reads no weights.
 
     Args:
-        architecture: Architecture of the model to prune.
+        decoder: Decoder of the model to prune.
         ratio: Share of the channels to remove.
         multiple: Widths are rounded to multiples of this.
 
     Raises:
         RequestError: the feed-forward part is not gated, or the ratio is impossible or lost in rounding.
     """
-    if not architecture.family.gated:
+    if any(block.channels is None for block in decoder.blocks):
         raise RequestError(
-            f"the feed-forward part of a {architecture.family.architecture} is not gated",
+            f"the feed-forward part of a {decoder.family.architecture} is not gated",
             expected="down(act(gate x) * up x)",
             next_step="leave out the step that prunes",
         )
@@ -104,7 +104,7 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
         raise RequestError("the share to prune is impossible", got=ratio, expected="a number between 0 and 1")
     if multiple < 1:
         raise RequestError("the widths cannot be rounded", got=f"a multiple of {multiple}", expected="1 or more")
-    before = architecture.intermediate
+    before = decoder.intermediate
     widths = tuple(min(round((1 - ratio) * width / multiple) * multiple, width) for width in before)
     if widths == before or min(widths) == 0:
         raise RequestError(
@@ -115,18 +115,18 @@ def planned_widths(architecture: Architecture, ratio: float, multiple: int) -> t
     return widths
 
 
-def uneven_widths(even: Sequence[int], architecture: Architecture, multiple: int) -> tuple[int, ...]:
+def uneven_widths(even: Sequence[int], decoder: Decoder, multiple: int) -> tuple[int, ...]:
     """Return widths of the same sum, as uneven as possible: the first layer keeps all channels, others lose more.
 
     Args:
         even: Widths from `planned_widths`.
-        architecture: Architecture of the model to prune.
+        decoder: Decoder of the model to prune.
         multiple: Widths are rounded to multiples of this.
     """
     widths = list(even)
     for layer in range(1, len(widths)):
-        room = architecture.intermediate[0] - widths[0]
-        spare = widths[layer] - _least(architecture.intermediate[layer], multiple)
+        room = decoder.intermediate[0] - widths[0]
+        spare = widths[layer] - _least(decoder.intermediate[layer], multiple)
         moved = max(0, min(room, spare)) // multiple * multiple
         widths[0] += moved
         widths[layer] -= moved
@@ -147,7 +147,7 @@ def prune(
     Raises:
         RequestError: see `planned_widths`; or the inputs were not observed.
     """
-    widths = planned_widths(model.architecture, options.ratio, options.multiple)
+    widths = planned_widths(model.decoder, options.ratio, options.multiple)
     layers = len(widths)
     path = _cached(model, statistics, *sorted(asdict(options).items())) / "kept.npz"
 
@@ -203,7 +203,7 @@ def _repair(
     with filling(folder) as files:
         for layer, channels in enumerate(kept):
             progress(layer, len(kept))
-            weight, moment = _down(model, layer), _moment(statistics, layer, damping)
+            weight, moment = _down(model, layer), _moment(model, statistics, layer, damping)
             found = repaired(weight, moment, channels)
             files.save(_down_file(layer), ARRAY, found.numpy())
             change = -weight
@@ -233,7 +233,7 @@ def losses(model: Model, statistics: Statistics, layer: int, masks: Sequence[Cha
         RequestError: the inputs were not observed.
     """
     outputs = (_down(model, layer) * _sensitivity(statistics, layer).sqrt()[:, None]).T
-    products = (outputs @ outputs.T).mul_(_moment(statistics, layer, damping=0))
+    products = (outputs @ outputs.T).mul_(_moment(model, statistics, layer, damping=0))
     gone = torch.ones(len(masks), len(products), dtype=torch.float64)
     for mask, kept in zip(gone, masks, strict=True):
         mask[torch.from_numpy(kept)] = 0
@@ -257,8 +257,8 @@ def _chosen(
     found = []
     for layer, width in enumerate(widths):
         progress(layer, len(widths))
-        least = width if options.even else min(width, _least(model.architecture.intermediate[layer], options.multiple))
-        moment = _moment(statistics, layer, options.damping)
+        least = width if options.even else min(width, _least(model.decoder.intermediate[layer], options.multiple))
+        moment = _moment(model, statistics, layer, options.damping)
         found.append(eliminate(_down(model, layer), _sensitivity(statistics, layer), moment, least))
     if not options.even:
         widths = shared_out(found, sum(widths), options.multiple)
@@ -271,16 +271,23 @@ def _least(width: int, multiple: int) -> int:
 
 
 def _down(model: Model, layer: int) -> torch.Tensor:
-    return torch.from_numpy(model.read(layer_tensor(layer, f"{LINEARS['down'][0]}.weight"))).double()
+    return torch.from_numpy(model.read(channels_of(model, layer).down.group.name)).double()
 
 
 def _sensitivity(statistics: Statistics, layer: int) -> torch.Tensor:
     return torch.from_numpy(statistics.sensitivity(layer, "down")).double()
 
 
-def _moment(statistics: Statistics, layer: int, damping: float) -> torch.Tensor:
+def channels_of(model: Model, layer: int) -> GatedChannels:
+    """Return the channels of a layer's gated feed-forward part; `planned_widths` refuses a model without."""
+    channels = model.decoder.blocks[layer].channels
+    assert channels is not None
+    return channels
+
+
+def _moment(model: Model, statistics: Statistics, layer: int, damping: float) -> torch.Tensor:
     """Return damped H of the inputs of a layer's `down`, float64 [channels, channels]."""
-    name = f"layers.{layer}.{LINEARS['down'][1]}"
+    name = channels_of(model, layer).down.group.site
     site = statistics.site(name)
     if site is None:
         raise RequestError("the inputs of down were not observed", where=name, next_step="collect statistics first")

@@ -32,12 +32,11 @@ from torch import nn
 
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.prune import Pruned, losses, planned_widths
+from exporter.compress.prune import Pruned, channels_of, losses, planned_widths
 from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import VECTORS, kept
 from exporter.foundation.errors import RequestError
-from exporter.model.families import LINEARS, NORMS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.widths import Channels
 
@@ -156,7 +155,7 @@ def learned(model: Model, options: PruneNetOptions, progress: Callable[[int, int
     """
     if options.episodes < 1:
         raise RequestError("PruneNet cannot learn", got=f"{options.episodes} episodes", expected="1 or more")
-    planned_widths(model.architecture, options.ratio, 1)
+    planned_widths(model.decoder, options.ratio, 1)
     decisive = f"{VERSION}:{model.digest}:{sorted(asdict(options).items())}"
     path = cache_folder("policies") / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.npz"
 
@@ -184,7 +183,7 @@ def prune(
     Raises:
         RequestError: see `exporter.compress.prune.planned_widths` and `Policy.kept`.
     """
-    widths = planned_widths(model.architecture, ratio, multiple)
+    widths = planned_widths(model.decoder, ratio, multiple)
     return Pruned.of(model, policy.kept(model, widths, statistics, draws), {})
 
 
@@ -216,8 +215,9 @@ def spread(logarithms: Float64, count: int) -> Channels:
 
 def _gate(model: Model, layer: int, options: PruneNetOptions) -> Float32:
     """Return a layer's gate matrix as a policy sees it, float32 [rows, hidden]."""
-    stored = model.read(layer_tensor(layer, f"{LINEARS['gate'][0]}.weight"))
-    return stored * model.read(layer_tensor(layer, NORMS["mlp_norm"])) if options.folded else stored
+    stored = model.read(channels_of(model, layer).gate.group.name)
+    norm = next(one.norm_before for one in model.decoder.blocks[layer].sublayers if one.channels is not None)
+    return stored * (model.read(norm.name) + np.float32(norm.offset)) if options.folded and norm else stored
 
 
 class _Network(nn.Module):
@@ -243,7 +243,7 @@ class _Draw:
 
 
 def _learn(model: Model, options: PruneNetOptions, progress: Callable[[int, int], None]) -> Policy:
-    gates = [torch.from_numpy(_gate(model, layer, options)) for layer in range(model.architecture.layers)]
+    gates = [torch.from_numpy(_gate(model, layer, options)) for layer in range(model.decoder.layers)]
     return follow_rewards(gates, options, progress)
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from exporter.formats.format import Float32
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
-from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.decoder import EMBEDDING, HEAD
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import FLOATS, no_weights
 from exporter.model.tensors import INDEX, SINGLE, require_finite

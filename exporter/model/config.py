@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.config_keys import honoured
-from exporter.model.families import FAMILIES, Family
+from exporter.model.family import Family, families
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import no_config
 from exporter.model.rotary import check_rotary
@@ -50,7 +50,7 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
             next_step="use a model of an architecture that transformers has built in",
         )
     family = _family(raw, where)
-    keys = deepcopy(honoured(raw, family.model_type, where)) | {"architectures": [family.architecture]}
+    keys = deepcopy(honoured(raw, family, where)) | {"architectures": [family.architecture]}
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
@@ -66,10 +66,10 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
 
 def _family(raw: dict[str, Any], where: object) -> Family:
     """Return the family that transformers loads for `model_type`; `architectures` may name it or its base model."""
-    by_type = {family.model_type: family for family in FAMILIES.values()}
+    by_type = {family.model_type: family for family in families().values()}
     kind, named = raw.get("model_type"), _first(raw.get("architectures"))
     if named is not None and named not in {name for family in by_type.values() for name in _names_of(family)}:
-        supported = "one of " + ", ".join(FAMILIES)
+        supported = "one of " + ", ".join(families())
         raise InputError(f"the architecture {shown(named)} is not supported", where=where, expected=supported)
     if not isinstance(kind, str) or kind not in by_type:
         known = "one of " + ", ".join(by_type)
@@ -91,4 +91,4 @@ def _first(names: object) -> str | None:
 
 
 def _names_of(family: Family) -> tuple[str, str]:
-    return family.architecture, family.architecture.removesuffix("ForCausalLM") + "Model"
+    return family.architecture, family.base_model

@@ -1,7 +1,7 @@
 """Selects the keys of config.json that change what a model computes, using the table in `config_keys.toml`."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -11,7 +11,9 @@ import numpy as np
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
-from exporter.model.architecture import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
+from exporter.model.attention_windows import SLIDING
+from exporter.model.family import Family
+from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -26,20 +28,19 @@ def key_table() -> dict[str, Any]:
     return tomllib.loads((files("exporter.model") / "config_keys.toml").read_text(encoding="utf-8"))
 
 
-def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, Any]:
+def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str, Any]:
     """Return the keys of a config.json that change what the model computes; all others must be harmless.
 
     Args:
         raw: The content of the file.
-        family: `model_type` of the family.
+        family: Its family.
         where: The file, for messages.
 
     Raises:
         InputError: an unknown key may change the function, or a value is impossible.
     """
     table = key_table()
-    known = table["honoured"]
-    only = table["only"] | table["family"].get(family, {}).get("only", {})
+    known, only = table["honoured"] | family.honoured, table["only"] | family.only
     for key, value in raw.items():
         if key in known:
             _require_kind(key, value, known[key], where)
@@ -47,7 +48,8 @@ def honoured(raw: Mapping[str, Any], family: str, where: object) -> dict[str, An
             _require_kind(key, value, table["inert"]["kinds"][key], where)
         elif not _is_inert(key, table["inert"]):
             _require_harmless(key, value, only, where)
-    _check_rope(raw, table["rope"], where)
+    for name, parameters in _rope_tables(raw, family):
+        _check_rope(name, parameters, table["rope"], where)
     return {key: value for key, value in raw.items() if key in known}
 
 
@@ -71,25 +73,35 @@ def _require_harmless(key: str, value: object, only: Mapping[str, object], where
     )
 
 
-def _check_rope(raw: Mapping[str, Any], kinds: Mapping[str, Any], where: object) -> None:
-    """Reject unsupported kinds of rotary embedding, and unsupported parameters that change the function."""
+def _rope_tables(raw: Mapping[str, Any], family: Family) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the parameters of rotary embeddings with their names, of each kind of attention if there are several."""
     for name in ROPE_TABLES:
-        parameters = raw.get(name)
-        if not parameters:
-            continue
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if not isinstance(kind, str) or kind not in kinds:
-            raise InputError(
-                f"rotary embeddings of type {shown(kind)} are not supported", where=where, got=f"{name} in config.json",
-                expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
-            )  # fmt: skip
-        known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
-        only = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
-        for key, value in parameters.items():
-            if key in known:
-                _require_kind(key, value, known[key], where)
-            elif key not in kinds[kind]["inert"]:
-                _require_harmless(key, value, only, where, f" in {name}")
+        given = raw.get(name) or {}
+        by_kind = {kind: given.get(kind) for kind in family.rotary_kinds}
+        if len(by_kind) > 1 and given.keys() <= by_kind.keys():
+            yield from ((f"{name}.{kind}", own) for kind, own in by_kind.items() if isinstance(own, dict))
+        elif given:
+            yield name, given
+
+
+def _check_rope(name: str, parameters: Mapping[str, Any], kinds: Mapping[str, Any], where: object) -> None:
+    """Reject unsupported kinds of rotary embedding, and unsupported parameters that change the function."""
+    if name.endswith(f".{SLIDING}"):
+        # Both runtimes have a second base, and no scaling of it.
+        kinds = {"default": kinds["default"]}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(
+            f"rotary embeddings of type {shown(kind)} are not supported", where=where, got=f"{name} in config.json",
+            expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
+        )  # fmt: skip
+    known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
+    only = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
+    for key, value in parameters.items():
+        if key in known:
+            _require_kind(key, value, known[key], where)
+        elif key not in kinds[kind]["inert"]:
+            _require_harmless(key, value, only, where, f" in {name}")
 
 
 def _require_kind(key: str, value: object, kind: str, where: object) -> None:

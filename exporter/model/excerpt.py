@@ -15,7 +15,7 @@ WHOLE_PARAMETERS = 1_000_000_000
 
 def excerpt_if_large(model: Model) -> Model:
     """Return a model of up to a billion weights unchanged, and the `excerpt` of a larger one."""
-    return model if model.architecture.parameters <= WHOLE_PARAMETERS else excerpt(model)
+    return model if model.decoder.parameters <= WHOLE_PARAMETERS else excerpt(model)
 
 
 def excerpt(model: Model) -> Model:
@@ -23,10 +23,10 @@ def excerpt(model: Model) -> Model:
 
     The layers are renumbered 0 and 1; weights stay lazy. A model of at most two layers is returned unchanged.
     """
-    layers = model.architecture.layers
+    layers = model.decoder.layers
     if layers <= 2:
         return model
-    widths = model.architecture.intermediate
+    widths = model.decoder.intermediate
     config = model.own_config()
     config.num_hidden_layers = 2
     kinds = getattr(config, "layer_types", None)
@@ -36,7 +36,12 @@ def excerpt(model: Model) -> Model:
     return replace(
         model,
         config=config,
-        architecture=replace(model.architecture, layers=2, intermediate=(widths[0], widths[-1])),
+        decoder=replace(
+            model.decoder,
+            layers=2,
+            intermediate=(widths[0], widths[-1]),
+            windows=(model.decoder.windows[0], model.decoder.windows[-1]),
+        ),
         tensors=_Excerpt(model),
         changes=hashlib.sha256(f"{model.changes}:excerpt".encode()).hexdigest(),
     )
@@ -57,7 +62,7 @@ class _Excerpt:
     """The tensors of a model's first and last layer, and those outside the layers."""
 
     def __init__(self, model: Model) -> None:
-        self._source, self._layers = model.tensors, model.architecture.layers
+        self._source, self._layers = model.tensors, model.decoder.layers
         self.files: list[Path] = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

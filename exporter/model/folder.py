@@ -30,7 +30,7 @@ def save_folder(model: Model, folder: Path, shard_bytes: int = SHARD_BYTES) -> N
         InputError: the source changed while it was read.
     """
     require_new(folder)
-    even = model if model.architecture.even else padded(model)
+    even = model if model.decoder.even else padded(model)
     try:
         with scratch_folder(folder.parent, folder.name, 0o777) as made:
             _write_weights(even, made, shard_bytes)
@@ -62,14 +62,14 @@ def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:
         save_file({name: model.read(name) for name in names}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": 4 * model.architecture.parameters}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": 4 * model.decoder.parameters}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
     """Yield the tensor names of each file."""
     sizes = {group.name: 4 * group.size for group in model.groups()}
-    sizes |= {name: 4 * shape[0] for name, shape in model.architecture.vectors().items()}
+    sizes |= {name: 4 * shape[0] for name, shape in model.decoder.vectors().items()}
     shard: list[str] = []
     held = 0
     for name, size in sizes.items():
@@ -87,6 +87,6 @@ def _write_companions(model: Model, folder: Path) -> None:
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)
     config = model.own_config()
-    config.architectures = [model.architecture.family.architecture]
+    config.architectures = [model.decoder.family.architecture]
     config.dtype = "float32"
     config.save_pretrained(folder)

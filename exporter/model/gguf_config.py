@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from exporter.foundation.errors import InputError
-from exporter.model.families import FAMILIES
+from exporter.model.family import families
 from exporter.model.gguf_file import GgufFile
+from exporter.model.gguf_names import EMBEDDING_NAME, HEAD_NAME
 from exporter.model.gguf_rope import llama3_parameters
 
 KEYS = "gguf_keys.toml"
-EMBEDDING, HEAD, FREQUENCY_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+FREQUENCY_FACTORS = "rope_freqs.weight"
 # llama.cpp's default.
 FREQUENCY_BASE = 10000.0
 ROPE_TYPES = ("none", "linear", "yarn")
@@ -160,14 +161,14 @@ def _require_known(header: Header, keys: Keys) -> None:
 
 def _config(header: Header, keys: Keys) -> dict[str, Any]:
     file = header.file
-    if EMBEDDING not in file.tensors or len(file.tensors[EMBEDDING].shape) != 2:
-        raise InputError("the GGUF file holds no embedding", where=file.path, expected=f"the matrix {EMBEDDING}")
+    if EMBEDDING_NAME not in file.tensors or len(file.tensors[EMBEDDING_NAME].shape) != 2:
+        raise InputError("the GGUF file holds no embedding", where=file.path, expected=f"the matrix {EMBEDDING_NAME}")
     hidden, heads = header.whole("embedding_length"), header.whole("attention.head_count")
     head_dim = header.whole("attention.key_length", hidden // max(heads, 1))
     _require_whole_heads(header, head_dim, hidden // max(heads, 1))
     window = header.whole("attention.sliding_window", 0)
     model_type = keys.config_with_window if window else keys.config
-    (architecture,) = (name for name, family in FAMILIES.items() if family.model_type == model_type)
+    (architecture,) = (name for name, family in families().items() if family.model_type == model_type)
     layers = header.whole("block_count")
     config = {
         "architectures": [architecture],
@@ -182,8 +183,8 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
         "max_position_embeddings": header.whole("context_length"),
         "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(header, head_dim),
-        "tie_word_embeddings": HEAD not in file.tensors,
-        "vocab_size": file.shape(EMBEDDING)[0],
+        "tie_word_embeddings": HEAD_NAME not in file.tensors,
+        "vocab_size": file.shape(EMBEDDING_NAME)[0],
     }
     if window:
         config |= {"sliding_window": window}

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporter.formats.format import Float32
+from exporter.model.rotary import rope_parameters
 
 Float64 = NDArray[np.float64]
 
@@ -125,7 +126,7 @@ def same_yarn(config: PretrainedConfig, head_dim: int) -> bool:
 
     Both follow the same paper, but differ if the range of mixed frequencies is empty or reversed.
     """
-    parameters = config.rope_parameters
+    parameters = rope_parameters(config)
     base, factor = np.float32(parameters["rope_theta"]), parameters["factor"]
     original = np.float32(parameters["original_max_position_embeddings"])
 

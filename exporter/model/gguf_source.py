@@ -13,14 +13,15 @@ from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import InputError
-from exporter.model.architecture import Architecture
-from exporter.model.families import HEAD
+from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
 from exporter.model.gguf_file import GgufFile, grid_warning, open_whole, whole_name
+from exporter.model.gguf_names import gguf_names, in_source_order, row_order
 from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, SourceFiles, digest_files
-from exporter.model.tensors import gguf_names, interleaved_rows, require_finite
+from exporter.model.rotary import rope_parameters, rotary_kind
+from exporter.model.tensors import require_finite
 
 # Increment when the unpacked metadata changes.
 METADATA_VERSION = 2
@@ -44,25 +45,23 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     made = read_config(file)
     folder = _metadata_folder(file, made)
     config = load_config(folder)
-    architecture = Architecture.of(config, file.path)
-    _require_same_rope(file, config, architecture)
-    interleaved = architecture.family.rotary_interleaved_in_gguf
-    heads = {"q": architecture.heads, "k": architecture.kv_heads} if interleaved else {}
-    needed = [group.name for group in architecture.groups()] + list(architecture.vectors())
+    decoder = Decoder.of(config, file.path)
+    _require_same_rope(file, config, decoder)
+    needed = [group.name for group in decoder.groups()] + list(decoder.vectors())
     # A file may hold a separate head although the config ties it, or lack one although the config does not.
-    names = used_tensors(file, gguf_names(architecture.layers), [*needed, HEAD])
-    tensors = GgufSource(file, names, heads)
-    architecture.check_shapes(tensors.shapes(), file.path)
+    names = used_tensors(file, gguf_names(decoder), [*needed, HEAD])
+    tensors = GgufSource(file, names, decoder)
+    decoder.check_shapes(tensors.shapes(), file.path)
     warnings = grid_warning(file) + case_warning(file)
-    return Model(name, origin, folder, file.path, config, architecture, tensors, warnings, source=source)
+    return Model(name, origin, folder, file.path, config, decoder, tensors, warnings, source=source)
 
 
-def _require_same_rope(file: GgufFile, config: PretrainedConfig, architecture: Architecture) -> None:
-    if config.rope_parameters["rope_type"] == "yarn" and not same_yarn(config, architecture.head_dim):
+def _require_same_rope(file: GgufFile, config: PretrainedConfig, decoder: Decoder) -> None:
+    if rotary_kind(config) == "yarn" and not same_yarn(config, decoder.head_dim):
         raise InputError(
             "llama.cpp and transformers compute other frequencies for this yarn scaling",
             where=file.path,
-            got={key: value for key, value in config.rope_parameters.items() if value is not None},
+            got={key: value for key, value in rope_parameters(config).items() if value is not None},
             next_step=HF_FOLDER,
         )
 
@@ -93,12 +92,16 @@ class GgufSource:
     Args:
         file: The file.
         names: Hugging Face name -> GGUF name.
-        heads: Heads of the query (`q`) and key (`k`) matrices if their rows are interleaved, else empty.
+        decoder: Says which rows are in another order there, and which vectors hold another value.
     """
 
-    def __init__(self, file: GgufFile, names: Mapping[str, str], heads: Mapping[str, int]) -> None:
+    def __init__(self, file: GgufFile, names: Mapping[str, str], decoder: Decoder) -> None:
         self.files = list(file.paths)
-        self._file, self._names, self._heads = file, names, heads
+        self._file, self._names = file, names
+        self._orders = {
+            group.name: order for group in decoder.groups() if (order := row_order(decoder, group)) is not None
+        }
+        self._offsets = {vector.name: vector.offset for vector in decoder.all_vectors() if vector.offset}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""
@@ -107,9 +110,7 @@ class GgufSource:
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
         values = self._file.decoded(self._names[name])
-        for role, heads in self._heads.items():
-            if name.endswith(f"{role}_proj.weight"):
-                restored = np.empty_like(values)
-                restored[interleaved_rows(len(values), heads)] = values
-                values = restored
+        values = in_source_order(values, self._orders.get(name))
+        if name in self._offsets:
+            values = values - np.float32(self._offsets[name])
         return require_finite(values if values.flags.writeable else values.copy(), name)

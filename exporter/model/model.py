@@ -1,4 +1,4 @@
-"""The pipeline's model: architecture, lazy tensors, and a folder with config and tokenizer."""
+"""The pipeline's model: decoder, lazy tensors, and a folder with config and tokenizer."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from exporter.formats.format import Float32
 from exporter.formats.group import WeightGroup
 from exporter.foundation.cache_entries import Identity, identity
 from exporter.foundation.errors import InputError
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.model.tensors import INDEX, TensorSource
 
 # All files besides the weights that a transformers tokenizer or this package may read.
@@ -78,7 +78,7 @@ class Model:
         folder: A folder that holds config.json and the tokenizer's files.
         single_file: The file that the model was read from, tokenizer included; None for a folder.
         config: The transformers config.
-        architecture: Its shape.
+        decoder: Its sizes and blocks.
         tensors: Its weights.
         warnings: Warnings about the source for the report.
         changes: Digest of the changes to shape or weights since reading; empty for none.
@@ -90,7 +90,7 @@ class Model:
     folder: Path
     single_file: Path | None
     config: PretrainedConfig
-    architecture: Architecture
+    decoder: Decoder
     tensors: TensorSource
     warnings: tuple[str, ...] = ()
     changes: str = ""
@@ -98,7 +98,7 @@ class Model:
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices in the order of the forward pass."""
-        return self.architecture.groups()
+        return self.decoder.groups()
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite.

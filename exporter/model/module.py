@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model
 
 
@@ -17,13 +16,16 @@ def weightless_module(model: Model) -> nn.Module:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         module: nn.Module = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
-        for group in model.groups():
-            if group.layer is None:
-                continue
-            linear = module.get_submodule(layer_tensor(group.layer, LINEARS[group.role][0]))
-            assert isinstance(linear, nn.Linear)
-            if linear.weight.shape != (group.rows, group.columns):
-                linear.out_features, linear.in_features = group.rows, group.columns
-                linear.weight = nn.Parameter(torch.empty(group.rows, group.columns))
+        layers: nn.ModuleList = module.get_submodule("model.layers")  # type: ignore[assignment]
+        for block, layer in zip(model.decoder.blocks, layers, strict=True):
+            for linear in block.linears.values():
+                _resize(layer.get_submodule(linear.module), linear.group.rows, linear.group.columns)
     # Gradients are only taken with respect to hidden states, so nothing is stored for weight gradients.
     return module.requires_grad_(False)
+
+
+def _resize(linear: nn.Module, rows: int, columns: int) -> None:
+    assert isinstance(linear, nn.Linear)
+    if linear.weight.shape != (rows, columns):
+        linear.out_features, linear.in_features = rows, columns
+        linear.weight = nn.Parameter(torch.empty(rows, columns))

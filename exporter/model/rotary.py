@@ -1,4 +1,10 @@
-"""Rotary embeddings as in transformers: the frequencies, and the scale factor of the cosines and sines."""
+"""Rotary embeddings as in transformers: the frequencies, and the scale factor of the cosines and sines.
+
+Families with two kinds of attention have `rope_parameters` for each; all others have one for all layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -7,31 +13,40 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
+from exporter.model.attention_windows import FULL, SLIDING
 
 
-def rotary_kind(config: PretrainedConfig) -> str:
+def rope_parameters(config: PretrainedConfig, attention: str = FULL) -> Mapping[str, Any]:
+    """Return the parameters of the rotary embeddings of layers with a kind of attention."""
+    parameters: Mapping[str, Any] = config.rope_parameters
+    found: Mapping[str, Any] = parameters[attention] if FULL in parameters else parameters
+    return found
+
+
+def rotary_kind(config: PretrainedConfig, attention: str = FULL) -> str:
     """Return the kind of rotary embedding; `default` means no scaling."""
-    kind: str = config.rope_parameters["rope_type"]
+    kind: str = rope_parameters(config, attention)["rope_type"]
     return kind
 
 
-def rotary_frequencies(config: PretrainedConfig) -> tuple[Float32, float]:
+def rotary_frequencies(config: PretrainedConfig, attention: str = FULL) -> tuple[Float32, float]:
     """Return the rotation angle of each pair per position, float32 [head width / 2], and the factor of both tables.
 
     For `dynamic` these hold up to `max_position_embeddings`; its scaling begins beyond.
     """
-    kind = rotary_kind(config)
+    kind = rotary_kind(config, attention)
     if kind == "default":
-        return plain_frequencies(config).numpy(), 1.0
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        return plain_frequencies(config, attention).numpy(), 1.0
+    layer_type = attention if FULL in config.rope_parameters else None
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", layer_type=layer_type)
     return frequencies.numpy(), float(factor)
 
 
-def plain_frequencies(config: PretrainedConfig) -> torch.Tensor:
+def plain_frequencies(config: PretrainedConfig, attention: str = FULL) -> torch.Tensor:
     """Return the unscaled frequencies, float32 [head width / 2]."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    return torch.as_tensor(1.0 / (config.rope_parameters["rope_theta"] ** exponents))
+    return torch.as_tensor(1.0 / (rope_parameters(config, attention)["rope_theta"] ** exponents))
 
 
 def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
@@ -48,8 +63,13 @@ def check_rotary(config: PretrainedConfig, where: object) -> None:
     Raises:
         InputError: see above.
     """
+    for attention in (FULL, SLIDING) if FULL in config.rope_parameters else (FULL,):
+        _check_rotary(config, attention, where)
+
+
+def _check_rotary(config: PretrainedConfig, attention: str, where: object) -> None:
     try:
-        frequencies, factor = rotary_frequencies(config)
+        frequencies, factor = rotary_frequencies(config, attention)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise InputError("the rotary embeddings cannot be computed", where=where, got=repr(error)) from error
     if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and 0 < factor < np.inf):

@@ -10,10 +10,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from exporter.foundation.errors import MissingDependencyError, RequestError
-from exporter.model.architecture import Architecture
 from exporter.model.checkpoint import SafetensorsSource, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, load_config, read_config
-from exporter.model.families import HEAD
+from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
 from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
@@ -56,22 +55,22 @@ def open_model(source: str) -> Iterator[Model]:
 def _open_folder(folder: Path, name: str = "") -> Model:
     source = SourceFiles(lambda: [*metadata_files(folder), *folder.glob("*.safetensors"), *folder.glob(INDEX)])
     config = _folder_config(folder)
-    architecture = Architecture.of(config, folder / CONFIG)
+    decoder = Decoder.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
-    checkpoint = checkpoint.named_for({*architecture.tensors(), HEAD})
-    if architecture.tied and checkpoint.has_own_head():
+    checkpoint = checkpoint.named_for({*decoder.tensors(), HEAD})
+    if decoder.tied and checkpoint.has_own_head():
         # transformers ties them only if both are equal.
         config.tie_word_embeddings = False
-        architecture = replace(architecture, tied=False)
+        decoder = replace(decoder, tied=False)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, UNTIED))
-    elif architecture.tied:
+    elif decoder.tied:
         checkpoint = checkpoint.tied()
     tensors = SafetensorsSource(checkpoint)
-    architecture.check_shapes(tensors.shapes(), folder)
+    decoder.check_shapes(tensors.shapes(), folder)
     name = name or folder.resolve().name
     origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
-    return Model(name, origin, folder, None, config, architecture, tensors, notes, source=source)
+    return Model(name, origin, folder, None, config, decoder, tensors, notes, source=source)
 
 
 def _folder_config(folder: Path) -> PretrainedConfig:

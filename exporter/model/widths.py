@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
-from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model, digest_files
 
 Channels = NDArray[np.int64]
-CHANNEL_AXES = {"gate": 0, "up": 0, "down": 1}
+COLUMNS = 1
 
 
 def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -> Model:
@@ -29,7 +28,7 @@ def selected(model: Model, kept: Sequence[Channels], down: Mapping[int, Path]) -
     """
 
     def read(name: str, layer: int, axis: int) -> Float32:
-        if axis == CHANNEL_AXES["down"] and layer in down:
+        if axis == COLUMNS and layer in down:
             given: Float32 = np.load(down[layer], allow_pickle=False)
             return given
         return np.ascontiguousarray(model.read(name).take(kept[layer], axis))
@@ -47,7 +46,7 @@ def outlined(model: Model, widths: Sequence[int]) -> Model:
 
 def padded(model: Model) -> Model:
     """Return the model with zero channels added, so that all layers are as wide as the widest; outputs stay equal."""
-    widest = max(model.architecture.intermediate)
+    widest = max(model.decoder.intermediate)
 
     def read(name: str, layer: int, axis: int) -> Float32:
         values = model.read(name)
@@ -56,7 +55,7 @@ def padded(model: Model) -> Model:
         return np.pad(values, more)
 
     changes = hashlib.sha256(f"{model.changes}:padded".encode()).hexdigest()
-    return _rewidened(model, [widest] * model.architecture.layers, read, changes)
+    return _rewidened(model, [widest] * model.decoder.layers, read, changes)
 
 
 # Reads a feed-forward tensor: name, layer, and the axis of its channels.
@@ -64,18 +63,19 @@ _Read = Callable[[str, int, int], Float32]
 
 
 def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -> Model:
-    architecture = replace(model.architecture, intermediate=tuple(widths))
+    decoder = model.decoder.with_widths(widths)
     config = model.own_config()
     # transformers has one width for all layers: see `exporter.model.module`.
     config.intermediate_size = max(widths)
     places = {
-        layer_tensor(layer, f"{LINEARS[role][0]}.weight"): (layer, axis)
-        for layer in range(architecture.layers)
-        for role, axis in CHANNEL_AXES.items()
+        name: (block.layer, axis)
+        for block in decoder.blocks
+        if block.channels is not None
+        for name, axis in block.channels.axes.items()
     }
-    shapes = {group.name: (group.rows, group.columns) for group in architecture.groups() if group.name in places}
+    shapes = {group.name: (group.rows, group.columns) for group in decoder.groups() if group.name in places}
     tensors = _Rewidened(model, shapes, places, read)
-    return replace(model, config=config, architecture=architecture, tensors=tensors, changes=changes)
+    return replace(model, config=config, decoder=decoder, tensors=tensors, changes=changes)
 
 
 class _Rewidened:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from exporter.calibrate.layer_stream import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
-from exporter.compress.compressed import propagates_errors
+from exporter.compress.compression import propagates_errors
 from exporter.compress.effort import Effort
 from exporter.formats.group import Decision
 from exporter.model.excerpt import excerpt_if_large
@@ -56,7 +56,7 @@ def build_peak_bytes(
 
 def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
     """Return the disk space that statistics, hidden states and sampled text take in the cache."""
-    shape = model.architecture
+    shape = model.decoder
     observed = 1 + sum(step.work(model).observes for step in recipe.rewriting)
     statistics = observed * disk_bytes(model, recipe.spends.calibration_windows * job.window)
     statistics += disk_bytes(model, min(job.evaluation_windows, recipe.spends.prediction_windows) * job.window)
@@ -67,12 +67,12 @@ def cache_bytes(model: Model, job: Job, recipe: Recipe) -> int:
 
 def float_copy_bytes(model: Model) -> int:
     """Return the disk space of the float32 copy that the source, and then the artifact, is checked by."""
-    return 4 * excerpt_if_large(model).architecture.parameters
+    return 4 * excerpt_if_large(model).decoder.parameters
 
 
 def _statistics_bytes(model: Model, job: Job, effort: Effort) -> int:
     """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
-    shape = model.architecture
+    shape = model.decoder
     layer = [group for group in model.groups() if group.layer == 0]
     weights = 4 * sum(group.size for group in layer)
     moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
@@ -86,7 +86,7 @@ def _propagation_bytes(model: Model, job: Job, effort: Effort, decisions: Sequen
     """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
     if not propagates_errors(effort, decisions):
         return 0
-    shape = model.architecture
+    shape = model.decoder
     tokens = effort.calibration_windows * job.window
     weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
     last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
@@ -96,7 +96,7 @@ def _propagation_bytes(model: Model, job: Job, effort: Effort, decisions: Sequen
 
 def _comparing_bytes(model: Model, job: Job, file_bytes: int, runtime_peak_bytes: int) -> int:
     """Return two heads, hidden states, the mapped artifact or its float copy, logits on both sides, and the runtime."""
-    shape = model.architecture
+    shape = model.decoder
     heads = 2 * 4 * shape.vocab * shape.hidden
     hidden = 2 * 4 * job.window * job.evaluation_windows * shape.hidden
     logits = 4 * shape.vocab * job.window // 2

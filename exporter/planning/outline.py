@@ -7,7 +7,7 @@ from typing import Literal
 from exporter.device.fit import check_fit
 from exporter.formats.group import Decision
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.planning.build_footprint import build_peak_bytes, cache_bytes, float_copy_bytes
 from exporter.planning.plan import RecipeDocument
 from exporter.planning.resolve import ResolvedJob
@@ -152,7 +152,7 @@ def pruning(resolved: ResolvedJob, decisions: list[Decision]) -> Pruning | None:
     """Return what the rewriting steps remove from feed-forward parts; None where there are none."""
     if not resolved.recipe.rewriting:
         return None
-    before, after = resolved.original.architecture, resolved.pruned.architecture
+    before, after = resolved.original.decoder, resolved.pruned.decoder
     removed = 1 - sum(after.intermediate) / sum(before.intermediate)
     return Pruning(
         method=" and ".join(step.method for step in resolved.recipe.rewriting),
@@ -163,14 +163,14 @@ def pruning(resolved: ResolvedJob, decisions: list[Decision]) -> Pruning | None:
     )
 
 
-def zero_bytes(architecture: Architecture, decisions: list[Decision]) -> int:
+def zero_bytes(decoder: Decoder, decisions: list[Decision]) -> int:
     """Return the bytes that channels of zeros take.
 
     Args:
-        architecture: Of the model without them.
+        decoder: Of the model without them.
         decisions: For the model with them, one for each weight group.
     """
-    bare = {group.name: group.size for group in architecture.groups()}
+    bare = {group.name: group.size for group in decoder.groups()}
     return sum(one.stored_bytes * (one.group.size - bare[one.group.name]) // one.group.size for one in decisions)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from exporter.calibrate.layer_stream import Progress as StepProgress
 from exporter.calibrate.windows import Windows
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import check_methods
+from exporter.compress.checks import check_methods
 from exporter.compress.effort import DEFAULT, Effort, effort
 from exporter.device.profile import DeviceProfile, load_device
 from exporter.formats.group import Decision
@@ -127,7 +127,7 @@ class ResolvedJob:
             evaluation=TextFacts.of(evaluation),
             evaluation_windows=self.job.evaluation_windows,
             matrices=tuple(map(PlannedMatrix.of, decisions)),
-            notes=tuple(notes),
+            notes=tuple(dict.fromkeys(notes)),
         )
 
     def with_text(self, checks: Sequence[Check], notes: Iterable[str]) -> "ResolvedJob":
@@ -147,7 +147,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
             is longer than the model's.
         InputError: the job repeats a plan for another model or device.
     """
-    longest = model.architecture.context_length
+    longest = model.decoder.context_length
     if job.context > longest:
         raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")
     job, model = replace(job, window=min(job.window, longest)), for_context(model, job.context)
@@ -166,12 +166,12 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
 
 def for_context(model: Model, context: int) -> Model:
     """Return the model for no more positions than are usual, or than are asked for: tables of positions take room."""
-    longest, bounded = model.architecture.context_length, max(context, MOST_POSITIONS_UNASKED)
+    longest, bounded = model.decoder.context_length, max(context, MOST_POSITIONS_UNASKED)
     if longest <= bounded:
         return model
     note = f"the artifact is made for {bounded:,} of the model's {longest:,} positions; --context asks for more"
-    architecture = replace(model.architecture, context_length=bounded)
-    return replace(model, architecture=architecture, warnings=(*model.warnings, note))
+    decoder = replace(model.decoder, positions=bounded)
+    return replace(model, decoder=decoder, warnings=(*model.warnings, note))
 
 
 def recipe_for(job: Job, target: Target) -> Recipe:

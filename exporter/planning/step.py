@@ -23,7 +23,7 @@ from exporter.compress.prune import planned_widths
 from exporter.device.profile import DeviceProfile
 from exporter.formats.group import Decision
 from exporter.foundation.quantities import Document
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.model.widths import outlined
 from exporter.targets.contract import Target, by_bits
@@ -96,17 +96,17 @@ class PruningStep(RewritingStep):
 
     def widths(self, model: Model) -> tuple[int, ...]:
         """Return how many channels each layer keeps, as far as it is known before."""
-        return planned_widths(model.architecture, self.ratio, self.multiple)
+        return planned_widths(model.decoder, self.ratio, self.multiple)
 
     def outlined(self, model: Model) -> Model:
         """Return the model with as many channels as will stay, whichever they are."""
         return outlined(model, self.widths(model))
 
 
-def repair_work(architecture: Architecture) -> Work:
+def repair_work(decoder: Decoder) -> Work:
     """Return what the repair of `down` takes, which needs statistics: one system of equations for each layer."""
-    operations = sum(2 / 3 * width**3 + 2 * width**2 * architecture.hidden for width in architecture.intermediate)
-    return Work(operations, SQUARES * 8 * max(architecture.intermediate) ** 2, True)
+    operations = sum(2 / 3 * width**3 + 2 * width**2 * decoder.hidden for width in decoder.intermediate)
+    return Work(operations, SQUARES * 8 * max(decoder.intermediate) ** 2, True)
 
 
 @dataclass(frozen=True)

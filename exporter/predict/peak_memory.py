@@ -47,7 +47,7 @@ class Overhead:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder that determine its memory; see `exporter.model.architecture.Architecture`."""
+    """The dimensions of a decoder that determine its memory; see `exporter.model.decoder.Decoder`."""
 
     layers: int
     hidden: int

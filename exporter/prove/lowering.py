@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from exporter.compress.compressed import CompressedModel, weights_digest
+from exporter.compress.compression import weights_digest
 from exporter.formats.floats import FLOAT32
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision, WeightGroup
@@ -21,7 +21,7 @@ from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import Target
+from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
 
 # In nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
@@ -63,24 +63,22 @@ def in_float32(decisions: Iterable[Decision]) -> bool:
 
 
 @contextmanager
-def float_copy(
-    target: Target, artifact: Artifact, compressed: CompressedModel, decoded: Decoded
-) -> Iterator[FloatCopy]:
+def float_copy(target: Target, lowered: Lowered, decoded: Decoded) -> Iterator[FloatCopy]:
     """Write the float32 copy of an artifact next to it; it is deleted at the end.
 
     Args:
         target: The artifact's target.
-        artifact: The artifact.
-        compressed: The result of the plan.
+        lowered: The artifact, and what it was made of.
         decoded: Returns the matrices as the runtime decodes them from the artifact.
     """
-    model = dequantised(compressed.rewritten, decoded)
-    if in_float32(compressed.decisions.values()):
+    model = dequantised(lowered.compression.model, decoded)
+    artifact = lowered.artifact
+    if in_float32(lowered.compression.decided):
         yield FloatCopy(artifact, model, True)
         return
     part = excerpt_if_large(model)
     with TemporaryDirectory(prefix=".float-", dir=artifact.folder.parent) as scratch:
-        yield FloatCopy(target.lower_float(part, Path(scratch)), part, part is model)
+        yield FloatCopy(target.write_float(part, Path(scratch)), part, part is model)
 
 
 def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress: Progress = silent) -> Check:
@@ -108,18 +106,18 @@ def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress:
     )
 
 
-def check_weights(decoded: dict[str, str], compressed: CompressedModel) -> Check:
+def check_weights(decoded: dict[str, str], lowered: Lowered) -> Check:
     """Compare the digests of all matrices, decoded from the artifact as its runtime does, with the planned ones."""
-    planned = {name: outcome.planned_sha256 for name, outcome in compressed.outcomes.items()}
+    planned = {name: outcome.planned_sha256 for name, outcome in lowered.outcomes.items()}
     wrong = [name for name, digest in planned.items() if decoded.get(name) != digest]
     detail = f"{len(planned) - len(wrong)} of {len(planned)} matrices decode to exactly the planned weights"
     return _check("lowering.weights", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
 
 
-def check_stored_types(target: Target, artifact: Artifact, compressed: CompressedModel) -> Check:
+def check_stored_types(target: Target, lowered: Lowered) -> Check:
     """Compare the formats in the file with the planned ones."""
-    stored = target.stored_types(artifact, compressed.rewritten)
-    wrong = [name for name, decision in compressed.decisions.items() if stored[name] != decision.stored_as]
+    stored = target.stored_types(lowered.artifact, lowered.compression.model)
+    wrong = [name for name, decision in lowered.compression.decisions.items() if stored[name] != decision.stored_as]
     detail = f"{len(stored) - len(wrong)} of {len(stored)} matrices are stored in the format decided on"
     return _check("lowering.formats", not wrong, detail + (f"; the first that is not: {wrong[0]}" if wrong else ""))
 

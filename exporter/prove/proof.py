@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from exporter.calibrate.windows import Tokens
-from exporter.compress.compressed import CompressedModel
 from exporter.foundation.errors import ExporterError
 from exporter.foundation.progress import Progress, silent
 from exporter.foundation.quantities import Check
@@ -23,7 +22,7 @@ from exporter.prove.prompt import DECODE_TOKENS, prompt_for
 from exporter.prove.self_test import SelfTest, make_self_test
 from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import Target
+from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
 from exporter.targets.text import open_text
@@ -54,8 +53,7 @@ class Proof:
 
 def prove(
     target: Target,
-    artifact: Artifact,
-    compressed: CompressedModel,
+    lowered: Lowered,
     tokens: Tokens,
     context: int,
     threads: int,
@@ -67,8 +65,7 @@ def prove(
 
     Args:
         target: The artifact's target.
-        artifact: The artifact.
-        compressed: The result of the plan, which the artifact must hold.
+        lowered: The artifact, and what it must hold.
         tokens: Evaluation windows, int64 [windows, length].
         context: Tokens of context for measuring time and memory.
         threads: Threads of the runtime.
@@ -78,36 +75,37 @@ def prove(
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
         RuntimeCrashError: the runtime crashed on the artifact.
     """
-    model = compressed.model
+    model, artifact = lowered.compression.original, lowered.artifact
     with OpenedArtifact(artifact, context, threads) as opened:
         prompt = prompt_for(tokens, context)
         progress("prove: speed", 0, 1)
         timing = opened.measure(prompt, DECODE_TOKENS, REPEATS)
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
-    own, checks = _lowered(target, artifact, compressed, tokens, threads, progress)
+    own, checks = _lowered(target, lowered, tokens, threads, progress)
     with OpenedArtifact(artifact, tokens.shape[1], threads) as opened:
         accuracy, rounding = distances([original, own], opened.logits, partial(progress, "prove: windows"))
         checks.append(check_rounding(rounding, target.most_rounding_kl))
         _require(checks)
-        self_test = make_self_test(opened.logits, model.architecture.vocab, 0)
+        self_test = make_self_test(opened.logits, model.decoder.vocab, 0)
     checks += check_parity(artifact, model)
     return Proof(accuracy, rounding, timing, tuple(checks), self_test)
 
 
 def _lowered(
-    target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, threads: int, progress: Progress
+    target: Target, lowered: Lowered, tokens: Tokens, threads: int, progress: Progress
 ) -> tuple[Reference, list[Check]]:
     """Return the float model with the artifact's own weights on some windows, and the checks of the lowering."""
     some = tokens[: -(-len(tokens) // ROUNDING_SHARE)]
-    decoded = Decoded(target.read_back(artifact, compressed.rewritten))
+    model = lowered.compression.model
+    decoded = Decoded(target.read_back(lowered.artifact, model))
     layers = partial(progress, "prove: layers of the artifact")
-    with float_copy(target, artifact, compressed, decoded) as copy:
+    with float_copy(target, lowered, decoded) as copy:
         expected = Reference.of(copy.model, some, layers)
-        own = expected if copy.whole else Reference.of(dequantised(compressed.rewritten, decoded), some, layers)
+        own = expected if copy.whole else Reference.of(dequantised(model, decoded), some, layers)
         checks = [
-            check_weights(decoded.digests, compressed),
-            check_stored_types(target, artifact, compressed),
+            check_weights(decoded.digests, lowered),
+            check_stored_types(target, lowered),
         ]
         _require(checks)
         checks.append(check_lowering(copy, expected, threads, progress))
@@ -128,6 +126,6 @@ def _require(lowered: list[Check]) -> None:
 
 def check_parity(artifact: Artifact, model: Model) -> list[Check]:
     """Compare the artifact's tokenizer and chat template with the model's own."""
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     with open_text(artifact) as child:
         return check_text(child, tokenizer)

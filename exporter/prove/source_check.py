@@ -63,7 +63,7 @@ def check_source(
 def _distance(
     model: Model, path: Path, files: SourceFiles, reference: Reference, threads: int, folder: Path
 ) -> Distance:
-    layers = None if excerpt_if_large(model) is model else model.architecture.layers
+    layers = None if excerpt_if_large(model) is model else model.decoder.layers
     with TemporaryDirectory(prefix=".source.", dir=folder) as scratch:
         artifact = files.in_float32(path, Path(scratch), layers)
         try:

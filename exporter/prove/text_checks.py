@@ -58,8 +58,8 @@ def preview_text(model: Model, target: Target) -> TextPreview:
 def _key(model: Model, target: Target) -> str:
     """Return a digest of all that the answer depends on; of the model's configuration, only the special tokens."""
     found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
-    special = special_ids(model.folder, {}, model.architecture.vocab)
-    kind, rows = model.architecture.family.model_type, model.architecture.vocab
+    special = special_ids(model.folder, {}, model.decoder.vocab)
+    kind, rows = model.decoder.family.model_type, model.decoder.vocab
     decisive = (VERSION, target.name, kind, rows, model.single_file is None, digest_files(found), special)
     libraries = (*LIBRARIES, *facts_of(target.name).text_libraries)
     return hashlib.sha256(repr((decisive, *map(_version, libraries))).encode()).hexdigest()[:32]
@@ -78,11 +78,11 @@ def _preview(model: Model, target: Target, scratch: Path) -> TextPreview:
     artifact = target.lower_text(model, scratch)
     if artifact is None:
         return TextPreview()
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     with _opened(artifact, model) as child:
         by_itself = child.call(TextRuntime.ends, LOAD_S)
         checks = check_text(child, tokenizer)
-    special = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
+    special = special_ids(model.folder, tokenizer.roles, model.decoder.vocab)
     ends = _ends_notes(child.title, tokenizer, special.ends, by_itself)
     return TextPreview(checks=tuple(checks), notes=(*tokenizer.notes, *special.notes, *ends))
 

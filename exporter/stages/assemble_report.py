@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,6 @@ import psutil
 from exporter import __version__
 from exporter.bundle.manifest import PLAN, ManifestHeader, Provenance, presentable
 from exporter.coding.container import CodedSize
-from exporter.compress.compressed import CompressedModel
 from exporter.device.fit import FILE_SIZE, check_fit
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Basis, Check, Quantity
@@ -41,25 +41,44 @@ from exporter.report.data import (
 from exporter.report.html import render_html
 from exporter.stages.stage_times import Stages
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered
 from exporter.targets.facts import facts_of, libraries
 
 # The packages that decide the bytes of every target; each target names its own.
 LIBRARIES = ("torch", "transformers", "zstandard")
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What was found out about an artifact.
+
+    Attributes:
+        proof: How it compares with its original in the real runtime.
+        emulation: How it runs under the device's limits and instructions.
+        coded: The size of its coded files; None if it is not to be shipped so.
+    """
+
+    proof: Proof
+    emulation: Emulation
+    coded: CodedSize | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the plan."""
+        return tuple(self.emulation.notes)
+
+
 def describe(
     resolved: ResolvedJob,
     plan: Plan,
     scheme: str,
-    compressed: CompressedModel,
-    artifact: Artifact,
-    proof: Proof,
-    emulation: Emulation,
-    coded: CodedSize | None,
+    lowered: Lowered,
+    evidence: Evidence,
     stages: Stages,
 ) -> tuple[Report, Measurements]:
     """Return report and measurements of a finished job."""
-    model = compressed.model
+    model, artifact = lowered.compression.original, lowered.artifact
+    proof, emulation, coded = evidence.proof, evidence.emulation, evidence.coded
     measurements = _measurements(resolved, artifact, proof, emulation, stages)
     recipe = RecipeFacts(
         scheme=scheme,
@@ -78,7 +97,7 @@ def describe(
         device_title=resolved.device.title,
         target=plan.target,
         recipe=recipe,
-        pruning=pruning(resolved, list(compressed.decisions.values())),
+        pruning=pruning(resolved, list(lowered.compression.decided)),
         size=_size(artifact, coded, model),
         accuracy=_accuracy(proof, plan),
         checks=proof.checks,
@@ -87,7 +106,7 @@ def describe(
             for check in measurements.checks
             if check.name not in NEVER_FAILING
         ),
-        tensors=_rows(compressed),
+        tensors=_rows(lowered),
     )
     return report, measurements
 
@@ -100,8 +119,8 @@ def _model_facts(model: Model) -> ModelFacts:
     return ModelFacts(
         name=model.name,
         origin=model.origin,
-        architecture=model.architecture.family.architecture,
-        parameters=model.architecture.parameters,
+        architecture=model.decoder.family.architecture,
+        parameters=model.decoder.parameters,
         digest=model.digest,
         warnings=model.warnings,
     )
@@ -109,7 +128,7 @@ def _model_facts(model: Model) -> ModelFacts:
 
 def _size(artifact: Artifact, coded: CodedSize | None, model: Model) -> Size:
     def both(count: int) -> tuple[Quantity, Quantity]:
-        return _measured(count, "bytes"), _measured(8 * count / model.architecture.parameters, "bits")
+        return _measured(count, "bytes"), _measured(8 * count / model.decoder.parameters, "bits")
 
     file_bytes, bits = both(artifact.file_bytes)
     shipped, shipped_bits = (None, None) if coded is None else both(coded.coded_bytes)
@@ -132,7 +151,7 @@ def _accuracy(proof: Proof, plan: Plan) -> Accuracy:
     )
 
 
-def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
+def _rows(lowered: Lowered) -> tuple[TensorRow, ...]:
     return tuple(
         TensorRow(
             name=decision.group.name,
@@ -145,11 +164,11 @@ def _rows(compressed: CompressedModel) -> tuple[TensorRow, ...]:
             reason=decision.reason,
             stored_bytes=decision.stored_bytes,
             bits_per_weight=8 * decision.stored_bytes / decision.group.size,
-            output_error=compressed.outcomes[decision.group.name].output_error,
+            output_error=lowered.outcomes[decision.group.name].output_error,
             calibration_kl=decision.calibration_kl or 0.0,
             evaluation_kl=decision.predicted_kl or 0.0,
         )
-        for decision in compressed.decisions.values()
+        for decision in lowered.compression.decided
     )
 
 

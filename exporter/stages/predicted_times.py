@@ -14,7 +14,7 @@ import torch
 from exporter.calibrate.bf16_matmul import quick_products
 from exporter.calibrate.second_moments import STRIPES, Site
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
-from exporter.compress.compressed import propagates_errors, weights_digest
+from exporter.compress.compression import propagates_errors, weights_digest
 from exporter.compress.effort import Effort
 from exporter.compress.method import load_method, method_kind, relative_error
 from exporter.formats.floats import FLOAT32
@@ -85,9 +85,9 @@ def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[
         + (1 + REPEATS) * job.context * prompt
         + REPEATS * DECODE_TOKENS * file_bytes / DECODED_BYTES_PER_SECOND
         + evaluation * (before + token / ROUNDING_SHARE) / (LAYERS_SHARE * flops_per_s)
-        + model.architecture.parameters * 1e-9 * READ_BACK_NANOSECONDS
+        + model.decoder.parameters * 1e-9 * READ_BACK_NANOSECONDS
         + evaluation * prompt
-        + evaluation / 2 * model.architecture.vocab * 1e-9 * COMPARE_NANOSECONDS
+        + evaluation / 2 * model.decoder.vocab * 1e-9 * COMPARE_NANOSECONDS
         + _copying(model, resolved.effort, evaluation / ROUNDING_SHARE * prompt),
     }
 
@@ -95,7 +95,7 @@ def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[
 def _copying(model: Model, effort: Effort, running_s: float) -> float:
     """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
     weights = float_copy_bytes(model) / 4
-    share = weights / model.architecture.parameters
+    share = weights / model.decoder.parameters
     nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", FLOAT32, effort)
     return CHILD_SECONDS + weights * 1e-9 * nanoseconds + share * running_s
 
@@ -109,7 +109,7 @@ def _rewriting(resolved: ResolvedJob, statistics_s: float, flops_per_s: float) -
 
 def _token_flops(model: Model, window: int) -> float:
     """Return the arithmetic of one token of a window: its matrices, and on average half a window of keys and values."""
-    shape = model.architecture
+    shape = model.decoder
     attention = 4 * shape.layers * shape.heads * shape.head_dim * window / 2
     return 2.0 * shape.parameters + attention
 
@@ -125,7 +125,7 @@ def _sampling(resolved: ResolvedJob, token_seconds: float) -> float:
     if job.calibration and job.evaluation:
         return 0.0
     tokens = (effort.calibration_windows + job.evaluation_windows) * job.window
-    weights = resolved.original.architecture.parameters
+    weights = resolved.original.decoder.parameters
     quick = weights * 1e-9 * _encode_nanoseconds("rtn", sampling_target().base_formats[8], effort)
     return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
@@ -165,7 +165,7 @@ def _correcting(
     """Return the seconds of two models side by side through the layers, and of their difference at each site."""
     if not propagates_errors(resolved.effort, decisions):
         return 0.0
-    model, hidden = resolved.model, resolved.model.architecture.hidden
+    model, hidden = resolved.model, resolved.model.decoder.hidden
     layers = [group for group in model.groups() if group.layer is not None]
     sites = {group.site: group for group in layers}
     tokens = resolved.effort.calibration_windows * resolved.job.window

@@ -10,14 +10,14 @@ import numpy as np
 
 from exporter.calibrate.sample import notes, starts
 from exporter.calibrate.windows import Windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.cache import cache_folder, scratch_folder
 from exporter.foundation.cache_entries import ARRAY, kept
 from exporter.foundation.progress import Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.planning.job import Job
-from exporter.targets.contract import FormatsByBits, sampling_target
+from exporter.targets.contract import FormatsByBits, lower, sampling_target
 from exporter.targets.opened import OpenedArtifact
 
 # Raised when the same seed gives another text.
@@ -41,14 +41,14 @@ def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
     """Say what a reader must know of texts that the model wrote itself, if one of these is."""
     if all(text.kind == "file" for text in texts):
         return ()
-    return notes(load_tokenizer(model.folder, model.architecture.vocab))
+    return notes(load_tokenizer(model.folder, model.decoder.vocab))
 
 
 def _sample(model: Model, target: FormatsByBits, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     # Beside the samples: the folder of temporary files may be small, or in memory.
     with scratch_folder(cache_folder("samples"), "quick") as scratch:
-        compressed = CompressedModel(model, target.decide(model, target.type_of_8_bits, "rtn"), None)
-        artifact = target.lower(compressed, target.type_of_8_bits, scratch)
+        compression = Compression(model, target.decide(model, target.type_of_8_bits, "rtn"))
+        artifact = lower(target, compression, target.type_of_8_bits, scratch).artifact
         with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.

@@ -3,13 +3,17 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import psutil
 
 SAMPLE_SECONDS = 0.05
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Stages:
     def seconds(self) -> float:
         """The time of all stages."""
         return sum(stage.seconds for stage in self.done)
+
+    def __call__(self, name: str, work: Callable[P, R], *given: P.args, **named: P.kwargs) -> R:
+        """Do the work of a stage, and record its time and peak memory."""
+        with self.stage(name):
+            return work(*given, **named)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -96,7 +96,7 @@ class Allocate(EncodingStep):
         if self.max_file_bytes is not None:
             return self.max_file_bytes
         if self.bits is not None:
-            return int(self.bits * task.original.architecture.parameters / 8)
+            return int(self.bits * task.original.decoder.parameters / 8)
         if self.min_decode is not None or self.min_prefill is not None:
             return None
         target, model = task.target, task.model

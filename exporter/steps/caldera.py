@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from exporter.compress.caldera import Alternation, Part
-from exporter.compress.compressed import with_factors
+from exporter.compress.checks import with_factors
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
 from exporter.planning.step import Draft, EncodingStep, EncodingTask

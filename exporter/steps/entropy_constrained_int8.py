@@ -14,7 +14,7 @@ from exporter.calibrate.layer_stream import Progress
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.caldera import Alternation
-from exporter.compress.compressed import with_factors
+from exporter.compress.checks import with_factors
 from exporter.compress.method import MatrixMethod
 from exporter.compress.methods.entropy_constrained_int8 import (
     DEFAULT_BITS,

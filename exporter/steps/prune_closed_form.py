@@ -24,7 +24,7 @@ class ClosedForm(PruningStep):
     def widths(self, model: Model) -> tuple[int, ...]:
         """Return how many channels each layer keeps; as uneven as they may get where the text decides."""
         even = super().widths(model)
-        return even if self.sizes == "equal" else uneven_widths(even, model.architecture, self.multiple)
+        return even if self.sizes == "equal" else uneven_widths(even, model.decoder, self.multiple)
 
     def rewritten(self, model: Model, observe: Observe, progress: Progress) -> Model:
         """Choose channels by what they cost on the calibration text, and repair."""
@@ -33,7 +33,7 @@ class ClosedForm(PruningStep):
 
     def work(self, model: Model) -> Work:
         """Count an inverse for each layer, and what it takes to keep it as channels go."""
-        shape = model.architecture
+        shape = model.decoder
         repairing = repair_work(shape)
         operations = sum(2 * width**3 * (1 + self.ratio) for width in shape.intermediate)
         return Work(operations + repairing.operations, repairing.peak_bytes, True)

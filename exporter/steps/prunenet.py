@@ -69,7 +69,7 @@ class PruneNet(PruningStep):
 
     def work(self, model: Model) -> Work:
         """Count the singular values of every layer's rows in every episode, and the choice; all gates are in memory."""
-        shape = model.architecture
+        shape = model.decoder
         operations: float = self.episodes * sum(
             2 * width * shape.hidden**2 + EIGENVALUES * shape.hidden**3 for width in shape.intermediate
         )

@@ -12,9 +12,9 @@ import numpy as np
 
 from exporter.formats.format import EncodedFactors, Float32, LowRank
 from exporter.formats.group import Decision, WeightGroup
+from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
-from exporter.model.tensors import gguf_names
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import decoded, ggml_format
 from exporter.targets.gguf.header import finish_header
@@ -32,12 +32,12 @@ class AdapterWriter:
     """
 
     def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
-        self._writer = gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)
+        self._writer = gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
         self._writer.add_name(model.name)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-        names = gguf_names(model.architecture.layers)
+        names = gguf_names(model.decoder)
         for decision in decisions:
             assert decision.low_rank is not None
             format, rank = decision.low_rank.format, decision.low_rank.rank
@@ -69,7 +69,7 @@ class Adapter:
 
     def __init__(self, path: Path | None, model: Model) -> None:
         self._tensors = {} if path is None else {tensor.name: tensor for tensor in open_gguf(path).tensors}
-        self._names = gguf_names(model.architecture.layers)
+        self._names = gguf_names(model.decoder)
 
     def low_rank(self, group: WeightGroup) -> LowRank | None:
         """Return the rank and format of a matrix's factors as the file states them; None if it has no factors."""

@@ -6,9 +6,7 @@ Its `deci` computes the same as `llama` but reads one width per layer.
 
 from dataclasses import dataclass
 
-from exporter.model.architecture import Architecture
-
-WITH_WIDTHS = {"llama": "deci"}
+from exporter.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,13 @@ class FeedForwardStorage:
     reason: str
 
 
-def feed_forward_storage(architecture: Architecture) -> FeedForwardStorage:
+def feed_forward_storage(decoder: Decoder) -> FeedForwardStorage:
     """Return how a GGUF file stores the feed-forward widths of a model."""
-    own = architecture.family.gguf_architecture
-    if architecture.even:
-        return FeedForwardStorage(own, False, f"all layers are {architecture.intermediate[0]} wide")
-    if own in WITH_WIDTHS:
-        with_widths = WITH_WIDTHS[own]
+    own, with_widths = decoder.family.gguf.architecture, decoder.family.gguf.with_widths
+    if decoder.even:
+        return FeedForwardStorage(own, False, f"all layers are {decoder.intermediate[0]} wide")
+    if with_widths is not None:
         return FeedForwardStorage(with_widths, False, f"written as {with_widths!r}, which reads a width for each layer")
-    widest = max(architecture.intermediate)
+    widest = max(decoder.intermediate)
     filled = f"zeros fill each up to {widest}, of which equal widths need none"
     return FeedForwardStorage(own, True, f"llama.cpp's {own!r} has one width for all layers: {filled}")

@@ -7,31 +7,47 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from exporter.formats.format import Float32
-from exporter.model.architecture import Architecture
-from exporter.model.rotary import rotary_frequencies, rotary_kind
+from exporter.model.decoder import Decoder
+from exporter.model.family import HeaderValue
+from exporter.model.rotary import rope_parameters, rotary_frequencies, rotary_kind
 
 
-def write_header(writer: gguf.GGUFWriter, architecture: Architecture, config: PretrainedConfig) -> None:
+def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedConfig) -> None:
     """Add the hyperparameters that llama.cpp reads for this family."""
-    writer.add_block_count(architecture.layers)
-    writer.add_context_length(architecture.context_length)
-    writer.add_embedding_length(architecture.hidden)
-    widths = architecture.intermediate
-    writer.add_feed_forward_length(widths[0] if architecture.even else widths)
-    writer.add_head_count(architecture.heads)
-    writer.add_head_count_kv(architecture.kv_heads)
-    writer.add_key_length(architecture.head_dim)
-    writer.add_value_length(architecture.head_dim)
+    writer.add_block_count(decoder.layers)
+    writer.add_context_length(decoder.context_length)
+    writer.add_embedding_length(decoder.hidden)
+    widths = decoder.intermediate
+    writer.add_feed_forward_length(widths[0] if decoder.even else widths)
+    writer.add_head_count(decoder.heads)
+    writer.add_head_count_kv(decoder.kv_heads)
+    writer.add_key_length(decoder.head_dim)
+    writer.add_value_length(decoder.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(architecture.vocab)
-    writer.add_rope_dimension_count(architecture.head_dim)
+    writer.add_vocab_size(decoder.vocab)
+    writer.add_rope_dimension_count(decoder.head_dim)
     _write_rope(writer, config)
-    if architecture.window is not None:
-        writer.add_sliding_window(architecture.window)
+    if decoder.window is not None and not decoder.family.carries_windows:
+        writer.add_sliding_window(decoder.window)
+    for key, value in decoder.family.gguf.keys(decoder, config).items():
+        _add(writer, f"{writer.arch}.{key}", value)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: HeaderValue) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
 
 
 def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    parameters, kind = config.rope_parameters, rotary_kind(config)
+    parameters, kind = rope_parameters(config), rotary_kind(config)
     writer.add_rope_freq_base(parameters["rope_theta"])
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
@@ -44,7 +60,7 @@ def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 def _attention_factor(config: PretrainedConfig) -> float:
     """Return llama.cpp's factor for cosines and sines, in addition to the factor from YaRN's paper."""
     _, factor = rotary_frequencies(config)
-    return factor / (1 + 0.1 * math.log(max(1.0, config.rope_parameters["factor"])))
+    return factor / (1 + 0.1 * math.log(max(1.0, rope_parameters(config)["factor"])))
 
 
 def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Float32]:
@@ -52,7 +68,7 @@ def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Floa
     if rotary_kind(config) != "llama3":
         return {}
     scaled, _ = rotary_frequencies(config)
-    plain = config.rope_parameters["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    plain = rope_parameters(config)["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return {"rope_freqs.weight": (plain / scaled.astype(np.float64)).astype(np.float32)}
 
 

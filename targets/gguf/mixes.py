@@ -16,9 +16,9 @@ from transformers import PretrainedConfig
 from exporter.child.process import Child
 from exporter.foundation.cache import scratch_folder
 from exporter.foundation.errors import RequestError
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
+from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
-from exporter.model.tensors import gguf_names
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import write_header
 from exporter.targets.gguf.quantise import quantise
@@ -33,14 +33,12 @@ MIXES = (
 QUANTISE_S, QUANTISE_BYTES = 300.0, 1 << 30
 
 
-def mix_types(
-    mix: str, architecture: Architecture, config: PretrainedConfig, important: Iterable[str]
-) -> dict[str, str]:
+def mix_types(mix: str, decoder: Decoder, config: PretrainedConfig, important: Iterable[str]) -> dict[str, str]:
     """Return GGUF tensor name -> type name as `llama_model_quantize` assigns them.
 
     Args:
         mix: A name of `MIXES`.
-        architecture: Shape of the model.
+        decoder: Shape of the model.
         config: Its transformers config.
         important: GGUF names of the matrices that have importance; some mixes depend on it.
 
@@ -49,7 +47,7 @@ def mix_types(
     """
     with scratch_folder() as scratch:
         skeleton, quantised = scratch / "skeleton.gguf", scratch / "quantised.gguf"
-        widths = _write_skeleton(skeleton, architecture, config)
+        widths = _write_skeleton(skeleton, decoder, config)
         uniform = {name: np.ones(widths[name], np.float32) for name in important if name in widths}
         with Child("llama.cpp's quantiser", QUANTISE_BYTES) as child:
             status, log = child.run(quantise, QUANTISE_S, skeleton, quantised, mix, uniform)
@@ -58,15 +56,15 @@ def mix_types(
         return {tensor.name: tensor.tensor_type.name for tensor in open_gguf(quantised).tensors}
 
 
-def _write_skeleton(path: Path, architecture: Architecture, config: PretrainedConfig) -> dict[str, int]:
+def _write_skeleton(path: Path, decoder: Decoder, config: PretrainedConfig) -> dict[str, int]:
     """Write the skeleton and return the width of each matrix."""
-    names = gguf_names(architecture.layers)
-    widths = {names[group.name]: group.columns for group in architecture.groups()}
-    with closing(gguf.GGUFWriter(path, feed_forward_storage(architecture).architecture)) as writer:
-        write_header(writer, architecture, config)
+    names = gguf_names(decoder)
+    widths = {names[group.name]: group.columns for group in decoder.groups()}
+    with closing(gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)) as writer:
+        write_header(writer, decoder, config)
         for name, columns in widths.items():
             writer.add_tensor(name, np.zeros((2, columns), np.float32))
-        for name, shape in architecture.vectors().items():
+        for name, shape in decoder.vectors().items():
             writer.add_tensor(names[name], np.zeros(shape, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -5,14 +5,8 @@ from transformers import PretrainedConfig
 from exporter.foundation.errors import RequestError
 from exporter.model.gguf_rope import BETA_FAST, BETA_SLOW, same_yarn
 from exporter.model.model import Model
-from exporter.model.rotary import rotary_kind
+from exporter.model.rotary import rope_parameters, rotary_kind
 
-# llama.cpp's graphs have this activation built in; both names mean x * sigmoid(x).
-ACTIVATIONS = ("silu", "swish")
-# Architectures that read a tensor of frequency factors, in which llama3's scaling is stored.
-WITH_FACTORS = ("llama",)
-# Architectures with a square query matrix: the heads together are as wide as the residual stream.
-SQUARE = ("qwen2",)
 ELSEWHERE = "use --target onnx, which computes it"
 
 
@@ -22,14 +16,15 @@ def require_supported(model: Model) -> None:
     Raises:
         RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
-    shape, config = model.architecture, model.config
-    family = shape.family.gguf_architecture
-    if config.hidden_act not in ACTIVATIONS:
+    shape, config = model.decoder, model.config
+    declared, activation_key = shape.family.gguf, shape.family.activation_key
+    family = declared.architecture
+    if shape.activation not in declared.activations:
         raise RequestError(
-            "llama.cpp has the activation of the feed-forward parts built in", where="hidden_act",
-            got=repr(config.hidden_act), expected="'silu'", next_step=ELSEWHERE,
+            "llama.cpp has the activation of the feed-forward parts built in", where=activation_key,
+            got=repr(shape.activation), expected=repr(declared.activations[0]), next_step=ELSEWHERE,
         )  # fmt: skip
-    if rotary_kind(config) == "llama3" and family not in WITH_FACTORS:
+    if rotary_kind(config) == "llama3" and not declared.frequency_factors:
         raise RequestError(
             f"llama.cpp's {family!r} has no rotary embeddings of type 'llama3'", where="rope_parameters",
             got="'llama3'", expected="'default', 'linear', 'dynamic' or 'yarn'", next_step=ELSEWHERE,
@@ -40,14 +35,21 @@ def require_supported(model: Model) -> None:
             got=_yarn_keys(config), expected=f"beta_fast {BETA_FAST:g}, beta_slow {BETA_SLOW:g}, truncate true",
             next_step=ELSEWHERE,
         )  # fmt: skip
-    if family in SQUARE and shape.heads * shape.head_dim != shape.hidden:
+    if declared.square_queries and shape.heads * shape.head_dim != shape.hidden:
         raise RequestError(
             f"llama.cpp's {family!r} reads heads that are together as wide as the hidden state", where="head_dim",
             got=f"{shape.heads} heads of {shape.head_dim}, hidden size {shape.hidden}", expected="equal widths",
             next_step=ELSEWHERE,
         )  # fmt: skip
+    refused = declared.refusal(shape, config)
+    if refused is not None:
+        raise RequestError(
+            f"llama.cpp's {family!r} has another value built in", where=refused.key, got=refused.got,
+            expected=refused.expected, next_step=ELSEWHERE,
+        )  # fmt: skip
 
 
 def _yarn_keys(config: PretrainedConfig) -> str:
     keys = ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
-    return ", ".join(f"{key} {config.rope_parameters[key]}" for key in keys if key in config.rope_parameters).lower()
+    given = rope_parameters(config)
+    return ", ".join(f"{key} {given[key]}" for key in keys if key in given).lower()

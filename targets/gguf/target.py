@@ -1,7 +1,7 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import MappingProxyType
@@ -13,23 +13,25 @@ import numpy as np
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
-from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.compress.checks import check_formats
+from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, WeightFormat, plus
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
+from exporter.model.blocks import Vector
 from exporter.model.ends import special_ids
 from exporter.model.gguf_ends import KEY, ends_written
+from exporter.model.gguf_names import gguf_names, gguf_vectors, in_source_order, row_order
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
-from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, shape_of
+from exporter.targets.contract import AsStored, Target, lower, shape_of
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
@@ -91,13 +93,13 @@ class Gguf(Target):
     def as_stored(self, model: Model) -> AsStored:
         """Return the model, padded with zero channels if its layers have several widths and the file only one."""
         require_supported(model)
-        way = feed_forward_storage(model.architecture)
+        way = feed_forward_storage(model.decoder)
         return AsStored(padded(model) if way.padded else model, way.reason)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
         """Return a decision for each matrix: llama.cpp's own for a named mix, else the type wherever it fits."""
         require_supported(model)
-        way = feed_forward_storage(model.architecture)
+        way = feed_forward_storage(model.decoder)
         if way.padded:
             raise RequestError(
                 "the feed-forward widths of the layers differ, which the file cannot hold", got=way.reason,
@@ -110,10 +112,10 @@ class Gguf(Target):
         return decisions
 
     def _mixed(self, model: Model, mix: str, method: str) -> list[Decision]:
-        names = gguf_names(model.architecture.layers)
+        names = gguf_names(model.decoder)
         groups = model.groups()
         observed = [names[group.name] for group in groups if group.site != "tokens"]
-        types = mix_types(mix, model.architecture, model.config, observed)
+        types = mix_types(mix, model.decoder, model.config, observed)
         usual = max(set(types.values()), key=list(types.values()).count)
         return [_mix_decision(group, method, types[names[group.name]], mix, usual) for group in groups]
 
@@ -146,25 +148,25 @@ class Gguf(Target):
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, plus the most that their alignment takes."""
-        names = gguf_names(model.architecture.layers)
-        vectors = {names[name]: int(np.prod(shape)) for name, shape in model.architecture.vectors().items()}
+        names = gguf_names(model.decoder)
+        vectors = {name: vector.width for name, vector in gguf_vectors(model.decoder).items()}
         with scratch_folder() as scratch:
             path = scratch / "empty.gguf"
-            with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
+            with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
                 _add_metadata(writer, model, "")
                 for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
                     writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
                 finish_header(writer)
             header = path.stat().st_size
         tensors = len(vectors) + len(model.groups()) + 1
-        frequencies = 4 * model.architecture.head_dim
+        frequencies = 4 * model.decoder.head_dim
         return header + 4 * sum(vectors.values()) + frequencies + tensors * gguf.GGUF_DEFAULT_ALIGNMENT
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""
-        vectors = sum(4 * int(np.prod(shape)) for shape in model.architecture.vectors().values())
+        vectors = sum(4 * int(np.prod(shape)) for shape in model.decoder.vectors().values())
         tokenizer = model.folder / "tokenizer.json"
-        text = tokenizer.stat().st_size if tokenizer.is_file() else 16 * model.architecture.vocab
+        text = tokenizer.stat().st_size if tokenizer.is_file() else 16 * model.decoder.vocab
         # tokenizer.json holds each token and each merge about once, with JSON around them.
         return sum(decision.stored_bytes for decision in decisions) + vectors + text // 2
 
@@ -172,7 +174,7 @@ class Gguf(Target):
         """Return the memory of llama.cpp's process."""
         file_bytes = self.estimated_file_bytes(model, decisions)
         weights = held_weights(decisions, file_bytes, self._features)
-        return process_peak(shape_of(model.architecture), weights, context)
+        return process_peak(shape_of(model.decoder), weights, context)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""
@@ -183,50 +185,53 @@ class Gguf(Target):
         if model.single_file:
             return None
         path = folder / MODEL_FILE
-        with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
-            write_vocabulary(writer, model.folder, model.architecture.vocab)
+        with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
+            write_vocabulary(writer, model.folder, model.decoder.vocab)
             finish_header(writer)
         return Artifact(self.name, folder, (path,))
 
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
         """Write the GGUF file tensor by tensor, with the adapter if there are factors, then the Modelfile."""
-        with_factors = [one for one in compressed.decisions.values() if one.low_rank is not None]
+        with_factors = [one for one in compression.decided if one.low_rank is not None]
         with ExitStack() as opened:
             adapter = None
             if with_factors:
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(AdapterWriter(partial, compressed.rewritten, with_factors)))
-            _write_gguf(opened.enter_context(replacing(folder / MODEL_FILE)), compressed, type, adapter)
+                adapter = opened.enter_context(closing(AdapterWriter(partial, compression.model, with_factors)))
+            path = opened.enter_context(replacing(folder / MODEL_FILE))
+            _write_gguf(path, compression, matrices, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
         (folder / MODELFILE).write_text(modelfile(files), encoding="utf-8")
         return Artifact(self.name, folder, tuple(folder / file for file in files))
 
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
+    def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32: matrices in F32, any factors added to them."""
-        return self.lower(CompressedModel(model, self.decide(model, "F32", "rtn"), None), "F32", folder)
+        return lower(self, Compression(model, self.decide(model, "F32", "rtn")), "F32", folder).artifact
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, including its factors."""
         tensors = {tensor.name: tensor for tensor in open_gguf(_model_file(artifact)).tensors}
-        names = gguf_names(model.architecture.layers)
+        names = gguf_names(model.decoder)
         adapter = _adapter(artifact, model)
 
         def read(group: WeightGroup) -> Float32:
             tensor = tensors[names[group.name]]
             stored = decoded(tensor)
-            order = row_order(model, group)
+            order = row_order(model.decoder, group)
             factors = adapter.decode(group)
             if factors is None:
-                return _restored(stored, order)
+                return in_source_order(stored, order)
             left, right = factors
-            return plus(_restored(stored, order), _restored(left, order), right)
+            return plus(in_source_order(stored, order), in_source_order(left, order), right)
 
         return read
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the type of each matrix as the file states it."""
         types = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(_model_file(artifact)).tensors}
-        names = gguf_names(model.architecture.layers)
+        names = gguf_names(model.decoder)
         adapter = _adapter(artifact, model)
         return {
             group.name: types[names[group.name]] + (f"+{low_rank.name}" if low_rank else "")
@@ -249,24 +254,6 @@ def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: s
 FALLBACKS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16")
 
 
-def row_order(model: Model, group: WeightGroup) -> np.ndarray | None:
-    """Return the source row of each stored row, or None if the order is the same."""
-    shape = model.architecture
-    heads = {"q": shape.heads, "k": shape.kv_heads}.get(group.role)
-    if heads is None or not shape.family.rotary_interleaved_in_gguf:
-        return None
-    return interleaved_rows(group.rows, heads)
-
-
-def _restored(stored: Float32, order: np.ndarray | None) -> Float32:
-    """Return rows in the source's order, given the order in which they are stored."""
-    if order is None:
-        return stored
-    rows = np.empty_like(stored)
-    rows[order] = stored
-    return rows
-
-
 def _model_file(artifact: Artifact) -> Path:
     return next(path for path in artifact.weights if path.name != ADAPTER_FILE)
 
@@ -275,28 +262,40 @@ def _adapter(artifact: Artifact, model: Model) -> Adapter:
     return Adapter(next((path for path in artifact.weights if path.name == ADAPTER_FILE), None), model)
 
 
-def _write_gguf(path: Path, compressed: CompressedModel, type: str, adapter: AdapterWriter | None) -> None:
-    model = compressed.rewritten
-    names = gguf_names(model.architecture.layers)
-    vectors = {names[name]: compressed.vector(name) for name in model.architecture.vectors()}
-    vectors |= frequency_factors(model.config, model.architecture.head_dim)
-    with closing(gguf.GGUFWriter(path, feed_forward_storage(model.architecture).architecture)) as writer:
+def _write_gguf(
+    path: Path,
+    compression: Compression,
+    matrices: Iterator[CompressedMatrix],
+    type: str,
+    adapter: AdapterWriter | None,
+) -> None:
+    model = compression.model
+    names = gguf_names(model.decoder)
+    vectors = {name: _gain(model, vector) for name, vector in gguf_vectors(model.decoder).items()}
+    vectors |= frequency_factors(model.config, model.decoder.head_dim)
+    with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
         _add_metadata(writer, model, type)
         for name, vector in vectors.items():
             writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
-        for decision in compressed.decisions.values():
+        for decision in compression.decided:
             shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
             kind = gguf.GGMLQuantizationType[decision.format.name]
             writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.base_bytes, kind)
         finish_header(writer)
         for vector in vectors.values():
             writer.write_tensor_data(vector)
-        for decision in compressed.decisions.values():
-            matrix = compressed.encode(decision.group.name)
-            order = row_order(model, decision.group)
-            writer.write_tensor_data(matrix.data if order is None else matrix.data[order])
-            if adapter is not None and matrix.factors is not None:
-                adapter.add(matrix.factors, order)
+        for matrix in matrices:
+            order = row_order(model.decoder, matrix.decision.group)
+            data, factors = matrix.encoded.data, matrix.encoded.factors
+            writer.write_tensor_data(data if order is None else data[order])
+            if adapter is not None and factors is not None:
+                adapter.add(factors, order)
+
+
+def _gain(model: Model, vector: Vector) -> Float32:
+    """Return what a file holds of a vector: for a norm its gain, offset included."""
+    stored = model.read(vector.name)
+    return stored + np.float32(vector.offset) if vector.offset else stored
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
@@ -305,12 +304,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if hasattr(gguf.LlamaFileType, f"MOSTLY_{type}"):
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
-    write_header(writer, model.architecture, model.config)
+    write_header(writer, model.decoder, model.config)
     if model.single_file:
         copy_vocabulary(writer, model.single_file)
-        ends: Sequence[int] = special_ids(model.folder, {}, model.architecture.vocab).ends
+        ends: Sequence[int] = special_ids(model.folder, {}, model.decoder.vocab).ends
     else:
-        ends = write_vocabulary(writer, model.folder, model.architecture.vocab).ends
+        ends = write_vocabulary(writer, model.folder, model.decoder.vocab).ends
     writer.add_string(KEY, ends_written(ends))
 
 

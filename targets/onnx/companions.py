@@ -58,7 +58,7 @@ def genai_ids(model: Model, tokenizer: ModelTokenizer) -> dict[str, Any]:
 
     Without an end token, onnxruntime-genai ends at the padding token, or at token 0 if there is none either.
     """
-    found = special_ids(model.folder, tokenizer.roles, model.architecture.vocab)
+    found = special_ids(model.folder, tokenizer.roles, model.decoder.vocab)
     ids: dict[str, Any] = {"eos_token_id": list(found.ends), "pad_token_id": _padding(found)}
     return ids | ({"bos_token_id": found.roles["bos"]} if "bos" in found.roles else {})
 
@@ -73,7 +73,7 @@ def write_text_alone(model: Model, folder: Path) -> None:
     Raises:
         InputError: onnxruntime-genai has no tokenizer of this kind.
     """
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     kind = tokenizer.definition["model"]["type"]
     if kind != "BPE":
         # It reads Unigram under the names of some classes, but without byte fallback and without BOS.
@@ -81,8 +81,8 @@ def write_text_alone(model: Model, folder: Path) -> None:
             "onnxruntime-genai has no such tokenizer", where=model.folder / tokenizer.source, got=kind, expected="BPE",
             next_step="use a model with a BPE tokenizer",
         )  # fmt: skip
-    write_text_files(tokenizer, model.architecture.context_length, folder)
-    facts = {"type": model.architecture.family.model_type, "vocab_size": model.architecture.vocab}
-    facts |= {"context_length": model.architecture.context_length}
+    write_text_files(tokenizer, model.decoder.context_length, folder)
+    facts = {"type": model.decoder.family.model_type, "vocab_size": model.decoder.vocab}
+    facts |= {"context_length": model.decoder.context_length}
     settings = {"model": facts | genai_ids(model, tokenizer)}
     (folder / CONFIGURATION).write_text(json.dumps(settings), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Turns the skeleton into the artifact: matrices become `MatMulNBits`, and data is written to the external file."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,8 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporter.compress.compression import CompressedMatrix
 from exporter.formats.format import Bytes, Float32
-from exporter.model.families import HEAD, LINEARS, layer_tensor
+from exporter.model.decoder import Decoder
 from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 DOMAIN = "com.microsoft"
@@ -17,6 +19,8 @@ PAGE_BYTES = 4096
 ALIGNED_FROM_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
 GATHER = "/model/embed_tokens/Gather"
+FUSED_QKV, QKV = "attn/qkv_proj", ("attn/q_proj", "attn/k_proj", "attn/v_proj")
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -26,23 +30,45 @@ class Product:
     node: ir.Node
     groups: tuple[str, ...]
 
+    @property
+    def weight(self) -> str:
+        """Name of the initialiser that holds its weights."""
+        weight = self.node.inputs[1]
+        assert weight is not None and weight.name
+        return weight.name
 
-def products(graph: ir.Graph) -> list[Product]:
+
+def products(graph: ir.Graph, decoder: Decoder) -> list[Product]:
     """Return the matrix multiplications with weights, in the order of the graph."""
-    held = (Product(node, _groups_of(node)) for node in graph if node.op_type == "MatMul")
-    return [product for product in held if product.groups]
+    groups = _groups_of_nodes(decoder)
+    return [Product(node, groups[node.name]) for node in graph if node.op_type == "MatMul" and node.name in groups]
 
 
-def _groups_of(node: ir.Node) -> tuple[str, ...]:
-    """Return the source tensors of a node such as `/model/layers.3/attn/qkv_proj/MatMul`."""
-    parts = (node.name or "").strip("/").split("/")
-    if parts[0] == "lm_head":
-        return (HEAD,)
-    if len(parts) != 5 or not parts[1].startswith("layers."):
-        return ()
-    layer, projection = int(parts[1].removeprefix("layers.")), parts[3].removesuffix("_proj")
-    roles = "qkv" if projection == "qkv" else (projection,)
-    return tuple(layer_tensor(layer, f"{LINEARS[role][0]}.weight") for role in roles)
+def _groups_of_nodes(decoder: Decoder) -> dict[str | None, tuple[str, ...]]:
+    """Return the name of every node that may multiply by a matrix, such as `/model/layers.3/attn/qkv_proj/MatMul`."""
+    found: dict[str | None, tuple[str, ...]] = {"/lm_head/MatMul": (decoder.head.name,)}
+    for block in decoder.blocks:
+        paths = {decoder.family.onnx.nodes[role]: linear.group.name for role, linear in block.linears.items()}
+        alone: dict[str, tuple[str, ...]] = {path: (name,) for path, name in paths.items()}
+        fused = tuple(paths[path] for path in paths if path in QKV)
+        for path, names in (alone | {FUSED_QKV: fused}).items():
+            found[f"/model/layers.{block.layer}/{path}/MatMul"] = names
+    return found
+
+
+def gathered(
+    products: Iterable[Product], matrices: Iterable[CompressedMatrix]
+) -> Iterator[tuple[Product | None, list[CompressedMatrix]]]:
+    """Yield each product as soon as all of its matrices have come, and a matrix that is in none by itself."""
+    places = {name: product for product in products for name in product.groups}
+    waiting: dict[str, CompressedMatrix] = {}
+    for matrix in matrices:
+        product = places.get(matrix.name)
+        waiting[matrix.name] = matrix
+        if product is None:
+            yield None, [waiting.pop(matrix.name)]
+        elif all(name in waiting for name in product.groups):
+            yield product, [waiting.pop(name) for name in product.groups]
 
 
 class DataFile:

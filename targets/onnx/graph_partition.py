@@ -22,7 +22,7 @@ from exporter.coding.layout import FileSection, array_part
 from exporter.formats.format import Bytes
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
-from exporter.model.architecture import MAX_LAYERS, MAX_WIDTH
+from exporter.model.limits import MAX_LAYERS, MAX_WIDTH
 from exporter.targets.onnx.coded_layout import MOST_NODES, External, read_graph
 
 LAYER = re.compile(r"/model/layers\.([0-9]{1,4})/")

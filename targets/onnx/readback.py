@@ -1,5 +1,6 @@
 """Decodes the artifact's tables with ONNX Runtime's own operators, one at a time."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -12,17 +13,21 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from exporter.formats.format import Float32, plus
 from exporter.formats.group import WeightGroup
 from exporter.foundation.errors import InputError
-from exporter.model.families import EMBEDDING, HEAD, LINEARS
 from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 OUTPUTS_AT_ONCE = 2048
 
 
 class Tables:
-    """The matrices of an ONNX decoder, found by the nodes that use them."""
+    """The matrices of an ONNX decoder, found by the nodes that use them.
 
-    def __init__(self, path: Path) -> None:
-        self._folder = path.parent
+    Args:
+        path: The graph.
+        nodes: Role -> path of a matrix's node within its layer.
+    """
+
+    def __init__(self, path: Path, nodes: Mapping[str, str]) -> None:
+        self._folder, self._paths = path.parent, nodes
         try:
             self._graph = onnx.load_model(str(path), load_external_data=False).graph
         except Exception as error:
@@ -54,7 +59,9 @@ class Tables:
         """Return the nodes that multiply by L and R, or None if the matrix has no factors."""
         if group.layer is None:
             return None
-        sides = [[f"{_stem(group)}/{side}/{kind}" for kind in ("MatMulNBits", "MatMul")] for side in ("left", "right")]
+        sides = [
+            [f"{self._stem(group)}/{side}/{kind}" for kind in ("MatMulNBits", "MatMul")] for side in ("left", "right")
+        ]
         found = [self._nodes[name] for names in sides for name in names if name in self._nodes]
         return (found[0], found[1]) if len(found) == 2 else None
 
@@ -96,15 +103,19 @@ class Tables:
         """Return the node that uses a matrix and the matrix's first row in it."""
         if group.role == "embedding" and "head" not in group.uses:
             return self._first("/model/embed_tokens/GatherBlockQuantized", "/model/embed_tokens/Gather"), 0
-        if group.name in (EMBEDDING, HEAD):
+        if group.layer is None:
             return self._first("/lm_head/MatMulNBits", "/lm_head/MatMul"), 0
-        stem = _stem(group)
+        stem = self._stem(group)
         own = [f"{stem}/MatMul{suffix}" for suffix in ("NBits", "")]
         if any(name in self._nodes for name in own):
             return self._first(*own), 0
         fused = f"{stem.rpartition('/')[0]}/qkv_proj"
         node = self._first(f"{fused}/MatMulNBits", f"{fused}/MatMul")
         return node, self._first_row(node, group)
+
+    def _stem(self, group: WeightGroup) -> str:
+        """Return the common prefix of a matrix's node names."""
+        return f"/model/layers.{group.layer}/{self._paths[group.role]}"
 
     def _first(self, *names: str) -> onnx.NodeProto:
         for name in names:
@@ -137,12 +148,6 @@ class Tables:
             return numpy_helper.to_array(tensor, str(self._folder))
         except (ValueError, OSError) as error:
             raise InputError("the external data is truncated or missing", where=name, got=error) from error
-
-
-def _stem(group: WeightGroup) -> str:
-    """Return the common prefix of a matrix's node names."""
-    part = "attn" if LINEARS[group.role][0].startswith("self_attn") else "mlp"
-    return f"/model/layers.{group.layer}/{part}/{group.role}_proj"
 
 
 def _identity_product(node: onnx.NodeProto, tables: list[np.ndarray]) -> Float32:

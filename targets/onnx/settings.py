@@ -71,7 +71,7 @@ class GenaiModel(Document):
     decoder: Decoder
     eos_token_id: TokenId | TokenIds
     pad_token_id: TokenId
-    type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    type: Literal["gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
     vocab_size: Size
     bos_token_id: Annotated[TokenId | None, ABSENT] = None
 

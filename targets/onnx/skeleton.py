@@ -20,7 +20,7 @@ from exporter.foundation.quantities import from_json
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import Model
 from exporter.model.module import weightless_module
-from exporter.model.rotary import rotary_frequencies
+from exporter.model.rotary import rope_parameters, rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.onnx.companions import genai_ids, write_text_files
 from exporter.targets.onnx.memory import CHUNK
@@ -29,12 +29,6 @@ from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 GENERATION = "generation_config.json"
 # Keys that the builder copies from it, and their types.
 NUMBERS: dict[str, tuple[type, ...]] = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
-BUILDERS: dict[str, Any] = {
-    "LlamaForCausalLM": builders.LlamaModel,
-    "MistralForCausalLM": builders.MistralModel,
-    "Qwen2ForCausalLM": builders.QwenModel,
-    "Qwen3ForCausalLM": builders.Qwen3Model,
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,7 @@ class Skeleton:
         path = folder / CONFIGURATION
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"].pop("bos_token_id")
+        settings["model"]["type"] = model.decoder.family.model_type
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is processed in chunks: the graph computes logits for every token, but only the last are used.
@@ -76,7 +71,7 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         share_embedding: Make the float32 graph gather its embedding from the transposed head.
     """
     options = [f"shared_embeddings={str(share_embedding).lower()}", f"fuse_qkv={str(fuse_qkv).lower()}"]
-    tokenizer = load_tokenizer(model.folder, model.architecture.vocab)
+    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     config = _shown_to_builder(model, tokenizer)
     folder = str(_checked_folder(model, config, tokenizer, scratch))
     with _quiet(), _configured_by(config), torch.no_grad():
@@ -84,16 +79,13 @@ def build_skeleton(model: Model, scratch: Path, fuse_qkv: bool, share_embedding:
         del extra["hf_details"]
         extra.pop("_effective_builder_config", None)
 
-        kind = BUILDERS[model.architecture.family.architecture]
-        builder = kind(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
+        builder = _builder_class(model)(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", str(scratch), extra)
         builder.load_weights = lambda input_path: _weightless(model)
         builder.make_packed_matmul_float_class = _packed
-        builder.make_rotary_embedding_caches_from_scratch = lambda: _rotary_tables(
-            model, builder.rope_attrs["cache_length"]
-        )
         # Otherwise the builder would mistake every matrix with as many rows as the vocabulary for the head.
         builder.has_lm_head = lambda module: module is builder.weights.lm_head
-        _build_each_as_wide_as_it_is(builder, model.architecture.intermediate)
+        builder.embed_attrs["scale"] = model.decoder.embedding_scale
+        _build_each_as_wide_as_it_is(builder, model.decoder.intermediate)
         builder.hf_config = config
         builder.make_model(folder)
     builder.model.graph.sort()
@@ -104,7 +96,7 @@ def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelToke
     """Return a folder with checked files for the builder, without weights; the model's own files are untrusted."""
     folder = scratch / "checked"
     folder.mkdir()
-    write_text_files(tokenizer, model.architecture.context_length, folder)
+    write_text_files(tokenizer, model.decoder.context_length, folder)
     config.save_pretrained(folder)
     (folder / GENERATION).write_text(json.dumps(_sampling(model.folder)), encoding="utf-8")
     return folder
@@ -127,13 +119,15 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     `write_companions` corrects the ids of special tokens; the builder only needs some.
     """
     config = model.own_config()
-    config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    config.layer_types = config.sliding_window = None
-    config.max_position_embeddings = model.architecture.context_length
+    config.rope_parameters = {"rope_type": "default", "rope_theta": rope_parameters(model.config)["rope_theta"]}
+    if not model.decoder.family.carries_windows:
+        config.layer_types = config.sliding_window = None
+    config.max_position_embeddings = model.decoder.context_length
     config.__dict__.pop("original_max_position_embeddings", None)
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
     config.eos_token_id = ids["eos_token_id"] or [0]
+    model.decoder.family.onnx.shim(config, model.config)
     return config
 
 
@@ -148,9 +142,21 @@ def _configured_by(config: PretrainedConfig) -> Iterator[None]:
         genai_builder.AutoConfig = original
 
 
-def _rotary_tables(model: Model, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _builder_class(model: Model) -> Any:
+    """Return the builder of a family, with transformers' own rotary tables and caches that hold every position."""
+    kinds = iter(model.decoder.family.rotary_kinds)
+
+    def tables(builder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _rotary_tables(model, next(kinds), builder.rope_attrs["cache_length"])
+
+    changes = {"make_rotary_embedding_caches_from_scratch": tables, "uses_windowed_kv_cache": lambda builder: False}
+    own = getattr(builders, model.decoder.family.onnx.builder)
+    return type(own.__name__, (own,), changes)
+
+
+def _rotary_tables(model: Model, attention: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines as transformers computes them, float32 [positions, head width]."""
-    frequencies, factor = rotary_frequencies(model.config)
+    frequencies, factor = rotary_frequencies(model.config, attention)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
     return angles.cos() * factor, angles.sin() * factor
 
@@ -169,7 +175,7 @@ def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
 def _weightless(model: Model) -> nn.Module:
     """Return the transformers module with real vectors; each matrix is a single zero, repeated by stride."""
     module = weightless_module(model)
-    vectors = model.architecture.vectors()
+    vectors = model.decoder.vectors()
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         value = torch.from_numpy(model.read(name)) if name in vectors else torch.zeros(()).expand(parameter.shape)

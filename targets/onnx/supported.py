@@ -16,7 +16,7 @@ def require_supported(model: Model) -> None:
     Raises:
         RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
-    width = model.architecture.head_dim
+    width = model.decoder.head_dim
     if width % HEAD_WIDTHS:
         raise RequestError(
             "ONNX Runtime's attention turns heads of certain widths only", where="head_dim", got=width,

@@ -1,6 +1,6 @@
 """The target `onnx`: a decoder for ONNX Runtime and onnxruntime-genai, with matrices in `MatMulNBits`."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -12,7 +12,8 @@ import onnx_ir as ir
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
-from exporter.compress.compressed import CompressedModel, check_formats
+from exporter.compress.checks import check_formats
+from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.profile import DeviceProfile
 from exporter.formats.floats import FLOAT16, FLOAT32
 from exporter.formats.format import Float32, WeightFormat
@@ -20,20 +21,21 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
-from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Peak, Weights, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, shape_of
+from exporter.targets.contract import AsStored, Target, lower, shape_of
 from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
 from exporter.targets.onnx.graph import (
     ALIGNED_FROM_BYTES,
+    EMBEDDING_WEIGHT,
     PAGE_BYTES,
     SMALL_ALIGNMENT_BYTES,
     DataFile,
+    gathered,
     move_rest,
     products,
     put_embedding,
@@ -153,27 +155,25 @@ class Onnx(Target):
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of vectors, rotary tables and graph, plus the most that alignment takes."""
         aligned = sum(PAGE_BYTES if group.size >= ALIGNED_FROM_BYTES else 0 for group in model.groups())
-        small = 4 * SMALL_ALIGNMENT_BYTES * (len(model.groups()) + len(model.architecture.vectors()))
+        small = 4 * SMALL_ALIGNMENT_BYTES * (len(model.groups()) + len(model.decoder.vectors()))
         return (
-            self._vectors_and_rotary(model)
-            + self.graph_bytes_per_layer * (model.architecture.layers + 2)
-            + aligned
-            + small
+            self._vectors_and_rotary(model) + self.graph_bytes_per_layer * (model.decoder.layers + 2) + aligned + small
         )
 
     def _vectors_and_rotary(self, model: Model) -> int:
-        shape = model.architecture
+        shape = model.decoder
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
-        return vectors + 2 * 4 * shape.context_length * shape.head_dim // 2
+        tables = 2 * len(shape.family.rotary_kinds)
+        return vectors + tables * 4 * shape.context_length * shape.head_dim // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of matrices, vectors, rotary tables and graph."""
         matrices = sum(decision.stored_bytes for decision in decisions)
-        return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.architecture.layers
+        return matrices + self._vectors_and_rotary(model) + self.graph_bytes_per_layer * model.decoder.layers
 
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of ONNX Runtime's process."""
-        return process_peak(shape_of(model.architecture), self._weights(model, decisions), context)
+        return process_peak(shape_of(model.decoder), self._weights(model, decisions), context)
 
     def _weights(self, model: Model, decisions: list[Decision]) -> Weights:
         rest = self.estimated_file_bytes(model, decisions) - sum(decision.stored_bytes for decision in decisions)
@@ -188,22 +188,24 @@ class Onnx(Target):
         write_text_alone(model, folder)
         return Artifact(self.name, folder, ())
 
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
         floats = NAMED.get(type, type) == FLOAT
 
         def fill(graph: ir.Graph, file: DataFile) -> None:
             if floats:
-                _put_floats(graph, compressed, file)
+                _put_floats(graph, compression.model, matrices, file)
             else:
-                _put_integers(graph, compressed, file, self._rounding.level)
+                _put_integers(graph, compression.model, matrices, file, self._rounding.level)
 
-        fuse_qkv = _factors_alike(compressed.decisions)
-        return self._write(compressed, folder, fill, fuse_qkv, floats and compressed.rewritten.architecture.tied)
+        fuse_qkv = _factors_alike(compression.decisions)
+        return self._write(compression, folder, fill, fuse_qkv, floats and compression.model.decoder.tied)
 
     def _write(
         self,
-        compressed: CompressedModel,
+        compression: Compression,
         folder: Path,
         fill: Callable[[ir.Graph, DataFile], None],
         fuse_qkv: bool,
@@ -212,14 +214,14 @@ class Onnx(Target):
         """Write a decoder and the other files that onnxruntime-genai needs.
 
         Args:
-            compressed: The model.
+            compression: What is compressed.
             folder: Output folder; empty.
             fill: Puts the matrices into the skeleton's graph and their data into the file.
             fuse_qkv: Use one matrix multiplication for query, key and value.
             share_embedding: See `build_skeleton`.
         """
         with scratch_folder() as scratch:
-            skeleton = build_skeleton(compressed.rewritten, scratch, fuse_qkv, share_embedding)
+            skeleton = build_skeleton(compression.model, scratch, fuse_qkv, share_embedding)
             with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
                 file = DataFile(opened, DATA_FILE, folder)
                 fill(skeleton.graph.graph, file)
@@ -228,20 +230,20 @@ class Onnx(Target):
             require_known(graph, (folder / DATA_FILE).stat().st_size, folder / MODEL_FILE)
             with replacing(folder / MODEL_FILE) as partial:
                 onnx.save_model(graph, str(partial))
-            skeleton.write_companions(compressed.model, folder, dict(self._rounding.options))
+            skeleton.write_companions(compression.original, folder, dict(self._rounding.options))
         return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
 
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
+    def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32: float multiplications, with factors added to their matrices."""
-        return self.lower(CompressedModel(model, self.decide(model, FLOAT, "rtn"), None), FLOAT, folder)
+        return lower(self, Compression(model, self.decide(model, FLOAT, "rtn")), FLOAT, folder).artifact
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
-        return Tables(artifact.weights[0]).decode
+        return Tables(artifact.weights[0], model.decoder.family.onnx.nodes).decode
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the format of each matrix as the graph states it."""
-        tables = Tables(artifact.weights[0])
+        tables = Tables(artifact.weights[0], model.decoder.family.onnx.nodes)
         return {group.name: tables.format_name(group) for group in model.groups()}
 
 
@@ -254,36 +256,32 @@ def _factors_alike(decisions: Mapping[str, Decision]) -> bool:
     return all(len(some) == 1 for some in found.values())
 
 
-def _put_integers(graph: ir.Graph, compressed: CompressedModel, file: DataFile, accuracy_level: int) -> None:
-    tied = compressed.rewritten.architecture.tied
-    for product in products(graph):
-        names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
-        format = compressed.decisions[names[0]].format
+def _put_integers(
+    graph: ir.Graph, model: Model, matrices: Iterator[CompressedMatrix], file: DataFile, accuracy_level: int
+) -> None:
+    embedding = model.decoder.embedding
+    for product, parts in gathered(products(graph, model.decoder), matrices):
+        format = parts[0].decision.format
         assert isinstance(format, MatMulNBitsFormat)
-        matrices = [compressed.encode(name) for name in names]
-        data = np.concatenate([matrix.data for matrix in matrices])
-        table = put_matrix(graph, product, format, data, file, accuracy_level)
-        factors = [matrix.factors for matrix in matrices if matrix.factors is not None]
-        if factors:
-            add_factors(graph, product, factors, file, accuracy_level)
-    embedding = compressed.decisions[EMBEDDING]
-    rows, columns, format = embedding.group.rows, embedding.group.columns, embedding.format
-    assert isinstance(format, MatMulNBitsFormat)
-    if not tied:
-        table = put_table(graph, file, "model.embed_tokens", format, compressed.encode(EMBEDDING).data, columns)
-    put_embedding(graph, format, rows, columns, table)
+        data = np.concatenate([part.encoded.data for part in parts])
+        if product is None:
+            table = put_table(graph, file, "model.embed_tokens", format, data, embedding.columns)
+        else:
+            table = put_matrix(graph, product, format, data, file, accuracy_level)
+            factors = [part.encoded.factors for part in parts if part.encoded.factors is not None]
+            if factors:
+                add_factors(graph, product, factors, file, accuracy_level)
+        if parts[0].name == embedding.name:
+            put_embedding(graph, format, embedding.rows, embedding.columns, table)
 
 
-def _put_floats(graph: ir.Graph, compressed: CompressedModel, file: DataFile) -> None:
-    tied = compressed.rewritten.architecture.tied
-    for product in products(graph):
-        names = [EMBEDDING if tied and name == HEAD else name for name in product.groups]
-        values = np.concatenate([compressed.encode(name).planned for name in names])
-        weight = product.node.inputs[1]
-        assert weight is not None and weight.name
-        put_floats(graph, weight.name, np.ascontiguousarray(values.T), file)
-    if not tied:
-        put_floats(graph, EMBEDDING, compressed.encode(EMBEDDING).planned, file)
+def _put_floats(graph: ir.Graph, model: Model, matrices: Iterator[CompressedMatrix], file: DataFile) -> None:
+    for product, parts in gathered(products(graph, model.decoder), matrices):
+        values = np.concatenate([part.encoded.planned for part in parts])
+        if product is None:
+            put_floats(graph, EMBEDDING_WEIGHT, values, file)
+        else:
+            put_floats(graph, product.weight, np.ascontiguousarray(values.T), file)
 
 
 TARGET = Onnx()

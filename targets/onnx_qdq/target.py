@@ -1,6 +1,6 @@
 """The target `onnx-qdq`: a decoder with static integer matrix multiplications, for NPUs and XNNPACK."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,17 +12,16 @@ from exporter.calibrate.ranges import output_place
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, equalised
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
-from exporter.model.families import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.onnx.graph import DataFile, products
+from exporter.targets.onnx.graph import DataFile, gathered, products
 from exporter.targets.onnx.supported import require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
@@ -111,26 +110,28 @@ class OnnxQdq(Onnx):
         """Return the model with equalised channels."""
         return equalised(model, statistics, ALPHA, EQUALISED)
 
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
         """Write the data file matrix by matrix, then the graph that refers to it, then the companions."""
         scheme = self._scheme(type)
 
         def fill(graph: ir.Graph, file: DataFile) -> None:
-            _put_matrices(graph, compressed, scheme, file)
+            _put_matrices(graph, compression, matrices, scheme, file)
 
-        return self._write(compressed, folder, fill, False, False)
+        return self._write(compression, folder, fill, False, False)
 
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
+    def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32, as the target `onnx` does: no activation is rounded."""
-        return Onnx(self._rounding).lower_float(model, folder)
+        return Onnx(self._rounding).write_float(model, folder)
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the artifact's bytes with ONNX Runtime's `DequantizeLinear`."""
-        return QdqTables(artifact.weights[0]).decode
+        return QdqTables(artifact.weights[0], model.decoder.family.onnx.nodes).decode
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the format of each matrix as the graph states it."""
-        tables = QdqTables(artifact.weights[0])
+        tables = QdqTables(artifact.weights[0], model.decoder.family.onnx.nodes)
         return {group.name: tables.format_name(group) for group in model.groups()}
 
     def _scheme(self, type: str) -> Scheme:
@@ -138,26 +139,27 @@ class OnnxQdq(Onnx):
         return TYPES.get(type, TYPES[self.default_type])
 
 
-def _put_matrices(graph: ir.Graph, compressed: CompressedModel, scheme: Scheme, file: DataFile) -> None:
-    embedding = put_embedding(graph, file, _format(compressed, EMBEDDING), compressed.encode(EMBEDDING).data)
-    for product in products(graph):
-        (name,) = product.groups
+def _put_matrices(
+    graph: ir.Graph, compression: Compression, matrices: Iterator[CompressedMatrix], scheme: Scheme, file: DataFile
+) -> None:
+    decoder = compression.model.decoder
+    for product, (matrix,) in gathered(products(graph, decoder), matrices):
+        format, group = matrix.decision.format, matrix.decision.group
+        assert isinstance(format, ChannelFormat)
+        table = None
+        if group == decoder.embedding:
+            table = put_embedding(graph, file, format, matrix.encoded.data)
+        if product is None:
+            continue
         assert product.node.name
         stem = product.node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
-        if name == HEAD and compressed.rewritten.architecture.tied:
-            name, table = EMBEDDING, embedding.turned(graph, product.node)
+        if table is not None:
+            table = table.turned(graph, product.node)
         else:
-            table = put_weights(graph, file, stem, _format(compressed, name), compressed.encode(name).data)
-        group = compressed.decisions[name].group
-        codes, outputs = scheme.of(group.role), compressed.ranges(output_place(group.layer, group.role))
-        given = Quantiser.of(graph, f"{stem}.input", codes, compressed.ranges(group.site))
+            table = put_weights(graph, file, stem, format, matrix.encoded.data)
+        codes, outputs = scheme.of(group.role), compression.ranges(output_place(group.layer, group.role))
+        given = Quantiser.of(graph, f"{stem}.input", codes, compression.ranges(group.site))
         put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", codes, outputs))
-
-
-def _format(compressed: CompressedModel, name: str) -> ChannelFormat:
-    format = compressed.decisions[name].format
-    assert isinstance(format, ChannelFormat)
-    return format
 
 
 TARGET = OnnxQdq()

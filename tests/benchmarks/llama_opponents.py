@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.windows import Tokens
 from exporter.child.process import Child
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.formats.format import Float32
-from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.decoder import EMBEDDING, HEAD
+from exporter.model.gguf_names import gguf_names
 from exporter.model.model import Model
-from exporter.model.tensors import gguf_names
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.quantise import quantise_parameters
 
 MIXES = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_M")
@@ -109,8 +109,8 @@ def importance(model: Model, windows: Tokens) -> dict[str, Float32]:
         _add(sums[HEAD], whole.lm_head, (hidden,))
     for hook in hooks:
         hook.remove()
-    names = gguf_names(model.architecture.layers)
-    stored = {HEAD: EMBEDDING} if model.architecture.tied else {}
+    names = gguf_names(model.decoder)
+    stored = {HEAD: EMBEDDING} if model.decoder.tied else {}
     return {
         names[stored.get(name, name)]: (total / windows.size).numpy().astype(np.float32) for name, total in sums.items()
     }
@@ -125,7 +125,7 @@ def floats(model: Model, folder: Path) -> Path:
     folder.mkdir()
     target = load_target("gguf")
     decisions = target.decide(model, "F32", "rtn")
-    (path,) = target.lower(CompressedModel(model, decisions, None), "F32", folder).weights
+    (path,) = lower(target, Compression(model, decisions), "F32", folder).artifact.weights
     return path
 
 

@@ -7,16 +7,16 @@ from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, predicted_choices
-from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.compression import Compression, propagation_text
 from exporter.compress.effort import effort
 from exporter.compress.method import load_method
 from exporter.formats.group import Decision
-from exporter.model.families import EMBEDDING
+from exporter.model.decoder import EMBEDDING
 from exporter.model.model import Model
 from exporter.planning.budget import Budget, chosen, stock_of_that_size
 from exporter.predict.roofline import Cpu
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI. Choices are held to what the stock tool makes, so its kernels decide; they
@@ -92,15 +92,15 @@ class Exporter:
         }
         ordered = [decisions[group.name] for group in self._model.groups()]
         folder.mkdir()
-        compressed = CompressedModel(
-            self._model,
+        compression = Compression(
+            self._rewritten.model,
             ordered,
             self._rewritten.statistics,
             self._effort,
-            rewritten=self._rewritten.model,
+            source=self._model,
             propagation_text=propagation_text(self._effort, ordered, self._calibration),
         )
-        artifact = self._target.lower(compressed, "allocated", folder)
+        artifact = lower(self._target, compression, "allocated", folder).artifact
         taken = [Storage.of(one) for one in ordered]
         predicted = predicted_choices(self._rewritten.model, taken, self._method, self._on_evaluation, silent)
         return Ours(artifact, sum(choice.kl for (choice,) in predicted))

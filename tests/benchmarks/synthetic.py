@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from exporter.model.architecture import Architecture
+from exporter.model.decoder import Decoder
 from exporter.model.tensors import INDEX, SINGLE
 from tests.models import TEMPLATE
 
@@ -53,7 +53,7 @@ def synthetic_model(folder: Path, config: LlamaConfig, seed: int = 0) -> Path:
     config.save_pretrained(folder)
     _tokenizer(config.vocab_size).save_pretrained(folder)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(_shards(Architecture.of(config, folder), seed)):
+    for number, shard in enumerate(_shards(Decoder.of(config, folder), seed)):
         name = f"model-{number:05}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
@@ -67,7 +67,7 @@ def hollow_model(folder: Path, config: LlamaConfig) -> Path:
     _tokenizer(config.vocab_size).save_pretrained(folder)
     header: dict[str, object] = {}
     at = 0
-    for name, shape in _shapes(Architecture.of(config, folder)).items():
+    for name, shape in _shapes(Decoder.of(config, folder)).items():
         size = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
         at += size
@@ -78,14 +78,14 @@ def hollow_model(folder: Path, config: LlamaConfig) -> Path:
     return folder
 
 
-def _shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    return {group.name: (group.rows, group.columns) for group in architecture.groups()} | architecture.vectors()
+def _shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    return {group.name: (group.rows, group.columns) for group in decoder.groups()} | decoder.vectors()
 
 
-def _shards(architecture: Architecture, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(decoder: Decoder, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     chance = torch.Generator().manual_seed(seed)
     shard: dict[str, torch.Tensor] = {}
-    for name, shape in _shapes(architecture).items():
+    for name, shape in _shapes(decoder).items():
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             yield shard
             shard = {}

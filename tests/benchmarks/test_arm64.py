@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.device.profile import load_device
 from exporter.emulate.arm64.setup import installation
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 
 INSTALLED = installation()
 
@@ -26,7 +26,7 @@ def demo_artifact(folder: Path, device: str, name: str, type: str) -> Artifact:
     target = load_target(name).on(load_device(device))
     with open_model("demo") as model:
         decisions = target.decide(model, type, "rtn")
-        return target.lower(CompressedModel(model, decisions, None), type, folder)
+        return lower(target, Compression(model, decisions), type, folder).artifact
 
 
 @pytest.mark.parametrize(

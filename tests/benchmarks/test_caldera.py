@@ -17,22 +17,23 @@ import pytest
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import file_windows, spread_windows
 from exporter.compress.allocate import Choice, Limits, allocate, predicted_choices
-from exporter.compress.compressed import CompressedModel, with_factors
+from exporter.compress.checks import with_factors
+from exporter.compress.compression import Compression
 from exporter.compress.effort import effort
 from exporter.compress.method import load_method
 from exporter.compress.reference.caldera import CalderaOptions, decompose
 from exporter.compress.reference.rounders import EntropyCoded
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision, WeightGroup
-from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, low_rank
+from exporter.targets.contract import load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.benchmarks.measured import THREADS, WINDOW
+from tests.llama_names import LINEARS
 from tests.reference import plain_texts, reference_model
 
 SEED = 0
@@ -127,8 +128,8 @@ class Bench:
         decisions = [one if one.group.layer is not None else fine[one.group.name] for one in decisions]
         folder = self._scratch / f"{len(self._artifacts)}"
         folder.mkdir()
-        compressed = CompressedModel(model or self.model, decisions, self._statistics)
-        artifact = self._artifacts[f"{target} {name}"] = made.lower(compressed, "mixed", folder)
+        compressed = Compression(model or self.model, decisions, self._statistics)
+        artifact = self._artifacts[f"{target} {name}"] = lower(made, compressed, "mixed", folder).artifact
         with OpenedArtifact(artifact, WINDOW, THREADS) as child:
             found = distance(self._original, child.logits)
         layers = [one for one in decisions if one.group.layer is not None]

@@ -21,21 +21,21 @@ from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
 from exporter.coding.layout import FileSection
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.compress.effort import effort
 from exporter.compress.method import Method
 from exporter.compress.methods.coarse_int8 import coarse_int8_methods, in_scaled_channels
 from exporter.compress.methods.entropy_constrained_int8 import entropy_constrained_methods, in_even_columns
 from exporter.foundation.progress import silent
+from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.coded_layout import layout_of
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
 from tests.benchmarks.measured import THREADS
@@ -82,15 +82,13 @@ def lowered(
     target = load_target(name)
     folder.mkdir()
     decisions = target.decide(world.model, type, "rtn")
-    compressed = CompressedModel(
-        world.model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods
-    )
-    return target.lower(compressed, type, folder)
+    compression = Compression(rewritten.model, decisions, rewritten.statistics, methods=methods, source=world.model)
+    return lower(target, compression, type, folder).artifact
 
 
 def linear_bits(world: World, path: Path, scratch: Path) -> float:
     """Return the bits a weight of the layers' matrices when they alone are coded."""
-    names = gguf_names(world.model.architecture.layers)
+    names = gguf_names(world.model.decoder)
     linears = {names[group.name] for group in world.model.groups() if group.layer is not None}
     tensors = [tensor for tensor in open_gguf(path).tensors if tensor.name in linears]
     known = {section.start: section.part for section in layout_of(path)}

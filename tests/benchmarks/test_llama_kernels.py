@@ -20,7 +20,7 @@ from tempfile import mkdtemp
 
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import file_windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.formats.group import WeightGroup
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -28,7 +28,7 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.predict.peak_memory import host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.kernel_speeds import speeds_on
@@ -129,7 +129,7 @@ def _in_types(model: Model, statistics: Statistics, folder: Path, type_of: Calla
         replace(decision, format=ggml_format(type_of(decision.group)))
         for decision in target.decide(model, BASELINE, "rtn")
     ]
-    return target.lower(CompressedModel(model, decisions, statistics), BASELINE, Path(mkdtemp(dir=folder)))
+    return lower(target, Compression(model, decisions, statistics), BASELINE, Path(mkdtemp(dir=folder))).artifact
 
 
 def _more_seconds(one: Artifact, other: Artifact) -> Seconds:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
 
 CONTEXTS = (512, 2048, 8192)
@@ -26,9 +26,9 @@ def test_the_peak_is_predicted_within_a_tenth(tmp_path: Path, target: str, type:
     made = load_target(target)
     with open_model("demo") as model:
         decisions = made.decide(model, type, "rtn")
-        artifact = made.lower(CompressedModel(model, decisions, None), type, tmp_path)
+        artifact = lower(made, Compression(model, decisions), type, tmp_path).artifact
         predicted = [made.estimated_peak(model, decisions, context).bytes for context in CONTEXTS]
-        vocabulary = model.architecture.vocab
+        vocabulary = model.decoder.vocab
     ratios = []
     for context, expected in zip(CONTEXTS, predicted, strict=True):
         prompt = np.random.default_rng(0).integers(20, vocabulary, context - DECODED - 1).tolist()

@@ -20,13 +20,13 @@ from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.compress import prune, prunenet
 from exporter.compress.effort import effort
-from exporter.model.families import LINEARS, layer_tensor
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.model.widths import Channels
 from exporter.prove.accuracy import Distance, Reference, distance
 from tests.benchmarks.measured import WINDOW
+from tests.llama_names import LINEARS, layer_tensor
 from tests.reference import plain_texts, reference_model
 
 RATIOS = (0.20, 0.25, 0.30)
@@ -85,13 +85,13 @@ class Measured:
 
     def by_score(self, ratio: float, score: Callable[[int], np.ndarray]) -> prune.Pruned:
         """Keep the channels with the greatest scores."""
-        widths = prune.planned_widths(self.model.architecture, ratio, 32)
+        widths = prune.planned_widths(self.model.decoder, ratio, 32)
         kept: list[Channels] = [np.sort(np.argsort(-score(layer))[:width]) for layer, width in enumerate(widths)]
         return prune.Pruned.of(self.model, kept, {})
 
     def norms(self, layer: int, roles: tuple[str, ...]) -> np.ndarray:
         """Return the product of the norms of what each channel has in some matrices."""
-        found = np.ones(self.model.architecture.intermediate[layer])
+        found = np.ones(self.model.decoder.intermediate[layer])
         for role in roles:
             weight = self.model.read(layer_tensor(layer, f"{LINEARS[role][0]}.weight"))
             found *= np.linalg.norm(weight, axis=0 if role == "down" else 1)
@@ -117,8 +117,8 @@ def best_of_random(
 ) -> prune.Pruned:
     """Choose among random masks as among those that a policy draws."""
     kept = []
-    for layer, width in enumerate(prune.planned_widths(measured.model.architecture, ratio, 32)):
-        whole = measured.model.architecture.intermediate[layer]
+    for layer, width in enumerate(prune.planned_widths(measured.model.decoder, ratio, 32)):
+        whole = measured.model.decoder.intermediate[layer]
         masks = [np.sort(chance.choice(whole, width, replace=False)) for _ in range(prunenet.DRAWS)]
         kept.append(masks[int(np.argmin(prune.losses(measured.model, statistics, layer, masks)))])
     return prune.Pruned.of(measured.model, kept, {})

@@ -18,7 +18,7 @@ import pytest
 
 from exporter import pipeline
 from exporter.calibrate.windows import Tokens, file_windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
@@ -27,8 +27,7 @@ from exporter.planning.recipe import recipe_names
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.proof import ROUNDING_SHARE, Proof, prove
 from exporter.report.data import Report
-from exporter.targets.artifact import Artifact
-from exporter.targets.contract import Target
+from exporter.targets.contract import Lowered, Target, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
 from tests.benchmarks.measured import THREADS, WINDOW
@@ -118,13 +117,12 @@ class Prover:
     much: float
     in_8_bits: float | None = None
 
-    def __call__(
-        self, target: Target, artifact: Artifact, compressed: CompressedModel, tokens: Tokens, *others: Any
-    ) -> Proof:
+    def __call__(self, target: Target, lowered: Lowered, tokens: Tokens, *others: Any) -> Proof:
         """Stand in for `exporter.prove.proof.prove`."""
-        proof = prove(target, artifact, compressed, tokens, *others)
+        proof = prove(target, lowered, tokens, *others)
         if proof.rounding.kl_mean > self.much:
-            model = dequantised(compressed.rewritten, target.read_back(artifact, compressed.rewritten))
+            model = lowered.compression.model
+            model = dequantised(model, target.read_back(lowered.artifact, model))
             self.in_8_bits = rounding_in_8_bits(target, model, tokens[: -(-len(tokens) // ROUNDING_SHARE)])
         return proof
 
@@ -133,7 +131,7 @@ def rounding_in_8_bits(target: Target, model: Model, tokens: Tokens) -> float:
     """Return what the runtime's rounding adds to a model's weights in 8 bits, in nats a token."""
     type = EIGHT_BITS[target.name]
     with TemporaryDirectory() as scratch:
-        artifact = target.lower(CompressedModel(model, target.decide(model, type, "rtn"), None), type, Path(scratch))
+        artifact = lower(target, Compression(model, target.decide(model, type, "rtn")), type, Path(scratch)).artifact
         own = Reference.of(dequantised(model, target.read_back(artifact, model)), tokens)
         with OpenedArtifact(artifact, WINDOW, THREADS) as child:
             return distance(own, child.logits).kl_mean
@@ -196,7 +194,7 @@ def test_recipes_where_they_stand(world: World, tmp_path: Path) -> None:
             flush=True,
         )
     with open_model(str(world.folder)) as model:
-        assert model.architecture.parameters == PARAMETERS
+        assert model.decoder.parameters == PARAMETERS
     PICTURE.write_text(picture([*rows, *stock_and_ours()], Axis.bits(PARAMETERS)), "utf-8")
     kl = {(one.name, one.target): one.kl_mean for one in rows}
     for one in rows:

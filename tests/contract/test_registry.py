@@ -15,7 +15,7 @@ from exporter.compress.method import load_method, method_names
 from exporter.device.profile import load_device
 from exporter.foundation.errors import ExporterError
 from exporter.foundation.registry import load
-from exporter.model.families import FAMILIES
+from exporter.model.family import families
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.planning.job import Job
@@ -113,7 +113,7 @@ def test_a_step(name: str, model: Model) -> None:
         step_of({"method": name, "no_such_option": 1}, "test")
     assert sentence(refused.value)
     if isinstance(step, RewritingStep):
-        assert step.outlined(model).architecture.parameters < model.architecture.parameters
+        assert step.outlined(model).decoder.parameters < model.decoder.parameters
         assert step.work(model).operations > 0
     if isinstance(step, EncodingStep):
         for target_name in target_names():
@@ -171,11 +171,11 @@ def test_a_method(name: str, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("family", TINY)
 def test_a_family(family: str, target: str, tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model", family))) as opened:
-        assert opened.architecture.family is FAMILIES[opened.architecture.family.architecture]
+        assert opened.decoder.family is families()[opened.decoder.family.architecture]
         resolved = resolve(Job("model", DEVICE, target, context=64), opened)
         decisions = resolved.draft().decisions
-        assert sum(one.group.size for one in decisions) > 0.9 * opened.architecture.parameters
-    assert {FAMILIES[name].architecture for name in FAMILIES} == set(FAMILIES)
+        assert sum(one.group.size for one in decisions) > 0.9 * opened.decoder.parameters
+    assert {families()[name].architecture for name in families()} == set(families())
 
 
 @pytest.mark.parametrize("name", target_names())

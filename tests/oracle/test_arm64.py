@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.device.profile import load_device
 from exporter.emulate.arm64.core import CORES, CORTEX_A72, CORTEX_A76, Core
 from exporter.emulate.arm64.installation import Installation
@@ -21,7 +21,7 @@ from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.onnx.emulated import EMULATED
 from exporter.targets.onnx.rounding import KLEIDIAI, WITHOUT_KLEIDIAI
 from tests.models import tiny_model
@@ -42,7 +42,7 @@ needs_programs = pytest.mark.skipif(
     reason="no llama.cpp for ARM64; install it: "
     "apt-get install qemu-user-static g++-aarch64-linux-gnu cmake && edge-exporter emulate setup",
 )
-# AArch64 machine code, from the Arm Architecture Reference Manual (DDI 0487): SDOT (vector) is of FEAT_DotProd.
+# AArch64 machine code, from the Arm Decoder Reference Manual (DDI 0487): SDOT (vector) is of FEAT_DotProd.
 SDOT = 0x4E82_9420  # sdot v0.4s, v1.16b, v2.16b
 EXIT = (0xD280_0BA8, 0xD280_0000, 0xD400_0001)  # mov x8, 93; mov x0, 0; svc 0
 FOREVER = 0x1400_0000  # b .
@@ -123,7 +123,7 @@ def tiny_artifact(folder: Path, device: str, target: str = "onnx", type: str = "
     model_folder.mkdir(parents=True)
     chosen = load_target(target).on(load_device(device))
     with open_model(str(source)) as model:
-        return chosen.lower(CompressedModel(model, chosen.decide(model, type, "rtn"), None), type, model_folder)
+        return lower(chosen, Compression(model, chosen.decide(model, type, "rtn")), type, model_folder).artifact
 
 
 def random_tokens(count: int) -> np.ndarray:

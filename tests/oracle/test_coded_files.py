@@ -9,14 +9,15 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, code_file, restore_file
 from exporter.coding.layout import CODES, parts_of
-from exporter.compress.compressed import CompressedModel, with_factors
+from exporter.compress.checks import with_factors
+from exporter.compress.compression import Compression
 from exporter.compress.methods.coarse_int8 import coarse_int8_methods, in_scaled_channels
 from exporter.compress.methods.entropy_constrained_int8 import entropy_constrained_methods, in_even_columns
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_weights
 from exporter.targets.coded_layout import layout_of
-from exporter.targets.contract import load_target, low_rank
+from exporter.targets.contract import load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.models import tiny_model
 
@@ -40,7 +41,7 @@ def test_every_file_of_an_artifact_is_restored(folder: Path, tmp_path: Path, tar
     with open_model(str(folder)) as model:
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
         decisions = made.decide(model, type, "rtn")
-        artifact = made.lower(CompressedModel(model, decisions, statistics), type, tmp_path)
+        artifact = lower(made, Compression(model, decisions, statistics), type, tmp_path).artifact
         weights = sum(decision.stored_bytes for decision in decisions)
     known = 0
     for path in artifact.weights:
@@ -79,9 +80,9 @@ def test_methods_with_steps_are_carried_by_the_targets(
             decisions = with_factors(decisions, low_rank(made, RANK, 8))
             ranks = {group.name: RANK for group in groups if group.layer is not None}
             methods = dict(entropy_constrained_methods(rewritten.model, rewritten.statistics, groups, 6.0, ranks=ranks))
-        compressed = CompressedModel(model, decisions, rewritten.statistics, rewritten=rewritten.model, methods=methods)
+        compressed = Compression(rewritten.model, decisions, rewritten.statistics, methods=methods, source=model)
         (tmp_path / "artifact").mkdir()
-        artifact = made.lower(compressed, type, tmp_path / "artifact")
+        artifact = lower(made, compressed, type, tmp_path / "artifact").artifact
         decoded = Decoded(made.read_back(artifact, model))
         for decision in decisions:
             decoded(decision.group)

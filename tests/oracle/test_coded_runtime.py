@@ -10,12 +10,12 @@ from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, SUFFIX, code_file
 from exporter.coding.profiles import Profile
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
 from exporter.targets.coded_layout import layout_of
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.onnx import coded as coding
 from exporter.targets.onnx import graph_partition
 from exporter.targets.onnx.coded import CodedOnnxRuntime
@@ -37,7 +37,7 @@ def lowered(folder: Path, type: str, to: Path) -> Artifact:
     target = load_target("onnx")
     with open_model(str(folder)) as model:
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
-        return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), statistics), type, to)
+        return lower(target, Compression(model, target.decide(model, type, "rtn"), statistics), type, to).artifact
 
 
 def coded_form(artifact: Artifact, profile: Profile = "fast") -> Artifact:

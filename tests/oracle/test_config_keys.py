@@ -83,7 +83,7 @@ def test_a_matrix_with_as_many_rows_as_tokens_is_not_taken_for_the_head(tmp_path
 def test_what_a_runtime_lacks_is_refused_at_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], target: str, match: str
 ) -> None:
-    monkeypatch.setattr("exporter.model.architecture.Architecture.check_shapes", lambda *_: None)
+    monkeypatch.setattr("exporter.model.decoder.Decoder.check_shapes", lambda *_: None)
     folder = made(tmp_path / "model", family, changes)
     with open_model(str(folder)) as model, pytest.raises(RequestError, match=match):
         resolve(Job(str(folder), "raspberry-pi-5", target, context=64), model).draft()
@@ -169,7 +169,7 @@ def test_windows_shorten_the_context_where_transformers_has_them(
 ) -> None:
     folder = edit(tiny_model(tmp_path / "model", family), **changes)
     with open_model(str(folder)) as model:
-        assert model.architecture.context_length == context
+        assert model.decoder.context_length == context
 
 
 def test_windows_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from exporter.bundle.verify import verify_bundle
 from exporter.cli.main import app
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.device.profile import load_device
 from exporter.emulate.sandbox.limits import ProcessLimits
 from exporter.foundation.errors import CheckError, ExporterError, RuntimeCrashError
@@ -24,7 +24,7 @@ from exporter.model.sources import open_model
 from exporter.prove import emulation
 from exporter.prove.emulation import Emulation, EmulationRun, emulate, run_within
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from tests.commands import started
 from tests.models import tiny_model
 
@@ -42,7 +42,7 @@ def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     target = load_target(request.param)
     with open_model(str(tiny_model(folder / "model", hidden=1024, intermediate=2880))) as model:
         decisions = target.decide(model, "F32", "rtn")
-        artifact = target.lower(CompressedModel(model, decisions, None), "F32", folder / "artifact")
+        artifact = lower(target, Compression(model, decisions), "F32", folder / "artifact").artifact
         return artifact, target.estimated_peak(model, decisions, CONTEXT).bytes
 
 

@@ -64,7 +64,7 @@ def test_texts_end_where_transformers_ends_them(tmp_path: Path, variant: str) ->
         assert sorted(special_ids(folder, load_tokenizer(folder, VOCAB).roles, VOCAB).ends) == ends
         for target in ("gguf", "onnx"):
             (tmp_path / target).mkdir()
-            artifact = load_target(target).lower_float(model, tmp_path / target)
+            artifact = load_target(target).write_float(model, tmp_path / target)
             assert generated(artifact, prompts) == expected
             notes = preview_text(model, load_target(target)).notes
             assert bool(notes) == (target == "gguf" and variant != "config")
@@ -83,7 +83,7 @@ def assert_gguf_is_a_source_with_the_same_ends(
     with open_model(str(folder / "gguf" / "model.gguf")) as model:
         assert sorted(special_ids(model.folder, load_tokenizer(model.folder, VOCAB).roles, VOCAB).ends) == ends
         (folder / "again").mkdir()
-        assert generated(load_target("gguf").lower_float(model, folder / "again"), prompts) == expected
+        assert generated(load_target("gguf").write_float(model, folder / "again"), prompts) == expected
 
 
 def test_what_llama_cpp_reads_is_used_for_ends_that_it_does_not_know(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_ids_that_cannot_be_are_left_out_and_told(tmp_path: Path, target: str) -
     assert (found.roles["pad"], found.roles["bos"], found.ends) == (1, 0, (1, 200))
     with open_model(str(folder)) as model:
         (tmp_path / "artifact").mkdir()
-        artifact = load_target(target).lower_float(model, tmp_path / "artifact")
+        artifact = load_target(target).write_float(model, tmp_path / "artifact")
         assert generated(artifact, [195, 99]) == [[196, 197, 198, 199], list(range(100, 110))]
         notes = preview_text(model, load_target(target)).notes
     assert "eos_token_id of config.json names no token of the model and is left out: 320" in notes
@@ -136,7 +136,7 @@ def test_a_model_without_any_end(tmp_path: Path, target: str) -> None:
         (folder / name).write_text(json.dumps(content))
     with open_model(str(folder)) as model:
         (tmp_path / "artifact").mkdir()
-        artifact = load_target(target).lower_float(model, tmp_path / "artifact")
+        artifact = load_target(target).write_float(model, tmp_path / "artifact")
         (note,) = preview_text(model, load_target(target)).notes
     # Tokens that llama.cpp takes for ends: the 11th by its number, <|im_end|> by its text.
     assert generated(artifact, [5]) == [list(range(6, 16))]

@@ -11,15 +11,16 @@ import pytest
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.caldera import Alternation
-from exporter.compress.compressed import CompressedModel, with_factors
+from exporter.compress.checks import with_factors
+from exporter.compress.compression import Compression, compress
 from exporter.foundation.errors import InputError, RequestError
+from exporter.model.gguf_names import interleaved_rows
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tensors import interleaved_rows
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, low_rank
+from exporter.targets.contract import load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.models import tiny_model
 
@@ -46,16 +47,16 @@ def statistics(model: Model) -> Statistics:
     return collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
 
 
-def lower(
+def made_of(
     model: Model, statistics: Statistics, folder: Path, target: str, bits: int, roles: tuple[str, ...] = ()
-) -> tuple[Artifact, CompressedModel]:
+) -> tuple[Artifact, Compression]:
     folder.mkdir()
     made = load_target(target)
     decisions = made.decide(model, TYPES[target], "ldlq")
     factors = low_rank(made, 32, bits)
     decisions = with_factors(decisions, factors, roles) if roles else with_factors(decisions, factors)
-    compressed = CompressedModel(model, decisions, statistics, alternation=Alternation(iterations=1))
-    return made.lower(compressed, TYPES[target], folder), compressed
+    compressed = Compression(model, decisions, statistics, alternation=Alternation(iterations=1))
+    return lower(made, compressed, TYPES[target], folder).artifact, compressed
 
 
 def decoded(artifact: Artifact, model: Model) -> dict[str, str]:
@@ -78,16 +79,16 @@ def kl_to_own_weights(model: Model, artifact: Artifact, planned: Artifact | None
 def test_the_artifact_holds_matrices_and_factors_as_planned(
     model: Model, statistics: Statistics, tmp_path: Path, target: str, bits: int
 ) -> None:
-    artifact, compressed = lower(model, statistics, tmp_path / "artifact", target, bits)
+    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", target, bits)
     assert check_weights(decoded(artifact, model), compressed).status == "passed"
     assert check_stored_types(load_target(target), artifact, compressed).status == "passed"
     stored = load_target(target).stored_types(artifact, model)
     ending = f"+{low_rank(load_target(target), 32, bits).name}"
     assert sum(name.endswith(ending) for name in stored.values()) == 14
     matrices = sum(decision.stored_bytes for decision in compressed.decisions.values())
-    vectors = 4 * sum(int(np.prod(shape)) for shape in model.architecture.vectors().values())
+    vectors = 4 * sum(int(np.prod(shape)) for shape in model.decoder.vectors().values())
     assert matrices + vectors < artifact.file_bytes < matrices + vectors + 150_000
-    again, _ = lower(model, statistics, tmp_path / "again", target, bits)
+    again, _ = made_of(model, statistics, tmp_path / "again", target, bits)
     for one, other in zip(artifact.weights, again.weights, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -98,7 +99,7 @@ def test_the_artifact_holds_matrices_and_factors_as_planned(
 def test_a_flipped_nibble_of_a_factor_is_seen(
     model: Model, statistics: Statistics, tmp_path: Path, target: str, bits: int, side: str
 ) -> None:
-    artifact, compressed = lower(model, statistics, tmp_path / "artifact", target, bits)
+    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", target, bits)
     part = factor(artifact, "up", side)
     part[3, 5] ^= 0x10
     part.flush()
@@ -128,10 +129,10 @@ def factor(artifact: Artifact, role: str, side: str) -> np.memmap:
 def test_the_runtime_multiplies_with_the_planned_sum(
     model: Model, statistics: Statistics, tmp_path: Path, target: str
 ) -> None:
-    artifact, _ = lower(model, statistics, tmp_path / "artifact", target, 16)
+    artifact, _ = made_of(model, statistics, tmp_path / "artifact", target, 16)
     base = load_target(target).decide(model, TYPES[target], "ldlq")
     (tmp_path / "base").mkdir()
-    plain = load_target(target).lower(CompressedModel(model, base, statistics), TYPES[target], tmp_path / "base")
+    plain = lower(load_target(target), Compression(model, base, statistics), TYPES[target], tmp_path / "base").artifact
     rounding, own = kl_to_own_weights(model, plain), kl_to_own_weights(model, artifact)
     assert own < 2 * rounding
     # The factors matter, so that leaving them out would be seen.
@@ -141,10 +142,10 @@ def test_the_runtime_multiplies_with_the_planned_sum(
 def test_rows_of_the_querys_left_factor_in_the_wrong_order_are_seen(
     model: Model, statistics: Statistics, tmp_path: Path, family: str
 ) -> None:
-    artifact, _ = lower(model, statistics, tmp_path / "artifact", "gguf", 16)
+    artifact, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 16)
     planned = tmp_path / "planned"
     artifact.folder.rename(planned)
-    moved, _ = lower(model, statistics, tmp_path / "artifact", "gguf", 16)
+    moved, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 16)
     left = factor(moved, "q", "left")
     left[:] = left[interleaved_rows(len(left), 4)]
     left.flush()
@@ -155,7 +156,7 @@ def test_rows_of_the_querys_left_factor_in_the_wrong_order_are_seen(
 def test_query_key_and_value_come_apart_where_only_one_has_factors(
     model: Model, statistics: Statistics, tmp_path: Path
 ) -> None:
-    artifact, compressed = lower(model, statistics, tmp_path / "artifact", "onnx", 8, ATTENTION)
+    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", "onnx", 8, ATTENTION)
     assert check_weights(decoded(artifact, model), compressed).status == "passed"
     names = [node.name for node in onnx.load_model(str(artifact.weights[0]), load_external_data=False).graph.node]
     assert "/model/layers.0/attn/q_proj/left/MatMulNBits" in names
@@ -165,7 +166,7 @@ def test_query_key_and_value_come_apart_where_only_one_has_factors(
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_an_adapter_that_llama_cpp_refuses_is_an_error(model: Model, statistics: Statistics, tmp_path: Path) -> None:
-    artifact, _ = lower(model, statistics, tmp_path / "artifact", "gguf", 8)
+    artifact, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 8)
     path = artifact.folder / "adapter.gguf"
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_c"))
     with pytest.raises(InputError, match="cannot load the adapter"), OpenedArtifact(artifact, 64, 1) as child:
@@ -190,6 +191,6 @@ def test_what_cannot_carry_factors_is_refused_at_plan_time(model: Model) -> None
         low_rank(load_target("onnx-qdq"), 32, 8)
     with pytest.raises(RequestError, match="factors beside F32 would only take room"):
         with_factors(target.decide(model, "F32", "rtn"), factors)
-    compressed = CompressedModel(model, with_factors(decisions, factors), None)
+    compressed = Compression(model, with_factors(decisions, factors))
     with pytest.raises(RequestError, match="cannot be fitted to inputs that were not observed"):
-        compressed.encode("model.layers.0.mlp.up_proj.weight")
+        list(compress(compressed))

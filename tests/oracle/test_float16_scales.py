@@ -10,11 +10,11 @@ import pytest
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression, compress
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.models import tiny_model
 
@@ -26,7 +26,7 @@ def lowered(folder: Path, type: str, tied: bool) -> Artifact:
     target = load_target("onnx")
     (folder / "artifact").mkdir()
     with open_model(str(tiny_model(folder / "model", tied=tied))) as model:
-        return target.lower(CompressedModel(model, target.decide(model, type, "rtn"), None), type, folder / "artifact")
+        return lower(target, Compression(model, target.decide(model, type, "rtn")), type, folder / "artifact").artifact
 
 
 def with_float32_scales(artifact: Artifact, folder: Path) -> Artifact:
@@ -105,6 +105,7 @@ def test_weights_too_small_for_float16_scales_are_not_lost_silently(
     with open_model(str(folder)) as model:
         refusal = f"{name}: (int4-b32|int8-b32|Q8_0) makes every weight zero; .* choose a type that holds float32"
         with pytest.raises(RequestError, match=refusal):
-            CompressedModel(model, made.decide(model, type, "rtn"), None).encode(name)
-        planned = CompressedModel(model, made.decide(model, holds, "rtn"), None).encode(name).planned
+            list(compress(Compression(model, made.decide(model, type, "rtn"))))
+        matrices = compress(Compression(model, made.decide(model, holds, "rtn")))
+        (planned,) = (matrix.encoded.planned for matrix in matrices if matrix.name == name)
         np.testing.assert_allclose(planned, model.read(name), atol=1e-10)

@@ -151,7 +151,7 @@ def test_of_a_large_model_the_first_and_last_layer_are_checked(
     with open_model(str(path)) as model:
         (check,) = check_source(model, TOKENS, 1, tmp_path)
         assert "first and last layer" in check.detail
-        assert float_copy_bytes(model) < 4 * model.architecture.parameters
+        assert float_copy_bytes(model) < 4 * model.decoder.parameters
 
         def damaged(name: str) -> np.ndarray:
             return 1.01 * model.read(name) if name == "model.layers.3.mlp.up_proj.weight" else model.read(name)
@@ -177,12 +177,12 @@ def test_quantised_files_are_read_as_llama_cpp_decodes_them(tmp_path: Path, type
 def test_a_sliding_window_makes_a_mistral(files: dict[str, Path], tmp_path: Path) -> None:
     path = edited_gguf(files["llama"], tmp_path / "source.gguf", {"llama.attention.sliding_window": 200})
     with open_model(str(path)) as model:
-        assert model.architecture.family.architecture == "MistralForCausalLM"
-        assert model.architecture.context_length == 200
+        assert model.decoder.family.architecture == "MistralForCausalLM"
+        assert model.decoder.context_length == 200
     assert checked(path, tmp_path) < 1e-9
     path = edited_gguf(files["qwen2"], tmp_path / "other.gguf", {"qwen2.attention.sliding_window": 200})
     with open_model(str(path)) as model:
-        assert model.architecture.context_length == 200
+        assert model.decoder.context_length == 200
 
 
 def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_path: Path) -> None:
@@ -336,4 +336,4 @@ def test_a_type_that_cannot_be_decoded_is_refused(files: dict[str, Path], tmp_pa
 
 def test_the_disk_that_the_check_takes_is_planned(files: dict[str, Path]) -> None:
     with open_model(str(files["llama"])) as model:
-        assert float_copy_bytes(model) == 4 * model.architecture.parameters
+        assert float_copy_bytes(model) == 4 * model.decoder.parameters

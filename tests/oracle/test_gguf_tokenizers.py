@@ -180,7 +180,7 @@ def test_no_token_is_invented_for_either_target(model_file: Path, tmp_path: Path
         tokens[1] = "<|endoftext|>"
     path = edited_gguf(model_file, tmp_path / "source.gguf", {"tokenizer.ggml.tokens": tokens})
     with open_model(str(path)) as model:
-        assert model.architecture.vocab == ROWS
+        assert model.decoder.vocab == ROWS
         tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
         assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
         assert ("<|endoftext|>" in tokens) is with_end_of_text

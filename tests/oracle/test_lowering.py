@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from exporter import pipeline
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.errors import ExporterError, RequestError
 from exporter.foundation.quantities import from_json
 from exporter.model import excerpt
@@ -23,7 +23,7 @@ from exporter.prove import accuracy
 from exporter.prove.lowering import MOST_KL, Decoded, check_lowering, float_copy
 from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.target import Gguf
 from exporter.targets.onnx.target import Onnx
 from tests.models import tiny_model
@@ -132,10 +132,10 @@ def test_a_fault_of_the_graph_is_refused_though_rounding_hides_it(
 def test_an_artifact_in_float32_is_its_own_copy(source: Path, tmp_path: Path) -> None:
     target = load_target("gguf")
     with open_model(str(source / "model")) as model:
-        compressed = CompressedModel(model, target.decide(model, "F32", "rtn"), None)
-        artifact = target.lower(compressed, "F32", tmp_path)
-        with float_copy(target, artifact, compressed, Decoded(target.read_back(artifact, model))) as copy:
-            assert copy.artifact is artifact
+        compressed = Compression(model, target.decide(model, "F32", "rtn"))
+        lowered = lower(target, compressed, "F32", tmp_path)
+        with float_copy(target, lowered, Decoded(target.read_back(lowered.artifact, model))) as copy:
+            assert copy.artifact is lowered.artifact
             check = check_lowering(copy, accuracy.Reference.of(copy.model, TOKENS), 1)
     assert check.status == "passed"
 
@@ -143,18 +143,18 @@ def test_an_artifact_in_float32_is_its_own_copy(source: Path, tmp_path: Path) ->
 def test_onnx_tables_are_as_long_as_asked_for(source: Path, tmp_path: Path) -> None:
     target = load_target("onnx")
     with open_model(str(source / "model")) as model:
-        long = replace(model, architecture=replace(model.architecture, context_length=4 << 20))
+        long = replace(model, decoder=replace(model.decoder, context_length=4 << 20))
         bounded = for_context(long, 512)
-        assert bounded.architecture.context_length == 131_072
+        assert bounded.decoder.context_length == 131_072
         assert "131,072 of the model's 4,194,304 positions" in bounded.warnings[-1]
         assert for_context(long, 4 << 20) is long
         assert for_context(model, 512) is model
-        short = replace(model, architecture=replace(model.architecture, context_length=256))
+        short = replace(model, decoder=replace(model.decoder, context_length=256))
         sizes = {}
         for name, one in (("whole", model), ("short", short)):
             (tmp_path / name).mkdir()
-            compressed = CompressedModel(one, target.decide(one, "int8", "rtn"), None)
-            artifact = target.lower(compressed, "int8", tmp_path / name)
+            compressed = Compression(one, target.decide(one, "int8", "rtn"))
+            artifact = lower(target, compressed, "int8", tmp_path / name).artifact
             sizes[name] = artifact.file_bytes
             assert abs(target.estimated_file_bytes(one, list(compressed.decisions.values())) / sizes[name] - 1) < 0.2
     # A cosine and a sine for each of half the head's 16 channels.

@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.device.profile import device_names, load_device
 from exporter.model.sources import open_model
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.kernel_speeds import speed_files
 from exporter.targets.onnx.matmulnbits import matmulnbits_formats
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
@@ -49,7 +49,7 @@ def test_the_artifact_carries_what_was_decided_for_the_device(tmp_path: Path, de
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         decisions = target.decide(model, "int4", "rtn")
         (tmp_path / "artifact").mkdir()
-        artifact = target.lower(CompressedModel(model, decisions, None), "int4", tmp_path / "artifact")
+        artifact = lower(target, Compression(model, decisions), "int4", tmp_path / "artifact").artifact
     said = "activations in float32" if device == "raspberry-pi-4" else "accuracy level 4"
     assert all(said in decision.reason for decision in decisions)
     assert all(("without KleidiAI" in decision.reason) == coarse for decision in decisions)

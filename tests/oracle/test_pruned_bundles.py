@@ -77,9 +77,9 @@ def test_a_float32_bundle_is_as_far_from_the_source_as_what_is_saved(
     assert report.passed
     assert report.recipe.scheme == "recipe mine, F32"
     with open_model(str(tmp_path / "model")) as source, open_model(str(tmp_path / "saved")) as saved:
-        assert (report.model.digest, report.model.parameters) == (source.digest, source.architecture.parameters)
+        assert (report.model.digest, report.model.parameters) == (source.digest, source.decoder.parameters)
         assert report.pruning is not None
-        assert saved.architecture.intermediate == (max(report.pruning.widths),) * 3
+        assert saved.decoder.intermediate == (max(report.pruning.widths),) * 3
         tokens = file_windows(tmp_path / "evaluation", load_tokenizer(source.folder), 6, WINDOW).tokens
     before, after = (distributions(tmp_path / name, tokens) for name in ("model", "saved"))
     kl = float((before.exp() * (before - after)).sum(-1).mean())

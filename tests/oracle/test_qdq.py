@@ -20,7 +20,7 @@ from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.awq_scaling import Rewritten, equalised, scaled_channels
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.compress.effort import EFFORTS
 from exporter.compress.method import load_method
 from exporter.foundation.errors import RequestError
@@ -30,7 +30,7 @@ from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.prove.accuracy import dequantised as with_weights
 from exporter.prove.lowering import Decoded, check_rounding, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.onnx_qdq.graph import parameters
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import dequantised
@@ -56,13 +56,13 @@ def observed(model: Model) -> Statistics:
     return collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
 
 
-def lower(model: Model, folder: Path, type: str, method: str = "rtn") -> tuple[Artifact, CompressedModel]:
+def made_of(model: Model, folder: Path, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
     folder.mkdir()
     target = load_target("onnx-qdq")
     changed = target.rewritten(model, observed(model), [])
     decisions = target.decide(model, type, method)
-    compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
-    return target.lower(compressed, type, folder), compressed
+    compressed = Compression(changed.model, decisions, changed.statistics, source=model)
+    return lower(target, compressed, type, folder).artifact, compressed
 
 
 def decoded(artifact: Artifact, model: Model) -> Decoded:
@@ -165,13 +165,13 @@ def test_the_artifact_holds_the_planned_weights_and_answers_as_they_do(
     tmp_path: Path, model_of, family: str, type: str
 ) -> None:  # fmt: skip
     with model_of(family, tied=family in ("llama", "qwen3")) as model:
-        artifact, compressed = lower(model, tmp_path / "artifact", type)
+        artifact, compressed = made_of(model, tmp_path / "artifact", type)
         found = decoded(artifact, model)
         assert check_weights(found.digests, compressed).status == "passed"
         assert check_stored_types(load_target("onnx-qdq"), artifact, compressed).status == "passed"
-        own = Reference.of(with_weights(compressed.rewritten, found), TOKENS)
+        own = Reference.of(with_weights(compressed.model, found), TOKENS)
         assert measured(own, artifact).kl_mean < (1e-5 if type == "a16w8" else 0.01 if adds_exactly() else 0.1)
-        again, _ = lower(model, tmp_path / "again", type)
+        again, _ = made_of(model, tmp_path / "again", type)
         for one, other in zip(artifact.weights, again.weights, strict=True):
             assert one.read_bytes() == other.read_bytes()
         data = bytearray(artifact.weights[1].read_bytes())
@@ -184,8 +184,8 @@ def test_the_artifact_holds_the_planned_weights_and_answers_as_they_do(
 @pytest.mark.parametrize("type", list(TYPES))
 def test_the_runtime_fuses_every_product(tmp_path: Path, model_of, type: str, tied: bool) -> None:
     with model_of(tied=tied) as model:
-        artifact, _ = lower(model, tmp_path / "artifact", type)
-        shape = model.architecture
+        artifact, _ = made_of(model, tmp_path / "artifact", type)
+        shape = model.decoder
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 3
@@ -200,8 +200,8 @@ def test_the_runtime_fuses_every_product(tmp_path: Path, model_of, type: str, ti
 
 def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -> None:
     with model_of() as model:
-        artifact, compressed = lower(model, tmp_path / "artifact", "a8w8")
-        own = Reference.of(with_weights(compressed.rewritten, decoded(artifact, model)), TOKENS)
+        artifact, compressed = made_of(model, tmp_path / "artifact", "a8w8")
+        own = Reference.of(with_weights(compressed.model, decoded(artifact, model)), TOKENS)
         limit = load_target("onnx-qdq").most_rounding_kl
         assert check_rounding(measured(own, artifact), limit).status == "passed"
         graph = onnx.load_model(artifact.weights[0], load_external_data=False)
@@ -300,9 +300,9 @@ def test_equalising_narrows_an_outlying_channel(model_of) -> None:
 def test_static_activations_need_observed_ranges(tmp_path: Path, model_of) -> None:
     with model_of() as model:
         target = load_target("onnx-qdq")
-        compressed = CompressedModel(model, target.decide(model, "a16w8", "rtn"), None)
+        compressed = Compression(model, target.decide(model, "a16w8", "rtn"))
         with pytest.raises(RequestError, match=r"layers\.0\.q_out: the ranges of the activations were not observed"):
-            target.lower(compressed, "a16w8", tmp_path)
+            lower(target, compressed, "a16w8", tmp_path)
         with pytest.raises(RequestError, match=r"layers\.0\.mlp_in: the ranges of the activations were not observed"):
             equalised(model, Statistics(tmp_path), 0.5, ("mlp_in",))
         with pytest.raises(RequestError, match=r"layers\.0\.attention_in: the activations were not observed"):

@@ -15,14 +15,14 @@ from exporter.calibrate.layer_stream import LayerStream
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.child.process import Child
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
+from exporter.model.gguf_names import gguf_names, interleaved_rows
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names, interleaved_rows
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact, runtime_of
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
@@ -30,14 +30,14 @@ from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
 
 
-def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, CompressedModel]:
+def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
     folder.mkdir()
     made = load_target(target)
     statistics = None
     if method == "ldlq":
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
-    compressed = CompressedModel(model, made.decide(model, type, method), statistics)
-    return made.lower(compressed, type, folder), compressed
+    compressed = Compression(model, made.decide(model, type, method), statistics)
+    return lower(made, compressed, type, folder).artifact, compressed
 
 
 def kl(model: Model, artifact: Artifact) -> float:
@@ -49,7 +49,7 @@ def test_kernels_that_crash_are_named_before_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        artifact, _ = lower(model, tmp_path / "artifact", "gguf", "F32")
+        artifact, _ = made_of(model, tmp_path / "artifact", "gguf", "F32")
     for info, told in ((b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True), (b"CPU : AVX2 = 1 | ", False)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
         runtime_of(artifact.target)(artifact, 64, 1, False, 1)
@@ -66,7 +66,7 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
         with torch.inference_mode():
             expected = whole(torch.from_numpy(TOKENS)).logits
         torch.testing.assert_close(streamed.logits(1, slice(0, 48)), expected[1], rtol=0, atol=2e-5)
-        artifact, _ = lower(model, tmp_path / "artifact", target, "F32")
+        artifact, _ = made_of(model, tmp_path / "artifact", target, "F32")
         assert kl(model, artifact) < 1e-6
         with OpenedArtifact(artifact, 64, 1) as child:
             greedy = child.generate(TOKENS[0, :8].tolist(), 32)
@@ -87,11 +87,11 @@ def test_the_artifact_holds_the_planned_weights(
 ) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     with open_model(str(tiny_model(tmp_path / "model", family, tied=family != "qwen2"))) as model:
-        artifact, compressed = lower(model, tmp_path / "artifact", target, type, method)
+        artifact, compressed = made_of(model, tmp_path / "artifact", target, type, method)
         made = load_target(target)
         assert check_weights(decoded_digests(artifact, model), compressed).status == "passed"
         assert check_stored_types(made, artifact, compressed).status == "passed"
-        again, _ = lower(model, tmp_path / "again", target, type, method)
+        again, _ = made_of(model, tmp_path / "again", target, type, method)
         for one, other in zip(artifact.weights, again.weights, strict=True):
             assert one.read_bytes() == other.read_bytes()
         flip(artifact.weights[-1])
@@ -123,10 +123,10 @@ def test_named_mixes_are_those_of_llama_cpp(
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
         target = load_target("gguf")
         (tmp_path / "ours").mkdir()
-        compressed = CompressedModel(model, target.decide(model, mix, "rtn"), statistics)
-        ours = target.lower(compressed, mix, tmp_path / "ours").weights[0]
-        floats, _ = lower(model, tmp_path / "float", "gguf", "F32")
-        names = gguf_names(model.architecture.layers)
+        compressed = Compression(model, target.decide(model, mix, "rtn"), statistics)
+        ours = lower(target, compressed, mix, tmp_path / "ours").artifact.weights[0]
+        floats, _ = made_of(model, tmp_path / "float", "gguf", "F32")
+        names = gguf_names(model.decoder)
         importance = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     stock = tmp_path / "stock.gguf"
     with Child("llama.cpp", 1 << 30) as child:
@@ -180,7 +180,7 @@ def test_the_forward_oracle_sees_damage(
     tmp_path: Path, target: str, type: str, parts: Callable[[Artifact, bool], Parts], damage: Callable[..., None]
 ) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        artifact, _ = lower(model, tmp_path / "artifact", target, type)
+        artifact, _ = made_of(model, tmp_path / "artifact", target, type)
         before = kl(model, artifact)
         codes, scales = parts(artifact, damage is unpermute)
         damage(codes, scales)

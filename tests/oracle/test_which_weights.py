@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 from exporter.foundation.errors import InputError
-from exporter.model.families import EMBEDDING, HEAD
+from exporter.model.decoder import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from tests.folders import Tensors, edit, float_kl, rewrite
@@ -113,9 +113,9 @@ CHOICES: dict[Make, str] = {
 
 
 def tensors_of(model: Model) -> Tensors:
-    names = [*(group.name for group in model.groups()), *model.architecture.vectors()]
+    names = [*(group.name for group in model.groups()), *model.decoder.vectors()]
     found = {name: torch.from_numpy(model.read(name)) for name in names}
-    return found | ({HEAD: found[EMBEDDING]} if model.architecture.tied else {})
+    return found | ({HEAD: found[EMBEDDING]} if model.decoder.tied else {})
 
 
 @pytest.mark.parametrize("make", CHOICES, ids=lambda make: make.__name__)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.errors import RequestError
 from exporter.model.folder import save_folder
 from exporter.model.model import Model
@@ -20,7 +20,7 @@ from exporter.model.widths import padded, selected
 from exporter.planning.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf import feed_forward_widths
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
@@ -42,7 +42,7 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
         yield model
 
 
-def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, CompressedModel]:
+def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
     folder.mkdir()
     made = load_target(target)
     needed = method == "ldlq" or target == "onnx-qdq"
@@ -50,11 +50,11 @@ def lower(model: Model, folder: Path, target: str, type: str, method: str = "rtn
     statistics = collect(model, windows, 0, lambda done, total: None) if needed else None
     decisions = made.decide(model, type, method)
     if statistics is None:
-        compressed = CompressedModel(model, decisions, None)
+        compressed = Compression(model, decisions)
     else:
         given = made.rewritten(model, statistics, decisions)
-        compressed = CompressedModel(model, decisions, given.statistics, rewritten=given.model)
-    return made.lower(compressed, type, folder), compressed
+        compressed = Compression(given.model, decisions, given.statistics, source=model)
+    return lower(made, compressed, type, folder).artifact, compressed
 
 
 def logits(artifact: Artifact) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_float32_artifact_is_the_pruned_model(tmp_path: Path, source: Model, wid
     save_folder(pruned, tmp_path / "saved")
     expected = whole(tmp_path / "saved")
     carried = load_target(target).as_stored(pruned).model
-    artifact, _ = lower(carried, tmp_path / "artifact", target, "F32")
+    artifact, _ = made_of(carried, tmp_path / "artifact", target, "F32")
     np.testing.assert_allclose(logits(artifact), expected, rtol=0, atol=2e-5)
     assert np.abs(logits(artifact) - whole(tmp_path / "model")).max() > 0.1
 
@@ -94,7 +94,7 @@ def test_the_artifact_holds_the_pruned_weights(
 ) -> None:
     made = load_target(target)
     carried = made.as_stored(with_widths(source, WIDTHS[widths])).model
-    artifact, compressed = lower(carried, tmp_path / "artifact", target, type, method)
+    artifact, compressed = made_of(carried, tmp_path / "artifact", target, type, method)
     assert check_weights(decoded_digests(artifact, carried), compressed).status == "passed"
     assert check_stored_types(made, artifact, compressed).status == "passed"
     flip(artifact)
@@ -121,9 +121,9 @@ def decoded_digests(artifact: Artifact, model: Model) -> dict[str, str]:
 @pytest.mark.parametrize("source", ["llama", "mistral"], indirect=True)
 def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = with_widths(source, WIDTHS["even"])
-    plain = logits(lower(pruned, tmp_path / "plain", "gguf", "F32")[0])
-    monkeypatch.setattr(type(pruned.architecture), "even", property(lambda self: False))
-    as_deci, _ = lower(pruned, tmp_path / "deci", "gguf", "F32")
+    plain = logits(made_of(pruned, tmp_path / "plain", "gguf", "F32")[0])
+    monkeypatch.setattr(type(pruned.decoder), "even", property(lambda self: False))
+    as_deci, _ = made_of(pruned, tmp_path / "deci", "gguf", "F32")
     assert b"deci.feed_forward_length" in as_deci.weights[0].read_bytes()
     np.testing.assert_array_equal(logits(as_deci), plain)
 
@@ -131,7 +131,7 @@ def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatc
 def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `deci` is for: the day that this fails, it is not needed any more."""
     monkeypatch.setattr(feed_forward_widths, "WITH_WIDTHS", {"llama": "llama"})
-    artifact, _ = lower(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32")
+    artifact, _ = made_of(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32")
     with pytest.raises(Exception, match=r"llama\.cpp cannot load the file"):
         logits(artifact)
 
@@ -141,7 +141,7 @@ def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: 
 def test_named_mixes_of_the_pruned_model(tmp_path: Path, source: Model, mix: str) -> None:
     for name, widths in WIDTHS.items():
         carried = load_target("gguf").as_stored(with_widths(source, widths)).model
-        artifact, compressed = lower(carried, tmp_path / name, "gguf", mix)
+        artifact, compressed = made_of(carried, tmp_path / name, "gguf", mix)
         assert check_stored_types(load_target("gguf"), artifact, compressed).status == "passed"
         assert np.isfinite(logits(artifact)).all()
 
@@ -161,7 +161,7 @@ def test_named_mixes_of_the_pruned_model(tmp_path: Path, source: Model, mix: str
 def test_it_says_how_the_widths_are_carried(
     source: Model, widths: str, architecture: str, filled: bool, reason: str
 ) -> None:
-    way = feed_forward_storage(with_widths(source, WIDTHS[widths]).architecture)
+    way = feed_forward_storage(with_widths(source, WIDTHS[widths]).decoder)
     assert (way.architecture, way.padded) == (architecture, filled)
     assert reason in way.reason
 
@@ -174,7 +174,7 @@ def test_zeros_are_refused_counted_and_carried(source: Model) -> None:
         target.decide(pruned, "Q8_0", "rtn")
     decisions = target.decide(target.as_stored(pruned).model, "Q8_0", "rtn")
     # 64 + 32 channels of three matrices, 64 weights each, 34 bytes for 32 weights.
-    assert zero_bytes(pruned.architecture, decisions) == (64 + 32) * 3 * 64 * 34 // 32
+    assert zero_bytes(pruned.decoder, decisions) == (64 + 32) * 3 * 64 * 34 // 32
 
 
 def test_the_folder_loads_anywhere(tmp_path: Path, source: Model) -> None:
@@ -185,7 +185,7 @@ def test_the_folder_loads_anywhere(tmp_path: Path, source: Model) -> None:
     np.testing.assert_array_equal(whole(tmp_path / "one"), whole(tmp_path / "many"))
     for name in ("one", "many"):
         with open_model(str(tmp_path / name)) as again:
-            assert again.architecture.intermediate == (96, 96, 96)
+            assert again.decoder.intermediate == (96, 96, 96)
             assert (again.folder / "tokenizer.json").is_file()
             for group in padded(pruned).groups():
                 np.testing.assert_array_equal(again.read(group.name), padded(pruned).read(group.name))

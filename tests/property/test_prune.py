@@ -27,11 +27,11 @@ from exporter.compress.prune import (
     shared_out,
 )
 from exporter.foundation.errors import RequestError
-from exporter.model.families import LINEARS
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.widths import selected
 from exporter.prove.accuracy import Reference, distance
+from tests.llama_names import LINEARS
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (8, 48))
@@ -135,11 +135,11 @@ def kl(model: Model, other: Model) -> float:
 @pytest.mark.parametrize("even", [True, False])
 def test_the_pruned_model_is_what_was_asked_for(model: Model, even: bool) -> None:
     found = prune(model, statistics_of(model), ClosedFormOptions(1 / 3, 16, even))
-    widths = found.model.architecture.intermediate
+    widths = found.model.decoder.intermediate
     assert found.ratio == pytest.approx(1 / 3)
     assert sum(widths) == 3 * 64
     assert all(width % 16 == 0 for width in widths)
-    assert found.model.architecture.even or not even
+    assert found.model.decoder.even or not even
     assert found.predicted_kl is not None and found.predicted_kl > 0
 
 
@@ -183,7 +183,7 @@ def test_any_choice_can_be_repaired(model: Model) -> None:
     best = prune(model, statistics, ClosedFormOptions(1 / 3, 16, even=True))
     drawn = [np.sort(np.random.default_rng(layer).choice(96, 64, replace=False)) for layer in range(3)]
     found = repair(model, statistics, drawn)
-    assert found.model.architecture.intermediate == (64, 64, 64)
+    assert found.model.decoder.intermediate == (64, 64, 64)
     assert found.predicted_kl is not None and best.predicted_kl is not None
     assert found.predicted_kl > best.predicted_kl
     bare = selected(model, drawn, {})
@@ -231,7 +231,7 @@ def test_statistics_of_the_pruned_model_are_its_own(model: Model) -> None:
     found = prune(model, statistics, ClosedFormOptions(1 / 3, 16))
     own = statistics_of(found.model)
     assert own.key != statistics.key
-    for layer, width in enumerate(found.model.architecture.intermediate):
+    for layer, width in enumerate(found.model.decoder.intermediate):
         site = own.site(f"layers.{layer}.mlp_out")
         assert site is not None and site.second_moment.shape == (width, width)
 
@@ -239,10 +239,10 @@ def test_statistics_of_the_pruned_model_are_its_own(model: Model) -> None:
 def test_pruned_models_are_pruned_again(model: Model) -> None:
     once = prune(model, statistics_of(model), ClosedFormOptions(1 / 3, 16)).model
     twice = prune(once, statistics_of(once), ClosedFormOptions(0.25, 16))
-    assert sum(twice.model.architecture.intermediate) < sum(once.architecture.intermediate)
-    even = prune(once, statistics_of(once), ClosedFormOptions(0.25, 16, even=True)).model.architecture.intermediate
-    assert even == planned_widths(once.architecture, 0.25, 16)
-    assert even != once.architecture.intermediate
+    assert sum(twice.model.decoder.intermediate) < sum(once.decoder.intermediate)
+    even = prune(once, statistics_of(once), ClosedFormOptions(0.25, 16, even=True)).model.decoder.intermediate
+    assert even == planned_widths(once.decoder, 0.25, 16)
+    assert even != once.decoder.intermediate
     assert np.isfinite(kl(model, twice.model))
 
 
@@ -275,11 +275,11 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
 ) -> None:
     monkeypatch.setattr(Model, "read", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(RequestError, match=message):
-        planned_widths(model.architecture, ratio, multiple)
+        planned_widths(model.decoder, ratio, multiple)
 
 
 def test_a_family_without_a_gate_is_refused(model: Model) -> None:
-    plain = replace(model.architecture, family=replace(model.architecture.family, gated=False))
+    plain = replace(model.decoder, family=replace(model.decoder.family, gated=False))
     with pytest.raises(RequestError, match=r"feed-forward part of a LlamaForCausalLM is not gated.*leave out the step"):
         planned_widths(plain, 0.25, 32)
 
@@ -287,8 +287,8 @@ def test_a_family_without_a_gate_is_refused(model: Model) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_families_of_today_are_pruned(tmp_path: Path, family: str) -> None:
     with open_model(str(tiny_model(tmp_path / "model", family))) as opened:
-        assert planned_widths(opened.architecture, 0.25, 32) == (64, 64)
-        assert planned_widths(opened.architecture, 0.25, 8) == (72, 72)
+        assert planned_widths(opened.decoder, 0.25, 32) == (64, 64)
+        assert planned_widths(opened.decoder, 0.25, 8) == (72, 72)
 
 
 def test_inputs_must_have_been_observed(model: Model, tmp_path: Path) -> None:
@@ -307,5 +307,5 @@ def test_a_silent_layer_is_pruned_too(model: Model, tmp_path: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with open_model(str(model.folder)) as silent:
         found = prune(silent, statistics_of(silent), ClosedFormOptions(1 / 3, 16))
-        assert found.model.architecture.intermediate[1] == min(found.model.architecture.intermediate)
+        assert found.model.decoder.intermediate[1] == min(found.model.decoder.intermediate)
         assert np.isfinite(kl(silent, found.model))

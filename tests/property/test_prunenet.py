@@ -103,7 +103,7 @@ def learn(gate: torch.Tensor, options: PruneNetOptions) -> prunenet.Policy:
 def test_a_policy_serves_every_ratio(model: Model) -> None:
     policy = learned(model, PruneNetOptions(0.5, episodes=3))
     for ratio, width in ((2 / 3, 32), (1 / 3, 64)):
-        assert prune(model, policy, ratio, 16).model.architecture.intermediate == (width, width)
+        assert prune(model, policy, ratio, 16).model.decoder.intermediate == (width, width)
 
 
 def test_channels_are_taken_out_of_all_three_matrices(model: Model) -> None:
@@ -136,7 +136,7 @@ class Rescaled:
 
 def test_one_function_is_pruned_alike_however_it_is_stored(model: Model) -> None:
     # Powers of two, so that nothing is rounded.
-    by = (2.0 ** np.random.default_rng(0).integers(-3, 4, model.architecture.hidden)).astype(np.float32)
+    by = (2.0 ** np.random.default_rng(0).integers(-3, 4, model.decoder.hidden)).astype(np.float32)
     other = replace(model, tensors=Rescaled(model.tensors, by), changes="rescaled")
     for options, alike in (
         (PruneNetOptions(0.5, episodes=2), True),
@@ -263,7 +263,7 @@ def test_an_impossible_ratio_is_refused(model: Model, ratio: float) -> None:
 
 
 def test_a_family_without_a_gate_is_refused(model: Model) -> None:
-    family = replace(model.architecture.family, gated=False)
-    plain = replace(model, architecture=replace(model.architecture, family=family))
+    family = replace(model.decoder.family, gated=False)
+    plain = replace(model, decoder=replace(model.decoder, family=family))
     with pytest.raises(RequestError, match="is not gated"):
         learned(plain, PruneNetOptions())

@@ -14,17 +14,17 @@ from exporter.calibrate.windows import Windows, file_windows
 from exporter.child.process import Child
 from exporter.compress.allocate import with_predicted_kl
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.compress.effort import effort
+from exporter.model.gguf_names import gguf_names
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tensors import gguf_names
 from exporter.model.tokenizer import load_tokenizer
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
 from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
 from tests.models import tensor_digests
@@ -63,10 +63,10 @@ def original(model: Model, texts: tuple[Windows, Windows]) -> Reference:
     return Reference.of(model, texts[1].tokens)
 
 
-def lower(model: Model, folder: Path, target: str, type: str, method: str, statistics: Statistics | None) -> Artifact:
+def made_of(model: Model, folder: Path, target: str, type: str, method: str, statistics: Statistics | None) -> Artifact:
     folder.mkdir()
     made = load_target(target)
-    return made.lower(CompressedModel(model, made.decide(model, type, method), statistics, EFFORT), type, folder)
+    return lower(made, Compression(model, made.decide(model, type, method), statistics, EFFORT), type, folder).artifact
 
 
 def measure(original: Reference, artifact: Artifact, name: str, exact: bool = False) -> Distance:
@@ -86,7 +86,7 @@ def built_by_genai(folder: Path, out: Path) -> Artifact:
 def test_onnx_int4_beats_the_stock_builder_at_no_more_bytes(
     folder: Path, model: Model, statistics: Statistics, original: Reference, tmp_path: Path
 ) -> None:
-    ours = lower(model, tmp_path / "ours", "onnx", "int4", "ldlq", statistics)
+    ours = made_of(model, tmp_path / "ours", "onnx", "int4", "ldlq", statistics)
     stock = built_by_genai(folder, tmp_path / "stock")
     kl, stock_kl = measure(original, ours, "onnx int4").kl_mean, measure(original, stock, "builder's int4").kl_mean
     assert ours.file_bytes <= stock.file_bytes
@@ -99,7 +99,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     tmp_path: Path, target: str, most: float,
 ) -> None:  # fmt: skip
     if target == "gguf":  # its named mixes are llama.cpp's own bytes, as another test shows
-        stock = lower(model, tmp_path / "stock", "gguf", "Q4_K_M", "rtn", statistics)
+        stock = made_of(model, tmp_path / "stock", "gguf", "Q4_K_M", "rtn", statistics)
     else:
         stock = built_by_genai(folder, tmp_path / "stock")
     made = load_target(target)
@@ -109,7 +109,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
     decisions, _ = draft.decided(given, lambda done, total: None)
     decisions = with_predicted_kl(decisions, given, statistics, EFFORT, {}, lambda done, total: None)
     (tmp_path / "ours").mkdir()
-    ours = made.lower(CompressedModel(model, decisions, statistics, EFFORT), "allocated", tmp_path / "ours")
+    ours = lower(made, Compression(model, decisions, statistics, EFFORT), "allocated", tmp_path / "ours").artifact
     assert ours.file_bytes <= stock.file_bytes
     kl = measure(original, ours, f"{target} allocated").kl_mean
     # The calibration text is prose, as the text measured on; nothing in the prediction was fitted to divergences.
@@ -121,7 +121,7 @@ def test_an_allocated_budget_beats_the_stock_tool_at_no_more_bytes(
 def test_eight_bits_choose_the_same_tokens(
     model: Model, original: Reference, tmp_path: Path, target: str, type: str
 ) -> None:
-    found = measure(original, lower(model, tmp_path / "artifact", target, type, "rtn", None), f"{target} {type}")
+    found = measure(original, made_of(model, tmp_path / "artifact", target, type, "rtn", None), f"{target} {type}")
     assert found.tokens >= 2000
     assert found.top1_agreement >= 0.95
     assert found.confident_agreement == 1.0
@@ -129,14 +129,14 @@ def test_eight_bits_choose_the_same_tokens(
 
 @pytest.fixture(scope="module")
 def floats(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return lower(model, tmp_path_factory.mktemp("floats") / "f32", "gguf", "F32", "rtn", None)
+    return made_of(model, tmp_path_factory.mktemp("floats") / "f32", "gguf", "F32", "rtn", None)
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_float32_artifacts_are_the_model(
     folder: Path, model: Model, original: Reference, floats: Artifact, tmp_path: Path, target: str
 ) -> None:
-    artifact = floats if target == "gguf" else lower(model, tmp_path / "f32", "onnx", "F32", "rtn", None)
+    artifact = floats if target == "gguf" else made_of(model, tmp_path / "f32", "onnx", "F32", "rtn", None)
     half = Reference(original.tokens[:4], original.hidden[:4], original.head)
     assert measure(half, artifact, f"{target} F32", exact=True).kl_mean < 1e-6
     prompt = load_tokenizer(folder).ids("The capital of France is")
@@ -154,8 +154,8 @@ def test_float32_artifacts_are_the_model(
 def test_named_mixes_are_those_of_llama_cpp(
     model: Model, statistics: Statistics, floats: Artifact, tmp_path: Path, mix: str
 ) -> None:
-    (ours,) = lower(model, tmp_path / "ours", "gguf", mix, "rtn", statistics).weights
-    names = gguf_names(model.architecture.layers)
+    (ours,) = made_of(model, tmp_path / "ours", "gguf", mix, "rtn", statistics).weights
+    names = gguf_names(model.decoder)
     observed = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     importance = {name: values for name, values in observed.items() if values is not None}
     stock = tmp_path / "stock.gguf"
@@ -173,6 +173,6 @@ def test_static_integers_keep_the_behaviour(
     target = load_target("onnx-qdq")
     decisions = target.decide(model, type, "rtn")
     changed = target.rewritten(model, statistics, decisions)
-    compressed = CompressedModel(model, decisions, changed.statistics, rewritten=changed.model)
-    artifact = target.lower(compressed, type, tmp_path)
+    compressed = Compression(changed.model, decisions, changed.statistics, source=model)
+    artifact = lower(target, compressed, type, tmp_path).artifact
     assert measure(original, artifact, f"onnx-qdq {type}").kl_mean < most_kl

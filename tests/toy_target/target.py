@@ -1,18 +1,18 @@
 """A target with the required members alone: every matrix in float16, each in a file of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.formats.floats import FLOAT16, FLOAT32
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import Target
+from exporter.targets.contract import Target, lower
 
 FORMATS = {one.name: one for one in (FLOAT16, FLOAT32)}
 
@@ -31,15 +31,17 @@ class Toy(Target):
             raise RequestError(f"unknown type {type!r}", expected=" or ".join(FORMATS))
         return [Decision(group, method, FORMATS[type], f"{type} for every matrix") for group in model.groups()]
 
-    def lower(self, compressed: CompressedModel, type: str, folder: Path) -> Artifact:
+    def write(
+        self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
+    ) -> Artifact:
         written = []
-        for name, decision in compressed.decisions.items():
-            written.append(folder / f"{name}.{decision.format.name}")
-            written[-1].write_bytes(compressed.encode(name).data.tobytes())
+        for matrix in matrices:
+            written.append(folder / f"{matrix.name}.{matrix.decision.format.name}")
+            written[-1].write_bytes(matrix.encoded.data.tobytes())
         return Artifact(self.name, folder, tuple(written))
 
-    def lower_float(self, model: Model, folder: Path) -> Artifact:
-        return self.lower(CompressedModel(model, self.decide(model, "F32", "rtn"), None), "F32", folder)
+    def write_float(self, model: Model, folder: Path) -> Artifact:
+        return lower(self, Compression(model, self.decide(model, "F32", "rtn")), "F32", folder).artifact
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         stored = self.stored_types(artifact, model)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.device.profile import device_names, load_device
 from exporter.emulate.arm64 import setup
 from exporter.emulate.arm64.core import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM, lacked, stand_in
@@ -22,7 +22,7 @@ from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
 from exporter.prove.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
 from tests.models import tiny_model
@@ -175,7 +175,7 @@ def tiny_gguf(folder: Path) -> Artifact:
     target = load_target("gguf")
     with open_model(str(folder / "source")) as model:
         decisions = target.decide(model, "Q4_K_M", "rtn")
-        return target.lower(CompressedModel(model, decisions, None), "Q4_K_M", folder)
+        return lower(target, Compression(model, decisions), "Q4_K_M", folder).artifact
 
 
 def test_without_space_for_the_decoded_weights_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_a_budget_is_kept_and_spent(
     with open_model(job(family, tied).source) as model:
         made = load_target(target)
         fixed = made.fixed_bytes(model)
-        most = fixed + int(0.75 * model.architecture.parameters)
+        most = fixed + int(0.75 * model.decoder.parameters)
     bundle = pipeline.build(job(family, tied, target=target, max_file_bytes=most, prefer=prefer))
     size = bundle.report.size.file_bytes.value
     matrices = sum(row.stored_bytes for row in bundle.report.tensors)
@@ -122,7 +122,7 @@ def test_limits_of_time_are_kept_with_those_of_bytes_and_refused_where_they_cann
     job: Callable[..., Job], target: str
 ) -> None:
     with open_model(job().source) as model:
-        most = load_target(target).fixed_bytes(model) + int(0.9 * model.architecture.parameters)
+        most = load_target(target).fixed_bytes(model) + int(0.9 * model.decoder.parameters)
         resolved, draft = pipeline.drafted(job(target=target, max_file_bytes=most), model)
         budget = budget_of(draft)
         free = [budget.timed(Storage.of(d), Choice(d.format, 0, 0.0)) for d in draft.decisions]
@@ -164,7 +164,7 @@ def test_what_the_speed_costs_is_said_where_it_is_much() -> None:
 
 def test_speed_is_preferred_where_it_is_asked_for(job: Callable[..., Job]) -> None:
     with open_model(job().source) as model:
-        most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.architecture.parameters)
+        most = load_target("gguf").fixed_bytes(model) + int(0.8 * model.decoder.parameters)
         seconds = {}
         for prefer in ("balanced", "accuracy", "speed"):
             _, draft = pipeline.drafted(job(target="gguf", max_file_bytes=most, prefer=prefer), model)

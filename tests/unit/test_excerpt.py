@@ -26,7 +26,7 @@ def test_an_excerpt_is_the_model_without_its_middle(tmp_path: Path, family: str)
         expected = whole(torch.from_numpy(TOKENS), use_cache=False).logits[0]
     with open_model(str(folder)) as model:
         short = excerpt(model)
-        short.architecture.check_shapes(short.tensors.shapes(), folder)
+        short.decoder.check_shapes(short.tensors.shapes(), folder)
         assert short.digest != model.digest
         assert short.own_config().num_hidden_layers == 2
         got = Reference.of(short, TOKENS).logits(0, slice(0, 24))
@@ -36,7 +36,7 @@ def test_an_excerpt_is_the_model_without_its_middle(tmp_path: Path, family: str)
 def test_unequal_widths_stay_with_their_layers(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model", layers=4))) as model:
         short = excerpt(outlined(model, [96, 32, 32, 64]))
-        assert short.architecture.intermediate == (96, 64)
+        assert short.decoder.intermediate == (96, 64)
         for group in short.groups():
             assert short.read(group.name).shape == (group.rows, group.columns)
             whole = model.read(source_name(group.name, 4))[: group.rows, : group.columns]

@@ -31,7 +31,7 @@ from exporter.foundation.cache import cache_folder
 from exporter.foundation.errors import ExporterError, InputError
 from exporter.foundation.progress import silent
 from exporter.foundation.quantities import Check
-from exporter.model.families import FAMILIES
+from exporter.model.family import families
 from exporter.report.data import canonical_json
 from exporter.targets.onnx.intake import MOST_GRAPH_BYTES
 from exporter.targets.onnx.settings import GenaiModel
@@ -225,7 +225,7 @@ def test_a_device_is_sent_the_settings_as_they_were_written_anew(bundle: Path) -
 
 
 def test_settings_know_every_family() -> None:
-    assert set(get_args(GenaiModel.model_fields["type"].annotation)) == {one.model_type for one in FAMILIES.values()}
+    assert set(get_args(GenaiModel.model_fields["type"].annotation)) == {one.model_type for one in families().values()}
 
 
 # The graph

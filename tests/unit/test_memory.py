@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.predict.memory_from_size import Interval, alike, predicted_peak
 from exporter.predict.peak_memory import ModelShape, Peak, SizedModel, Weights, host_features
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf import memory as llama_cpp
 from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.memory import memory_of
@@ -107,7 +107,7 @@ def test_small_models_take_what_is_predicted(tmp_path: Path, target: str, type: 
         made = load_target(target)
         decisions = made.decide(model, type, "rtn")
         (tmp_path / "made").mkdir()
-        artifact = made.lower(CompressedModel(model, decisions, None), type, tmp_path / "made")
+        artifact = lower(made, Compression(model, decisions), type, tmp_path / "made").artifact
         peak = made.estimated_peak(model, decisions, 1024)
     assert peak.cache_bytes == 2 * 1024 * 2 * 2 * 16 * (2 if target == "gguf" else 4)
     prompt = np.random.default_rng(0).integers(2, VOCAB - 20, 990).tolist()
@@ -126,7 +126,7 @@ def test_prompts_in_chunks_end_in_the_same_text(tmp_path: Path) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         made = load_target("onnx")
         (tmp_path / "made").mkdir()
-        artifact = made.lower(CompressedModel(model, made.decide(model, "F32", "rtn"), None), "F32", tmp_path / "made")
+        artifact = lower(made, Compression(model, made.decide(model, "F32", "rtn")), "F32", tmp_path / "made").artifact
     prompt = np.random.default_rng(0).integers(2, VOCAB - 20, 300).tolist()
     with OpenedArtifact(artifact, 400, 1) as child:
         last = child.logits(prompt, len(prompt) - 1)

@@ -59,7 +59,7 @@ def test_the_cache_of_statistics_is_as_large_as_predicted(tmp_path: Path, monkey
             collect(model, windows.spread(count), 0, silent)
         predicted, hidden = cache_bytes(model, job, recipe(calibration_windows=4)), 4 * 16 * 256 * ((4 + 6) * 5 + 6)
         sampled = cache_bytes(model, replace(job, evaluation=None), recipe(calibration_windows=4))
-        assert sampled == predicted + 34 * model.architecture.parameters // 32
+        assert sampled == predicted + 34 * model.decoder.parameters // 32
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     # Small files stand beside the second moments; hidden states are gone by now.
     assert predicted - hidden <= kept <= 1.1 * (predicted - hidden)

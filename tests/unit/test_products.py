@@ -12,8 +12,8 @@ from exporter.calibrate.bf16_matmul import TILES, VECTORS, quick_products
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
-from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
+from tests.llama_names import LINEARS
 from tests.models import tiny_model
 
 LEFT, RIGHT = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))

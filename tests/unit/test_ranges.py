@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
+from tests.llama_names import LINEARS
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(1).integers(2, 200, (3, 40))

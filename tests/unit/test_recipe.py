@@ -12,8 +12,10 @@ from exporter.compress.caldera import Alternation
 from exporter.device.profile import load_device
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.foundation.quantities import Quantity
-from exporter.model.families import FAMILIES
+from exporter.model.blocks import Block
+from exporter.model.family import families
 from exporter.model.model import Model
+from exporter.model.shape import Shape
 from exporter.model.sources import open_model
 from exporter.pipeline import drafted
 from exporter.planning.job import Job
@@ -189,6 +191,12 @@ def test_pruning_may_come_before_what_gives_formats(tmp_path: Path) -> None:
     assert {one.stored_as for one in draft.decisions} == {"Q8_0", "Q4_0+r32-Q8_0"}
 
 
+def ungated(shape: Shape, layer: int) -> Block:
+    """Describe a block as if its feed-forward part had no gate."""
+    block = families()["MistralForCausalLM"].block(shape, layer)
+    return replace(block, sublayers=tuple(replace(one, channels=None) for one in block.sublayers))
+
+
 def drafted_with(
     folder: Path, text: str, family: str = "llama", target: str = "gguf", **more: object
 ) -> tuple[ResolvedJob, Draft]:
@@ -251,7 +259,7 @@ def test_what_cannot_be_pruned_is_refused_at_plan_time(
     _, narrow = drafted_with(tmp_path / "again", text.replace("0.34", "0.34\nmultiple = 72"), type="Q8_0")
     assert {one.format.name for one in narrow.decisions if one.group.columns == 72} == {"F16"}
     assert all("falls back to F16" in one.reason for one in narrow.decisions if one.group.columns == 72)
-    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(FAMILIES["LlamaForCausalLM"], gated=False))
+    monkeypatch.setitem(families(), "LlamaForCausalLM", replace(families()["LlamaForCausalLM"], block=ungated))
     with pytest.raises(RequestError, match=r"the feed-forward part of a LlamaForCausalLM is not gated"):
         drafted_with(tmp_path / "third", text)
 
@@ -273,7 +281,7 @@ def test_prunenet_reads_text_where_something_is_chosen_or_fitted_by_it(
 
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         assert step.work(model).observes is observing
-        assert set(step.rewritten(model, observe, lambda done, total: None).architecture.intermediate) == {64}
+        assert set(step.rewritten(model, observe, lambda done, total: None).decoder.intermediate) == {64}
         assert observed == ([model] if observing else [])
 
 

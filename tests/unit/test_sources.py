@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
 from exporter.planning.job import Job
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 from tests.models import tiny_model
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -52,7 +52,7 @@ def change_tensor(folder: Path, name: str, change: object) -> None:
 def test_sharded_folder_is_read(folder: Path) -> None:
     with open_model(str(folder)) as model:
         assert len(model.tensors.files) > 1
-        assert model.architecture.parameters == sum(g.size for g in model.groups()) + 64 * 5
+        assert model.decoder.parameters == sum(g.size for g in model.groups()) + 64 * 5
         assert model.read(QUERY).dtype == np.float32
 
 
@@ -172,9 +172,9 @@ def test_gguf_source_is_the_model_it_was_made_from(folder: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     target = load_target("gguf")
     with open_model(str(folder)) as model:
-        artifact = target.lower(
-            CompressedModel(model, target.decide(model, "F32", "rtn"), None), "F32", tmp_path / "out"
-        )
+        artifact = lower(
+            target, Compression(model, target.decide(model, "F32", "rtn")), "F32", tmp_path / "out"
+        ).artifact
         with open_model(str(artifact.weights[0])) as again:
             assert not again.warnings
             for group in model.groups():
@@ -190,9 +190,9 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "mistral")
     edit(folder, "config.json", sliding_window=256)
     with open_model(str(folder)) as model:
-        assert model.architecture.context_length == 256
+        assert model.decoder.context_length == 256
     with pytest.raises(RequestError, match="the context is longer than the model's; got 512, expected at most 256"):
         plan(Job(str(folder), "raspberry-pi-5", "gguf"))
     edit(folder, "config.json", sliding_window=None)
     with open_model(str(folder)) as model:
-        assert model.architecture.context_length == 1024
+        assert model.decoder.context_length == 1024

@@ -14,9 +14,9 @@ from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
 from exporter.foundation.errors import InputError, RequestError
-from exporter.model.families import LINEARS
 from exporter.model.sources import open_model
 from tests.damage import left_over
+from tests.llama_names import LINEARS
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(1).integers(2, 200, (6, 40))

@@ -18,14 +18,14 @@ OPTIONS = ("-d", "raspberry-pi-5", "-t", "toy", "--context", "64")
 LOWERED = """
 from pathlib import Path
 import numpy as np
-from exporter.compress.compressed import CompressedModel
+from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
 target, folder = load_target("toy"), Path("lowered")
 folder.mkdir()
 with open_model("model") as model:
     decisions = target.decide(model, "F16", "rtn")
-    artifact = target.lower(CompressedModel(model, decisions, None), "F16", folder)
+    artifact = lower(target, Compression(model, decisions), "F16", folder).artifact
     read = target.read_back(artifact, model)
     for group in model.groups():
         np.testing.assert_array_equal(read(group), model.read(group.name).astype(np.float16))
@@ -45,7 +45,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    own = {"PYTHONPATH": str(world / "site"), "PYTHONSAFEPATH": "1", "EDGE_EXPORTER_CACHE": str(world / "cache")}
+    path = os.pathsep.join(filter(None, (str(world / "site"), os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "EDGE_EXPORTER_CACHE": str(world / "cache")}
     return subprocess.run(
         [sys.executable, *arguments], cwd=world, env=os.environ | own, capture_output=True, text=True, check=False
     )

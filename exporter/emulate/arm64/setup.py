@@ -115,7 +115,7 @@ def _debian(root: Path) -> None:
     sources = private / "sources.list"
     sources.write_text(_debian_sources(), encoding="utf-8")
     settings = {
-        "APT::Architecture": "arm64",
+        "APT::Decoder": "arm64",
         "APT::Architectures": "arm64",
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "",

@@ -1,24 +1,27 @@
 """Matrices that make up for what those before them lost, against the formula on transformers' own activations."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from greenlet import greenlet
 from transformers import AutoModelForCausalLM
 
 from exporter.calibrate.layer_stream import LayerStream
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
-from exporter.compress.compressed import CompressedModel, propagation_text
+from exporter.compress.compression import Compression, propagation_text
 from exporter.compress.effort import EFFORTS, Effort
-from exporter.compress.error_propagation import INPUTS_SHARE, RIDGE, STREAM_SHARE, ErrorPropagation
+from exporter.compress.error_propagation import INPUTS_SHARE, RIDGE, STREAM_SHARE, propagated_errors
 from exporter.formats.format import Float32
-from exporter.model.families import EMBEDDING, LINEARS, layer_tensor
+from exporter.model.decoder import EMBEDDING
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, lower
+from tests.llama_names import LINEARS
 from tests.models import VOCAB, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -49,7 +52,7 @@ def activations(model: Model, weights: dict[str, Float32]) -> tuple[dict[str, np
     def keep(into: dict[str, np.ndarray], name: str, value: torch.Tensor) -> None:
         into[name] = value.detach().flatten(0, 1).double().numpy()
 
-    for layer in range(model.architecture.layers):
+    for layer in range(model.decoder.layers):
         module = whole.model.layers[layer]
         for role, (path, _) in LINEARS.items():
             module.get_submodule(path).register_forward_pre_hook(
@@ -66,16 +69,16 @@ def activations(model: Model, weights: dict[str, Float32]) -> tuple[dict[str, np
 
 @pytest.mark.usefixtures("float32_products")
 def test_what_is_wanted_follows_the_formula(model: Model) -> None:
-    groups = {(group.layer, group.role): group for group in model.groups()}
     table = blurred(model.read(EMBEDDING), 99)
-    correction = ErrorPropagation(model, TOKENS, lambda tokens: table[tokens])
     source, streams = activations(model, {})
     planned = {EMBEDDING: table}
-    for layer in range(model.architecture.layers):
-        for number, role in enumerate(ROLES):
-            group = groups[layer, role]
-            weight = model.read(group.name)
-            found = correction.wanted(group, weight)
+    seen = []
+    for site, errors in propagated_errors(model, TOKENS, table[TOKENS]):
+        for linear in site.linears:
+            role, layer = linear.role, linear.group.layer
+            seen.append((layer, role))
+            weight = model.read(linear.group.name)
+            found = errors.compensated(weight)
             given, lost = activations(model, planned)
             x, y = source[f"{layer} {role}"], given[f"{layer} {role}"]
             missed = INPUTS_SHARE * weight.astype(np.float64) @ ((x - y).T @ y)
@@ -86,24 +89,28 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
             expected = weight + missed @ np.linalg.inv(moment)
             assert np.abs(expected - weight).max() > 1e-4
             np.testing.assert_allclose(found, expected, atol=2e-5)
-            planned[group.name] = blurred(found, 10 * layer + number)
-            correction.follow(group, planned[group.name])
+            planned[linear.group.name] = blurred(found, len(seen))
+            errors.follow(linear, planned[linear.group.name])
+    assert seen == [(layer, role) for layer in range(model.decoder.layers) for role in ROLES]
 
 
 def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
-    correction = ErrorPropagation(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
-    for group in model.groups():
-        weight = model.read(group.name)
-        np.testing.assert_array_equal(correction.wanted(group, weight), weight)
-        correction.follow(group, weight)
+    for site, errors in propagated_errors(model, TOKENS, LayerStream(model).embed(TOKENS).numpy()):
+        for linear in site.linears:
+            weight = model.read(linear.group.name)
+            np.testing.assert_array_equal(errors.compensated(weight), weight)
+            errors.follow(linear, weight)
 
 
-def test_a_matrix_out_of_turn_is_a_mistake(model: Model) -> None:
-    correction = ErrorPropagation(model, TOKENS, lambda tokens: LayerStream(model).embed(tokens).numpy())
-    name = layer_tensor(0, "self_attn.o_proj.weight")
-    group = next(group for group in model.groups() if group.name == name)
-    with pytest.raises(ValueError, match="layer 0 attention_out comes out of turn"):
-        correction.wanted(group, model.read(name))
+def test_a_run_that_is_given_up_leaves_nothing_suspended(model: Model) -> None:
+    before = {id(one) for one in gc.get_objects() if type(one) is greenlet}
+    sites = propagated_errors(model, TOKENS, LayerStream(model).embed(TOKENS).numpy())
+    for _ in range(3):
+        next(sites)
+    suspended = [one for one in gc.get_objects() if type(one) is greenlet and one and id(one) not in before]
+    assert suspended
+    sites.close()
+    assert all(one.dead for one in suspended)
 
 
 @pytest.mark.parametrize(("target", "type"), [("gguf", "Q4_0"), ("onnx", "int4")])
@@ -116,13 +123,13 @@ def test_a_corrected_model_stays_nearer_to_the_source(model: Model, tmp_path: Pa
     assert on is not None
     errors = []
     for tokens in (None, on):
-        compressed = CompressedModel(model, decisions, statistics, LEVEL, propagation_text=tokens)
+        compressed = Compression(model, decisions, statistics, LEVEL, propagation_text=tokens)
         folder = tmp_path / f"corrected-{tokens is not None}"
         folder.mkdir()
-        artifact = made.lower(compressed, type, folder)
+        artifact = lower(made, compressed, type, folder).artifact
         read = made.read_back(artifact, model)
         weights = {group.name: np.ascontiguousarray(read(group)) for group in model.groups()}
-        last = f"{model.architecture.layers - 1} down"
+        last = f"{model.decoder.layers - 1} down"
         _, streams = activations(model, weights)
         errors.append(np.square(streams[last] - activations(model, {})[1][last]).mean())
     assert errors[1] < 0.9 * errors[0]

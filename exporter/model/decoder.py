@@ -1,0 +1,181 @@
+"""A decoder as data: its sizes, read from config.json, its blocks, and the tensors that they imply."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from transformers import PretrainedConfig
+
+from exporter.formats.group import WeightGroup
+from exporter.foundation.errors import InputError
+from exporter.model.blocks import Block, Linear, Site, Vector
+from exporter.model.family import Family, families
+from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, whole_number
+from exporter.model.shape import Shape
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD_SITE = "head_in"
+# The place of an untied embedding's inputs, which are tokens.
+TOKENS = "tokens"
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Shape):
+    """A decoder: its sizes, and its blocks as its family describes them."""
+
+    family: Family
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, where: object) -> "Decoder":
+        """Read the decoder from a transformers config.
+
+        Raises:
+            InputError: the architecture is not supported, or a number is missing or impossible.
+        """
+        known = families()
+        named = (config.architectures or [type(config).__name__.replace("Config", "ForCausalLM")])[0]
+        if named not in known:
+            raise InputError(
+                f"the architecture {named!r} is not supported", where=where, expected="one of " + ", ".join(known)
+            )
+        family = known[named]
+        for flag in family.refused_flags:
+            if getattr(config, flag, False):
+                raise InputError(f"a {named} with {flag}=true is not supported", where=where, expected=f"{flag}=false")
+        layers = whole_number(config, "num_hidden_layers", where, MAX_LAYERS)
+        heads = whole_number(config, "num_attention_heads", where)
+        hidden = whole_number(config, "hidden_size", where)
+        positions = whole_number(config, "max_position_embeddings", where, MAX_POSITIONS)
+        windows = family.windows(config, where)
+        if len(windows) != layers:
+            raise InputError("layer_types does not name each layer", where=where, got=len(windows), expected=layers)
+        decoder = cls(
+            family=family,
+            layers=layers,
+            hidden=hidden,
+            intermediate=(whole_number(config, "intermediate_size", where),) * layers,
+            heads=heads,
+            kv_heads=whole_number(config, "num_key_value_heads", where, default=heads),
+            head_dim=whole_number(config, "head_dim", where, default=hidden // heads),
+            vocab=whole_number(config, "vocab_size", where),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            positions=positions,
+            windows=tuple(window if window is not None and window < positions else None for window in windows),
+            embedding_scale=family.embedding_scale(config),
+            activation=getattr(config, family.activation_key),
+        )
+        if heads % decoder.kv_heads or decoder.head_dim % 2:
+            raise InputError(
+                "the heads do not divide evenly",
+                where=where,
+                got=f"{heads} heads, {decoder.kv_heads} key-value heads, head width {decoder.head_dim}",
+                expected="key-value heads that divide the heads and an even width",
+            )
+        return decoder
+
+    @property
+    def context_length(self) -> int:
+        """Number of positions for which every runtime attends as the model does."""
+        return self.positions if self.family.carries_windows else min(self.positions, self.window or self.positions)
+
+    def with_widths(self, widths: Iterable[int]) -> "Decoder":
+        """Return the decoder with other feed-forward widths, one for each layer."""
+        return replace(self, intermediate=tuple(widths))
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder layers."""
+        return tuple(self.family.block(self, layer) for layer in range(self.layers))
+
+    @cached_property
+    def embedding(self) -> WeightGroup:
+        """The table of embeddings; it is also the head if both are tied."""
+        uses = ("embedding", "head") if self.tied else ("embedding",)
+        site = HEAD_SITE if self.tied else TOKENS
+        return WeightGroup(EMBEDDING, "embedding", None, self.vocab, self.hidden, uses, site)
+
+    @cached_property
+    def head(self) -> WeightGroup:
+        """The matrix that makes the logits."""
+        if self.tied:
+            return self.embedding
+        return WeightGroup(HEAD, "head", None, self.vocab, self.hidden, ("head",), HEAD_SITE)
+
+    @cached_property
+    def final_norm(self) -> Vector:
+        """The norm before the head."""
+        before = self.blocks[-1].sublayers[-1].norm_before
+        return Vector("final_norm", FINAL_NORM, self.hidden, 0.0 if before is None else before.offset)
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """Name -> site, of the sites of all blocks."""
+        return {site.name: site for block in self.blocks for site in block.sites}
+
+    def linear(self, group: WeightGroup) -> Linear | None:
+        """Return the matrix of a group; None for embedding and head."""
+        return None if group.layer is None else self.blocks[group.layer].linears[group.role]
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; a tied embedding counts once."""
+        return sum(group.size for group in self.groups()) + sum(_size(shape) for shape in self.vectors().values())
+
+    def groups(self) -> list[WeightGroup]:
+        """Return the matrices in the order of the forward pass; the embedding is first, an untied head last."""
+        inside = [linear.group for block in self.blocks for linear in block.linears.values()]
+        return [self.embedding, *inside, *([] if self.tied else [self.head])]
+
+    def all_vectors(self) -> list[Vector]:
+        """Return the norms and biases in the order in which files hold them."""
+        return [*(vector for block in self.blocks for vector in block.vectors), self.final_norm]
+
+    def vectors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of the tensors kept in float32: norms and biases."""
+        return {vector.name: (vector.width,) for vector in self.all_vectors()}
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of all tensors."""
+        return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
+
+    def check_shapes(self, held: dict[str, tuple[int, ...]], where: object) -> None:
+        """Check the tensors of a source against those the architecture needs.
+
+        Raises:
+            InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
+        """
+        needed = self.tensors()
+        for name, shape in needed.items():
+            if name not in held:
+                raise InputError(f"the tensor {name} is missing", where=where, next_step="fetch the model again")
+            if held[name] != shape:
+                raise InputError(
+                    "the tensor has the wrong shape",
+                    where=f"{where}: {name}",
+                    got=list(held[name]),
+                    expected=list(shape),
+                    next_step="check that config.json belongs to these weights",
+                )
+        extra = sorted(name for name in set(held) - set(needed) - {HEAD} if not name.endswith(IGNORED_SUFFIXES))
+        if extra:
+            raise InputError(
+                f"the model holds a tensor that a {self.family.architecture} does not use: {extra[0]}",
+                where=where,
+                got=f"{len(extra)} such tensors",
+                expected="none, since leaving them out would change the model",
+            )
+
+
+def layer_prefix(layer: int) -> str:
+    """Return what the names of a layer's tensors begin with."""
+    return f"model.layers.{layer}."
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,131 @@
+"""Llama, and the description of a block that families like it share."""
+
+from types import MappingProxyType
+
+from exporter.formats.group import WeightGroup
+from exporter.model.attention_windows import no_window
+from exporter.model.blocks import Block, GatedChannels, Linear, Producer, Site, Sublayer, Vector
+from exporter.model.family import Family, GgufDeclaration, OnnxDeclaration
+from exporter.model.shape import Shape
+
+GGUF_TENSORS = MappingProxyType(
+    {
+        "q": "attn_q.weight",
+        "k": "attn_k.weight",
+        "v": "attn_v.weight",
+        "o": "attn_output.weight",
+        "gate": "ffn_gate.weight",
+        "up": "ffn_up.weight",
+        "down": "ffn_down.weight",
+        "attention_norm": "attn_norm.weight",
+        "mlp_norm": "ffn_norm.weight",
+        "q_norm": "attn_q_norm.weight",
+        "k_norm": "attn_k_norm.weight",
+        "q_bias": "attn_q.bias",
+        "k_bias": "attn_k.bias",
+        "v_bias": "attn_v.bias",
+    }
+)
+ONNX_NODES = MappingProxyType(
+    {role: f"attn/{role}_proj" for role in ("q", "k", "v", "o")}
+    | {role: f"mlp/{role}_proj" for role in ("gate", "up", "down")}
+)
+
+
+def block(shape: Shape, layer: int, qk_norms: bool = False, qkv_biases: bool = False) -> Block:
+    """Return a block of attention and a gated feed-forward part, each behind a norm.
+
+    Args:
+        shape: Sizes of the shape.
+        layer: Index of the layer.
+        qk_norms: Queries and keys are normalised head by head.
+        qkv_biases: Queries, keys and values have biases.
+    """
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    part = BlockParts(shape, layer)
+    norms = [part.norm("attention_norm", "input_layernorm"), part.norm("mlp_norm", "post_attention_layernorm")]
+    more = [part.vector(f"{role}_norm", f"self_attn.{role}_norm.weight", shape.head_dim) for role in "qk"]
+    biases = [
+        part.vector(f"{role}_bias", f"self_attn.{role}_proj.bias", width)
+        for role, width in zip("qkv", (query, key, key), strict=True)
+    ]
+    return Block(
+        layer,
+        (
+            part.attention("input_layernorm", norms[0], v_biases=biases[2:] if qkv_biases else ()),
+            part.feed_forward("post_attention_layernorm", norms[1]),
+        ),
+        (*norms, *(more if qk_norms else ()), *(biases if qkv_biases else ())),
+        shape.windows[layer],
+    )
+
+
+class BlockParts:
+    """Describes the parts of a layer whose modules are named as in Llama.
+
+    Args:
+        shape: Sizes of the shape.
+        layer: Index of the layer.
+        offset: Added to what the checkpoint stores of norms.
+    """
+
+    def __init__(self, shape: Shape, layer: int, offset: float = 0.0) -> None:
+        self._shape, self._layer, self._offset = shape, layer, offset
+
+    def norm(self, role: str, module: str, width: int | None = None) -> Vector:
+        """Return the gain of a norm, as wide as the residual stream unless said otherwise."""
+        return self.vector(role, f"{module}.weight", width or self._shape.hidden, self._offset)
+
+    def vector(self, role: str, name: str, width: int, offset: float = 0.0) -> Vector:
+        """Return a vector of the layer."""
+        return Vector(role, f"model.layers.{self._layer}.{name}", width, offset)
+
+    def attention(
+        self,
+        entrance: str,
+        before: Vector,
+        after: Vector | None = None,
+        v_biases: "tuple[Vector, ...] | list[Vector]" = (),
+    ) -> Sublayer:
+        """Return the attention: queries, keys and values of one input, then the output projection."""
+        shape = self._shape
+        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        q, k, v = (
+            self._linear(role, f"self_attn.{role}_proj", rows, shape.hidden, "attention_in", heads)
+            for role, rows, heads in (("q", query, shape.heads), ("k", key, shape.kv_heads), ("v", key, 0))
+        )
+        o = self._linear("o", "self_attn.o_proj", shape.hidden, query, "attention_out")
+        sites = (
+            self._site("attention_in", (q, k, v), Producer((before,))),
+            self._site("attention_out", (o,), Producer(tuple(v_biases), v, by_heads=True)),
+        )
+        return Sublayer(entrance, sites, before, after)
+
+    def feed_forward(self, entrance: str, before: Vector, after: Vector | None = None) -> Sublayer:
+        """Return the feed-forward part: down(act(gate x) * up x)."""
+        hidden, width = self._shape.hidden, self._shape.intermediate[self._layer]
+        gate, up = (self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in") for role in ("gate", "up"))
+        down = self._linear("down", "mlp.down_proj", hidden, width, "mlp_out")
+        sites = (
+            self._site("mlp_in", (gate, up), Producer((before,))),
+            self._site("mlp_out", (down,), Producer(linear=up)),
+        )
+        return Sublayer(entrance, sites, before, after, GatedChannels(gate, up, down))
+
+    def _linear(self, role: str, module: str, rows: int, columns: int, site: str, heads: int = 0) -> Linear:
+        name = f"model.layers.{self._layer}.{module}.weight"
+        place = f"layers.{self._layer}.{site}"
+        return Linear(WeightGroup(name, role, self._layer, rows, columns, (role,), place), module, heads)
+
+    def _site(self, kind: str, linears: tuple[Linear, ...], producer: Producer) -> Site:
+        return Site(f"layers.{self._layer}.{kind}", linears, producer)
+
+
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    block=block,
+    windows=no_window,
+    gguf=GgufDeclaration("llama", GGUF_TENSORS, interleaved_rotary=True, frequency_factors=True, with_widths="deci"),
+    onnx=OnnxDeclaration("LlamaModel", ONNX_NODES),
+)

@@ -1,0 +1,142 @@
+"""What a family of decoders declares: its blocks, the keys of its config.json, and what targets need to know of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from exporter.foundation.registry import load, names
+from exporter.model.attention_windows import FULL
+from exporter.model.blocks import Block
+from exporter.model.shape import Shape
+
+PACKAGE = "exporter.model.families"
+# The value of a key in the header of a GGUF file; its type follows from Python's.
+HeaderValue = bool | int | float | str | list[bool] | list[int]
+
+
+def no_scale(config: PretrainedConfig) -> float:
+    """Return 1: embeddings enter the first block as the table holds them."""
+    return 1.0
+
+
+def no_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderValue]:
+    """Return no keys."""
+    return {}
+
+
+def unchanged(config: PretrainedConfig, original: PretrainedConfig) -> None:
+    """Change nothing."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a runtime does not compute a model as transformers does.
+
+    Attributes:
+        key: The key of config.json.
+        got: Its value.
+        expected: The value that the runtime computes.
+    """
+
+    key: str
+    got: object
+    expected: object
+
+
+def nothing_refused(shape: Shape, config: PretrainedConfig) -> Refusal | None:
+    """Return None."""
+
+
+@dataclass(frozen=True)
+class GgufDeclaration:
+    """How llama.cpp knows a family.
+
+    Attributes:
+        architecture: `general.architecture` of a file.
+        tensors: Role -> name within `blk.N`, of matrices and vectors. A norm's file holds its gain, offset included.
+        activations: Values of `hidden_act` that llama.cpp's graph of this architecture computes.
+        interleaved_rotary: llama.cpp rotates neighbouring rows of a head, so query and key rows are reordered.
+        frequency_factors: It reads a tensor of frequency factors, in which llama3's scaling is stored.
+        square_queries: Its heads must together be as wide as the residual stream.
+        with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
+        keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
+        refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
+    """
+
+    architecture: str
+    tensors: Mapping[str, str]
+    activations: Sequence[str] = ("silu", "swish")
+    interleaved_rotary: bool = False
+    frequency_factors: bool = False
+    square_queries: bool = False
+    with_widths: str | None = None
+    keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
+    refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
+
+
+@dataclass(frozen=True)
+class OnnxDeclaration:
+    """How onnxruntime-genai's model builder knows a family.
+
+    Attributes:
+        builder: Name of its class in `onnxruntime_genai.models.builders`.
+        nodes: Role -> path of a matrix's node within its layer.
+        shim: Changes a config that the builder is shown, given the original, so that it builds this family right.
+    """
+
+    builder: str
+    nodes: Mapping[str, str]
+    shim: Callable[[PretrainedConfig, PretrainedConfig], None] = unchanged
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of decoders; it is a file of `exporter.model.families`.
+
+    Attributes:
+        model_type: `model_type` in config.json.
+        architecture: Class name in config.json's `architectures`.
+        block: Returns the description of a layer.
+        windows: Returns the attention window of each layer, None for none; it raises an `InputError`, which names the
+            place given, if config.json contradicts itself.
+        gguf: What the target `gguf` and the reader of GGUF files need.
+        onnx: What the ONNX targets need.
+        carries_windows: The targets attend within the windows as the model does. Otherwise the artifact's context is
+            no longer than the shortest window.
+        embedding_scale: Returns the factor of embeddings before the first block.
+        rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
+        activation_key: The key of config.json that names the activation.
+        refused_flags: Keys of config.json that would add biases which the blocks do not have.
+        honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
+        only: Keys that the family has built in, and the one value that changes nothing.
+    """
+
+    model_type: str
+    architecture: str
+    block: Callable[[Shape, int], Block]
+    windows: Callable[[PretrainedConfig, object], tuple[int | None, ...]]
+    gguf: GgufDeclaration
+    onnx: OnnxDeclaration
+    carries_windows: bool = False
+    embedding_scale: Callable[[PretrainedConfig], float] = no_scale
+    rotary_kinds: Sequence[str] = (FULL,)
+    activation_key: str = "hidden_act"
+    refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")
+    honoured: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str:
+        """Class name of the model without its head."""
+        return self.architecture.removesuffix("ForCausalLM") + "Model"
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return class name -> family, of every family."""
+    known = names(PACKAGE)
+    found: list[Family] = [load(f"{PACKAGE}.{{}}", name, known, "family").FAMILY for name in known]
+    return {family.architecture: family for family in found}

@@ -1,0 +1,54 @@
+"""Names, order and values of a decoder's tensors in GGUF files."""
+
+import numpy as np
+
+from exporter.formats.group import WeightGroup
+from exporter.model.blocks import Vector
+from exporter.model.decoder import HEAD, Decoder
+
+EMBEDDING_NAME, HEAD_NAME, FINAL_NORM_NAME = "token_embd.weight", "output.weight", "output_norm.weight"
+
+
+def gguf_names(decoder: Decoder) -> dict[str, str]:
+    """Return Hugging Face name -> GGUF name of every tensor, and of a head even if the decoder's is tied."""
+    tensors = decoder.family.gguf.tensors
+    pairs = {
+        decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: FINAL_NORM_NAME, HEAD: HEAD_NAME
+    }  # fmt: skip
+    for block in decoder.blocks:
+        named = {linear.group.name: role for role, linear in block.linears.items()}
+        named |= {vector.name: vector.role for vector in block.vectors}
+        pairs |= {name: f"blk.{block.layer}.{tensors[role]}" for name, role in named.items()}
+    return pairs
+
+
+def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:
+    """Return GGUF name -> vector, in the order of files; a file holds a norm's gain, offset included."""
+    names = gguf_names(decoder)
+    return {names[vector.name]: vector for vector in decoder.all_vectors()}
+
+
+def row_order(decoder: Decoder, group: WeightGroup) -> np.ndarray | None:
+    """Return the source row of each stored row of a matrix, or None if the order is the same."""
+    linear = decoder.linear(group)
+    if linear is None or not linear.rotary_heads or not decoder.family.gguf.interleaved_rotary:
+        return None
+    return interleaved_rows(group.rows, linear.rotary_heads)
+
+
+def interleaved_rows(rows: int, heads: int) -> np.ndarray:
+    """Return the Hugging Face row of each GGUF row of a query or key matrix.
+
+    llama.cpp rotates neighbouring rows (2i, 2i+1) of a head; transformers rotates rows i and i + half.
+    """
+    half = rows // heads // 2
+    return np.arange(rows).reshape(heads, 2, half).swapaxes(1, 2).reshape(rows)
+
+
+def in_source_order(stored: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Return rows in the source's order, given the order in which they are stored."""
+    if order is None:
+        return stored
+    rows = np.empty_like(stored)
+    rows[order] = stored
+    return rows

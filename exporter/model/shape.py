@@ -1,0 +1,46 @@
+"""The sizes of a decoder."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder; names follow config.json where possible.
+
+    Attributes:
+        layers: Number of decoder layers.
+        hidden: Width of the residual stream.
+        intermediate: Feed-forward width of each decoder layer; pruning can make these differ.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        vocab: Rows of the embedding.
+        tied: The embedding serves as the head.
+        positions: The model's maximum.
+        windows: Attention window of each layer; None for none, or for one that no position exceeds.
+        embedding_scale: Factor of embeddings before the first block.
+        activation: Name of the activation of the feed-forward parts.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    positions: int
+    windows: tuple[int | None, ...]
+    embedding_scale: float
+    activation: str
+
+    @property
+    def window(self) -> int | None:
+        """The shortest attention window; None if no layer has one."""
+        return min((window for window in self.windows if window is not None), default=None)
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same feed-forward width."""
+        return len(set(self.intermediate)) == 1
