@@ -48,7 +48,7 @@ class EmulatedGguf:
     def require(self, installation: Installation, core: Core) -> None:
         """Require that the program for a core is installed."""
         installation.machine(core)
-        installation.program(core)
+        installation.program(core, self.title)
 
     def rounds(self, core: Core) -> bool:
         """Return True: the kernels of every core round activations."""
@@ -82,7 +82,7 @@ class EmulatedGguf:
             asked, made = scratch / "tokens.bin", scratch / "logits.npy"
             asked.write_bytes(np.array(run.tokens, "<i4").tobytes())
             options = [str(int(exact)), str(run.single), str(run.threads)]
-            command: list[Path | str] = [run.installation.program(run.core), *options, asked, made]
+            command: list[Path | str] = [run.installation.program(run.core, self.title), *options, asked, made]
             command += [path.absolute() for path in files]
             run.installation.machine(run.core).run(command, run.timeout_s)
             return read_logits(made, len(run.tokens))
