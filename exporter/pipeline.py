@@ -10,7 +10,7 @@ from exporter.bundle.manifest import Manifest
 from exporter.bundle.transport import code_beside
 from exporter.bundle.write import staging_folder, write_bundle
 from exporter.calibrate.evaluation_statistics import EvaluationStatistics
-from exporter.calibrate.statistics import Statistics, collect
+from exporter.calibrate.statistics import Statistics, collect, collect_together
 from exporter.calibrate.windows import Tokens, Windows, file_windows, spread_windows
 from exporter.compress.allocate import with_predicted_kl
 from exporter.compress.awq_scaling import Rewritten
@@ -138,9 +138,9 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         source = stage("check the source", check_source, resolved.original, tokens, job.threads, folder, progress)
         if resolved.recipe.rewriting:
             resolved, draft = stage("rewrite", rewritten, resolved, texts, progress)
-        given = stage("statistics", observed, resolved, draft, texts, progress)
+        given, seen = stage("statistics", observed, resolved, draft, texts, progress)
         decided = stage("allocate", decide, resolved, draft, given, progress)
-        decided = stage("predict", with_predictions, resolved, decided, texts, progress)
+        decided = stage("predict", with_predictions, resolved, decided, seen, progress)
         lowered = stage("compress and lower", compress_and_lower, resolved, draft, decided, texts, folder, progress)
         evidence = gather_evidence(resolved, lowered, tokens, source, stage, progress)
         plan = resolved.plan(decided.decisions, decided.notes + evidence.notes, texts.calibration, texts.evaluation)
@@ -206,11 +206,15 @@ def rewritten(resolved: ResolvedJob, texts: Texts, progress: Progress) -> tuple[
     return resolved, resolved.draft()
 
 
-def observed(resolved: ResolvedJob, draft: Draft, texts: Texts, progress: Progress) -> Rewritten:
-    """Return the model in the coordinates in which it is compressed, and its statistics there."""
+def observed(
+    resolved: ResolvedJob, draft: Draft, texts: Texts, progress: Progress
+) -> tuple[Rewritten, EvaluationStatistics]:
+    """Return the model in the coordinates in which it is compressed, and its statistics there on both texts."""
+    windows = texts.calibration, texts.evaluation.spread(resolved.prediction_windows)
     layers = partial(progress, "statistics: layers")
-    statistics = collect(resolved.model, texts.calibration, resolved.job.seed, layers)
-    return resolved.encoding.coordinates(resolved.target, resolved.model, statistics, draft.decisions)
+    calibration, evaluation = collect_together(resolved.model, windows, resolved.job.seed, layers)
+    given = resolved.encoding.coordinates(resolved.target, resolved.model, calibration, draft.decisions)
+    return given, EvaluationStatistics(given.statistics, given.of(evaluation))
 
 
 def decide(resolved: ResolvedJob, draft: Draft, given: Rewritten, progress: Progress) -> Decided:
@@ -220,14 +224,14 @@ def decide(resolved: ResolvedJob, draft: Draft, given: Rewritten, progress: Prog
     return Decided(given, decisions, methods, notes)
 
 
-def with_predictions(resolved: ResolvedJob, decided: Decided, texts: Texts, progress: Progress) -> Decided:
+def with_predictions(
+    resolved: ResolvedJob, decided: Decided, seen: EvaluationStatistics, progress: Progress
+) -> Decided:
     """Return the decisions with the loss that each is predicted to add, on both texts."""
-    windows = texts.evaluation.spread(resolved.prediction_windows)
-    seen = collect(resolved.model, windows, resolved.job.seed, partial(progress, "statistics: layers"))
     decisions = with_predicted_kl(
         decided.decisions,
         decided.given,
-        EvaluationStatistics(decided.given.statistics, decided.given.of(seen)),
+        seen,
         resolved.effort,
         decided.methods,
         partial(progress, "predict: matrices"),

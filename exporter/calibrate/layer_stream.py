@@ -89,11 +89,19 @@ class LayerStream:
         return torch.from_numpy(rows)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[LoadedLayer]:
-        """Load one decoder layer, and free its weights on exit."""
+    def layer(self, index: int, like: LoadedLayer | None = None) -> Iterator[LoadedLayer]:
+        """Load one decoder layer, and free its weights on exit.
+
+        Args:
+            index: Its index.
+            like: The same layer of another stream, whose weights are used, not copied; None to read them.
+        """
         module: nn.Module = self._decoder.layers[index]
         prefix = layer_prefix(index)
-        state = {name: torch.from_numpy(self._model.read(f"{prefix}{name}")) for name in module.state_dict()}
+        if like is None:
+            state = {name: torch.from_numpy(self._model.read(f"{prefix}{name}")) for name in module.state_dict()}
+        else:
+            state = like.module.state_dict()
         module.load_state_dict(state, assign=True)
         try:
             yield LoadedLayer(self._model.decoder.blocks[index], module, partial(self._arguments_of, index))

@@ -59,6 +59,11 @@ class PausedLayer:
             call.parent = getcurrent()
             call.switch()
 
+    def weight(self, linear: Linear) -> Float32:
+        """Return the weights of a matrix, float32 [rows, columns]; they must not be changed."""
+        weight: Float32 = self._layer.module.get_submodule(linear.module).get_parameter("weight").detach().numpy()
+        return weight
+
     def replace(self, linear: Linear, weight: Float32) -> None:
         """Go on with other weights of a matrix at the current site, float32 [rows, columns]."""
         module = self._layer.module.get_submodule(linear.module)

@@ -15,9 +15,9 @@ The model runs forwards once, storing every layer's inputs on disk, then backwar
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -120,35 +120,85 @@ def disk_bytes(model: Model, tokens: int) -> int:
     )
 
 
-@quick_products()
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
-    """Run the float model forwards and backwards over the windows, with one layer's weights in memory at a time.
+    """Return the statistics of a model on one text; see `collect_together`."""
+    return collect_together(model, [windows], seed, progress)[0]
 
-    An interrupted run resumes after the last finished layer.
+
+@quick_products()
+def collect_together(model: Model, texts: Sequence[Windows], seed: int, progress: Progress) -> list[Statistics]:
+    """Run the float model forwards and backwards over texts, with one layer's weights in memory at a time.
+
+    Each layer is loaded once forwards and once backwards, for all texts. An interrupted run resumes after the last
+    finished layer.
 
     Args:
         model: The model.
-        windows: The calibration text.
+        texts: Such as the calibration text.
         seed: Seed of the tokens drawn from the model.
         progress: Called with the layers done and their total; each layer counts twice.
+
+    Returns:
+        The statistics on each text.
 
     Raises:
         InputError: activations or gradients are not finite (named by layer).
         RequestError: the cache's disk is too full.
     """
-    folder = cache_folder("statistics", statistics_key(model, windows, seed))
+    # Made only if something is to be collected.
+    stream = cache(partial(LayerStream, model))
+    folders = [cache_folder("statistics", statistics_key(model, text, seed)) for text in texts]
+    unlike = dict(zip(folders, texts, strict=True))
+    # In one order in all jobs, so that no two wait for each other.
+    collections = {
+        folder: _collection(model, stream, unlike[folder], seed, folder, progress) for folder in sorted(unlike)
+    }
+    _run_together(stream, list(collections.values()))
+    return [Statistics(folder) for folder in folders]
+
+
+# Yields the index of the layer that it needs next, or None for none, and is sent that layer.
+_Steps = Generator[int | None, LoadedLayer | None, None]
+
+
+def _run_together(stream: Callable[[], LayerStream], collections: list[_Steps]) -> None:
+    """Run collections to their ends; a layer is loaded for all that need it next."""
+    wanted: dict[int, int | None] = {}
+
+    def go_on(number: int, layer: LoadedLayer | None) -> None:
+        try:
+            wanted[number] = collections[number].send(layer)
+        except StopIteration:
+            wanted.pop(number, None)
+
+    with ExitStack() as closing_all:
+        for one in collections:
+            closing_all.enter_context(closing(one))
+        for number in range(len(collections)):
+            go_on(number, None)
+        while wanted:
+            index = next(iter(wanted.values()))
+            alike = [number for number, one in wanted.items() if one == index]
+            with nullcontext() if index is None else stream().layer(index) as layer:
+                for number in alike:
+                    go_on(number, layer)
+
+
+def _collection(
+    model: Model, stream: Callable[[], LayerStream], windows: Windows, seed: int, folder: Path, progress: Progress
+) -> _Steps:
+    """Fill a folder with the statistics on one text, unless it holds them."""
     if not _whole(folder, model):
         with locked(folder):
             # If files of an earlier run are missing, the second iteration starts from scratch.
             for _ in range(2):
                 if not _whole(folder, model):
-                    _go_on(model, windows, seed, folder, progress)
+                    yield from _go_on(model, stream(), windows, seed, folder, progress)
     if not _whole(folder, model):
         raise DamagedEntryError(folder)
     for kind in ("inputs", "gradient"):
         for number in _numbers(folder, kind):
             (folder / f"{kind}.{number}.npy").unlink(missing_ok=True)
-    return Statistics(folder)
 
 
 def _whole(folder: Path, model: Model) -> bool:
@@ -166,7 +216,7 @@ def _whole(folder: Path, model: Model) -> bool:
     return is_whole(folder / LAST) and all(is_whole(folder / file) for file in files)
 
 
-def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Progress) -> None:
+def _go_on(model: Model, stream: LayerStream, windows: Windows, seed: int, folder: Path, progress: Progress) -> _Steps:
     """Collect the statistics that an earlier run did not."""
     there = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if (folder / LAST).exists() or not all(map(is_whole, there)):
@@ -174,14 +224,17 @@ def _go_on(model: Model, windows: Windows, seed: int, folder: Path, progress: Pr
             path.unlink()
     there_bytes = sum(path.stat().st_size for path in folder.iterdir())
     require_space(folder, disk_bytes(model, windows.tokens.size) - there_bytes, NO_SPACE)
-    stream = LayerStream(model)
     with filling(folder) as files:
         if not _numbers(folder, "gradient"):
-            hidden = _forwards(stream, windows, files, progress)
+            hidden = yield from _forwards(stream, windows, files, progress)
+            # The head needs room: let the last layer go.
+            yield None
             _keep(files, _gradient(stream.layers - 1), _head(stream, hidden, seed, files))
         while (index := max(_numbers(folder, "gradient"))) >= 0:
             progress(2 * stream.layers - 1 - index, 2 * stream.layers)
-            before = _backwards(stream, index, _kept(folder, _inputs(index)), _kept(folder, _gradient(index)), files)
+            layer = yield index
+            assert layer is not None
+            before = _backwards(layer, _kept(folder, _inputs(index)), _kept(folder, _gradient(index)), files)
             check_finite(before, f"gradient of layer {index}")
             _keep(files, _gradient(index - 1), before)
             # Delete the gradient first: while it exists, a resumed run starts with this layer and needs its inputs.
@@ -218,7 +271,9 @@ def _kept(folder: Path, name: str) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _forwards(stream: LayerStream, windows: Windows, files: Filling, progress: Progress) -> torch.Tensor:
+def _forwards(
+    stream: LayerStream, windows: Windows, files: Filling, progress: Progress
+) -> Generator[int | None, LoadedLayer | None, torch.Tensor]:
     """Save every layer's inputs and return the last layer's outputs, float32 [windows, length, hidden]."""
     first = max(_numbers(files.path, "inputs"), default=None)
     if first is None:
@@ -229,7 +284,9 @@ def _forwards(stream: LayerStream, windows: Windows, files: Filling, progress: P
         hidden = _kept(files.path, _inputs(first))
     for index in range(first, stream.layers):
         progress(index, 2 * stream.layers)
-        with stream.layer(index) as layer, observed_ranges(layer, files):
+        layer = yield index
+        assert layer is not None
+        with observed_ranges(layer, files):
             layer.run(hidden)
         check_finite(hidden, f"layer {index}")
         _keep(files, _inputs(index + 1), hidden)
@@ -276,14 +333,11 @@ def _drawn(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
-def _backwards(
-    stream: LayerStream, index: int, inputs: torch.Tensor, gradient: torch.Tensor, files: Filling
-) -> torch.Tensor:
+def _backwards(layer: LoadedLayer, inputs: torch.Tensor, gradient: torch.Tensor, files: Filling) -> torch.Tensor:
     """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, hidden]."""
-    before = torch.empty_like(gradient)
+    before, block = torch.empty_like(gradient), layer.block
     sums: dict[str, torch.Tensor] = {}
-    with stream.layer(index) as layer, _observed(layer) as (seen, gradients):
-        block = layer.block
+    with _observed(layer) as (seen, gradients):
         moments = {site.name: Moments(site.columns) for site in block.sites}
         for part, outputs, given in layer.differentiable(inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
@@ -296,7 +350,9 @@ def _backwards(
     for site in block.sites:
         moments.pop(site.name).save(files, site.name)
     count = gradient[..., 0].numel()
-    files.save(f"{_gradients(index)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in block.linears})
+    files.save(
+        f"{_gradients(block.layer)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in block.linears}
+    )
     return before
 
 

@@ -91,7 +91,6 @@ def predicted_choices(
     statistics: Statistics,
     progress: Callable[[int, int], None],
     methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
-    read_before: dict[str, Float32] | None = None,
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
 
@@ -102,7 +101,6 @@ def predicted_choices(
         statistics: Of the model's inputs and outputs.
         progress: Called with storages done and their total.
         methods: Methods of single matrices, by name, in place of that one.
-        read_before: Rows that were read for the same choices on another text, by name; those read now are added.
     """
     found = []
     for done, storage in enumerate(storages):
@@ -111,9 +109,7 @@ def predicted_choices(
         for group in storage.groups:
             rows = _some_rows(group)
             own = methods.get(group.name)
-            sample = _sampled(
-                model, group, rows, statistics, storage.low_rank, {} if read_before is None else read_before
-            )
+            sample = _sampled(model, group, rows, statistics, storage.low_rank)
             parts.append((method if own is None else own.of_rows(rows), sample))
         found.append(
             [
@@ -144,13 +140,13 @@ def with_predicted_kl(
         progress: Called with predictions done and their total.
     """
     methods_by_name = {name: load_method(name, effort) for name in dict.fromkeys(one.method for one in decisions)}
-    predicted, rows = [], dict[str, Float32]()
+    predicted = []
     for before, statistics in ((0, given.statistics), (len(decisions), evaluation)):
         found = []
         for done, one in enumerate(decisions, before):
             progress(done, 2 * len(decisions))
             choices = predicted_choices(
-                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, silent, methods, rows
+                given.model, [Storage.of(one)], methods_by_name[one.method], statistics, silent, methods
             )
             found.append(choices[0][0].kl)
         predicted.append(found)
@@ -212,7 +208,6 @@ def _sampled(
     chosen: NDArray[np.int64],
     statistics: Statistics,
     low_rank: LowRank | None,
-    read_before: dict[str, Float32],
 ) -> _Sample:
     rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
     if group.site != "tokens":
@@ -225,10 +220,8 @@ def _sampled(
         whole = model.read(group.name)
         left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.role))[chosen]
         return _Sample(whole[chosen], left, site, rows, lookups, columns)
-    if group.name not in read_before:
-        read_before[group.name] = model.read(group.name)[chosen]
-    weight = left = read_before[group.name]
-    return _Sample(weight, left, site, rows, lookups, columns)
+    weight = model.read_rows(group.name, chosen)
+    return _Sample(weight, weight, site, rows, lookups, columns)
 
 
 def _scaled_up(values: Float32, chosen: NDArray[np.int64]) -> Float64:

@@ -244,11 +244,17 @@ class _Scaled:
 
     def read(self, name: str) -> Float32:
         """Return a tensor of the source in the new coordinates."""
-        values = self._source.read(name)
+        return self._scaled(name, self._source.read(name), slice(None))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix of the source in the new coordinates."""
+        return self._scaled(name, self._source.read_rows(name, rows), rows)
+
+    def _scaled(self, name: str, values: Float32, rows: NDArray[np.int64] | slice) -> Float32:
         if name in self._columns:
             values = values * self._columns[name]
         if name in self._rows:
-            divisor, offset = self._rows[name], np.float32(self._offsets.get(name, 0.0))
+            divisor, offset = self._rows[name][rows], np.float32(self._offsets.get(name, 0.0))
             gains = values + offset if offset else values
             gains = gains / (divisor[:, None] if values.ndim == 2 else divisor)
             values = gains - offset if offset else gains

@@ -129,7 +129,7 @@ def compress(
 
 def _compressed(compression: Compression) -> Iterator[CompressedMatrix]:
     encoder, decoder = _Encoder(compression), compression.model.decoder
-    embedding = encoder.compressed(decoder.embedding)
+    embedding = encoder.compressed(decoder.embedding, compression.model.read(decoder.embedding.name))
     tokens, embedded = compression.propagation_text, None
     if tokens is not None:
         embedded = embedding.encoded.planned[tokens]
@@ -140,12 +140,15 @@ def _compressed(compression: Compression) -> Iterator[CompressedMatrix]:
         sites = propagated_errors(compression.model, tokens, embedded)
     for site, errors in sites:
         for linear in site.linears:
-            matrix = encoder.compressed(linear.group, errors)
-            if errors is not None:
-                errors.follow(linear, matrix.encoded.planned)
+            if errors is None:
+                yield encoder.compressed(linear.group, compression.model.read(linear.group.name))
+                continue
+            weight = errors.weight(linear)
+            matrix = encoder.compressed(linear.group, weight, errors.compensated(weight))
+            errors.follow(linear, matrix.encoded.planned)
             yield matrix
     if not decoder.tied:
-        yield encoder.compressed(decoder.head)
+        yield encoder.compressed(decoder.head, compression.model.read(decoder.head.name))
 
 
 class _Encoder:
@@ -156,13 +159,18 @@ class _Encoder:
         named = {FACTORS, *(one.method for one in compression.decided)}
         self._methods = {name: load_method(name, compression.effort) for name in named}
 
-    def compressed(self, group: WeightGroup, errors: SiteErrors | None = None) -> CompressedMatrix:
-        """Read and compress one matrix, which may compensate for the errors of earlier ones."""
+    def compressed(self, group: WeightGroup, weight: Float32, wanted: Float32 | None = None) -> CompressedMatrix:
+        """Compress one matrix.
+
+        Args:
+            group: Its name and shape.
+            weight: The source's, float32 [rows, columns]; not changed.
+            wanted: What is encoded in its place, to compensate for the errors of earlier matrices; None for `weight`.
+        """
         decision = self._compression.decisions[group.name]
-        weight = self._compression.model.read(group.name)
         statistics = self._compression.statistics
         site = None if statistics is None else statistics.site(group.site)
-        encoded = self._encoded(decision, weight if errors is None else errors.compensated(weight), site)
+        encoded = self._encoded(decision, weight if wanted is None else wanted, site)
         if weight.any() and not encoded.planned.any():
             raise RequestError(
                 f"{decision.format.name} makes every weight zero",

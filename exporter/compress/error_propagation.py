@@ -39,8 +39,12 @@ class SiteErrors:
     """What earlier rounding did to the inputs of a site, and how the matrices there compensate for it."""
 
     def __init__(self, source: PausedLayer, compressed: PausedLayer, site: Site, into_the_stream: bool) -> None:
-        self._compressed = compressed
+        self._source, self._compressed = source, compressed
         self._difference = _difference(source, compressed, site, into_the_stream)
+
+    def weight(self, linear: Linear) -> Float32:
+        """Return the source's weights of a matrix, float32 [rows, columns]; they must not be changed."""
+        return self._source.weight(linear)
 
     @torch.inference_mode()
     @quick_products()
@@ -74,7 +78,7 @@ def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterat
             check_finite(one, f"inputs of layer {block.layer}")
         with (
             streams[0].layer(block.layer) as source_layer,
-            streams[1].layer(block.layer) as compressed_layer,
+            streams[1].layer(block.layer, like=source_layer) as compressed_layer,
             PausedLayer(source_layer, hidden[0]) as source,
             PausedLayer(compressed_layer, hidden[1]) as compressed,
         ):

@@ -118,14 +118,15 @@ def locked(entry: Path) -> Iterator[None]:
         entry: The file or folder, below the folder of one of `KINDS`.
     """
     kind, *names = entry.relative_to(cache_folder()).parts
-    before: list[str] = vars(_locked).setdefault("kinds", [])
-    assert all(KINDS.index(kind) > KINDS.index(one) for one in before), f"{kind} after {before}: may wait for ever"
+    place = KINDS.index(kind), "/".join(names)
+    before: list[tuple[int, str]] = vars(_locked).setdefault("places", [])
+    assert all(place > one for one in before), f"{entry} after {before}: may wait for ever"
     with _lock(cache_folder(HELD) / "-".join((kind, *names)), _waiting.get()):
-        before.append(kind)
+        before.append(place)
         try:
             yield
         finally:
-            before.remove(kind)
+            before.remove(place)
 
 
 @contextmanager

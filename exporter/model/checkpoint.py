@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from exporter.formats.format import Float32
@@ -60,6 +62,19 @@ class Checkpoint:
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
+        held = self._floats(name)
+        with safe_open(held.file, framework="pt") as file:
+            return require_finite(file.get_tensor(held.name).float().numpy(), name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        held = self._floats(name)
+        with safe_open(held.file, framework="pt") as file:
+            matrix = file.get_slice(held.name)
+            some = torch.cat([matrix[row : row + 1] for row in rows.tolist()])
+        return require_finite(some.float().numpy(), name)
+
+    def _floats(self, name: str) -> Held:
         held = self.tensors[name]
         if held.dtype not in FLOATS:
             raise InputError(
@@ -69,8 +84,7 @@ class Checkpoint:
                 expected="float32, float16 or bfloat16",
                 next_step="give the model before quantisation",
             )
-        with safe_open(held.file, framework="pt") as file:
-            return require_finite(file.get_tensor(held.name).float().numpy(), name)
+        return held
 
     def named_for(self, known: Collection[str]) -> "Checkpoint":
         """Return the tensors under the names that transformers gives them.
@@ -125,6 +139,10 @@ class SafetensorsSource:
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
         return self._checkpoint.read(name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        return self._checkpoint.read_rows(name, rows)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

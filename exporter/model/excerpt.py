@@ -5,6 +5,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from exporter.formats.format import Float32
 from exporter.model.model import Model
 
@@ -79,3 +82,7 @@ class _Excerpt:
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
         return self._source.read(source_name(name, self._layers))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        return self._source.read_rows(source_name(name, self._layers), rows)

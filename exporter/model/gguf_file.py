@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGUFValueType
+from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
@@ -60,6 +61,11 @@ class GgufFile:
         tensor = self.tensors[name]
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         return values.reshape(self.shape(name))
+
+    def decoded_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix decoded by the gguf library, as float32."""
+        tensor = self.tensors[name]
+        return gguf.dequantize(tensor.data[rows], tensor.tensor_type).astype(np.float32, copy=False)
 
 
 def whole_name(path: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from exporter.formats.format import Float32
@@ -114,3 +115,9 @@ class GgufSource:
         if name in self._offsets:
             values = values - np.float32(self._offsets[name])
         return require_finite(values if values.flags.writeable else values.copy(), name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        order = self._orders.get(name)
+        stored = rows if order is None else np.argsort(order)[rows]
+        return require_finite(self._file.decoded_rows(self._names[name], stored), name)

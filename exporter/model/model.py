@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from exporter.formats.format import Float32
@@ -107,6 +109,14 @@ class Model:
             InputError: the tensor holds NaN or infinity.
         """
         return self.tensors.read(name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite.
+
+        Raises:
+            InputError: they hold NaN or infinity.
+        """
+        return self.tensors.read_rows(name, rows)
 
     def noting(self, notes: Iterable[str]) -> "Model":
         """Return the model with more warnings, without duplicates."""

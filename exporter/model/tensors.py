@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
@@ -25,6 +26,13 @@ class TensorSource(Protocol):
 
         Raises:
             InputError: the tensor holds NaN or infinity, or its bytes are missing.
+        """
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite; no other row is read from files.
+
+        Raises:
+            InputError: as for `read`.
         """
 
 

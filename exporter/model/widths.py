@@ -94,3 +94,7 @@ class _Rewidened:
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
         return self._read(name, *self._places[name]) if name in self._places else self._source.read(name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        return self.read(name)[rows] if name in self._places else self._source.read_rows(name, rows)

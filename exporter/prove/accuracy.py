@@ -185,6 +185,10 @@ class _Replaced:
         """Return a matrix from the artifact, any other tensor from the source."""
         return self._read(self._groups[name]) if name in self._groups else self._model.read(name)
 
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix from the artifact."""
+        return self.read(name)[rows]
+
 
 def dequantised(model: Model, read: Callable[[WeightGroup], Float32]) -> Model:
     """Return the float model with the matrices that the runtime decodes from the artifact."""

@@ -73,10 +73,9 @@ def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[
         "calibration text": _sampling(resolved, before / (SAMPLING_SHARE * flops_per_s)),
         **({"check the source": checking} if original.single_file else {}),
         **_rewriting(resolved, statistics(original, windows), flops_per_s),
-        "statistics": statistics(model, windows),
+        "statistics": statistics(model, windows + resolved.prediction_windows),
         "allocate": _prediction(draft.storages, resolved.effort, flops_per_s),
-        "predict": statistics(model, resolved.prediction_windows)
-        + 2 * _prediction([Storage.of(one) for one in draft.decisions], resolved.effort, flops_per_s),
+        "predict": 2 * _prediction([Storage.of(one) for one in draft.decisions], resolved.effort, flops_per_s),
         "compress and lower": VOCABULARY_SECONDS
         + _encoding(draft.decisions, resolved.effort, flops_per_s)
         + _correcting(resolved, draft.decisions, layer_flops_per_s, flops_per_s),

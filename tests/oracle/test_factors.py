@@ -20,7 +20,7 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, low_rank, lower
+from exporter.targets.contract import Lowered, load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
 from tests.models import tiny_model
 
@@ -49,14 +49,14 @@ def statistics(model: Model) -> Statistics:
 
 def made_of(
     model: Model, statistics: Statistics, folder: Path, target: str, bits: int, roles: tuple[str, ...] = ()
-) -> tuple[Artifact, Compression]:
+) -> Lowered:
     folder.mkdir()
     made = load_target(target)
     decisions = made.decide(model, TYPES[target], "ldlq")
     factors = low_rank(made, 32, bits)
     decisions = with_factors(decisions, factors, roles) if roles else with_factors(decisions, factors)
     compressed = Compression(model, decisions, statistics, alternation=Alternation(iterations=1))
-    return lower(made, compressed, TYPES[target], folder).artifact, compressed
+    return lower(made, compressed, TYPES[target], folder)
 
 
 def decoded(artifact: Artifact, model: Model) -> dict[str, str]:
@@ -79,16 +79,17 @@ def kl_to_own_weights(model: Model, artifact: Artifact, planned: Artifact | None
 def test_the_artifact_holds_matrices_and_factors_as_planned(
     model: Model, statistics: Statistics, tmp_path: Path, target: str, bits: int
 ) -> None:
-    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", target, bits)
-    assert check_weights(decoded(artifact, model), compressed).status == "passed"
-    assert check_stored_types(load_target(target), artifact, compressed).status == "passed"
+    lowered = made_of(model, statistics, tmp_path / "artifact", target, bits)
+    artifact = lowered.artifact
+    assert check_weights(decoded(artifact, model), lowered).status == "passed"
+    assert check_stored_types(load_target(target), lowered).status == "passed"
     stored = load_target(target).stored_types(artifact, model)
     ending = f"+{low_rank(load_target(target), 32, bits).name}"
     assert sum(name.endswith(ending) for name in stored.values()) == 14
-    matrices = sum(decision.stored_bytes for decision in compressed.decisions.values())
+    matrices = sum(decision.stored_bytes for decision in lowered.compression.decided)
     vectors = 4 * sum(int(np.prod(shape)) for shape in model.decoder.vectors().values())
     assert matrices + vectors < artifact.file_bytes < matrices + vectors + 150_000
-    again, _ = made_of(model, statistics, tmp_path / "again", target, bits)
+    again = made_of(model, statistics, tmp_path / "again", target, bits).artifact
     for one, other in zip(artifact.weights, again.weights, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -99,11 +100,12 @@ def test_the_artifact_holds_matrices_and_factors_as_planned(
 def test_a_flipped_nibble_of_a_factor_is_seen(
     model: Model, statistics: Statistics, tmp_path: Path, target: str, bits: int, side: str
 ) -> None:
-    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", target, bits)
+    lowered = made_of(model, statistics, tmp_path / "artifact", target, bits)
+    artifact = lowered.artifact
     part = factor(artifact, "up", side)
     part[3, 5] ^= 0x10
     part.flush()
-    check = check_weights(decoded(artifact, model), compressed)
+    check = check_weights(decoded(artifact, model), lowered)
     assert check.status == "failed"
     assert "model.layers.1.mlp.up_proj.weight" in check.detail
 
@@ -129,7 +131,7 @@ def factor(artifact: Artifact, role: str, side: str) -> np.memmap:
 def test_the_runtime_multiplies_with_the_planned_sum(
     model: Model, statistics: Statistics, tmp_path: Path, target: str
 ) -> None:
-    artifact, _ = made_of(model, statistics, tmp_path / "artifact", target, 16)
+    artifact = made_of(model, statistics, tmp_path / "artifact", target, 16).artifact
     base = load_target(target).decide(model, TYPES[target], "ldlq")
     (tmp_path / "base").mkdir()
     plain = lower(load_target(target), Compression(model, base, statistics), TYPES[target], tmp_path / "base").artifact
@@ -142,10 +144,10 @@ def test_the_runtime_multiplies_with_the_planned_sum(
 def test_rows_of_the_querys_left_factor_in_the_wrong_order_are_seen(
     model: Model, statistics: Statistics, tmp_path: Path, family: str
 ) -> None:
-    artifact, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 16)
+    artifact = made_of(model, statistics, tmp_path / "artifact", "gguf", 16).artifact
     planned = tmp_path / "planned"
     artifact.folder.rename(planned)
-    moved, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 16)
+    moved = made_of(model, statistics, tmp_path / "artifact", "gguf", 16).artifact
     left = factor(moved, "q", "left")
     left[:] = left[interleaved_rows(len(left), 4)]
     left.flush()
@@ -156,8 +158,9 @@ def test_rows_of_the_querys_left_factor_in_the_wrong_order_are_seen(
 def test_query_key_and_value_come_apart_where_only_one_has_factors(
     model: Model, statistics: Statistics, tmp_path: Path
 ) -> None:
-    artifact, compressed = made_of(model, statistics, tmp_path / "artifact", "onnx", 8, ATTENTION)
-    assert check_weights(decoded(artifact, model), compressed).status == "passed"
+    lowered = made_of(model, statistics, tmp_path / "artifact", "onnx", 8, ATTENTION)
+    artifact = lowered.artifact
+    assert check_weights(decoded(artifact, model), lowered).status == "passed"
     names = [node.name for node in onnx.load_model(str(artifact.weights[0]), load_external_data=False).graph.node]
     assert "/model/layers.0/attn/q_proj/left/MatMulNBits" in names
     assert not [name for name in names if "qkv_proj" in name]
@@ -166,7 +169,7 @@ def test_query_key_and_value_come_apart_where_only_one_has_factors(
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_an_adapter_that_llama_cpp_refuses_is_an_error(model: Model, statistics: Statistics, tmp_path: Path) -> None:
-    artifact, _ = made_of(model, statistics, tmp_path / "artifact", "gguf", 8)
+    artifact = made_of(model, statistics, tmp_path / "artifact", "gguf", 8).artifact
     path = artifact.folder / "adapter.gguf"
     path.write_bytes(path.read_bytes().replace(b"lora_b", b"lora_c"))
     with pytest.raises(InputError, match="cannot load the adapter"), OpenedArtifact(artifact, 64, 1) as child:

@@ -30,7 +30,7 @@ from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.prove.accuracy import dequantised as with_weights
 from exporter.prove.lowering import Decoded, check_rounding, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, lower
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.onnx_qdq.graph import parameters
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import dequantised
@@ -56,13 +56,13 @@ def observed(model: Model) -> Statistics:
     return collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
 
 
-def made_of(model: Model, folder: Path, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
+def made_of(model: Model, folder: Path, type: str, method: str = "rtn") -> Lowered:
     folder.mkdir()
     target = load_target("onnx-qdq")
     changed = target.rewritten(model, observed(model), [])
     decisions = target.decide(model, type, method)
     compressed = Compression(changed.model, decisions, changed.statistics, source=model)
-    return lower(target, compressed, type, folder).artifact, compressed
+    return lower(target, compressed, type, folder)
 
 
 def decoded(artifact: Artifact, model: Model) -> Decoded:
@@ -165,26 +165,27 @@ def test_the_artifact_holds_the_planned_weights_and_answers_as_they_do(
     tmp_path: Path, model_of, family: str, type: str
 ) -> None:  # fmt: skip
     with model_of(family, tied=family in ("llama", "qwen3")) as model:
-        artifact, compressed = made_of(model, tmp_path / "artifact", type)
+        lowered = made_of(model, tmp_path / "artifact", type)
+        artifact = lowered.artifact
         found = decoded(artifact, model)
-        assert check_weights(found.digests, compressed).status == "passed"
-        assert check_stored_types(load_target("onnx-qdq"), artifact, compressed).status == "passed"
-        own = Reference.of(with_weights(compressed.model, found), TOKENS)
+        assert check_weights(found.digests, lowered).status == "passed"
+        assert check_stored_types(load_target("onnx-qdq"), lowered).status == "passed"
+        own = Reference.of(with_weights(lowered.compression.model, found), TOKENS)
         assert measured(own, artifact).kl_mean < (1e-5 if type == "a16w8" else 0.01 if adds_exactly() else 0.1)
-        again, _ = made_of(model, tmp_path / "again", type)
+        again = made_of(model, tmp_path / "again", type).artifact
         for one, other in zip(artifact.weights, again.weights, strict=True):
             assert one.read_bytes() == other.read_bytes()
         data = bytearray(artifact.weights[1].read_bytes())
         data[1000] ^= 0x10
         artifact.weights[1].write_bytes(data)
-        assert check_weights(decoded(artifact, model).digests, compressed).status == "failed"
+        assert check_weights(decoded(artifact, model).digests, lowered).status == "failed"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("type", list(TYPES))
 def test_the_runtime_fuses_every_product(tmp_path: Path, model_of, type: str, tied: bool) -> None:
     with model_of(tied=tied) as model:
-        artifact, _ = made_of(model, tmp_path / "artifact", type)
+        artifact = made_of(model, tmp_path / "artifact", type).artifact
         shape = model.decoder
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -200,8 +201,9 @@ def test_the_runtime_fuses_every_product(tmp_path: Path, model_of, type: str, ti
 
 def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -> None:
     with model_of() as model:
-        artifact, compressed = made_of(model, tmp_path / "artifact", "a8w8")
-        own = Reference.of(with_weights(compressed.model, decoded(artifact, model)), TOKENS)
+        lowered = made_of(model, tmp_path / "artifact", "a8w8")
+        artifact = lowered.artifact
+        own = Reference.of(with_weights(lowered.compression.model, decoded(artifact, model)), TOKENS)
         limit = load_target("onnx-qdq").most_rounding_kl
         assert check_rounding(measured(own, artifact), limit).status == "passed"
         graph = onnx.load_model(artifact.weights[0], load_external_data=False)

@@ -22,7 +22,7 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact, runtime_of
-from exporter.targets.contract import load_target, lower
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
@@ -30,14 +30,14 @@ from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
 
 
-def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
+def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> Lowered:
     folder.mkdir()
     made = load_target(target)
     statistics = None
     if method == "ldlq":
         statistics = collect(model, Windows.of(TOKENS, "file", 0), 0, lambda done, total: None)
     compressed = Compression(model, made.decide(model, type, method), statistics)
-    return lower(made, compressed, type, folder).artifact, compressed
+    return lower(made, compressed, type, folder)
 
 
 def kl(model: Model, artifact: Artifact) -> float:
@@ -49,7 +49,7 @@ def test_kernels_that_crash_are_named_before_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        artifact, _ = made_of(model, tmp_path / "artifact", "gguf", "F32")
+        artifact = made_of(model, tmp_path / "artifact", "gguf", "F32").artifact
     for info, told in ((b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ", True), (b"CPU : AVX2 = 1 | ", False)):
         monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda info=info: info)
         runtime_of(artifact.target)(artifact, 64, 1, False, 1)
@@ -66,7 +66,7 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
         with torch.inference_mode():
             expected = whole(torch.from_numpy(TOKENS)).logits
         torch.testing.assert_close(streamed.logits(1, slice(0, 48)), expected[1], rtol=0, atol=2e-5)
-        artifact, _ = made_of(model, tmp_path / "artifact", target, "F32")
+        artifact = made_of(model, tmp_path / "artifact", target, "F32").artifact
         assert kl(model, artifact) < 1e-6
         with OpenedArtifact(artifact, 64, 1) as child:
             greedy = child.generate(TOKENS[0, :8].tolist(), 32)
@@ -81,21 +81,22 @@ def test_float32_artifact_is_the_model(tmp_path: Path, family: str, target: str)
     [("gguf", "Q8_0", "rtn"), ("gguf", "Q4_0", "ldlq"), ("onnx", "int4", "ldlq"), ("onnx", "int8", "rtn"),
      ("onnx", "int4-b16-asymmetric", "rtn"), ("onnx", "int4-b32-f32", "rtn")],
 )  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen2", "qwen3"])
 def test_the_artifact_holds_the_planned_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, target: str, type: str, method: str
 ) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     with open_model(str(tiny_model(tmp_path / "model", family, tied=family != "qwen2"))) as model:
-        artifact, compressed = made_of(model, tmp_path / "artifact", target, type, method)
+        lowered = made_of(model, tmp_path / "artifact", target, type, method)
+        artifact = lowered.artifact
         made = load_target(target)
-        assert check_weights(decoded_digests(artifact, model), compressed).status == "passed"
-        assert check_stored_types(made, artifact, compressed).status == "passed"
-        again, _ = made_of(model, tmp_path / "again", target, type, method)
+        assert check_weights(decoded_digests(artifact, model), lowered).status == "passed"
+        assert check_stored_types(made, lowered).status == "passed"
+        again = made_of(model, tmp_path / "again", target, type, method).artifact
         for one, other in zip(artifact.weights, again.weights, strict=True):
             assert one.read_bytes() == other.read_bytes()
         flip(artifact.weights[-1])
-        assert check_weights(decoded_digests(artifact, model), compressed).status == "failed"
+        assert check_weights(decoded_digests(artifact, model), lowered).status == "failed"
 
 
 def decoded_digests(artifact: Artifact, model: Model) -> dict[str, str]:
@@ -125,7 +126,7 @@ def test_named_mixes_are_those_of_llama_cpp(
         (tmp_path / "ours").mkdir()
         compressed = Compression(model, target.decide(model, mix, "rtn"), statistics)
         ours = lower(target, compressed, mix, tmp_path / "ours").artifact.weights[0]
-        floats, _ = made_of(model, tmp_path / "float", "gguf", "F32")
+        floats = made_of(model, tmp_path / "float", "gguf", "F32").artifact
         names = gguf_names(model.decoder)
         importance = {names[group.name]: statistics.importance(group.site) for group in model.groups()}
     stock = tmp_path / "stock.gguf"
@@ -180,7 +181,7 @@ def test_the_forward_oracle_sees_damage(
     tmp_path: Path, target: str, type: str, parts: Callable[[Artifact, bool], Parts], damage: Callable[..., None]
 ) -> None:
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
-        artifact, _ = made_of(model, tmp_path / "artifact", target, type)
+        artifact = made_of(model, tmp_path / "artifact", target, type).artifact
         before = kl(model, artifact)
         codes, scales = parts(artifact, damage is unpermute)
         damage(codes, scales)

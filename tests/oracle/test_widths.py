@@ -20,7 +20,7 @@ from exporter.model.widths import padded, selected
 from exporter.planning.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, lower
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.gguf import feed_forward_widths
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
@@ -42,7 +42,7 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
         yield model
 
 
-def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> tuple[Artifact, Compression]:
+def made_of(model: Model, folder: Path, target: str, type: str, method: str = "rtn") -> Lowered:
     folder.mkdir()
     made = load_target(target)
     needed = method == "ldlq" or target == "onnx-qdq"
@@ -54,7 +54,7 @@ def made_of(model: Model, folder: Path, target: str, type: str, method: str = "r
     else:
         given = made.rewritten(model, statistics, decisions)
         compressed = Compression(given.model, decisions, given.statistics, source=model)
-    return lower(made, compressed, type, folder).artifact, compressed
+    return lower(made, compressed, type, folder)
 
 
 def logits(artifact: Artifact) -> np.ndarray:
@@ -77,7 +77,7 @@ def test_float32_artifact_is_the_pruned_model(tmp_path: Path, source: Model, wid
     save_folder(pruned, tmp_path / "saved")
     expected = whole(tmp_path / "saved")
     carried = load_target(target).as_stored(pruned).model
-    artifact, _ = made_of(carried, tmp_path / "artifact", target, "F32")
+    artifact = made_of(carried, tmp_path / "artifact", target, "F32").artifact
     np.testing.assert_allclose(logits(artifact), expected, rtol=0, atol=2e-5)
     assert np.abs(logits(artifact) - whole(tmp_path / "model")).max() > 0.1
 
@@ -94,11 +94,12 @@ def test_the_artifact_holds_the_pruned_weights(
 ) -> None:
     made = load_target(target)
     carried = made.as_stored(with_widths(source, WIDTHS[widths])).model
-    artifact, compressed = made_of(carried, tmp_path / "artifact", target, type, method)
-    assert check_weights(decoded_digests(artifact, carried), compressed).status == "passed"
-    assert check_stored_types(made, artifact, compressed).status == "passed"
+    lowered = made_of(carried, tmp_path / "artifact", target, type, method)
+    artifact = lowered.artifact
+    assert check_weights(decoded_digests(artifact, carried), lowered).status == "passed"
+    assert check_stored_types(made, lowered).status == "passed"
     flip(artifact)
-    assert check_weights(decoded_digests(artifact, carried), compressed).status == "failed"
+    assert check_weights(decoded_digests(artifact, carried), lowered).status == "failed"
 
 
 def flip(artifact: Artifact) -> None:
@@ -121,9 +122,9 @@ def decoded_digests(artifact: Artifact, model: Model) -> dict[str, str]:
 @pytest.mark.parametrize("source", ["llama", "mistral"], indirect=True)
 def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = with_widths(source, WIDTHS["even"])
-    plain = logits(made_of(pruned, tmp_path / "plain", "gguf", "F32")[0])
+    plain = logits(made_of(pruned, tmp_path / "plain", "gguf", "F32").artifact)
     monkeypatch.setattr(type(pruned.decoder), "even", property(lambda self: False))
-    as_deci, _ = made_of(pruned, tmp_path / "deci", "gguf", "F32")
+    as_deci = made_of(pruned, tmp_path / "deci", "gguf", "F32").artifact
     assert b"deci.feed_forward_length" in as_deci.weights[0].read_bytes()
     np.testing.assert_array_equal(logits(as_deci), plain)
 
@@ -131,7 +132,7 @@ def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatc
 def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `deci` is for: the day that this fails, it is not needed any more."""
     monkeypatch.setattr(feed_forward_widths, "WITH_WIDTHS", {"llama": "llama"})
-    artifact, _ = made_of(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32")
+    artifact = made_of(with_widths(source, WIDTHS["uneven"]), tmp_path / "artifact", "gguf", "F32").artifact
     with pytest.raises(Exception, match=r"llama\.cpp cannot load the file"):
         logits(artifact)
 
@@ -141,8 +142,9 @@ def test_llama_reads_one_width_only(tmp_path: Path, source: Model, monkeypatch: 
 def test_named_mixes_of_the_pruned_model(tmp_path: Path, source: Model, mix: str) -> None:
     for name, widths in WIDTHS.items():
         carried = load_target("gguf").as_stored(with_widths(source, widths)).model
-        artifact, compressed = made_of(carried, tmp_path / name, "gguf", mix)
-        assert check_stored_types(load_target("gguf"), artifact, compressed).status == "passed"
+        lowered = made_of(carried, tmp_path / name, "gguf", mix)
+        artifact = lowered.artifact
+        assert check_stored_types(load_target("gguf"), lowered).status == "passed"
         assert np.isfinite(logits(artifact)).all()
 
 

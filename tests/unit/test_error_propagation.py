@@ -10,7 +10,6 @@ import torch
 from greenlet import greenlet
 from transformers import AutoModelForCausalLM
 
-from exporter.calibrate.layer_stream import LayerStream
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.compression import Compression, propagation_text
@@ -31,7 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
 LEVEL = Effort(6, 2, 0, True)
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(params=["gemma3_text", "llama", "qwen2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Model]:
     with open_model(str(tiny_model(tmp_path / "model", request.param))) as opened:
         yield opened
@@ -82,7 +81,8 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
             given, lost = activations(model, planned)
             x, y = source[f"{layer} {role}"], given[f"{layer} {role}"]
             missed = INPUTS_SHARE * weight.astype(np.float64) @ ((x - y).T @ y)
-            if role in ("o", "down"):
+            if role in ("o", "down") and model.decoder.family.model_type != "gemma3_text":
+                # Elsewhere a norm stands between the matrix and the stream.
                 missed += STREAM_SHARE * (streams[f"{layer} {role}"] - lost[f"{layer} {role}"]).T @ y
             moment = y.T @ y
             moment += RIDGE * np.eye(len(moment)) * moment.diagonal().mean()
@@ -95,7 +95,7 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
 
 
 def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
-    for site, errors in propagated_errors(model, TOKENS, LayerStream(model).embed(TOKENS).numpy()):
+    for site, errors in propagated_errors(model, TOKENS, model.read(EMBEDDING)[TOKENS]):
         for linear in site.linears:
             weight = model.read(linear.group.name)
             np.testing.assert_array_equal(errors.compensated(weight), weight)
@@ -104,7 +104,7 @@ def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:
 
 def test_a_run_that_is_given_up_leaves_nothing_suspended(model: Model) -> None:
     before = {id(one) for one in gc.get_objects() if type(one) is greenlet}
-    sites = propagated_errors(model, TOKENS, LayerStream(model).embed(TOKENS).numpy())
+    sites = propagated_errors(model, TOKENS, model.read(EMBEDDING)[TOKENS])
     for _ in range(3):
         next(sites)
     suspended = [one for one in gc.get_objects() if type(one) is greenlet and one and id(one) not in before]

@@ -16,7 +16,7 @@ from tests.models import tiny_model
 TOKENS = np.random.default_rng(0).integers(2, 200, (1, 24))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen2", "qwen3"])
 def test_an_excerpt_is_the_model_without_its_middle(tmp_path: Path, family: str) -> None:
     folder = tiny_model(tmp_path / "model", family, layers=5, tied=family != "qwen2")
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
