@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from exporter.model.decoder import EMBEDDING, FINAL_NORM, HEAD
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.contract import load_target
 from tests.llama_names import LINEARS, NORMS, layer_tensor
-from tests.models import TEMPLATE
+from tests.models import KINDS, TEMPLATE, own_keys
 from tests.reference import reference_model
 
 BLOCK = 256
@@ -120,11 +120,17 @@ def _padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def trained_qwen3(folder: Path, text: str, steps: int, seed: int = 0) -> Path:
-    """Write a small Qwen3 and its tokenizer, trained on a text for some steps of 1,024 tokens."""
+    """Write a small Qwen3 and its tokenizer; see `trained`."""
+    return trained(folder, text, steps, seed, "qwen3")
+
+
+def trained(folder: Path, text: str, steps: int, seed: int, family: str) -> Path:
+    """Write a small model of a family and its tokenizer, trained on a text for some steps of 1,024 tokens."""
     tokenizer = _tokenizer(text)
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config_class, model_class = KINDS[family]
+    config = config_class(
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
@@ -137,15 +143,16 @@ def trained_qwen3(folder: Path, text: str, steps: int, seed: int = 0) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
+        **own_keys(family, 64, 4),
     )
-    model = Qwen3ForCausalLM(config)
+    model = model_class(config)
     _train(model, tokens, steps, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _train(model: Qwen3ForCausalLM, tokens: torch.Tensor, steps: int, seed: int) -> None:
+def _train(model: PreTrainedModel, tokens: torch.Tensor, steps: int, seed: int) -> None:
     """Train on windows drawn from the text; the rate rises for some steps, then falls along a line to zero."""
     chance = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)

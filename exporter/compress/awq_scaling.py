@@ -16,7 +16,6 @@ grid, and large channels take less of the 8 bits to which activations in their b
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -236,7 +235,7 @@ class _Scaled:
     ) -> None:
         self._source = model.tensors
         self._rows, self._columns, self._offsets = rows, columns, offsets
-        self.files: list[Path] = model.tensors.files
+        self.files = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the source."""

@@ -3,7 +3,6 @@
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from reprlib import Repr
@@ -14,7 +13,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Document
-from exporter.foundation.registry import names
+from exporter.foundation.registry import file_of, names
 
 # The longest bundled profile has 9 KB.
 MAX_FILE_BYTES = 1 << 18
@@ -59,7 +58,7 @@ def named_file(name_or_path: str, package: str, what: str) -> Path | Traversable
     if name_or_path not in known:
         advice = did_you_mean(name_or_path, known, MOST_LISTED)
         raise RequestError(f"unknown {what} {shown(name_or_path)}", next_step=f"{advice}; or give a .toml file")
-    return files(package) / f"{name_or_path}.toml"
+    return file_of(package, f"{name_or_path}.toml")
 
 
 def read_document(file: Path | Traversable, kind: type[Kind], what: str) -> Kind:

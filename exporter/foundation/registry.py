@@ -4,8 +4,8 @@ Listing does not import; loading imports the one module named.
 """
 
 import importlib
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from exporter.foundation.errors import MissingDependencyError, RequestError, did_you_mean
@@ -13,13 +13,24 @@ from exporter.foundation.errors import MissingDependencyError, RequestError, did
 
 def names(package: str, suffix: str = ".py") -> list[str]:
     """Return the sorted names of a package's plug-in files without importing them."""
-    entries = files(package).iterdir()
+    entries = _entries(package)
     return sorted(_name(entry, suffix) for entry in entries if entry.name.endswith(suffix) and entry.name[0] != "_")
 
 
 def folders(package: str, entry: str) -> list[str]:
     """Return the sorted names of a package's folders that contain the file `entry`."""
-    return sorted(_name(found, "") for found in files(package).iterdir() if found.joinpath(entry).is_file())
+    return sorted(_name(found, "") for found in _entries(package) if found.joinpath(entry).is_file())
+
+
+def file_of(package: str, name: str) -> Path:
+    """Return a file of a package that `names` found."""
+    return next(entry for entry in _entries(package) if entry.name == name)
+
+
+def _entries(package: str) -> Iterator[Path]:
+    """Yield what is in the folders of a package; there are several if somebody extended its `__path__`."""
+    for folder in importlib.import_module(package).__path__:
+        yield from Path(folder).iterdir()
 
 
 def load(module: str, name: str, known: list[str], kind: str) -> ModuleType:
@@ -42,5 +53,5 @@ def load(module: str, name: str, known: list[str], kind: str) -> ModuleType:
         ) from error
 
 
-def _name(entry: Traversable, suffix: str) -> str:
+def _name(entry: Path, suffix: str) -> str:
     return entry.name.removesuffix(suffix).replace("_", "-")

@@ -46,7 +46,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder by name.
+    """The tensors of a folder by name, read one at a time: a `TensorSource`.
 
     Attributes:
         folder: The folder.
@@ -59,6 +59,10 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: Mapping[str, Held]
     notes: tuple[str, ...] = ()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        return {name: held.shape for name, held in self.tensors.items()}
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
@@ -123,26 +127,6 @@ class Checkpoint:
         if head is not None:
             tensors.setdefault(EMBEDDING, head)
         return replace(self, tensors=tensors)
-
-
-class SafetensorsSource:
-    """The tensors of a checkpoint, read one at a time."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self.files = list(checkpoint.files)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor by name; reads no weights."""
-        return {name: held.shape for name, held in self._checkpoint.tensors.items()}
-
-    def read(self, name: str) -> Float32:
-        """Return one tensor as float32, finite."""
-        return self._checkpoint.read(name)
-
-    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
-        """Return some rows of a matrix as float32, finite."""
-        return self._checkpoint.read_rows(name, rows)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +65,7 @@ class _Excerpt:
 
     def __init__(self, model: Model) -> None:
         self._source, self._layers = model.tensors, model.decoder.layers
-        self.files: list[Path] = model.tensors.files
+        self.files = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from exporter.foundation.errors import MissingDependencyError, RequestError
-from exporter.model.checkpoint import SafetensorsSource, open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import CONFIG, checked_config, load_config, read_config
 from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_file import whole_name
@@ -66,11 +66,10 @@ def _open_folder(folder: Path, name: str = "") -> Model:
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, UNTIED))
     elif decoder.tied:
         checkpoint = checkpoint.tied()
-    tensors = SafetensorsSource(checkpoint)
-    decoder.check_shapes(tensors.shapes(), folder)
+    decoder.check_shapes(checkpoint.shapes(), folder)
     name = name or folder.resolve().name
     origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
-    return Model(name, origin, folder, None, config, decoder, tensors, notes, source=source)
+    return Model(name, origin, folder, None, config, decoder, checkpoint, notes, source=source)
 
 
 def _folder_config(folder: Path) -> PretrainedConfig:

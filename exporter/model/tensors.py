@@ -1,5 +1,6 @@
 """Lazy tensor sources."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,9 @@ SINGLE = "model.safetensors"
 class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
-    files: list[Path]
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that hold them."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""

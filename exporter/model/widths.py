@@ -85,7 +85,7 @@ class _Rewidened:
         self, model: Model, shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, tuple[int, int]], read: _Read
     ) -> None:
         self._source, self._shapes, self._places, self._read = model.tensors, shapes, places, read
-        self.files: list[Path] = model.tensors.files
+        self.files = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""
