@@ -41,7 +41,7 @@ from exporter.stages.assemble_report import Evidence, describe, header, write_do
 from exporter.stages.predicted_times import stage_seconds
 from exporter.stages.sampled_text import sampled_windows, sampling_notes
 from exporter.stages.stage_times import Stages
-from exporter.targets.target import Lowered, lower
+from exporter.targets.contract import Lowered, lower
 
 
 @dataclass(frozen=True)

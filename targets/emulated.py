@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.emulate.arm64.core import Core
-from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.installation import Installation, Needs
 from exporter.formats.format import Float32
 from exporter.foundation.registry import folders, load
 from exporter.targets.artifact import Artifact
@@ -94,3 +94,11 @@ def emulated_target(name: str) -> Emulated | None:
         return None
     found: Emulated = load("exporter.targets.{}.emulated", name, known, "target").EMULATED
     return found
+
+
+def emulation_needs() -> Needs:
+    """Return what all runtimes need in the emulated system; the module `emulated_needs` of a target exports `NEEDS`."""
+    known = folders("exporter.targets", "emulated_needs.py")
+    found: list[Needs] = [load("exporter.targets.{}.emulated_needs", name, known, "target").NEEDS for name in known]
+    wheels = {name: digests for needs in found for name, digests in needs.wheels.items()}
+    return Needs(wheels, next((needs.program for needs in found if needs.program is not None), None))

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import divergence
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 
 TOKENS = np.random.default_rng(0).integers(2, 300, 120).tolist()
 Tensors = dict[str, torch.Tensor]

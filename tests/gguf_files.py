@@ -13,8 +13,8 @@ from gguf import GGUFValueType
 from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.vocabulary import copy_fields
-from exporter.targets.target import load_target, lower
 
 
 def lowered(source: Path, folder: Path, target: str, type: str) -> Artifact:

@@ -24,10 +24,10 @@ EVALUATION_CHARACTERS = 160_000
 def reference_model(folder: Path, seed: int = 0) -> Path:
     """Write the reference model as a Hugging Face folder of float32 weights."""
     with open_model("demo") as model:
-        assert model.gguf is not None
+        assert model.single_file is not None
         shutil.copytree(model.folder, folder)
         shape = model.decoder
-        held = {tensor.name: tensor for tensor in open_gguf(model.gguf).tensors}
+        held = {tensor.name: tensor for tensor in open_gguf(model.single_file).tensors}
         names = gguf_names(shape)
         chance = torch.Generator().manual_seed(seed)
         tensors = {name: torch.from_numpy(model.read(name)) for name in shape.vectors()}

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from exporter.model.decoder import EMBEDDING, FINAL_NORM, HEAD
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.llama_names import LINEARS, NORMS, layer_tensor
 from tests.models import KINDS, TEMPLATE, own_keys
 from tests.reference import reference_model

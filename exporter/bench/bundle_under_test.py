@@ -15,8 +15,7 @@ from exporter.foundation.quantities import Check
 from exporter.prove.self_test import UNSURE, SelfTest
 from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
-
-CONFIG = "model/genai_config.json"
+from exporter.targets.facts import facts_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,12 @@ class BundleUnderTest:
     @property
     def model_files(self) -> list[str]:
         """Paths below the bundle of the files that a runtime reads to compute."""
-        config = [CONFIG] if (self.loaded.folder / Path(CONFIG).name).is_file() else []
-        return [*config, *(f"model/{path.name}" for path in self.loaded.weights)]
+        return [*self._settings, *(f"model/{path.name}" for path in self.loaded.weights)]
 
     @property
-    def has_adapter(self) -> bool:
-        """Whether factors are stored in a separate file."""
-        return any(path.endswith("adapter.gguf") for path in self.model_files)
+    def _settings(self) -> list[str]:
+        found = (name for name in facts_of(self.loaded.target).settings if (self.loaded.folder / name).is_file())
+        return [f"model/{name}" for name in found]
 
     def uploads(self) -> list[Upload]:
         """Return the model's files for sending: settings as rewritten, all other files as listed.
@@ -62,7 +60,7 @@ class BundleUnderTest:
             made.append(Upload(path, name, *sha256_of(path)))
         listed = {entry.path: entry.sha256 for entry in self.manifest.files}
         for upload in made:
-            if upload.name != CONFIG and upload.sha256 != listed[upload.name]:
+            if upload.name not in self._settings and upload.sha256 != listed[upload.name]:
                 raise not_as_listed(self.bundle / upload.name, upload.sha256, listed[upload.name])
         return made
 

@@ -16,6 +16,7 @@ from exporter.device.connect.remote_folder import BUNDLE, PROGRAM, RemoteFolder,
 from exporter.device.connect.shell import Line, line
 from exporter.foundation.errors import ExporterError, InputError, MissingDependencyError, RequestError
 from exporter.foundation.quantities import Check
+from exporter.targets.facts import facts_of, llama_bench_targets, session_file
 
 PROBE = Path(__file__).with_name("probe.py")
 JOB = f"{PROGRAM}/job.json"
@@ -96,9 +97,11 @@ class Probe:
 
     def prepare(self, place: RemoteFolder) -> int:
         """Send the program, and refuse a device without Python or without the runtime."""
-        sent = place.fill([Upload(PROBE, f"{PROGRAM}/{PROBE.name}", *sha256_of(PROBE))], ignored)
+        programs = {PROBE.name: PROBE, "session.py": session_file(self._subject.artifact.target)}
+        uploads = [Upload(path, f"{PROGRAM}/{name}", *sha256_of(path)) for name, path in programs.items()]
+        sent = place.fill(uploads, ignored)
         where = place.connection.where
-        answer = place.run(self._command(place, "needs", self._subject.artifact.target), timeout_s=120)
+        answer = place.run(self._command(place, "needs"), timeout_s=120)
         if answer.code in {NOT_FOUND, NOT_EXECUTABLE}:
             raise MissingDependencyError(
                 f"there is no {self._shown}", where=where, got=answer.last_words,
@@ -138,13 +141,12 @@ class Probe:
         _require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
-    def _command(self, place: RemoteFolder, command: str, argument: str) -> Line:
-        return line("%s -I %s %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", command, argument)
+    def _command(self, place: RemoteFolder, *arguments: str) -> Line:
+        return line("%s -I %s %s", self._python, f"{place.path}/{PROGRAM}/{PROBE.name}", list(arguments))
 
     def _job(self, place: RemoteFolder, settings: Settings) -> dict[str, object]:
         test, folder = self._subject.self_test, str(self._bundle or f"{place.path}/{BUNDLE}")
         return {
-            "target": self._subject.artifact.target,
             "folder": f"{folder}/model",
             "files": [f"{folder}/{path}" for path in self._subject.model_files],
             "self_test": {"prompt": test.prompt, "positions": test.positions},
@@ -155,7 +157,7 @@ class Probe:
 
 
 class LlamaBench:
-    """llama.cpp's own `llama-bench`: for phones, which have no Python.
+    """The program `llama-bench` of llama.cpp: for phones, which have no Python.
 
     Args:
         subject: The bundle to measure.
@@ -168,11 +170,13 @@ class LlamaBench:
 
     def prepare(self, place: RemoteFolder) -> int:
         """Refuse a bundle that llama-bench cannot run or a device without it, or send the build named by the user."""
-        if self._subject.artifact.target != "gguf" or self._subject.has_adapter:
-            kind = "an adapter" if self._subject.has_adapter else f"target {self._subject.artifact.target}"
+        artifact = self._subject.artifact
+        able = llama_bench_targets()
+        if artifact.target not in able or len(artifact.weights) > 1:
+            kind = "an adapter" if artifact.target in able else f"target {artifact.target}"
             raise RequestError(
                 "llama-bench cannot run the bundle", where=self._subject.bundle, got=kind,
-                expected="one GGUF file", next_step="build one with --target gguf, or measure over ssh",
+                expected="one model file", next_step=f"build one with --target {able[0]}, or measure over ssh",
             )  # fmt: skip
         if self._binary is None:
             self._program = _found(place.connection)
@@ -194,9 +198,9 @@ class LlamaBench:
     def measure(self, place: RemoteFolder, settings: Settings) -> Measurement:
         """Time the model."""
         rows = self._rows(place, settings, settings.repeats, [(settings.prompt, 0), (0, settings.generate)])
-        last = rows[-1]
+        last, runtime = rows[-1], facts_of(self._subject.artifact.target).runtime
         return Measurement(
-            runtime=f"llama.cpp {last.build_commit} ({last.build_number})", model_type=last.model_type,
+            runtime=f"{runtime} {last.build_commit} ({last.build_number})", model_type=last.model_type,
             model_n_params=last.model_n_params, n_batch=last.n_batch, n_threads=last.n_threads, load_ns=None,
             interpreter_bytes=None, peak_bytes=None, tests=tuple(row.test for row in rows),
             sustained_ns=self._sustained(place, settings, fmean(last.samples_ns)),

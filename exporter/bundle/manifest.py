@@ -12,6 +12,7 @@ from pydantic import AfterValidator, FailFast, Field, field_validator, model_val
 from exporter.coding.container import SUFFIX
 from exporter.foundation.quantities import Count, Document, Sha256
 from exporter.report.data import RecipeFacts, canonical_json
+from exporter.targets.facts import settings_files
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
@@ -33,11 +34,10 @@ TOP_ROLES: dict[str, Role] = {
     MEASUREMENTS: "measurements",
     SELFTEST: "selftest",
 }
+# Files of tokenizers and models as transformers names them; each target names its own files of settings.
 MODEL_ROLES: dict[str, Role] = {
-    "Modelfile": "config",
     "config.json": "config",
     "generation_config.json": "config",
-    "genai_config.json": "config",
     "tokenizer.json": "tokenizer",
     "tokenizer.model": "tokenizer",
     "tokenizer_config.json": "tokenizer",
@@ -287,7 +287,7 @@ def role_of(path: str) -> Role:
     """Return the role of a file of the bundle, from its path."""
     folder, _, name = path.rpartition("/")
     if folder.split("/")[0] == "model":
-        return MODEL_ROLES.get(name, "model")
+        return "config" if name in settings_files() else MODEL_ROLES.get(name, "model")
     if folder.split("/")[0] == "licences":
         return "licence"
     return TOP_ROLES.get(path, "other")

@@ -18,6 +18,7 @@ from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
 from exporter.coding.profiles import Profile
 from exporter.foundation.errors import InputError, RequestError
 from exporter.foundation.progress import Progress
+from exporter.targets.coded_layout import layout_of
 
 
 def code_beside(files: Sequence[Path], profile: Profile, progress: Progress) -> CodedSize:
@@ -29,7 +30,7 @@ def code_beside(files: Sequence[Path], profile: Profile, progress: Progress) -> 
         progress: Called with a name, MiB done and their total.
     """
     sizes = [
-        code_file(path, path.with_name(path.name + SUFFIX), profile, progress=_of_file(path.name, progress))
+        code_file(path, path.with_name(path.name + SUFFIX), profile, layout_of(path), _of_file(path.name, progress))
         for path in files
     ]
     return CodedSize(*(sum(getattr(size, name) for size in sizes) for name in CodedSize.__dataclass_fields__))

@@ -49,18 +49,21 @@ def setup(
     """Install an ARM64 system into the cache, so that bundles run on emulated Arm cores."""
     from exporter.cli import show
     from exporter.emulate.arm64.core import CORES
-    from exporter.emulate.arm64.installation import INSTALL_COMPILER
+    from exporter.emulate.arm64.installation import install_compiler
     from exporter.emulate.arm64.setup import install, missing_compilers
+    from exporter.targets.emulated import emulation_needs
 
+    needs = emulation_needs()
     with show.progress(enabled=not as_json) as progress:
-        found = install(progress)
+        found = install(needs, progress)
     names = [core.name for core in CORES]
     lacking = missing_compilers() if not found.programs.is_dir() else []
     facts = {"folder": str(found.folder), "cores": names, "lacking": lacking}
 
     def people() -> None:
         show.line(f"{found.folder}: ready for {', '.join(names)}")
-        if lacking:
-            show.line(f"not for GGUF files: {', '.join(lacking)} not installed; {INSTALL_COMPILER}; run this again")
+        if lacking and needs.program is not None:
+            missing, advice = ", ".join(lacking), install_compiler(needs.program.title)
+            show.line(f"not for {needs.program.files}: {missing} not installed; {advice}; run this again")
 
     show.document(facts, as_json, people)

@@ -67,12 +67,13 @@ def predict(
     from exporter.predict.measured_runs import calibrated, measured_run
     from exporter.predict.prediction import predict as run_predict
     from exporter.predict.request import Request, checked_request
+    from exporter.targets.memory import memory_of
 
     profile = load_device(device)
     length = min(context, 512) if prompt is None else prompt
     request = checked_request(Request(file_bytes, parameters, format, backend, context, length, runtime), profile)
     runs = [measured_run(text, request) for text in measured or []]
-    prediction = run_predict(calibrated(profile, runs, profile.name), request)
+    prediction = run_predict(calibrated(profile, runs, profile.name), request, memory_of(runtime, format.strip()))
     show.document(prediction.model_dump(mode="json", exclude_none=True), as_json, lambda: _show(prediction))
 
 

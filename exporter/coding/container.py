@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar, get_args
 
 from exporter.coding.byte_reader import Reading
 from exporter.coding.chunk import CodedChunk, decode, encode
-from exporter.coding.layout import FileSection, Part, layout_of, parts_of
+from exporter.coding.layout import FileSection, Part, parts_of
 from exporter.coding.profiles import Profile
 from exporter.foundation.cache import replacing
 from exporter.foundation.cpu import available_cores
@@ -76,29 +76,28 @@ def code_file(
     path: Path,
     to: Path,
     profile: Profile = "small",
-    layout: Sequence[FileSection] | None = None,
+    layout: Sequence[FileSection] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CodedSize:
     """Write the coded form of a file; every chunk is restored and compared before it is written.
 
     Args:
-        path: The file, such as a GGUF model or the external data of an ONNX model.
+        path: The file.
         to: The coded file; it appears under this name only when complete.
         profile: `small` for the fewest bytes, `fast` for fast restoring.
-        layout: The layout of the bytes; by default the result of `layout_of`.
+        layout: The known sections of the file.
         progress: Called with the bytes done and their total.
 
     Raises:
         RequestError: there is no such profile.
-        InputError: the file is not valid in its format.
+        InputError: the file became shorter while it was read.
         ExporterError: the coded file does not read back as the original.
     """
     if profile not in PROFILES:
         raise RequestError("unknown profile of coding", got=profile, expected=" or ".join(PROFILES))
     size = path.stat().st_size
-    sections = layout_of(path) if layout is None else layout
     most = CHUNK_BYTES[profile]
-    groups = _groups(parts_of(sections, size, most), most)
+    groups = _groups(parts_of(layout, size, most), most)
     whole, done, entropy = hashlib.sha256(), 0, 0.0
 
     def code(given: tuple[bytes, list[Part]]) -> tuple[bytes, CodedChunk]:

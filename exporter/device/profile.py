@@ -8,7 +8,7 @@ CPU's `effective_bandwidth_bytes_per_s`, are rejected with advice on what to cha
 """
 
 import hashlib
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -48,7 +48,7 @@ class Cluster(Document):
 class PreferredTarget(Document):
     """The target that `auto` selects on this device, and why."""
 
-    target: Literal["gguf", "onnx"]
+    target: Annotated[str, Field(pattern="^[a-z0-9]+(-[a-z0-9]+)*$", max_length=32)]
     reason: Text
 
 

@@ -4,18 +4,52 @@ With coarse steps only a few of the 256 codes occur, and equal scales repeat, so
 runtime loads the restored file like any other of its 8-bit files.
 """
 
-import gguf
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32, WeightFormat
-from exporter.formats.ggml import GgmlFormat
-from exporter.formats.matmulnbits import MatMulNBitsFormat
-from exporter.formats.per_channel import ChannelFormat
 from exporter.foundation.errors import RequestError
 
 LARGEST_CODE = 127
 _SMALLEST = {np.float16: np.float32(2**-24), np.float32: np.float32(1e-30)}
+Int8 = NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class RowScaling:
+    """How a format of symmetric 8-bit codes stores codes whose scales the encoder chose.
+
+    Attributes:
+        scale_type: Type of the stored scales.
+        pack: Returns encoded rows, uint8 [rows, bytes of a row], from codes, int8 [rows, columns], and one scale a row
+            as stored, uint8 [rows, bytes of a scale].
+    """
+
+    scale_type: type[np.float16 | np.float32]
+    pack: Callable[[Int8, Bytes], Bytes]
+
+
+@runtime_checkable
+class RowScaled(Protocol):
+    """A weight format that may take one scale for a whole row."""
+
+    @property
+    def row_scaling(self) -> RowScaling | None:
+        """How it stores such rows; None if its codes are not symmetric ones of 8 bits."""
+
+
+def _scaling(format: WeightFormat) -> RowScaling:
+    scaling = format.row_scaling if isinstance(format, RowScaled) else None
+    if scaling is None:
+        raise RequestError(
+            "steps can be chosen in symmetric formats of 8 bits only", got=format.name,
+            next_step="choose the target's own type of 8 bits",
+        )  # fmt: skip
+    return scaling
 
 
 def scale_type(format: WeightFormat) -> type[np.float16 | np.float32]:
@@ -24,16 +58,7 @@ def scale_type(format: WeightFormat) -> type[np.float16 | np.float32]:
     Raises:
         RequestError: it is not a symmetric format of 8 bits.
     """
-    if isinstance(format, GgmlFormat) and format.type == gguf.GGMLQuantizationType.Q8_0:
-        return np.float16
-    if isinstance(format, MatMulNBitsFormat) and format.bits == 8 and not format.asymmetric:
-        return format.scale_type
-    if isinstance(format, ChannelFormat):
-        return np.float32
-    raise RequestError(
-        "steps can be chosen in symmetric formats of 8 bits only", got=format.name,
-        expected="Q8_0, int8-channel, or int8-b16 to int8-b256",
-    )  # fmt: skip
+    return _scaling(format).scale_type
 
 
 def stored_steps(format: WeightFormat, steps: Float32) -> Float32:
@@ -48,7 +73,7 @@ def stored_steps(format: WeightFormat, steps: Float32) -> Float32:
     return np.maximum(steps, _SMALLEST[stored]).astype(stored).astype(np.float32)
 
 
-def encode_steps(format: WeightFormat, codes: NDArray[np.int8], steps: Float32) -> Bytes:
+def encode_steps(format: WeightFormat, codes: Int8, steps: Float32) -> Bytes:
     """Return encoded rows, uint8 [rows, bytes of a row].
 
     Args:
@@ -56,13 +81,11 @@ def encode_steps(format: WeightFormat, codes: NDArray[np.int8], steps: Float32) 
         codes: int8 [rows, columns].
         steps: One for each row, as stored, float32 [rows].
     """
-    scale = steps.astype(scale_type(format))[:, None].view(np.uint8)
-    if isinstance(format, ChannelFormat):
-        return np.concatenate([codes.view(np.uint8), scale], axis=1)
-    blocks = codes.view(np.uint8).reshape(len(codes), -1, format.block_columns)
-    if isinstance(format, MatMulNBitsFormat):
-        blocks = blocks + np.uint8(128)
-    scales = np.broadcast_to(scale[:, None], (*blocks.shape[:2], scale.shape[1]))
-    order = (blocks, scales) if isinstance(format, MatMulNBitsFormat) else (scales, blocks)
-    made = np.concatenate(order, axis=2)
-    return format.join([np.ascontiguousarray(made[:, block]) for block in range(made.shape[1])])
+    scaling = _scaling(format)
+    return scaling.pack(codes, steps.astype(scaling.scale_type)[:, None].view(np.uint8))
+
+
+def in_blocks(rows: Bytes, scales: Bytes, columns: int) -> tuple[Bytes, Bytes]:
+    """Return codes, uint8 [rows, blocks, columns of a block], and each block's copy of its row's scale."""
+    blocks = rows.reshape(len(rows), -1, columns)
+    return blocks, np.broadcast_to(scales[:, None], (*blocks.shape[:2], scales.shape[1]))

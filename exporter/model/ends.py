@@ -1,6 +1,5 @@
 """The special tokens of a model, collected from all files that name them."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,6 @@ from exporter.foundation.config_files import shown
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.tokenizer_files import is_id
 
-# Key that the exporter writes to GGUF files. llama.cpp has only three keys for end tokens, and infers others from text.
-GGUF_KEY = "edge_exporter.end_tokens"
-ID = re.compile("[0-9]{1,9}")
 FILES = ("config.json", "generation_config.json")
 # Many models use -1 and null for "none".
 NONE = (None, -1)
@@ -31,16 +27,6 @@ class SpecialIds:
     roles: dict[str, int]
     ends: tuple[int, ...]
     notes: tuple[str, ...]
-
-
-def ends_written(ends: Iterable[int]) -> str:
-    """Return ids of end tokens as text for a GGUF file, since llama.cpp does not return lists."""
-    return ",".join(map(str, ends)) or "none"
-
-
-def ends_read(text: str) -> list[int]:
-    """Return the ids of end tokens from the text in a GGUF file."""
-    return list(map(int, ID.findall(text)))
 
 
 def special_ids(folder: Path, named: Mapping[str, int], rows: int) -> SpecialIds:

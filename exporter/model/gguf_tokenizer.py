@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from exporter.child.process import Child
 from exporter.foundation.errors import InputError, RuntimeCrashError, did_you_mean
 from exporter.model.chat import LOAD_S, TEXT_BYTES
-from exporter.model.ends import GGUF_KEY, ends_read
+from exporter.model.gguf_ends import KEY, ends_read
 from exporter.model.gguf_file import GgufFile
 from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
 from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts
@@ -109,7 +109,7 @@ def unpack_tokenizer(file: GgufFile, rows: int, folder: Path) -> dict[str, Any]:
             ) from error
         _wrapped(vocabulary, facts, file.path).save_pretrained(folder)
         _require_equal(child, folder, vocabulary.pre_tokenizer, file.path)
-    return _ends(vocabulary, facts, file.value(GGUF_KEY))
+    return _ends(vocabulary, facts, file.value(KEY))
 
 
 def read_file_vocabulary(file: GgufFile, rows: int) -> FileVocabulary:

@@ -78,7 +78,7 @@ class Model:
         name: Short name for files and titles.
         origin: Human-readable origin for the report (no private path).
         folder: A folder that holds config.json and the tokenizer's files.
-        gguf: The GGUF file that the model was read from, or None.
+        single_file: The file that the model was read from, tokenizer included; None for a folder.
         config: The transformers config.
         decoder: Its sizes and blocks.
         tensors: Its weights.
@@ -90,7 +90,7 @@ class Model:
     name: str
     origin: str
     folder: Path
-    gguf: Path | None
+    single_file: Path | None
     config: PretrainedConfig
     decoder: Decoder
     tensors: TensorSource

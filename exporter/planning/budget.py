@@ -11,7 +11,7 @@ from exporter.foundation.errors import RequestError
 from exporter.foundation.fitted import fitted_value
 from exporter.model.model import Model
 from exporter.predict.roofline import Cpu
-from exporter.targets.target import Target
+from exporter.targets.contract import Budgeted
 
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
@@ -45,7 +45,7 @@ class Budget:
     fixed_bytes: int
     storages: list[Storage]
     prefer: str
-    target: Target
+    target: Budgeted
     cpu: Cpu
     stock: list[Decision]
 
@@ -114,7 +114,7 @@ def _limit_in_words(name: str, limit: float, fixed_bytes: int) -> str:
     return f"at least {1 / limit:,.1f} tokens/s {'decoded' if name == 'decode_s' else 'prefilled'} (estimated)"
 
 
-def stock_of_that_size(target: Target, model: Model, most_bytes: int) -> list[Decision]:
+def stock_of_that_size(target: Budgeted, model: Model, most_bytes: int) -> list[Decision]:
     """Return what the stock tool makes of about as many bytes of matrices; empty where it makes nothing so small."""
     return target.stock(model, int(SAME_SIZE * most_bytes))
 

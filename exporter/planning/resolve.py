@@ -18,7 +18,7 @@ from exporter.planning.plan import Plan, PlannedMatrix, TextFacts
 from exporter.planning.recipe import Recipe, Table, load_recipe, step_of
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.steps.transport import Transport
-from exporter.targets.target import AsStored, Target, load_target
+from exporter.targets.contract import AsStored, Target, load_target
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
 MOST_POSITIONS_UNASKED = 131_072

@@ -26,7 +26,7 @@ from exporter.foundation.quantities import Document
 from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.model.widths import outlined
-from exporter.targets.target import Target
+from exporter.targets.contract import Target, by_bits
 
 # The second moment of a layer's channels, its inverse, and products of them, in double precision.
 SQUARES = 5
@@ -221,7 +221,7 @@ class CodedStep(EncodingStep):
     def draft(self, task: EncodingTask) -> Draft:
         """Return the target's 8 bits for every matrix."""
         reason = f"{self.method} by the recipe: {self.bits:g} bits a weight on average when coded"
-        decisions = task.target.decide(task.model, task.target.type_of_8_bits, self.method)
+        decisions = task.target.decide(task.model, by_bits(task.target).type_of_8_bits, self.method)
         return Draft([replace(one, reason=reason) for one in decisions])
 
     def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:

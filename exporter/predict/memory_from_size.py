@@ -5,21 +5,13 @@ config.json.
 """
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import median_low
+from typing import Protocol
 
 from exporter.foundation.errors import RequestError
-from exporter.predict.peak_memory import (
-    ModelShape,
-    Peak,
-    Weights,
-    host_features,
-    llama_cpp_peak,
-    onnxruntime_peak,
-    repacked_rows,
-)
+from exporter.predict.peak_memory import ModelShape, Peak, SizedModel, host_features
 
 # Parameters; layers, hidden, intermediate, heads, key-value heads, head width, vocabulary.
 SHAPES: dict[str, tuple[float, ModelShape]] = {
@@ -42,8 +34,25 @@ SHAPES: dict[str, tuple[float, ModelShape]] = {
 }
 # Decoders whose parameters differ by at most this factor are used, or else only the nearest.
 ALIKE = 1.5
-# Relative error of the formulas of `exporter.predict.peak_memory` for a known shape.
+# Relative error of the targets' formulas for a known shape.
 ERROR = 0.07
+
+
+class Memory(Protocol):
+    """The memory of a runtime's process; a target's module `memory` exports it as `MEMORY`."""
+
+    def holds(self, format: str) -> bool:
+        """Return whether the runtime is the one that loads weights in a format, as users write its name."""
+
+    def peak(self, shape: ModelShape, model: SizedModel, context: int, features: Collection[str]) -> Peak:
+        """Return the memory of the process with a model, if it has a shape.
+
+        Args:
+            shape: Assumed dimensions of the model.
+            model: What is known of it.
+            context: Tokens of context.
+            features: Features of the processor, as in device profiles.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,29 +65,27 @@ class Interval:
 
 
 def predicted_peak(
-    file_bytes: int, parameters: float, format: str, context: int, features: Collection[str] | None = None
+    memory: Memory, model: SizedModel, context: int, features: Collection[str] | None = None
 ) -> Interval:
     """Return the peak memory of a runtime's process, including its mapped file.
 
     Args:
-        file_bytes: Size of the model's files.
-        parameters: Number of weights.
-        format: A GGUF type or named mix, such as `Q4_K_M`, for llama.cpp; a format that begins with `int`, such as
-            `int4` or `int8-b32`, for ONNX Runtime.
+        memory: The memory model of the runtime.
+        model: What is known of the model.
         context: Tokens of context.
         features: Features of the processor, as in device profiles; None for this machine's.
 
     Raises:
         RequestError: a number is not positive.
     """
-    if min(file_bytes, parameters, context) <= 0:
+    if min(model.file_bytes, model.parameters, context) <= 0:
         raise RequestError(
             "the memory of such a model cannot be predicted",
-            got=f"{file_bytes} bytes, {parameters:g} parameters, a context of {context} tokens",
+            got=f"{model.file_bytes} bytes, {model.parameters:g} parameters, a context of {context} tokens",
             expected="numbers above zero",
         )
     known = host_features() if features is None else features
-    found = sorted(_peak(shape, file_bytes, parameters, format, context, known).bytes for shape in alike(parameters))
+    found = sorted(memory.peak(shape, model, context, known).bytes for shape in alike(model.parameters))
     return Interval(median_low(found), int((1 - ERROR) * found[0]), int((1 + ERROR) * found[-1]))
 
 
@@ -87,21 +94,3 @@ def alike(parameters: float) -> list[ModelShape]:
     distances = {name: abs(math.log(parameters / count)) for name, (count, _) in SHAPES.items()}
     most = max(math.log(ALIKE), min(distances.values()))
     return [SHAPES[name][1] for name, distance in distances.items() if distance <= most]
-
-
-def _peak(
-    shape: ModelShape, file_bytes: int, parameters: float, format: str, context: int, features: Collection[str]
-) -> Peak:
-    looked_up = min(0.5, shape.vocab * shape.hidden / parameters)
-    integers = re.match(r"int(\d)", format)
-    if integers is None:
-        type = re.sub("_[SML]$", "", format)
-        copied = 0.0 if repacked_rows(type, features) is None else (1 - looked_up) * file_bytes
-        # A mix has matrices that are not repacked up to the end of its file, so all of it stays mapped.
-        mapped = looked_up * file_bytes if copied and type == format else file_bytes
-        return llama_cpp_peak(shape, Weights(int(mapped + copied), int(file_bytes + copied)), context)
-    bits = int(integers[1])
-    # Blocks of 32: float16 scales in the file, float32 scales and sums once packed.
-    packed, kept = (file_bytes * (bits + added) / (bits + 0.5) for added in (2, 1))
-    resident = packed + looked_up * kept
-    return onnxruntime_peak(shape, Weights(int(resident), int(resident + looked_up * file_bytes)), context)

@@ -1,28 +1,18 @@
 """The peak memory of a runtime's process: its own code, weights, keys and values, and buffers.
 
-This is the largest resident set of the process including mapped files, as measured by `exporter.targets.runtime`. The
-terms follow from the runtimes' behaviour. llama.cpp prints its buffers when it loads a model (`load_tensors`,
-`llama_kv_cache`); ggml's `ggml-cpu/repack.cpp` determines which matrices it keeps in a second, repacked form. The sizes
-of ONNX Runtime's prepacked matrices are those of its library MLAS (`qnbitgemm.cpp`). Only the `Overhead` values below
-were fitted, to artifacts of three shapes with random weights on x86-64 Linux.
+This is the largest resident set of the process including mapped files, as measured by `exporter.targets.runtime`. How
+a runtime holds weights, keys and values is its target's to say; see the module `memory` in a target's folder.
 """
 
 import platform
 import sys
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.device.backend import features_named
-from exporter.formats.group import Decision
-from exporter.formats.matmulnbits import MatMulNBitsFormat
+from exporter.foundation.fitted import fitted_constants
 
 MIB = 1 << 20
-# Prompt tokens processed at once: llama.cpp's physical batch, and onnxruntime-genai's chunk. The chunk is small because
-# of its logits, one row per token.
-LLAMA_CPP_BATCH, ONNX_CHUNK = 512, 128
-# llama.cpp rounds the cells of its cache up to a multiple of this.
-CACHE_CELLS = 256
 
 
 @dataclass(frozen=True)
@@ -43,9 +33,16 @@ class Overhead:
     projected_floats: float
     intermediate_floats: float
 
+    @classmethod
+    def fitted(cls, package: str) -> "Overhead":
+        """Return the overhead that the fitted constants of a target's package state."""
+        found = fitted_constants(package)
+        floats = (found[f"{name}_floats"].value for name in ("residual", "projected", "intermediate"))
+        return cls(int(found["process_mib"].value * MIB), int(found["vocabulary_token_bytes"].value), *floats)
 
-LLAMA_CPP = Overhead(52 * MIB, 350, 6.0, 0.0, 2.6)
-ONNXRUNTIME = Overhead(115 * MIB, 0, 14.0, 1.8, 1.5)
+    def of_vocabulary(self, tokens: int) -> int:
+        """Return the bytes of the process with a vocabulary of so many tokens."""
+        return self.process_bytes + self.token_bytes * tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,25 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class SizedModel:
+    """A model of which only a little is known.
+
+    Attributes:
+        file_bytes: Size of its files.
+        parameters: Number of weights.
+        format: Their format, as users write it.
+    """
+
+    file_bytes: int
+    parameters: float
+    format: str
+
+    def looked_up(self, shape: ModelShape) -> float:
+        """Return the share of the embedding among the weights if the model has a shape."""
+        return min(0.5, shape.vocab * shape.hidden / self.parameters)
+
+
+@dataclass(frozen=True)
 class Weights:
     """The memory of a model's weights in a runtime, in bytes.
 
@@ -94,7 +110,7 @@ class Peak:
     Attributes:
         process_bytes: Interpreter, libraries, vocabulary.
         weights: The model.
-        cache_bytes: Keys and values of the whole context, which both runtimes allocate at the start.
+        cache_bytes: Keys and values of the whole context, allocated at the start.
         buffer_bytes: Activations and logits of the prompt tokens processed at once.
     """
 
@@ -108,90 +124,6 @@ class Peak:
         """The peak, reached either during loading or while processing a prompt."""
         running = self.weights.resident_bytes + self.cache_bytes + self.buffer_bytes
         return self.process_bytes + max(self.weights.loading_bytes, running)
-
-
-def llama_cpp_weights(decisions: Iterable[Decision], file_bytes: int, features: Collection[str]) -> Weights:
-    """Return the memory of the weights of a GGUF file and its adapter in llama.cpp.
-
-    The whole file is mapped while matrices are repacked from it. Then llama.cpp unmaps everything after the last matrix
-    that is not repacked.
-
-    Args:
-        decisions: Decisions in the order of the file.
-        file_bytes: Size of the files.
-        features: Features of the processor, as in device profiles.
-    """
-    repacked = factors = mapped = passed = 0
-    for decision in decisions:
-        group, base = decision.group, decision.base_bytes
-        passed += base
-        factors += decision.stored_bytes - base
-        rows = repacked_rows(decision.format.name, features)
-        again = rows is not None and group.rows % rows == 0
-        if again and "embedding" not in group.uses:
-            repacked += base
-        else:
-            repacked += base if again and "head" in group.uses else 0
-            mapped = passed
-    rest = file_bytes - factors - passed
-    return Weights(mapped + rest + repacked + factors, file_bytes + repacked)
-
-
-def repacked_rows(format: str, features: Collection[str]) -> int | None:
-    """Return the number that must divide a matrix's rows for ggml to repack its type; None if it never does."""
-    if "avx2" in features:
-        types = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8} | ({"Q2_K": 8} if "avx512" in features else {})
-    elif "dotprod" in features or "i8mm" in features:
-        types = {"Q4_0": 4, "Q8_0": 4, "IQ4_NL": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8}
-    else:
-        types = {"IQ4_NL": 4} if "neon" in features else {}
-    return types.get(format)
-
-
-def onnx_weights(decisions: Iterable[Decision], rest_bytes: int) -> Weights:
-    """Return the memory of the weights of a decoder with `MatMulNBits` in ONNX Runtime.
-
-    It prepacks every matrix: codes, and for each block a float32 scale and the float32 sum of its scaled codes. An
-    embedding that is looked up is also kept as stored, with its scales widened. Float matrices are packed too.
-
-    Args:
-        decisions: One for each matrix.
-        rest_bytes: Size of the rest of the file.
-    """
-    resident, largest = rest_bytes, 0
-    for decision in decisions:
-        group, format = decision.group, decision.format
-        if isinstance(format, MatMulNBitsFormat):
-            codes, blocks = group.size * format.bits // 8, group.size // format.block_columns
-            kept, packed = decision.base_bytes + blocks * (4 - format.scale_bytes), codes + 8 * blocks
-        else:
-            codes = kept = packed = decision.base_bytes
-        factors = 2 * (decision.stored_bytes - decision.base_bytes)
-        resident += kept * ("embedding" in group.uses) + packed * (group.uses != ("embedding",)) + factors
-        largest = max(largest, codes)
-    return Weights(resident, resident + largest)
-
-
-def llama_cpp_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
-    """Return the memory of llama.cpp in Python with float16 keys and values, flash attention, last-token logits."""
-    cells = -(-context // CACHE_CELLS) * CACHE_CELLS
-    batch = min(context, LLAMA_CPP_BATCH)
-    mask = 2 * batch * cells
-    buffers = int(batch * shape.token_bytes(LLAMA_CPP)) + mask + 4 * shape.vocab
-    process = LLAMA_CPP.process_bytes + LLAMA_CPP.token_bytes * shape.vocab
-    return Peak(process, weights, shape.cache_bytes(cells, 2), buffers)
-
-
-def onnxruntime_peak(shape: ModelShape, weights: Weights, context: int) -> Peak:
-    """Return the memory of onnxruntime-genai in Python with float32 keys and values, and logits for a whole chunk.
-
-    The logits exist twice: the last, shorter chunk of a prompt gets new logits before the old ones are freed.
-    """
-    batch = min(context, ONNX_CHUNK)
-    logits = 2 * 4 * shape.vocab * batch
-    buffers = int(batch * shape.token_bytes(ONNXRUNTIME)) + logits
-    process = ONNXRUNTIME.process_bytes + ONNXRUNTIME.token_bytes * shape.vocab
-    return Peak(process, weights, shape.cache_bytes(context, 4), buffers)
 
 
 def host_features() -> frozenset[str]:

@@ -5,6 +5,7 @@ from math import hypot, log
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Document
 from exporter.predict.estimate import EIGHTY_PERCENT, Estimate, lognormal
+from exporter.predict.memory_from_size import Memory
 from exporter.predict.process_memory import held_bytes, peak_bytes
 from exporter.predict.rates import rates
 from exporter.predict.request import Request, checked_request
@@ -49,12 +50,13 @@ class Prediction(Document):
     notes: tuple[str, ...] = ()
 
 
-def predict(profile: DeviceProfile, request: Request) -> Prediction:
+def predict(profile: DeviceProfile, request: Request, memory: Memory | None) -> Prediction:
     """Predict the performance of a model's file on a device.
 
     Args:
         profile: The device; runs in its profile are used as measured points.
         request: The model's file and how it is run.
+        memory: The memory model of its runtime; None if it has none.
 
     Raises:
         RequestError: a number is out of bounds, or the backend or the format is unknown.
@@ -75,7 +77,7 @@ def predict(profile: DeviceProfile, request: Request) -> Prediction:
         sustained_decode_tokens_per_s=_sustained(profile, decode),
         prefill_tokens_per_s=speeds.prefill,
         time_to_first_token_ms=_first_token(speeds.prefill, decode, request.prompt),
-        peak_bytes=peak_bytes(held, request, profile),
+        peak_bytes=peak_bytes(held, request, profile, memory),
         load_ms=load_ms(profile, request.file_bytes),
         energy_per_token_joules=_energy(profile, request.backend, decode),
         threads=threads(profile) if request.backend == "cpu" else None,

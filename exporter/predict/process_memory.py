@@ -1,11 +1,10 @@
 """Estimates the memory of a runtime's process while running and at its peak, from the file's size."""
 
-import re
-
 from exporter.device.fit import UNIT
 from exporter.device.profile import DeviceProfile
 from exporter.predict.estimate import Estimate
-from exporter.predict.memory_from_size import predicted_peak
+from exporter.predict.memory_from_size import Memory, predicted_peak
+from exporter.predict.peak_memory import SizedModel
 from exporter.predict.request import Request
 from exporter.predict.token_cost import kv_bytes
 
@@ -16,8 +15,6 @@ from exporter.predict.token_cost import kv_bytes
 PROCESS_BYTES, BUFFERS_BYTES, BUFFERS_TOKENS, BUFFERS_POWER = 95e6, 69e6, 512, 0.3
 # llama.cpp held 1.07 to 1.14 times the file, LiteRT 1.0 to 1.3 times.
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
-# Runtimes whose memory is known term by term; Termux runs llama.cpp.
-KNOWN_RUNTIMES = re.compile("llama|termux|onnx")
 
 
 def held_bytes(request: Request) -> Estimate:
@@ -34,13 +31,19 @@ def held_bytes(request: Request) -> Estimate:
     )
 
 
-def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile) -> Estimate:
-    """Estimate the peak resident memory, including pages of the mapped file, which can be dropped."""
-    if request.backend != "cpu" or not (request.runtime == "" or KNOWN_RUNTIMES.search(request.runtime.lower())):
+def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile, memory: Memory | None) -> Estimate:
+    """Estimate the peak resident memory, including pages of the mapped file, which can be dropped.
+
+    Args:
+        held: Memory while running.
+        request: The request.
+        profile: The device.
+        memory: The memory model of the runtime; None if it has none.
+    """
+    if request.backend != "cpu" or memory is None:
         return held
-    found = predicted_peak(
-        request.file_bytes, request.parameters, request.format.strip(), request.context, profile.isa.features
-    )
+    model = SizedModel(request.file_bytes, request.parameters, request.format.strip())
+    found = predicted_peak(memory, model, request.context, profile.isa.features)
     # Mapped pages are dropped before the resident memory exceeds the RAM.
     value, low, high = (min(float(size), profile.ram_bytes.value) for size in (found.value, found.low, found.high))
     how = "the process, weights as the runtime loads and packs them, cache and buffers of models of that size"

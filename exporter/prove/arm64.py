@@ -29,7 +29,7 @@ from exporter.foundation.quantities import Check, Quantity, Status
 from exporter.prove.accuracy import divergence
 from exporter.prove.emulation import Emulation
 from exporter.targets.artifact import Artifact
-from exporter.targets.emulated import Emulated, Run, Setting, emulated_target
+from exporter.targets.emulated import Emulated, Run, Setting, emulated_target, emulation_needs
 from exporter.targets.opened import OpenedArtifact
 
 INSTRUCTIONS, AGREEMENT, ROUNDING = "arm64.instructions", "arm64.float_agreement", "arm64.rounding"
@@ -95,7 +95,7 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
     target = emulated_target(artifact.target)
     if target is None:
         return _not_run(f"the target {artifact.target} is not run on emulated cores")
-    installed = installation()
+    installed = installation(emulation_needs())
     try:
         target.require(installed, core)
     except MissingDependencyError as error:

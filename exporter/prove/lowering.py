@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporter.compress.compression import weights_digest
+from exporter.formats.floats import FLOAT32
 from exporter.formats.format import Float32
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.progress import Progress, silent
@@ -20,8 +21,8 @@ from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, Target
 
 # In nats. Float32 sums in another order give 1e-13 to 1e-8, a forgotten scaling of positions 1e-1.
 MOST_KL = 1e-6
@@ -58,7 +59,7 @@ class FloatCopy:
 
 def in_float32(decisions: Iterable[Decision]) -> bool:
     """Return whether all matrices are stored in float32."""
-    return all(decision.stored_as == "F32" for decision in decisions)
+    return all(decision.stored_as == FLOAT32.name for decision in decisions)
 
 
 @contextmanager

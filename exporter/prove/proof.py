@@ -22,9 +22,9 @@ from exporter.prove.prompt import DECODE_TOKENS, prompt_for
 from exporter.prove.self_test import SelfTest, make_self_test
 from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
-from exporter.targets.target import Lowered, Target
 from exporter.targets.text import open_text
 
 # The runtime's rounding differs little from window to window: the first third of them is enough.

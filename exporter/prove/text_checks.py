@@ -18,12 +18,14 @@ from exporter.model.template import open_renderer
 from exporter.model.tokenizer import ModelTokenizer, known_difference, load_tokenizer, parity_texts, try_tokenizer
 from exporter.prove.parity import check_chat_template, check_tokenizer
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import Target
+from exporter.targets.contract import Target
+from exporter.targets.facts import facts_of
 from exporter.targets.text import TextRuntime, open_text
 
 # Raised when the same files would be judged differently.
 VERSION = 1
-LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "llama-cpp-python", "onnxruntime-genai")
+# Packages that decide how a model handles text; each target names those of its runtime.
+LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
 
 
 class TextPreview(Document):
@@ -58,8 +60,9 @@ def _key(model: Model, target: Target) -> str:
     found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
     special = special_ids(model.folder, {}, model.decoder.vocab)
     kind, rows = model.decoder.family.model_type, model.decoder.vocab
-    decisive = (VERSION, target.name, kind, rows, model.gguf is None, digest_files(found), special)
-    return hashlib.sha256(repr((decisive, *map(_version, LIBRARIES))).encode()).hexdigest()[:32]
+    decisive = (VERSION, target.name, kind, rows, model.single_file is None, digest_files(found), special)
+    libraries = (*LIBRARIES, *facts_of(target.name).text_libraries)
+    return hashlib.sha256(repr((decisive, *map(_version, libraries))).encode()).hexdigest()[:32]
 
 
 def _version(library: str) -> str:
@@ -70,7 +73,7 @@ def _version(library: str) -> str:
 
 
 def _preview(model: Model, target: Target, scratch: Path) -> TextPreview:
-    if model.gguf is None:
+    if model.single_file is None:
         try_tokenizer(model.folder)
     artifact = target.lower_text(model, scratch)
     if artifact is None:

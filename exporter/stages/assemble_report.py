@@ -41,14 +41,11 @@ from exporter.report.data import (
 from exporter.report.html import render_html
 from exporter.stages.stage_times import Stages
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import Lowered
+from exporter.targets.contract import Lowered
+from exporter.targets.facts import facts_of, libraries
 
-LIBRARIES = (
-    "torch", "transformers", "gguf", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai",
-    "zstandard",
-)  # fmt: skip
-ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-genai")
-RUNTIMES = {"gguf": ("llama-cpp-python",), "onnx": ONNX_RUNTIMES, "onnx-qdq": ONNX_RUNTIMES}
+# The packages that decide the bytes of every target; each target names its own.
+LIBRARIES = ("torch", "transformers", "zstandard")
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ def _cpu_name() -> str:
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide the bytes."""
     found = {}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *libraries()):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -239,7 +236,7 @@ def header(job: Job, model: Model, report: Report) -> ManifestHeader:
         name=presentable(model.name),
         target=report.target,
         device=report.device,
-        runtime={name: versions[name] for name in RUNTIMES.get(report.target, ()) if name in versions},
+        runtime={name: versions[name] for name in facts_of(report.target).runtime_libraries if name in versions},
         recipe=report.recipe,
         provenance=Provenance(
             exporter=__version__,

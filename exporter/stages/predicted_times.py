@@ -17,8 +17,8 @@ from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compression import propagates_errors, weights_digest
 from exporter.compress.effort import Effort
 from exporter.compress.method import load_method, method_kind, relative_error
+from exporter.formats.floats import FLOAT32
 from exporter.formats.format import WeightFormat
-from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
 from exporter.foundation.fitted import fitted_constants
 from exporter.model.model import Model
@@ -28,6 +28,7 @@ from exporter.planning.step import Draft
 from exporter.prove.prompt import DECODE_TOKENS
 from exporter.prove.proof import REPEATS, ROUNDING_SHARE
 from exporter.prove.source_check import WINDOWS as SOURCE_WINDOWS
+from exporter.targets.contract import sampling_target
 
 FITTED = fitted_constants("exporter.stages")
 LAYERS_SHARE, SAMPLING_SHARE, PROMPT_SHARE, FACTOR_SHARE, BESIDE_PRODUCTS = (
@@ -70,7 +71,7 @@ def stage_seconds(resolved: ResolvedJob, draft: Draft, file_bytes: int) -> dict[
     return {
         "open": OPEN_SECONDS,
         "calibration text": _sampling(resolved, before / (SAMPLING_SHARE * flops_per_s)),
-        **({"check the source": checking} if original.gguf else {}),
+        **({"check the source": checking} if original.single_file else {}),
         **_rewriting(resolved, statistics(original, windows), flops_per_s),
         "statistics": statistics(model, windows + resolved.prediction_windows),
         "allocate": _prediction(draft.storages, resolved.effort, flops_per_s),
@@ -94,7 +95,7 @@ def _copying(model: Model, effort: Effort, running_s: float) -> float:
     """Return the seconds of writing a model's float32 copy, and of running it, which takes so long for a whole one."""
     weights = float_copy_bytes(model) / 4
     share = weights / model.decoder.parameters
-    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", ggml_format("F32"), effort)
+    nanoseconds = READ_BACK_NANOSECONDS + _encode_nanoseconds("rtn", FLOAT32, effort)
     return CHILD_SECONDS + weights * 1e-9 * nanoseconds + share * running_s
 
 
@@ -124,7 +125,7 @@ def _sampling(resolved: ResolvedJob, token_seconds: float) -> float:
         return 0.0
     tokens = (effort.calibration_windows + job.evaluation_windows) * job.window
     weights = resolved.original.decoder.parameters
-    quick = weights * 1e-9 * _encode_nanoseconds("rtn", ggml_format("Q8_0"), effort)
+    quick = weights * 1e-9 * _encode_nanoseconds("rtn", sampling_target().base_formats[8], effort)
     return VOCABULARY_SECONDS + quick + tokens * token_seconds
 
 

@@ -1,7 +1,7 @@
-"""The stage that lets the model write its own calibration and evaluation text, through a quick Q8_0 artifact.
+"""The stage that lets the model write its own calibration and evaluation text, through a quick artifact of 8 bits.
 
-llama.cpp samples for every target: both targets are then calibrated and compared on the same text, which is
-sampled once and kept in the cache.
+One target samples for all: they are then calibrated and compared on the same text, which is sampled once and kept in
+the cache.
 """
 
 import hashlib
@@ -17,10 +17,9 @@ from exporter.foundation.progress import Progress
 from exporter.model.model import Model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.planning.job import Job
+from exporter.targets.contract import FormatsByBits, lower, sampling_target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 
-QUICK_TYPE = "Q8_0"
 # Raised when the same seed gives another text.
 VERSION = 2
 
@@ -30,10 +29,11 @@ def sampled_windows(
 ) -> tuple[Windows, Windows]:
     """Return so many calibration windows and the evaluation windows, different sequences of one seeded sampling."""
     count = windows + job.evaluation_windows
-    decisive = (VERSION, model.digest, QUICK_TYPE, job.seed, count, job.window, job.threads)
+    target = sampling_target()
+    decisive = (VERSION, model.digest, target.type_of_8_bits, job.seed, count, job.window, job.threads)
     key = hashlib.sha256(":".join(map(str, decisive)).encode()).hexdigest()[:32]
     path = cache_folder("samples") / f"{key}.npy"
-    tokens = kept(path, ARRAY, lambda: _sample(model, starts(tokenizer, count, job.seed), job, progress))
+    tokens = kept(path, ARRAY, lambda: _sample(model, target, starts(tokenizer, count, job.seed), job, progress))
     return Windows.of(tokens[:windows], "self-sampled", 0), Windows.of(tokens[windows:], "self-sampled", 0)
 
 
@@ -44,12 +44,11 @@ def sampling_notes(model: Model, *texts: Windows) -> tuple[str, ...]:
     return notes(load_tokenizer(model.folder, model.decoder.vocab))
 
 
-def _sample(model: Model, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
-    target = load_target("gguf")
+def _sample(model: Model, target: FormatsByBits, openings: list[list[int]], job: Job, progress: Progress) -> np.ndarray:
     # Beside the samples: the folder of temporary files may be small, or in memory.
     with scratch_folder(cache_folder("samples"), "quick") as scratch:
-        compression = Compression(model, target.decide(model, QUICK_TYPE, "rtn"))
-        artifact = lower(target, compression, QUICK_TYPE, scratch).artifact
+        compression = Compression(model, target.decide(model, target.type_of_8_bits, "rtn"))
+        artifact = lower(target, compression, target.type_of_8_bits, scratch).artifact
         with OpenedArtifact(artifact, job.window, job.threads, sequences=len(openings)) as opened:
             texts = openings
             # Sampling continues from where it is, so that progress can be shown between calls.

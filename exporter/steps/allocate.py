@@ -16,7 +16,7 @@ from exporter.planning.budget import Budget, chosen, cost_of_speed, decisions_of
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.predict.roofline import cpu_of
 from exporter.steps.named_type import Name
-from exporter.targets.target import Target
+from exporter.targets.contract import Target, budgeted
 
 Rate = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -86,7 +86,7 @@ class Allocate(EncodingStep):
     def _budget(self, task: EncodingTask) -> Budget:
         rates = {"decode_s": self.min_decode, "prefill_s": self.min_prefill}
         seconds = {name: 1 / rate for name, rate in rates.items() if rate is not None}
-        target, model, most = task.target, task.model, self._most_bytes(task)
+        target, model, most = budgeted(task.target), task.model, self._most_bytes(task)
         fixed = target.fixed_bytes(model)
         limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
         stock = [] if most is None else stock_of_that_size(target, model, most - fixed)

@@ -12,7 +12,7 @@ from exporter.compress.checks import with_factors
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
-from exporter.targets.target import base_format, low_rank
+from exporter.targets.contract import base_format, low_rank
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 CODES = "ldlq"

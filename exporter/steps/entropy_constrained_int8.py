@@ -25,7 +25,7 @@ from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.planning.step import CodedBits, CodedStep, Draft, EncodingTask
-from exporter.targets.target import low_rank
+from exporter.targets.contract import low_rank
 
 # A weight beside factors; fewer are not worth a code.
 LEAST_BITS = 1.0

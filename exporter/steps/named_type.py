@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
-from exporter.targets.target import Target
+from exporter.targets.contract import Target
 
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 

@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 
 from exporter.formats.format import EncodedFactors, Float32, LowRank
-from exporter.formats.ggml import decoded, ggml_format
 from exporter.formats.group import Decision, WeightGroup
 from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
+from exporter.targets.gguf.formats.ggml import decoded, ggml_format
 from exporter.targets.gguf.header import finish_header
 
 RIGHT, LEFT = "lora_a", "lora_b"

@@ -12,13 +12,13 @@ from exporter.emulate.arm64.core import Core
 from exporter.emulate.arm64.installation import Installation
 from exporter.emulate.arm64.logits import read_logits
 from exporter.formats.format import Float32
-from exporter.formats.ggml import decoded
 from exporter.foundation.cache import require_space, scratch_folder
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Run
+from exporter.targets.gguf.formats.ggml import decoded
 from exporter.targets.gguf.header import finish_header
-from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.vocabulary import copy_fields
 
 ARCHITECTURE, FILE_TYPE = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE
@@ -48,7 +48,7 @@ class EmulatedGguf:
     def require(self, installation: Installation, core: Core) -> None:
         """Require that the program for a core is installed."""
         installation.machine(core)
-        installation.program(core)
+        installation.program(core, self.title)
 
     def rounds(self, core: Core) -> bool:
         """Return True: the kernels of every core round activations."""
@@ -82,7 +82,7 @@ class EmulatedGguf:
             asked, made = scratch / "tokens.bin", scratch / "logits.npy"
             asked.write_bytes(np.array(run.tokens, "<i4").tobytes())
             options = [str(int(exact)), str(run.single), str(run.threads)]
-            command: list[Path | str] = [run.installation.program(run.core), *options, asked, made]
+            command: list[Path | str] = [run.installation.program(run.core, self.title), *options, asked, made]
             command += [path.absolute() for path in files]
             run.installation.machine(run.core).run(command, run.timeout_s)
             return read_logits(made, len(run.tokens))

@@ -5,12 +5,12 @@ from typing import Any
 
 import llama_cpp
 
-from exporter.model.ends import GGUF_KEY, ends_read
+from exporter.model.gguf_ends import KEY, ends_read
 
 
 def read_end_tokens(model: Any) -> frozenset[int] | None:
     """Return the end-of-text ids, given llama.cpp's pointer to a model; None if the file states none."""
-    key = GGUF_KEY.encode()
+    key = KEY.encode()
     size = llama_cpp.llama_model_meta_val_str(model, key, None, 0)
     if size < 0:
         return None

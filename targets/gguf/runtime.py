@@ -3,8 +3,6 @@
 import ctypes
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -12,13 +10,11 @@ import numpy as np
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
-from exporter.predict.peak_memory import LLAMA_CPP_BATCH
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
+from exporter.targets.gguf.session import BATCH, NotLoadedError, Session
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
-GGML_TYPE_F32, GGML_TYPE_F16 = 0, 1
-ADAPTER_FILE = "adapter.gguf"
 # See WITHOUT_AMX in the Makefile.
 AMX_ADVICE = (
     "this llama.cpp was compiled with AMX kernels, which crash on many machines; reinstall llama-cpp-python with "
@@ -42,30 +38,18 @@ class LlamaCpp:
     title = "llama.cpp"
 
     def __init__(self, artifact: Artifact, context: int, threads: int, exact: bool, sequences: int) -> None:
-        (path,) = (file for file in artifact.weights if file.name != ADAPTER_FILE)
         self._before = resident_bytes()
         started = time.perf_counter()
         self._log = llama_cpp.llama_log_callback(lambda level, text, _: print(text.decode(errors="replace"), end=""))
         llama_cpp.llama_log_set(self._log, None)
-        llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        if not self._model:
-            raise InputError("llama.cpp cannot load the file", where=path)
-        # Before the context is created: its graphs reserve room for the adapters that the model has by then.
-        adapters = [self._adapter(file) for file in artifact.weights if file.name == ADAPTER_FILE]
-        self._context_size = context
-        self._context = llama_cpp.llama_init_from_model(
-            self._model, _context_parameters(context, threads, exact, sequences)
-        )
-        if not self._context:
-            raise InputError(f"llama.cpp cannot make a context of {context} tokens", where=path)
-        if adapters:
-            self._apply(adapters)
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        try:
+            self._session = Session([str(path) for path in artifact.weights], context, threads, exact, sequences)
+        except NotLoadedError as error:
+            raise InputError(str(error), where=error.path) from error
+        self._model, self._context = self._session.model, self._session.context
+        self._context_size, self._vocab_size = context, self._session.vocab_size
         self._ends = read_end_tokens(self._model)
-        self._batch = llama_cpp.llama_batch_init(LLAMA_CPP_BATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             # One of the last lines of the log, which are reported if the process dies.
@@ -73,29 +57,14 @@ class LlamaCpp:
         self._sampled: list[list[int]] = []
         self._position = 0
 
-    def _adapter(self, path: Path) -> Any:
-        """Load an adapter for the model and return llama.cpp's pointer to it."""
-        loaded = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
-        if not loaded:
-            raise InputError("llama.cpp cannot load the adapter", where=path)
-        return loaded
-
-    def _apply(self, adapters: list[Any]) -> None:
-        """Make the context add the adapters' outputs to those of the matrices that they name."""
-        count = len(adapters)
-        strengths = (ctypes.c_float * count)(*([1.0] * count))
-        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * count)(*adapters)
-        # llama.cpp always returns 0.
-        llama_cpp.llama_set_adapters_lora(self._context, pointers, count, strengths)
-
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
         require_tokens(tokens, self._vocab_size)
-        self._forget()
+        self._session.forget()
         if first:
             self._prefill(tokens[:first])
-        chunks = range(first, len(tokens), LLAMA_CPP_BATCH)
-        parts = [self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=True) for at in chunks]
+        chunks = range(first, len(tokens), BATCH)
+        parts = [self._decode(tokens[at : at + BATCH], at, every=True) for at in chunks]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
@@ -114,13 +83,13 @@ class LlamaCpp:
     def _ends_at(self, token: int) -> bool:
         """Return whether a token ends the text, as the file says or, if it does not, as llama.cpp says."""
         if self._ends is None:
-            return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+            return bool(llama_cpp.llama_vocab_is_eog(self._session.vocab, token))
         return token in self._ends
 
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once; see `exporter.targets.runtime.SamplingRuntime`."""
         if texts != self._sampled:
-            self._forget()
+            self._session.forget()
             self._position = 0
         texts = [list(text) for text in texts]
         for position in range(self._position, length - 1):
@@ -134,7 +103,7 @@ class LlamaCpp:
 
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode after one warm-up; medians over the repeats."""
-        self.generate(prompt[:LLAMA_CPP_BATCH], 2)
+        self.generate(prompt[:BATCH], 2)
         prefills, decodes = [], []
         for _ in range(repeats):
             started = time.perf_counter()
@@ -163,20 +132,17 @@ class LlamaCpp:
         size = PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            found = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            found = llama_cpp.llama_token_to_piece(self._session.vocab, token, buffer, size, 0, False)
             # Of a longer piece, llama.cpp returns the negative length and writes nothing.
             if -found <= size:
                 return buffer.raw[: max(found, 0)]
             size = -found
 
-    def _forget(self) -> None:
-        llama_cpp.llama_memory_clear(self._memory, True)
-
     def _prefill(self, tokens: list[int]) -> int:
         """Decode a prompt from an empty context and return its length."""
-        self._forget()
-        for at in range(0, len(tokens), LLAMA_CPP_BATCH):
-            self._decode(tokens[at : at + LLAMA_CPP_BATCH], at, every=False)
+        self._session.forget()
+        for at in range(0, len(tokens), BATCH):
+            self._decode(tokens[at : at + BATCH], at, every=False)
         return len(tokens)
 
     def _decode(self, tokens: list[int], position: int, every: bool) -> Float32:
@@ -225,19 +191,6 @@ def _drawn(logits: Float32, chance: float) -> int:
     """Sample a token from logits, float32 [vocab], by inverse transform of `chance` in [0, 1)."""
     sums = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
     return int(np.searchsorted(sums, chance * sums[-1], side="right"))
-
-
-def _context_parameters(context: int, threads: int, exact: bool, sequences: int) -> llama_cpp.llama_context_params:
-    parameters: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = context * sequences
-    parameters.n_seq_max = sequences
-    parameters.n_batch = parameters.n_ubatch = LLAMA_CPP_BATCH
-    parameters.n_threads = parameters.n_threads_batch = threads
-    parameters.no_perf = True
-    if exact:
-        parameters.type_k = parameters.type_v = GGML_TYPE_F32
-        parameters.flash_attn_type = 0
-    return parameters
 
 
 RUNTIME = LlamaCpp

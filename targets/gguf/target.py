@@ -17,31 +17,33 @@ from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, WeightFormat, plus
-from exporter.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Vector
-from exporter.model.ends import GGUF_KEY, ends_written, special_ids
+from exporter.model.ends import special_ids
+from exporter.model.gguf_ends import KEY, ends_written
 from exporter.model.gguf_names import gguf_names, gguf_vectors, in_source_order, row_order
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.widths import padded
-from exporter.predict.peak_memory import Peak, host_features, llama_cpp_peak, llama_cpp_weights
+from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import AsStored, Target, lower, shape_of
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
+from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
+from exporter.targets.gguf.memory import held_weights, process_peak
 from exporter.targets.gguf.mixes import MIXES, mix_types
 from exporter.targets.gguf.modelfile import MODELFILE, modelfile
 from exporter.targets.gguf.pretokenizer import write_vocabulary
-from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.supported import require_supported
 from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.kernel_speeds import speeds_on
-from exporter.targets.target import AsStored, lower, shape_of
 
 MODEL_FILE = "model.gguf"
 
@@ -56,7 +58,7 @@ ALPHABET = (
 USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_M")
 
 
-class Gguf:
+class Gguf(Target):
     """One GGUF file with tensors in any of llama.cpp's types, and a Modelfile for Ollama."""
 
     name = "gguf"
@@ -171,8 +173,8 @@ class Gguf:
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of llama.cpp's process."""
         file_bytes = self.estimated_file_bytes(model, decisions)
-        weights = llama_cpp_weights(decisions, file_bytes, self._features)
-        return llama_cpp_peak(shape_of(model.decoder), weights, context)
+        weights = held_weights(decisions, file_bytes, self._features)
+        return process_peak(shape_of(model.decoder), weights, context)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""
@@ -180,7 +182,7 @@ class Gguf:
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
         """Write only the vocabulary; return None for a GGUF source, whose vocabulary is copied and needs no check."""
-        if model.gguf:
+        if model.single_file:
             return None
         path = folder / MODEL_FILE
         with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
@@ -303,12 +305,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     if hasattr(gguf.LlamaFileType, f"MOSTLY_{type}"):
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
     write_header(writer, model.decoder, model.config)
-    if model.gguf:
-        copy_vocabulary(writer, model.gguf)
+    if model.single_file:
+        copy_vocabulary(writer, model.single_file)
         ends: Sequence[int] = special_ids(model.folder, {}, model.decoder.vocab).ends
     else:
         ends = write_vocabulary(writer, model.folder, model.decoder.vocab).ends
-    writer.add_string(GGUF_KEY, ends_written(ends))
+    writer.add_string(KEY, ends_written(ends))
 
 
 TARGET = Gguf()

@@ -1,7 +1,7 @@
 """llama.cpp's tokenizer for an artifact: only the vocabulary of its GGUF file."""
 
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.runtime import ADAPTER_FILE
+from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.tokenize import LlamaTokenizer
 
 

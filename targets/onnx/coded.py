@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from exporter.coding.container import SUFFIX, restored
 from exporter.coding.in_memory import ResidentFile
-from exporter.coding.layout import MOST_GRAPH_BYTES
 from exporter.formats.format import Bytes, Float32
 from exporter.foundation.errors import RequestError
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.coded_layout import MOST_GRAPH_BYTES
 from exporter.targets.onnx.decoder import DecoderFolder
 from exporter.targets.onnx.graph_partition import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
 from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget

@@ -9,6 +9,7 @@ import onnxruntime
 
 from exporter.foundation.errors import RequestError
 from exporter.targets.artifact import Artifact
+from exporter.targets.onnx.session import CONFIGURATION, decoder_settings, session_options
 from exporter.targets.onnx.tokenize import GenaiTokenizer
 
 
@@ -24,11 +25,10 @@ class DecoderFolder:
         if sequences != 1:
             raise RequestError("ONNX Runtime runs one sequence at a time here", got=sequences, expected=1)
         self._folder: Path = artifact.folder
-        settings = json.loads((self._folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        # onnxruntime-genai passes names that it does not know to the session; those of ONNX Runtime have dots.
-        options = settings["decoder"]["session_options"].items()
-        self._options: dict[str, str] = {name: value for name, value in options if "." in name}
-        self._head_width = int(settings["decoder"]["head_size"])
+        settings = json.loads((self._folder / CONFIGURATION).read_text(encoding="utf-8"))["model"]
+        decoder = decoder_settings(self._folder)
+        self._options: dict[str, str] = decoder["session_options"]
+        self._head_width = int(decoder["head_size"])
         self._vocab = int(settings["vocab_size"])
         self._positions = int(settings["context_length"])
         ends = settings["eos_token_id"]
@@ -48,11 +48,7 @@ class DecoderFolder:
 
     def _session_options(self, threads: int, entries: Mapping[str, str]) -> onnxruntime.SessionOptions:
         """Return session options: those of the folder's settings, with further entries."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        for name, value in (self._options | dict(entries)).items():
-            options.add_session_config_entry(name, value)
+        options: onnxruntime.SessionOptions = session_options(threads, self._options | dict(entries))
         return options
 
     @cached_property

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.formats.format import Bytes, EncodedFactors, WeightFormat
-from exporter.formats.matmulnbits import MatMulNBitsFormat
 from exporter.targets.onnx.graph import DOMAIN, DataFile, Product, put_table, register, widened
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 
 def add_factors(

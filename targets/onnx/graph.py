@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from exporter.compress.compression import CompressedMatrix
 from exporter.formats.format import Bytes, Float32
-from exporter.formats.matmulnbits import MatMulNBitsFormat
 from exporter.model.decoder import Decoder
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 DOMAIN = "com.microsoft"
 PAGE_BYTES = 4096

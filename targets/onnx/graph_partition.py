@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from exporter.coding.in_memory import Span
-from exporter.coding.layout import MOST_NODES, External, FileSection, array_part, read_graph
+from exporter.coding.layout import FileSection, array_part
 from exporter.formats.format import Bytes
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.limits import MAX_LAYERS, MAX_WIDTH
+from exporter.targets.onnx.coded_layout import MOST_NODES, External, read_graph
 
 LAYER = re.compile(r"/model/layers\.([0-9]{1,4})/")
 EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"

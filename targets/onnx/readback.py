@@ -12,8 +12,8 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from exporter.formats.format import Float32, plus
 from exporter.formats.group import WeightGroup
-from exporter.formats.matmulnbits import MatMulNBitsFormat
 from exporter.foundation.errors import InputError
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 OUTPUTS_AT_ONCE = 2048
 

@@ -1,15 +1,14 @@
 """ONNX Runtime and onnxruntime-genai in a child process."""
 
-import json
 import time
 
 import numpy as np
-import onnxruntime
 import onnxruntime_genai as genai
 
 from exporter.formats.format import Float32
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.decoder import DecoderFolder
+from exporter.targets.onnx.session import MODEL_FILE, Session, genai_generator, genai_model
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
 # Multiply weights behind a `DequantizeLinear` by float32 activations.
@@ -36,22 +35,14 @@ class OnnxRuntime(DecoderFolder):
         self._threads = threads
         self._exact = exact
         self._before = resident_bytes()
-        self._loaded_session: onnxruntime.InferenceSession | None = None
+        self._loaded_session: Session | None = None
         self._loaded_model: genai.Model | None = None
         self._load_s = 0.0
 
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
         require_tokens(tokens, self._vocab)
-        session = self._session()
-        count = len(tokens)
-        feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, count), np.int64)}
-        if any(given.name == "position_ids" for given in session.get_inputs()):
-            feeds["position_ids"] = np.arange(count, dtype=np.int64)[None]
-        for given in session.get_inputs():
-            if given.name.startswith("past_key_values."):
-                feeds[given.name] = np.zeros((1, given.shape[1], 0, self._head_width), np.float32)
-        logits: Float32 = session.run(["logits"], feeds)[0][0, first:]
+        logits: Float32 = self._session().logits(tokens)[first:]
         return logits
 
     def generate(self, tokens: list[int], count: int) -> list[int]:
@@ -82,28 +73,22 @@ class OnnxRuntime(DecoderFolder):
             del generator
         return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
-    def _session(self) -> onnxruntime.InferenceSession:
+    def _session(self) -> Session:
         if self._loaded_session is None:
-            options = self._session_options(self._threads, EXACT if self._exact else {})
-            path = str(self._folder / "model.onnx")
-            self._loaded_session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            path, entries = str(self._folder / MODEL_FILE), self._options | (EXACT if self._exact else {})
+            self._loaded_session = Session(path, self._head_width, self._threads, entries)
         return self._loaded_session
 
     def _model(self) -> genai.Model:
         if self._loaded_model is None:
             started = time.perf_counter()
-            config = genai.Config(str(self._folder))
-            threads = {"intra_op_num_threads": self._threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
-            self._loaded_model = genai.Model(config)
+            self._loaded_model = genai_model(self._folder, self._threads)
             self._load_s = time.perf_counter() - started
         return self._loaded_model
 
     def _generator(self, length: int, **search: object) -> genai.Generator:
-        model = self._model()
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=min(length, self._context_size), do_sample=False, **search)
-        return genai.Generator(model, parameters)
+        generator: genai.Generator = genai_generator(self._model(), min(length, self._context_size), **search)
+        return generator
 
 
 RUNTIME = OnnxRuntime

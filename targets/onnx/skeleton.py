@@ -22,8 +22,8 @@ from exporter.model.model import Model
 from exporter.model.module import weightless_module
 from exporter.model.rotary import rope_parameters, rotary_frequencies
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
-from exporter.predict.peak_memory import ONNX_CHUNK
 from exporter.targets.onnx.companions import genai_ids, write_text_files
+from exporter.targets.onnx.memory import CHUNK
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 
 GENERATION = "generation_config.json"
@@ -57,7 +57,7 @@ class Skeleton:
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is processed in chunks: the graph computes logits for every token, but only the last are used.
-        settings["search"]["chunk_size"] = ONNX_CHUNK
+        settings["search"]["chunk_size"] = CHUNK
         path.write_text(from_json(GenaiConfig, json.dumps(settings), path).to_text(), encoding="utf-8")
 
 

@@ -15,17 +15,17 @@ from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.profile import DeviceProfile
+from exporter.formats.floats import FLOAT16, FLOAT32
 from exporter.formats.format import Float32, WeightFormat
-from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision, WeightGroup
-from exporter.formats.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
 from exporter.model.model import Model
-from exporter.predict.peak_memory import Peak, Weights, host_features, onnx_weights, onnxruntime_peak
+from exporter.predict.peak_memory import Peak, Weights, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import AsStored, Target, lower, shape_of
 from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
@@ -44,15 +44,16 @@ from exporter.targets.onnx.graph import (
     put_table,
 )
 from exporter.targets.onnx.intake import require_known
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
+from exporter.targets.onnx.memory import held_weights, process_peak
 from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
 from exporter.targets.onnx.supported import require_supported
-from exporter.targets.target import AsStored, lower, shape_of
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
-FLOAT = "F32"
+FLOAT = FLOAT32.name
 
 # Formats that onnxruntime-genai's builder uses for the head (with a tied embedding) and for the rest, largest first.
 STOCK = (("int8-b32-f32", "int8-b32-f32"), ("int8-b32-f32", "int4-b32-f32"), ("int4-b32-f32", "int4-b32-f32"))
@@ -67,7 +68,7 @@ ALPHABET = (
 )  # fmt: skip
 
 
-class Onnx:
+class Onnx(Target):
     """model.onnx with its external data, genai_config.json and the tokenizer.
 
     Args:
@@ -86,7 +87,7 @@ class Onnx:
         {bits: matmulnbits_format(name) for bits, name in {2: "int2-b32", 4: "int4-b32", 8: "int8-b32"}.items()}
     )
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType(
-        {4: matmulnbits_format("int4-b32"), 8: matmulnbits_format("int8-b32"), 16: ggml_format("F16")}
+        {4: matmulnbits_format("int4-b32"), 8: matmulnbits_format("int8-b32"), 16: FLOAT16}
     )
     # Bytes of a layer's nodes and initialisers in the reference model: 9,792 with all zero points, 8,575 without.
     graph_bytes_per_layer = 9792
@@ -114,10 +115,10 @@ class Onnx:
         if type not in self.types():
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
         name = NAMED.get(type, type)
-        format: WeightFormat = ggml_format(FLOAT) if name == FLOAT else matmulnbits_format(name)
+        format: WeightFormat = FLOAT32 if name == FLOAT else matmulnbits_format(name)
         reason = f"{type} for every matrix" + (f"; {self._rounding.reason}" if name != FLOAT else "")
         decisions = [Decision(group, method, format, reason) for group in model.groups()]
-        check_formats(decisions, [*map(matmulnbits_format, matmulnbits_formats()), ggml_format(FLOAT)])
+        check_formats(decisions, [*map(matmulnbits_format, matmulnbits_formats()), FLOAT32])
         return decisions
 
     def storages(self, model: Model) -> list[Storage]:
@@ -172,11 +173,11 @@ class Onnx:
 
     def estimated_peak(self, model: Model, decisions: list[Decision], context: int) -> Peak:
         """Return the memory of ONNX Runtime's process."""
-        return onnxruntime_peak(shape_of(model.decoder), self._weights(model, decisions), context)
+        return process_peak(shape_of(model.decoder), self._weights(model, decisions), context)
 
     def _weights(self, model: Model, decisions: list[Decision]) -> Weights:
         rest = self.estimated_file_bytes(model, decisions) - sum(decision.stored_bytes for decision in decisions)
-        return onnx_weights(decisions, rest)
+        return held_weights(decisions, rest)
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""

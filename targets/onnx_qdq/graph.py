@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.formats.format import Bytes
-from exporter.formats.per_channel import ChannelFormat
 from exporter.foundation.fitted import fitted_value
 from exporter.targets.onnx.graph import GATHER, DataFile, Product, output_of, register
+from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 
 HEADROOM = fitted_value("exporter.targets.onnx_qdq", "headroom")
 

@@ -15,7 +15,6 @@ from exporter.compress.awq_scaling import Rewritten, equalised
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
-from exporter.formats.per_channel import ChannelFormat
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
 from exporter.model.model import Model
@@ -26,6 +25,7 @@ from exporter.targets.onnx.graph import DataFile, gathered, products
 from exporter.targets.onnx.supported import require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import QdqTables
 
 

@@ -23,8 +23,8 @@ from exporter.model.decoder import EMBEDDING, HEAD
 from exporter.model.gguf_names import gguf_names
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.quantise import quantise_parameters
-from exporter.targets.target import load_target, lower
 
 MIXES = ("Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "IQ2_M")
 

@@ -16,7 +16,7 @@ from exporter.model.model import Model
 from exporter.planning.budget import Budget, chosen, stock_of_that_size
 from exporter.predict.roofline import Cpu
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import load_target, lower
+from exporter.targets.contract import load_target, lower
 
 SEED = 0
 # Two cores of a server with AVX-512 VNNI. Choices are held to what the stock tool makes, so its kernels decide; they

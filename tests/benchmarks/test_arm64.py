@@ -17,9 +17,10 @@ from exporter.emulate.arm64.setup import installation
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import load_target, lower
+from exporter.targets.contract import load_target, lower
+from exporter.targets.emulated import emulation_needs
 
-INSTALLED = installation()
+INSTALLED = installation(emulation_needs())
 
 
 def demo_artifact(folder: Path, device: str, name: str, type: str) -> Artifact:

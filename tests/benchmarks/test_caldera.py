@@ -30,8 +30,8 @@ from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Distance, Reference, dequantised, distance
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, low_rank, lower
 from tests.benchmarks.measured import THREADS, WINDOW
 from tests.llama_names import LINEARS
 from tests.reference import plain_texts, reference_model

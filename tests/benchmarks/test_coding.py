@@ -19,7 +19,7 @@ from exporter.bundle.transport import code_beside
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows, file_windows, spread_windows
 from exporter.coding.container import SUFFIX, CodedSize, code_file, restore_file
-from exporter.coding.layout import FileSection, layout_of
+from exporter.coding.layout import FileSection
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compression import Compression
 from exporter.compress.effort import effort
@@ -34,9 +34,10 @@ from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
+from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
 from exporter.targets.runtime import Timing
-from exporter.targets.target import load_target, lower
 from tests.benchmarks.measured import THREADS
 from tests.benchmarks.test_caldera import Bench, Row
 from tests.reference import plain_texts, reference_model
@@ -117,7 +118,7 @@ def hits(world: World, artifact: Artifact) -> tuple[float, float, float]:
 def transported(artifact: Artifact, scratch: Path, profile: str = "small") -> CodedSize:
     """Code an artifact, replace it by what is restored, and say what it took."""
     (model,) = artifact.weights
-    size = code_file(model, scratch / "coded", profile)  # type: ignore[arg-type]
+    size = code_file(model, scratch / "coded", profile, layout_of(model))  # type: ignore[arg-type]
     whole = model.read_bytes()
     model.unlink()
     restore_file(scratch / "coded", model)
@@ -213,7 +214,7 @@ def test_fast_restores_300_mb_a_second(world: World, tmp_path: Path, kind: str) 
         coarse_int8_methods(rewritten.model, rewritten.statistics, world.model.groups(), DOUBLE_BITS) if coarse else {}
     )
     (model,) = lowered(world, rewritten, methods, tmp_path / "artifact").weights
-    sizes = {profile: code_file(model, tmp_path / profile, profile) for profile in ("small", "fast")}  # type: ignore[arg-type]
+    sizes = {profile: code_file(model, tmp_path / profile, profile, layout_of(model)) for profile in ("small", "fast")}  # type: ignore[arg-type]
     seconds = []
     for _ in range(3):
         began = time.perf_counter()

@@ -21,7 +21,6 @@ from tempfile import mkdtemp
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import file_windows
 from exporter.compress.compression import Compression
-from exporter.formats.ggml import ggml_format
 from exporter.formats.group import WeightGroup
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -29,9 +28,10 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.predict.peak_memory import host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
+from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.gguf.target import ALPHABET
 from exporter.targets.kernel_speeds import speeds_on
-from exporter.targets.target import load_target, lower
 from tests.benchmarks.measured import by_turns
 from tests.benchmarks.ours import silent
 from tests.models import VOCAB, tiny_model

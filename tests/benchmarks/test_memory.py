@@ -11,8 +11,8 @@ import pytest
 
 from exporter.compress.compression import Compression
 from exporter.model.sources import open_model
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 
 CONTEXTS = (512, 2048, 8192)
 DECODED = 8

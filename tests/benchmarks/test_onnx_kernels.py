@@ -21,7 +21,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.formats.matmulnbits import BITS, BLOCKS, MatMulNBitsFormat
+from exporter.targets.onnx.matmulnbits import BITS, BLOCKS, MatMulNBitsFormat
 from tests.benchmarks.measured import THREADS
 
 # Outputs and inputs: query, gate or up, down, head.

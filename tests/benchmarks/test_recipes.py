@@ -27,8 +27,8 @@ from exporter.planning.recipe import recipe_names
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.proof import ROUNDING_SHARE, Proof, prove
 from exporter.report.data import Report
+from exporter.targets.contract import Lowered, Target, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, Target, lower
 from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
 from tests.benchmarks.measured import THREADS, WINDOW
 from tests.benchmarks.picture import Axis, picture

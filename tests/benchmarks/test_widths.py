@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.formats.ggml import ggml_format
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
+from exporter.targets.gguf.formats.ggml import ggml_format
 from tests.benchmarks import llama_opponents
 from tests.benchmarks.bench import Bench, Conditions
 from tests.benchmarks.rows import Row

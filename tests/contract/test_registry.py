@@ -24,7 +24,8 @@ from exporter.planning.resolve import recipe_for, resolve
 from exporter.planning.step import EncodingStep, EncodingTask, RewritingStep
 from exporter.steps.transport import Transport
 from exporter.targets.artifact import target_names
-from exporter.targets.target import load_target
+from exporter.targets.contract import Budgeted, FormatsByBits, Target, load_target
+from exporter.targets.facts import facts_of, libraries, settings_files
 from tests.models import FAMILIES as TINY
 from tests.models import tiny_model
 
@@ -53,6 +54,19 @@ def drafted(model: Model) -> Callable[..., list[str]]:
     return draft
 
 
+def fixed_bytes(target: Target, model: Model) -> int:
+    return target.fixed_bytes(model) if isinstance(target, Budgeted) else 0
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_target_with_budgets(name: str, model: Model) -> None:
+    target = load_target(name)
+    if isinstance(target, Budgeted):
+        assert 0 <= target.decode_margin < 1
+        names = sorted(group.name for storage in target.storages(model) for group in storage.groups)
+        assert names == sorted(group.name for group in model.groups())
+
+
 def sentence(error: ExporterError) -> bool:
     text = str(error)
     return 1 < len(text) < 600 and text.isprintable() and text.endswith(".") and error.exit_code in (2, 3)
@@ -61,23 +75,22 @@ def sentence(error: ExporterError) -> bool:
 @pytest.mark.parametrize("name", target_names())
 def test_a_target(name: str, model: Model, drafted: Callable[..., list[str]]) -> None:
     target = load_target(name)
+    assert isinstance(target, Target)
     assert target.name == name
-    assert {target.default_type, target.type_of_8_bits} <= set(target.types())
+    assert target.default_type in target.types()
     assert target.default_method in method_names()
-    assert 0 < target.most_rounding_kl < 1 and 0 <= target.decode_margin < 1
-    fixed = target.fixed_bytes(model)
+    assert 0 < target.most_rounding_kl < 1
+    own = {target.default_type} | ({target.type_of_8_bits} if isinstance(target, FormatsByBits) else set())
     for device in (DEVICE, "core-ultra-200v"):
         made = target.on(load_device(device))
         # Named mixes, which come first, are asked of the runtime's own tool, which takes seconds for each.
-        for type in {target.default_type, target.type_of_8_bits, *made.types()[-8:]}:
+        for type in {*own, *made.types()[-8:]}:
             decisions = made.decide(model, type, target.default_method)
             size = made.estimated_file_bytes(model, decisions)
             stored = sum(one.stored_bytes for one in decisions)
             # All else in the files is no more than is said of it; alignment is within that.
-            assert stored < size <= stored + 1.1 * fixed + 4096, type
+            assert stored <= size <= stored + 1.1 * fixed_bytes(target, model) + 4096, type
             assert made.estimated_peak(model, decisions, 128).bytes > size
-    names = sorted(group.name for storage in target.storages(model) for group in storage.groups)
-    assert names in ([], sorted(group.name for group in model.groups()))
     with pytest.raises(ExporterError) as refused:
         drafted(target=name, type="no such type")
     assert (sentence(refused.value) and "did you mean" in str(refused.value)) or "known" in str(refused.value)
@@ -142,6 +155,8 @@ def test_a_method(name: str, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_
         assert not method.supports_error_propagation or method.error_feedback
         for target_name in target_names():
             target = load_target(target_name)
+            if not isinstance(target, FormatsByBits):
+                continue
             (format,) = {one.format for one in target.decide(model, target.type_of_8_bits, name) if one.group == group}
             method.require(format)
             before = weight.copy()
@@ -161,3 +176,11 @@ def test_a_family(family: str, target: str, tmp_path: Path) -> None:
         decisions = resolved.draft().decisions
         assert sum(one.group.size for one in decisions) > 0.9 * opened.decoder.parameters
     assert {families()[name].architecture for name in families()} == set(families())
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_targets_facts(name: str) -> None:
+    facts = facts_of(name)
+    assert facts.runtime == load("exporter.targets.{}.text", name, target_names(), "target").TEXT.title
+    assert set(facts.runtime_libraries) | set(facts.text_libraries) <= set(facts.libraries)
+    assert set(facts.libraries) <= set(libraries()) and set(facts.settings) <= settings_files()

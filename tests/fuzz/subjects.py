@@ -30,7 +30,7 @@ from exporter.calibrate.windows import Windows
 from exporter.cli.show import bundle_facts, gguf_facts
 from exporter.coding.container import PROFILES, SUFFIX, check_file, code_file, original_of, restore_file
 from exporter.coding.in_memory import FileSection, ResidentFile
-from exporter.coding.layout import array_part, layout_of
+from exporter.coding.layout import array_part
 from exporter.device.fit import check_fit
 from exporter.device.profile import device_names, load_device
 from exporter.foundation.errors import ExporterError
@@ -49,10 +49,11 @@ from exporter.planning.plan import read_plan
 from exporter.planning.recipe import load_recipe, recipe_names
 from exporter.planning.resolve import resolve
 from exporter.report.data import canonical_json, to_json
+from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.graph_partition import cut
-from exporter.targets.target import load_target
 from tests.fuzz.mutations import (
     changed_value,
     gguf_numbers,
@@ -252,7 +253,7 @@ def coded(folder: Path) -> Attempt:
     for path in (float_gguf(source, folder / "model.gguf"), source / "tokenizer.json"):
         for profile in PROFILES:
             seeds.append((folder / f"{path.name}-{profile}{SUFFIX}", layout_of(path)))
-            code_file(path, seeds[-1][0], profile)
+            code_file(path, seeds[-1][0], profile, layout_of(path))
     small = folder / "small"
     small.write_bytes(Random(0).randbytes(600) + bytes(900) + bytes(range(250)) * 4)
     layout = [FileSection(0, array_part((20, 30), _dtype("u1"))), FileSection(700, array_part((9, 20), _dtype("<f4")))]

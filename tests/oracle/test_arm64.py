@@ -21,15 +21,16 @@ from exporter.foundation.errors import RuntimeCrashError
 from exporter.model.sources import open_model
 from exporter.prove import arm64
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
+from exporter.targets.emulated import emulation_needs
 from exporter.targets.onnx.emulated import EMULATED
 from exporter.targets.onnx.rounding import KLEIDIAI, WITHOUT_KLEIDIAI
-from exporter.targets.target import load_target, lower
 from tests.models import tiny_model
 
 # Emulated cores take their time where this machine is busy.
 pytestmark = pytest.mark.timeout(1200)
 # Read before the tests get a cache of their own.
-INSTALLED = installation()
+INSTALLED = installation(emulation_needs())
 needs_qemu = pytest.mark.skipif(
     not any(map(shutil.which, QEMU)), reason="no QEMU; install it: apt-get install qemu-user-static"
 )

@@ -19,11 +19,11 @@ from exporter.model.template import TemplateRenderer
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.gguf.tokenize import LlamaTokenizer
 from exporter.targets.gguf.vocabulary import read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.companions import write_text_files
 from exporter.targets.onnx.tokenize import GenaiTokenizer
-from exporter.targets.target import load_target
 from exporter.targets.text import open_text
 from tests.models import TEMPLATE, VOCAB, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.coding.container import PROFILES, code_file, restore_file
-from exporter.coding.layout import CODES, layout_of, parts_of
+from exporter.coding.layout import CODES, parts_of
 from exporter.compress.checks import with_factors
 from exporter.compress.compression import Compression
 from exporter.compress.methods.coarse_int8 import coarse_int8_methods, in_scaled_channels
@@ -16,8 +16,9 @@ from exporter.compress.methods.entropy_constrained_int8 import entropy_constrain
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_weights
+from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, low_rank, lower
 from tests.models import tiny_model
 
 RANK = 32
@@ -48,7 +49,7 @@ def test_every_file_of_an_artifact_is_restored(folder: Path, tmp_path: Path, tar
         assert sum(part.bytes for part in parts) == path.stat().st_size
         known += sum(part.bytes for part in parts if part.fields[0].width > 1 or part.fields[0].kind == CODES)
         for profile in PROFILES:
-            coded = code_file(path, tmp_path / "coded", profile)
+            coded = code_file(path, tmp_path / "coded", profile, layout_of(path))
             assert restore_file(tmp_path / "coded", tmp_path / "restored").name == path.name
             assert (tmp_path / "restored").read_bytes() == path.read_bytes()
             assert coded.coded_bytes < 1.02 * path.stat().st_size + 100

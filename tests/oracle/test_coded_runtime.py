@@ -14,11 +14,12 @@ from exporter.compress.compression import Compression
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
+from exporter.targets.coded_layout import layout_of
+from exporter.targets.contract import load_target, lower
 from exporter.targets.onnx import coded as coding
 from exporter.targets.onnx import graph_partition
 from exporter.targets.onnx.coded import CodedOnnxRuntime
 from exporter.targets.onnx.runtime import OnnxRuntime
-from exporter.targets.target import load_target, lower
 from tests.models import FAMILIES, VOCAB, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (4, 48))
@@ -42,7 +43,7 @@ def lowered(folder: Path, type: str, to: Path) -> Artifact:
 def coded_form(artifact: Artifact, profile: Profile = "fast") -> Artifact:
     places = tuple(path.with_name(path.name + SUFFIX) for path in artifact.weights)
     for path, place in zip(artifact.weights, places, strict=True):
-        code_file(path, place, profile)
+        code_file(path, place, profile, layout_of(path))
     return Artifact("onnx", artifact.folder, places, coded=True)
 
 

@@ -24,7 +24,7 @@ from exporter.model.sources import open_model
 from exporter.prove import emulation
 from exporter.prove.emulation import Emulation, EmulationRun, emulate, run_within
 from exporter.targets.artifact import Artifact
-from exporter.targets.target import load_target, lower
+from exporter.targets.contract import load_target, lower
 from tests.commands import started
 from tests.models import tiny_model
 

@@ -15,8 +15,8 @@ from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.text_checks import preview_text
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target
 from tests.models import VOCAB, counting_model
 
 IM_END = 1

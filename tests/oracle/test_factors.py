@@ -20,8 +20,8 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered, load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, load_target, low_rank, lower
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

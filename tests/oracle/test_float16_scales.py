@@ -14,8 +14,8 @@ from exporter.compress.compression import Compression, compress
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, 48).tolist()

@@ -4,9 +4,9 @@ import gguf
 import numpy as np
 import pytest
 
-from exporter.formats.ggml import ggml_format, ggml_formats
-from exporter.formats.k_quants import NESTINGS, NestedGrid
 from exporter.foundation.errors import InputError, RequestError
+from exporter.targets.gguf.formats.ggml import ggml_format, ggml_formats
+from exporter.targets.gguf.formats.k_quants import NESTINGS, NestedGrid
 
 PACKED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 

@@ -288,7 +288,7 @@ def test_frequency_factors_of_no_llama3_scaling_are_refused(files: dict[str, Pat
 def test_a_split_file_is_read_whole(files: dict[str, Path], tmp_path: Path, parts: int) -> None:
     paths = split_gguf(files["llama"], tmp_path, parts)
     with open_model(str(paths[0])) as first, open_model(str(paths[-1])) as last, open_model(str(files["llama"])) as one:
-        assert first.gguf == last.gguf == paths[0]
+        assert first.single_file == last.single_file == paths[0]
         assert first.name == "model"
         assert first.tensors.files == paths
         assert first.digest == last.digest != one.digest

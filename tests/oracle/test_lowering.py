@@ -23,9 +23,9 @@ from exporter.prove import accuracy
 from exporter.prove.lowering import MOST_KL, Decoded, check_lowering, float_copy
 from exporter.report.data import Report
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.target import Gguf
 from exporter.targets.onnx.target import Onnx
-from exporter.targets.target import load_target, lower
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.formats.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 from exporter.foundation.errors import RequestError
+from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat, matmulnbits_format, matmulnbits_formats
 from exporter.targets.onnx.readback import _identity_product
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from exporter.compress.compression import Compression
 from exporter.device.profile import device_names, load_device
-from exporter.formats.matmulnbits import matmulnbits_formats
 from exporter.model.sources import open_model
+from exporter.targets.contract import load_target, lower
 from exporter.targets.kernel_speeds import speed_files
+from exporter.targets.onnx.matmulnbits import matmulnbits_formats
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI, rounding_on
 from exporter.targets.onnx.target import ALPHABET
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 from tests.models import tiny_model
 
 WITHOUT_DOTPROD = {"core-ultra-200v", "raspberry-pi-4"}

@@ -23,7 +23,6 @@ from exporter.compress.awq_scaling import Rewritten, equalised, scaled_channels
 from exporter.compress.compression import Compression
 from exporter.compress.effort import EFFORTS
 from exporter.compress.method import load_method
-from exporter.formats.per_channel import ChannelFormat
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
@@ -31,11 +30,12 @@ from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.prove.accuracy import dequantised as with_weights
 from exporter.prove.lowering import Decoded, check_rounding, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.onnx_qdq.graph import parameters
+from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import dequantised
 from exporter.targets.onnx_qdq.target import TYPES
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, load_target, lower
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -22,9 +22,9 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact, runtime_of
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, load_target, lower
 from tests.models import FAMILIES, VOCAB, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

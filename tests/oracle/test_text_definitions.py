@@ -18,7 +18,7 @@ from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import load_tokenizer, parity_texts
 from exporter.prove.text_checks import check_text, preview_text
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from exporter.targets.text import TextRuntime, open_text
 from tests.models import TEXT, VOCAB, tiny_model
 

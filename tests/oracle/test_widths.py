@@ -21,9 +21,9 @@ from exporter.model.widths import padded, selected
 from exporter.planning.outline import zero_bytes
 from exporter.prove.lowering import Decoded, check_stored_types, check_weights
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Lowered, load_target, lower
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import Lowered, load_target, lower
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.compress.allocate import GAP, Choice, Limits, allocate
-from exporter.formats.ggml import ggml_format
 from exporter.planning.budget import SPEED_KL, Budget, chosen
 from exporter.planning.resolve import PREFERENCES
 from exporter.predict.roofline import Cpu
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
+from exporter.targets.gguf.formats.ggml import ggml_format
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from exporter.calibrate.second_moments import Site
 from exporter.compress.methods.ldlq import DAMPING, LEAST_DAMPING, Ldlq, damped, feedback_factor
 from exporter.compress.methods.rtn import RoundToNearest
 from exporter.formats.format import PartedGrid, WeightFormat
-from exporter.formats.ggml import ggml_format
-from exporter.formats.k_quants import NestedGrid
-from exporter.formats.matmulnbits import matmulnbits_format
+from exporter.targets.gguf.formats.ggml import ggml_format
+from exporter.targets.gguf.formats.k_quants import NestedGrid
+from exporter.targets.onnx.matmulnbits import matmulnbits_format
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.device.profile import device_names, load_device
-from exporter.predict.prediction import predict
 from exporter.predict.rates import rates
 from exporter.predict.request import Request
+from tests.predicting import predict
 
 FORMATS = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "Q2_K", "IQ3_XXS", "int4", "w4a16")
 

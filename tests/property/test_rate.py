@@ -9,11 +9,11 @@ from exporter.compress.methods.coarse_int8 import CoarseInt8
 from exporter.compress.methods.entropy_constrained_int8 import EntropyConstrainedInt8, damped
 from exporter.compress.methods.rtn import RoundToNearest
 from exporter.formats.format import Float32, WeightFormat
-from exporter.formats.ggml import ggml_format
-from exporter.formats.matmulnbits import matmulnbits_format
-from exporter.formats.per_channel import ChannelFormat
 from exporter.formats.row_scaled import encode_steps, scale_type, stored_steps
 from exporter.foundation.errors import RequestError
+from exporter.targets.gguf.formats.ggml import ggml_format
+from exporter.targets.onnx.matmulnbits import matmulnbits_format
+from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 
 ROWS, COLUMNS = 384, 128
 FORMATS: list[WeightFormat] = [

@@ -24,9 +24,9 @@ from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
 from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
 from exporter.targets.gguf.quantise import quantise
 from exporter.targets.opened import OpenedArtifact
-from exporter.targets.target import load_target, lower
 from tests.models import tensor_digests
 from tests.reference import plain_texts, reference_model
 

@@ -22,9 +22,10 @@ from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
 from exporter.prove.arm64 import NAMES, Loss, check_agreement, check_rounding, choose, loss, settle
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target, lower
+from exporter.targets.emulated import emulation_needs
 from exporter.targets.gguf.emulated import EmulatedGguf, write_decoded
 from exporter.targets.onnx.rounding import FLOAT32, KLEIDIAI, WITHOUT_KLEIDIAI
-from exporter.targets.target import load_target, lower
 from tests.models import tiny_model
 
 WAYS = {"rows": KLEIDIAI, "blocks": WITHOUT_KLEIDIAI, "float32": FLOAT32}
@@ -139,7 +140,7 @@ def test_without_qemu_nothing_is_run_and_the_package_is_named(programs: Path) ->
     with pytest.raises(MissingDependencyError, match=r"emulation of ARM64 is not installed; .* qemu-user-static"):
         EmulatedMachine(CORTEX_A76, programs, programs).run(["/bin/true"], 1)
     with pytest.raises(MissingDependencyError, match="qemu-user-static"):
-        setup.install()
+        setup.install(emulation_needs())
     artifact = Artifact("onnx", programs, ())
     found = settle(artifact, load_device("raspberry-pi-5"), np.zeros((1, 300), np.int64))
     assert [(check.name, check.status) for check in found.checks] == [(name, "not run") for name in NAMES]
@@ -160,10 +161,10 @@ def test_without_a_compiler_gguf_files_are_not_run_and_the_packages_are_named(
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     program(programs, "qemu-aarch64-static")
     assert setup.missing_compilers() == ["cmake", "aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++"]
-    found = setup.installation()
+    found = setup.installation(emulation_needs())
     for place in (found.root, found.packages):
         kept_folder(place, lambda folder: None)
-    assert setup.install() == found
+    assert setup.install(emulation_needs()) == found
     assert not found.programs.exists()
     checks = settle(Artifact("gguf", programs, ()), load_device("raspberry-pi-5"), np.zeros((1, 300), np.int64)).checks
     assert {check.status for check in checks} == {"not run"}
@@ -214,17 +215,17 @@ def test_other_targets_and_other_devices_are_left_alone(programs: Path) -> None:
 def test_set_up_names_what_is_missing(programs: Path) -> None:
     program(programs, "qemu-aarch64-static")
     with pytest.raises(MissingDependencyError, match="apt-get is not installed; set up on Debian"):
-        setup.install()
+        setup.install(emulation_needs())
     program(programs, "apt-get")
     with pytest.raises(MissingDependencyError, match="dpkg-deb is not installed"):
-        setup.install()
+        setup.install(emulation_needs())
     program(programs, "dpkg-deb")
     with pytest.raises(RequestError, match="apt has no list of Debian's packages here; run apt-get update"):
-        setup.install()
+        setup.install(emulation_needs())
     program(programs, "apt-get", 'if [ "$1" = indextargets ]; then echo deb x y z; else echo no route >&2; exit 9; fi')
     with pytest.raises(RequestError, match="apt-get: a package cannot be installed; got no route; check the network"):
-        setup.install()
-    left = [path.name for path in setup.installation().folder.iterdir()]
+        setup.install(emulation_needs())
+    left = [path.name for path in setup.installation(emulation_needs()).folder.iterdir()]
     assert left == ["apt"], "nothing half-made stays, and apt goes on with what it has"
 
 
@@ -234,12 +235,14 @@ def test_set_up_waits_no_longer_than_its_limit(programs: Path, monkeypatch: pyte
     program(programs, "apt-get", "exec /bin/sleep 60")
     monkeypatch.setattr(setup, "TIMEOUT_S", 0.2)
     with pytest.raises(RequestError, match=r"apt-get: no end of an installation; got 0.2 s; check the network"):
-        setup.install()
+        setup.install(emulation_needs())
 
 
 def test_the_versions_are_those_of_this_machine() -> None:
     pins = Path(__file__).parents[2].joinpath(".ci/constraints.txt").read_text("utf-8").splitlines()
-    pinned = setup.WHEELS | setup.SOURCE
+    needs = emulation_needs()
+    assert needs.program is not None
+    pinned = {**setup.WHEELS, **needs.wheels, **dict([needs.program.source])}
     assert set(pinned) <= set(pins)
     assert all(len(digest) == 64 for digests in pinned.values() for digest in digests)
-    assert os.environ["EDGE_EXPORTER_CACHE"] in str(setup.installation().folder)
+    assert os.environ["EDGE_EXPORTER_CACHE"] in str(setup.installation(emulation_needs()).folder)

@@ -18,7 +18,6 @@ from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, with_predicted_kl
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.effort import EFFORTS
-from exporter.formats.ggml import ggml_format
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
@@ -29,7 +28,8 @@ from exporter.planning.step import Draft
 from exporter.predict.roofline import Cpu
 from exporter.predict.workload import format_family
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
+from exporter.targets.gguf.formats.ggml import ggml_format
 from tests.models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.slow

@@ -178,7 +178,7 @@ def test_name_is_the_file_name(tmp_path: Path) -> None:
             "schema_version = 3",
             r"the profile is of a later schema; got schema_version 3, expected 2; update edge-exporter\.",
         ),
-        ('target = "gguf"', 'target = "tflite"', r"preferred.target: .*got 'tflite', expected 'gguf' or 'onnx'"),
+        ('target = "gguf"', 'target = "a target"', r"preferred.target: .*got 'a target'"),
     ],
 )
 def test_wrong_keys_and_types(tmp_path: Path, old: str, new: str, message: str) -> None:

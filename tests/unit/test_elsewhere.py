@@ -12,9 +12,9 @@ from exporter.calibrate.windows import Windows
 from exporter.compress.awq_scaling import scaled_channels
 from exporter.compress.methods.ldlq import DAMPING, Ldlq, damped
 from exporter.compress.methods.rtn import RoundToNearest
-from exporter.formats.ggml import ggml_format
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.targets.gguf.formats.ggml import ggml_format
 from tests.models import tiny_model
 
 SITE, NAME = "layers.0.mlp_in", "model.layers.0.mlp.up_proj.weight"

@@ -19,7 +19,7 @@ from exporter.formats.format import Float32
 from exporter.model.decoder import EMBEDDING
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.targets.target import load_target, lower
+from exporter.targets.contract import load_target, lower
 from tests.llama_names import LINEARS
 from tests.models import VOCAB, tiny_model
 

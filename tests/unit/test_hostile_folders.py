@@ -14,7 +14,7 @@ from exporter.foundation.errors import ExporterError
 from exporter.model.sources import open_model
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.slow

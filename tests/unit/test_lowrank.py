@@ -16,8 +16,8 @@ from exporter.compress.lowrank import (
 )
 from exporter.compress.methods.ldlq import Ldlq
 from exporter.formats.format import LowRank, WeightFormat
-from exporter.formats.ggml import ggml_format
-from exporter.formats.matmulnbits import matmulnbits_format
+from exporter.targets.gguf.formats.ggml import ggml_format
+from exporter.targets.onnx.matmulnbits import matmulnbits_format
 
 LDLQ = Ldlq(sweeps=2)
 

@@ -16,7 +16,7 @@ from exporter.model.sources import open_model
 from exporter.planning.build_footprint import build_peak_bytes, cache_bytes
 from exporter.planning.job import Job
 from exporter.planning.recipe import Recipe
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import tiny_model
 
 FREED = """

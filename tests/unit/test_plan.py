@@ -15,7 +15,7 @@ from exporter.planning.plan import Plan, read_plan
 from exporter.planning.recipe import Recipe
 from exporter.planning.resolve import recipe_for
 from exporter.report.data import to_json
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.slow

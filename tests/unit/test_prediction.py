@@ -17,7 +17,7 @@ from exporter.predict.coefficients import FILE, Coefficients, fitted
 from exporter.predict.estimate import Estimate
 from exporter.predict.gaussian_process import Point, residual
 from exporter.predict.measured_runs import calibrated, measured_run, write_profile
-from exporter.predict.prediction import Prediction, predict
+from exporter.predict.prediction import Prediction
 from exporter.predict.request import Request
 from exporter.predict.threads import threads
 from exporter.predict.token_cost import Term, decode_terms
@@ -36,6 +36,7 @@ from tests.benchmarks.scores import (
     trial,
 )
 from tests.commands import cli, printed
+from tests.predicting import predict
 
 SMALL = Request(1_050_000_000, 1_720_000_000, "Q4_0", "cpu")
 RUN = "decode=14,file-bytes=1050000000,format=Q4_0,parameters=1720000000"

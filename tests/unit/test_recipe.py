@@ -24,7 +24,7 @@ from exporter.planning.recipe import load_recipe, recipe_names
 from exporter.planning.resolve import ResolvedJob
 from exporter.planning.step import Draft, EncodingTask
 from exporter.report import figures
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import tiny_model
 
 GOOD = """

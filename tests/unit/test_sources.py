@@ -14,7 +14,7 @@ from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
 from exporter.planning.job import Job
-from exporter.targets.target import load_target, lower
+from exporter.targets.contract import load_target, lower
 from tests.models import tiny_model
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"

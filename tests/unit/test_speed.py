@@ -7,13 +7,13 @@ import pytest
 
 from exporter.device.backend import ArmFeature, X86Feature
 from exporter.device.profile import device_names, load_device
-from exporter.formats.ggml import ggml_format
 from exporter.model.sources import open_model
 from exporter.predict.roofline import PRODUCTS_A_CYCLE, Cpu, Throughput, cpu_of
+from exporter.targets.contract import load_target
+from exporter.targets.gguf.formats.ggml import ggml_format
 from exporter.targets.gguf.target import ALPHABET as GGUF_ALPHABET
 from exporter.targets.kernel_speeds import speed_files, speeds_on
 from exporter.targets.onnx.target import ALPHABET as ONNX_ALPHABET
-from exporter.targets.target import load_target
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]

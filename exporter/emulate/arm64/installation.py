@@ -1,6 +1,7 @@
 """The installation of the ARM64 system in which programs on emulated cores run."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter.emulate.arm64.core import Core
@@ -9,7 +10,50 @@ from exporter.foundation.cache_entries import folder_is_whole
 from exporter.foundation.errors import MissingDependencyError
 
 SETUP = "edge-exporter emulate setup"
-INSTALL_COMPILER = "install what builds llama.cpp: apt-get install g++-aarch64-linux-gnu cmake"
+Digests = tuple[str, ...]
+
+
+def install_compiler(title: str) -> str:
+    """Return how to install the compiler for a program."""
+    return f"install what builds {title}: apt-get install g++-aarch64-linux-gnu cmake"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that is compiled for each kind of core from the source of a package.
+
+    Attributes:
+        title: Name of the runtime that it runs, for the user.
+        files: What it loads, for the user.
+        source: The package with its version, and its SHA-256 digests.
+        inside: Pattern of the source's folder in the package.
+        project: Folder of the CMake project; its target and its program are called as the folder.
+        settings: CMake settings beside those of every program.
+        source_setting: CMake setting for the source's folder.
+        core_setting: CMake setting for the compilers' name of the core.
+    """
+
+    title: str
+    files: str
+    source: tuple[str, Digests]
+    inside: str
+    project: Path
+    settings: Mapping[str, str]
+    source_setting: str
+    core_setting: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What runtimes need in the system.
+
+    Attributes:
+        wheels: Python packages with their versions -> their SHA-256 digests.
+        program: A program; None if no runtime needs one.
+    """
+
+    wheels: Mapping[str, Digests] = field(default_factory=dict)
+    program: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +78,15 @@ class Installation:
 
     @property
     def programs(self) -> Path:
-        """The folder of the programs with llama.cpp, one for each kind of core."""
+        """The folder of the compiled programs, one for each kind of core."""
         return self.folder / "programs"
 
-    def program(self, core: Core) -> Path:
-        """Return the llama.cpp program for a kind of core.
+    def program(self, core: Core, title: str) -> Path:
+        """Return the compiled program for a kind of core.
+
+        Args:
+            core: The core.
+            title: Name of the runtime that the program runs.
 
         Raises:
             MissingDependencyError: it was not built, or is damaged.
@@ -46,7 +94,7 @@ class Installation:
         path = self.programs / core.march
         if not (folder_is_whole(self.programs) and path.is_file()):
             raise MissingDependencyError(
-                "llama.cpp is not built for ARM64", next_step=f"{INSTALL_COMPILER}; run {SETUP}"
+                f"{title} is not built for ARM64", next_step=f"{install_compiler(title)}; run {SETUP}"
             )
         return path
 

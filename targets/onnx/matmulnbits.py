@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
+from exporter.formats.row_scaled import Int8, RowScaling, in_blocks
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError, did_you_mean
 
@@ -228,6 +229,15 @@ class MatMulNBitsFormat:
         if self.asymmetric:
             joined.append(_pack_bits(stacked[:, :, codes + self.scale_bytes], self.bits))
         return np.concatenate(joined, axis=1)
+
+    @property
+    def row_scaling(self) -> RowScaling | None:
+        """How symmetric codes of 8 bits are stored with one scale for each row; None for other formats."""
+        return RowScaling(self.scale_type, self._packed) if self.bits == 8 and not self.asymmetric else None
+
+    def _packed(self, codes: Int8, scales: Bytes) -> Bytes:
+        blocks, repeated = in_blocks(codes.view(np.uint8) + np.uint8(128), scales, self.block_columns)
+        return np.concatenate([blocks.reshape(len(codes), -1), repeated.reshape(len(codes), -1)], axis=1)
 
     def split(self, data: Bytes, columns: int) -> tuple[Bytes, NDArray[np.generic], Bytes | None]:
         """Return codes [rows, blocks, bytes], scales as stored [rows, blocks], zero points uint8 [rows, bytes]."""

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32, fitted_scale, squared_error
+from exporter.formats.row_scaled import LARGEST_CODE, RowScaling
 from exporter.foundation.errors import RequestError
 
-LARGEST_CODE = 127
 SCALE_BYTES = 4
 # A weight divided by a smaller scale may overflow.
 LEAST_SCALE = np.float32(1e-30)
@@ -99,6 +99,11 @@ class ChannelFormat:
         """Return encoded rows from their only block."""
         (rows,) = blocks
         return rows
+
+    @property
+    def row_scaling(self) -> RowScaling:
+        """How rows with given scales are stored."""
+        return RowScaling(np.float32, lambda codes, scales: np.concatenate([codes.view(np.uint8), scales], axis=1))
 
     def split(self, data: Bytes) -> tuple[NDArray[np.int8], Float32]:
         """Return codes, int8 [rows, columns], and scales, float32 [rows]."""

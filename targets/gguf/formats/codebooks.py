@@ -1,9 +1,9 @@
-"""Blocks of levels times a scale, with or without a minimum; see `exporter.formats.bit_layouts`."""
+"""Blocks of levels times a scale, with or without a minimum; see `exporter.targets.gguf.formats.bit_layouts`."""
 
 import numpy as np
 
-from exporter.formats.bit_layouts import Layout
 from exporter.formats.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
+from exporter.targets.gguf.formats.bit_layouts import Layout
 
 
 class LevelGrid:

@@ -9,12 +9,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exporter.formats.bit_layouts import LAYOUTS, Layout
-from exporter.formats.codebooks import LevelGrid
 from exporter.formats.format import Bytes, Float32
-from exporter.formats.k_quants import NESTINGS, NestedGrid, Scales
+from exporter.formats.row_scaled import Int8, RowScaling, in_blocks
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
+from exporter.targets.gguf.formats.bit_layouts import LAYOUTS, Layout
+from exporter.targets.gguf.formats.codebooks import LevelGrid
+from exporter.targets.gguf.formats.k_quants import NESTINGS, NestedGrid, Scales
 
 
 @cache
@@ -165,6 +166,15 @@ class GgmlFormat:
             return LevelGrid(layout, blocks, scale, minimum)
         nesting = NESTINGS[self.name]
         return NestedGrid(layout, blocks, nesting, Scales.of(nesting, blocks, scale, minimum))
+
+    @property
+    def row_scaling(self) -> RowScaling | None:
+        """How Q8_0 stores rows with one scale; None for all other types."""
+        return RowScaling(np.float16, self._packed) if self.type == gguf.GGMLQuantizationType.Q8_0 else None
+
+    def _packed(self, codes: Int8, scales: Bytes) -> Bytes:
+        blocks, repeated = in_blocks(codes.view(np.uint8), scales, self.block_columns)
+        return np.concatenate([repeated, blocks], axis=2).reshape(len(codes), -1)
 
     def _decoded_everywhere(self, layout: Layout, blocks: Bytes, code: int) -> Float32:
         """Return the decoded value of one code in each part of each block, float32 [parts, rows]."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.formats.bit_layouts import Layout
-from exporter.formats.codebooks import LevelGrid
 from exporter.formats.format import Bytes, Float32, squared_error
+from exporter.targets.gguf.formats.bit_layouts import Layout
+from exporter.targets.gguf.formats.codebooks import LevelGrid
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Layout:
         columns: Weights of a block that share scale and minimum.
         put: Writes codes, uint8 [rows, block columns], into encoded blocks, uint8 [rows, bytes of a block].
         scales: Number of float16 values at the block's beginning, if they alone scale its weights: 1 for a scale, 2
-            for a scale and a minimum; 0 if scales are nested; see `exporter.formats.k_quants`.
+            for a scale and a minimum; 0 if scales are nested; see `exporter.targets.gguf.formats.k_quants`.
     """
 
     levels: Float32
