@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from exporter.foundation.registry import folders, load
@@ -34,9 +35,19 @@ def target_names() -> list[str]:
     return folders("exporter.targets", "target.py")
 
 
+def part_of(target: str, part: str) -> ModuleType:
+    """Return the module that holds a part of a target: the file of that name in its folder, or else `target.py`.
+
+    Raises:
+        RequestError: there is no such target.
+    """
+    module = part if target in folders("exporter.targets", f"{part}.py") else "target"
+    return load(f"exporter.targets.{{}}.{module}", target, target_names(), "target")
+
+
 def runtime_of(target: str) -> Any:
     """Return the class of a target's runtime; see `exporter.targets.runtime.Runtime`."""
-    return load("exporter.targets.{}.runtime", target, target_names(), "target").RUNTIME
+    return part_of(target, "runtime").RUNTIME
 
 
 def runs_coded(target: str) -> bool:

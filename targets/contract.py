@@ -35,9 +35,10 @@ class AsStored:
 class Target(Protocol):
     """A format that runtimes load.
 
-    A new target is a folder with these files: `target.py`, which exports `TARGET`, an object of a class derived from
-    this one; `runtime.py`, `text.py` and `intake.py` (`exporter.targets.runtime`, `.text`, `.intake`); and
-    `target.toml` (`exporter.targets.facts`). What it need not have is in `Budgeted`, `FormatsByBits`,
+    A new target is a folder with `target.py`, which exports `TARGET`, an object of a class derived from this one. It
+    also exports `RUNTIME`, `TEXT`, `INTAKE` and `FACTS` (`exporter.targets.runtime`, `.text`, `.intake`, `.facts`),
+    unless `runtime.py`, `text.py`, `intake.py` and `target.toml` hold them, so that they load without the libraries
+    that write artifacts. What it need not have is in `Budgeted`, `FormatsByBits`,
     `exporter.targets.emulated`, `.memory`, `.coded_layout` and `.sources`, and in `coded.py` (`CodedRuntime`).
 
     Attributes:

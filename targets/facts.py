@@ -11,7 +11,7 @@ from exporter.device.provenance import Text
 from exporter.foundation.config_files import read_document
 from exporter.foundation.errors import RequestError
 from exporter.foundation.quantities import Document
-from exporter.targets.artifact import target_names
+from exporter.targets.artifact import part_of, target_names
 
 FILE = "target.toml"
 Texts = Annotated[tuple[Text, ...], Field(strict=False)]
@@ -50,8 +50,11 @@ class TargetFacts(Document):
 
 @cache
 def facts_of(target: str) -> TargetFacts:
-    """Return the facts of a target."""
+    """Return the facts of a target: its file, or else `FACTS` in its `target.py`."""
     path = files("exporter.targets") / target.replace("-", "_") / FILE
+    if not path.is_file():
+        facts: TargetFacts = part_of(target, "target").FACTS
+        return facts
     return read_document(path, TargetFacts, "file of a target's facts")
 
 

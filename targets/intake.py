@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.foundation.errors import InputError
-from exporter.foundation.registry import load
-from exporter.targets.artifact import Artifact, target_names
+from exporter.targets.artifact import Artifact, part_of, target_names
 
 # Returns the bytes of a file below the artifact's folder; refuses a file larger than the given number of bytes.
 Read = Callable[[str, int], bytes]
@@ -49,5 +48,5 @@ def intake_of(target: str) -> Intake:
             "the bundle is for a target that is not known here", got=repr(target), expected=" or ".join(known),
             next_step="use the version of edge-exporter that made it",
         )  # fmt: skip
-    found: Intake = load("exporter.targets.{}.intake", target, known, "target").INTAKE
+    found: Intake = part_of(target, "intake").INTAKE
     return found

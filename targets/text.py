@@ -3,9 +3,8 @@
 from typing import Any, Protocol
 
 from exporter.child.process import Child
-from exporter.foundation.registry import folders, load
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Renderer
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, part_of
 
 
 class TextRuntime(Renderer, Protocol):
@@ -30,7 +29,7 @@ def open_text(artifact: Artifact) -> Child:
         InputError: the runtime refuses the artifact.
         RuntimeCrashError: the runtime crashed or took too long.
     """
-    runtime: Any = load("exporter.targets.{}.text", artifact.target, folders("exporter.targets", "text.py"), "target")
+    runtime: Any = part_of(artifact.target, "text")
     child = Child(runtime.TEXT.title, TEXT_BYTES)
     try:
         child.make(runtime.TEXT, LOAD_S, artifact)

@@ -55,6 +55,7 @@ def tiny_model(
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
     changes: Mapping[str, object] = MappingProxyType({}),
+    kind: tuple[type, type] | None = None,
 ) -> Path:
     """Write a random model with a trained byte-level tokenizer as a Hugging Face folder.
 
@@ -69,9 +70,10 @@ def tiny_model(
         shards: Whether there are several files.
         dtype: Of the weights.
         changes: Other keys of its config.
+        kind: Classes of its config and model, for a family that is not in `KINDS`.
     """
     torch.manual_seed(seed)
-    config_class, model_class = KINDS[family]
+    config_class, model_class = KINDS[family] if kind is None else kind
     config = config_class(
         hidden_size=hidden,
         intermediate_size=intermediate,

@@ -103,7 +103,7 @@ class Family:
         windows: Returns the attention window of each layer, None for none; it raises an `InputError`, which names the
             place given, if config.json contradicts itself.
         gguf: What the target `gguf` and the reader of GGUF files need.
-        onnx: What the ONNX targets need.
+        onnx: What the ONNX targets need; None for a family that they do not build.
         carries_windows: The targets attend within the windows as the model does. Otherwise the artifact's context is
             no longer than the shortest window.
         embedding_scale: Returns the factor of embeddings before the first block.
@@ -119,7 +119,7 @@ class Family:
     block: Callable[[Shape, int], Block]
     windows: Callable[[PretrainedConfig, object], tuple[int | None, ...]]
     gguf: GgufDeclaration
-    onnx: OnnxDeclaration
+    onnx: OnnxDeclaration | None = None
     carries_windows: bool = False
     embedding_scale: Callable[[PretrainedConfig], float] = no_scale
     rotary_kinds: Sequence[str] = (FULL,)

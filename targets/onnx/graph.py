@@ -13,6 +13,7 @@ from exporter.compress.compression import CompressedMatrix
 from exporter.formats.format import Bytes, Float32
 from exporter.model.decoder import Decoder
 from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
+from exporter.targets.onnx.supported import declared_by
 
 DOMAIN = "com.microsoft"
 PAGE_BYTES = 4096
@@ -47,8 +48,9 @@ def products(graph: ir.Graph, decoder: Decoder) -> list[Product]:
 def _groups_of_nodes(decoder: Decoder) -> dict[str | None, tuple[str, ...]]:
     """Return the name of every node that may multiply by a matrix, such as `/model/layers.3/attn/qkv_proj/MatMul`."""
     found: dict[str | None, tuple[str, ...]] = {"/lm_head/MatMul": (decoder.head.name,)}
+    nodes = declared_by(decoder).nodes
     for block in decoder.blocks:
-        paths = {decoder.family.onnx.nodes[role]: linear.group.name for role, linear in block.linears.items()}
+        paths = {nodes[role]: linear.group.name for role, linear in block.linears.items()}
         alone: dict[str, tuple[str, ...]] = {path: (name,) for path, name in paths.items()}
         fused = tuple(paths[path] for path in paths if path in QKV)
         for path, names in (alone | {FUSED_QKV: fused}).items():

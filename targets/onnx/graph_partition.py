@@ -30,7 +30,7 @@ EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"
 IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
 PRODUCT = "MatMulNBits"
 # Operators of an embedding whose table has one row per token; some families multiply what is looked up by a number.
-LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape", "Mul"}
+LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape", "Constant", "Mul"}
 # Rows of the head in one part: a multiple of the rows that kernels process at once, a few megabytes at usual widths.
 HEAD_ROWS = 4096
 

@@ -25,6 +25,7 @@ from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.onnx.companions import genai_ids, write_text_files
 from exporter.targets.onnx.memory import CHUNK
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
+from exporter.targets.onnx.supported import declared_by
 
 GENERATION = "generation_config.json"
 # Keys that the builder copies from it, and their types.
@@ -127,7 +128,7 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
     config.eos_token_id = ids["eos_token_id"] or [0]
-    model.decoder.family.onnx.shim(config, model.config)
+    declared_by(model.decoder).shim(config, model.config)
     return config
 
 
@@ -150,7 +151,7 @@ def _builder_class(model: Model) -> Any:
         return _rotary_tables(model, next(kinds), builder.rope_attrs["cache_length"])
 
     changes = {"make_rotary_embedding_caches_from_scratch": tables, "uses_windowed_kv_cache": lambda builder: False}
-    own = getattr(builders, model.decoder.family.onnx.builder)
+    own = getattr(builders, declared_by(model.decoder).builder)
     return type(own.__name__, (own,), changes)
 
 

@@ -1,10 +1,27 @@
 """Refuses decoders that ONNX Runtime's operators do not compute, before a weight is read."""
 
 from exporter.foundation.errors import RequestError
+from exporter.model.decoder import Decoder
+from exporter.model.family import OnnxDeclaration
 from exporter.model.model import Model
 
 # GroupQueryAttention refuses a rotary table whose rows, half a head wide, are no multiple of 8.
 HEAD_WIDTHS = 16
+
+
+def declared_by(decoder: Decoder) -> OnnxDeclaration:
+    """Return what a decoder's family declares for this target.
+
+    Raises:
+        RequestError: onnxruntime-genai's model builder does not know the family.
+    """
+    family = decoder.family
+    if family.onnx is None:
+        raise RequestError(
+            "onnxruntime-genai's model builder does not build this family", where=family.architecture,
+            next_step="use --target gguf",
+        )  # fmt: skip
+    return family.onnx
 
 
 def require_supported(model: Model) -> None:
@@ -16,6 +33,7 @@ def require_supported(model: Model) -> None:
     Raises:
         RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
+    declared_by(model.decoder)
     width = model.decoder.head_dim
     if width % HEAD_WIDTHS:
         raise RequestError(

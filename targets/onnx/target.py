@@ -50,7 +50,7 @@ from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.onnx.supported import require_supported
+from exporter.targets.onnx.supported import declared_by, require_supported
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = FLOAT32.name
@@ -239,11 +239,11 @@ class Onnx(Target):
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix by running ONNX Runtime's own operator on the artifact's bytes."""
-        return Tables(artifact.weights[0], model.decoder.family.onnx.nodes).decode
+        return Tables(artifact.weights[0], declared_by(model.decoder).nodes).decode
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the format of each matrix as the graph states it."""
-        tables = Tables(artifact.weights[0], model.decoder.family.onnx.nodes)
+        tables = Tables(artifact.weights[0], declared_by(model.decoder).nodes)
         return {group.name: tables.format_name(group) for group in model.groups()}
 
 

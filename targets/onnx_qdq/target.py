@@ -22,7 +22,7 @@ from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, gathered, products
-from exporter.targets.onnx.supported import require_supported
+from exporter.targets.onnx.supported import declared_by, require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
@@ -127,11 +127,11 @@ class OnnxQdq(Onnx):
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the artifact's bytes with ONNX Runtime's `DequantizeLinear`."""
-        return QdqTables(artifact.weights[0], model.decoder.family.onnx.nodes).decode
+        return QdqTables(artifact.weights[0], declared_by(model.decoder).nodes).decode
 
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return the format of each matrix as the graph states it."""
-        tables = QdqTables(artifact.weights[0], model.decoder.family.onnx.nodes)
+        tables = QdqTables(artifact.weights[0], declared_by(model.decoder).nodes)
         return {group.name: tables.format_name(group) for group in model.groups()}
 
     def _scheme(self, type: str) -> Scheme:
