@@ -81,7 +81,7 @@ def test_each_is_found_planned_and_built_with(world: Path, model: str, target: s
     assert {name: checks[name] for name in ("lowering", "lowering.weights", "lowering.formats")} == dict.fromkeys(
         ("lowering", "lowering.weights", "lowering.formats"), "passed"
     )
-    assert checks[f"parity.tokenizer.{'llama.cpp' if target == 'gguf' else 'NumPy'}"] == "passed"
+    assert [status for name, status in checks.items() if name.startswith("parity.tokenizer.")] == ["passed"]
     verified = run(world, "verify", f"bundle-{target}")
     assert verified.returncode == 0, verified.stdout
 
