@@ -47,7 +47,12 @@ ALLOWED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def named(source: str) -> list[str]:
-    """Return the identifiers, imports and texts of a module's code that name a runtime; docstrings are no code."""
+    """Return the identifiers, imports and texts of a module's code that name a runtime."""
+    return [text for text in texts_of_code(source) if NAMES.search(text)]
+
+
+def texts_of_code(source: str) -> list[str]:
+    """Return the identifiers, imports and texts of a module's code; docstrings are no code."""
     tree = ast.parse(source)
     documentation = {
         id(node.value)
@@ -55,7 +60,7 @@ def named(source: str) -> list[str]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }  # fmt: skip
     nodes = (node for node in ast.walk(tree) if id(node) not in documentation)
-    return [text for node in nodes for text in texts_of(node) if NAMES.search(text)]
+    return [text for node in nodes for text in texts_of(node)]
 
 
 def texts_of(node: ast.AST) -> Iterator[str]:
@@ -120,3 +125,31 @@ def test_a_permission_that_is_not_used_is_found() -> None:
     assert breaches({"exporter.foundation.cache": "FOLDERS = ('gguf',)\nimport onnx"}) == [
         "exporter.foundation.cache: onnx"
     ]
+
+
+# Names of tensors in checkpoints, and the names of a graph's own nodes and initialisers that look like them.
+TENSORS = re.compile(r"model\.layers\.|self_attn|_layernorm|model\.norm|lm_head\.|embed_tokens|_proj\b")
+GRAPH = re.compile(r"/.*|attn/\w+|model\.embed_tokens(\.weight|\.codes|\.scales)?")
+
+
+def tensors_named(modules: Mapping[str, str]) -> list[str]:
+    """Return every name of a checkpoint's tensor in a module outside the model."""
+    return [
+        f"{module}: {text}"
+        for module, source in modules.items()
+        if not module.startswith("exporter.model.")
+        for text in texts_of_code(source)
+        if TENSORS.search(text) and not (module.startswith("exporter.targets.onnx") and GRAPH.fullmatch(text))
+    ]
+
+
+def test_only_the_model_names_tensors_of_a_checkpoint() -> None:
+    assert tensors_named(product_modules()) == []
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "self_attn.q_proj", "lm_head.weight"])
+def test_the_rule_on_tensors_catches(name: str) -> None:
+    for module in ("exporter.compress.prune", "exporter.targets.onnx.graph", "exporter.targets.gguf.target"):
+        assert tensors_named({module: f"x = {name!r}"})
+        assert tensors_named({module: f"x = f'{{y}}{name}'"})
+    assert tensors_named({"exporter.model.families.llama": f"x = {name!r}"}) == []

@@ -1,0 +1,118 @@
+"""Gemma 3 in both runtimes: its windows, its two rotary embeddings and its norms, against transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from exporter.foundation.errors import ExporterError, InputError, RequestError
+from exporter.model.sources import open_model
+from exporter.prove.accuracy import Reference, distance
+from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
+from exporter.targets.opened import OpenedArtifact
+from tests.gguf_files import edited_gguf
+from tests.models import tiny_model
+
+WINDOW, LENGTH, GENERATED = 16, 96, 40
+TOKENS = np.random.default_rng(0).integers(2, 300, (2, LENGTH))
+PERIOD_6 = {"layer_types": None, "sliding_window_pattern": 6}
+SCALED = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
+# As the files of 2025 have it.
+LEGACY = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "period 2": (4, {}),
+    "period 2, scaled": (4, SCALED),
+    "period 6": (7, PERIOD_6),
+    "period 6, scaled, legacy keys": (7, PERIOD_6 | LEGACY),
+    "untied": (2, {"tie_word_embeddings": False}),
+    "another number of layers than llama.cpp has names for, no window in reach": (3, {"sliding_window": 4096}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layers, changes = KINDS[request.param]
+    tied = changes.get("tie_word_embeddings", True)
+    rest = {key: value for key, value in changes.items() if key != "tie_word_embeddings"}
+    place = tmp_path_factory.mktemp("gemma") / "model"
+    return tiny_model(place, "gemma3_text", layers=layers, tied=tied, changes=rest)
+
+
+def in_float32(folder: Path, target: str, made: Path) -> Artifact:
+    made.mkdir()
+    with open_model(str(folder)) as model:
+        return load_target(target).write_float(model, made)
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_a_float_artifact_is_the_model_beyond_its_window(tmp_path: Path, folder: Path, target: str) -> None:
+    artifact = in_float32(folder, target, tmp_path / "artifact")
+    with open_model(str(folder)) as model:
+        reference = Reference.of(model, TOKENS)
+    with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
+        assert distance(reference, opened.logits).kl_mean < 1e-6
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_tokens_generated_one_at_a_time_are_the_models(tmp_path: Path, folder: Path, target: str) -> None:
+    artifact = in_float32(folder, target, tmp_path / "artifact")
+    prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    given = torch.tensor([prompt])
+    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
+        made = opened.generate(prompt, GENERATED)
+    assert made == expected[0, len(prompt) :].tolist()[: len(made)]
+    # A random model may choose its end token, after which runtimes stop.
+    assert len(made) == GENERATED or 1 in expected[0, len(prompt) :].tolist()
+
+
+def test_windows_and_both_embeddings_matter(tmp_path: Path) -> None:
+    """What the tests above would miss if llama.cpp took its defaults instead of the keys."""
+    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=4)
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
+    with open_model(str(folder)) as model:
+        reference = Reference.of(model, TOKENS)
+    wrong = {
+        "gemma3.attention.sliding_window_pattern": None,
+        "gemma3.attention.sliding_window": 64,
+        "gemma3.rope.freq_base_swa": 1e6,
+        "gemma3.rope.freq_base": 1e4,
+    }
+    for number, (key, value) in enumerate(wrong.items()):
+        edited = edited_gguf(path, tmp_path / f"{number}.gguf", {key: value})
+        with OpenedArtifact(Artifact("gguf", tmp_path, (edited,)), LENGTH, 1, exact=True) as opened:
+            assert distance(reference, opened.logits).kl_mean > 1e-4, key
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"query_pre_attn_scalar": 32}, RequestError, "llama.cpp's 'gemma3' has another value built in; got 32, exp"),
+        ({"final_logit_softcapping": 30.0}, InputError, "config.json sets 'final_logit_softcapping', which no target"),
+        ({"attn_logit_softcapping": 50.0}, InputError, "config.json sets 'attn_logit_softcapping', which no target"),
+        ({"use_bidirectional_attention": True}, InputError, "'use_bidirectional_attention', which no target carries"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                                 "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+            InputError, "rotary embeddings of type 'linear' are not supported; got rope_parameters.sliding_attention",
+        ),
+        ({"attention_bias": True}, InputError, "a Gemma3ForCausalLM with attention_bias=true is not supported"),
+    ],
+)  # fmt: skip
+def test_what_no_runtime_computes_is_refused(
+    tmp_path: Path, changes: dict[str, Any], kind: type[ExporterError], message: str
+) -> None:
+    folder = tiny_model(tmp_path / "model", "gemma3_text", changes=changes)
+    with pytest.raises(kind) as refused, open_model(str(folder)) as model:
+        load_target("gguf").decide(model, "F32", "rtn")
+    assert message in str(refused.value)
