@@ -1,16 +1,22 @@
 """Budgets: limits of bytes and of a device's time, and the choice of formats that suits a preference best."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, stored_bytes
-from exporter.formats.group import Decision
+from exporter.device.profile import DeviceProfile
+from exporter.formats.format import WeightFormat
+from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.foundation.fitted import fitted_value
+from exporter.model.decoder import TOKENS
 from exporter.model.model import Model
-from exporter.predict.roofline import Cpu
+from exporter.predict.rates import rates
+from exporter.predict.request import LEAST_BYTES, LEAST_PARAMETERS, Request, checked_request
+from exporter.predict.roofline import Cpu, Throughput, cpu_of
 from exporter.targets.contract import Budgeted
 
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
@@ -77,14 +83,10 @@ class Budget:
 
     def timed(self, storage: Storage, choice: Choice) -> Choice:
         """Return a choice with the time that it takes on the device; a table that is only looked up takes none."""
-        decode_s = prefill_s = 0.0
-        for group in storage.groups:
-            if group.site != "tokens":
-                throughput = self.target.throughput(group, choice.format)
-                bytes = choice.format.stored_bytes(group.rows, group.columns)
-                decode_s += self.cpu.decode_s(group.size, bytes, throughput)
-                prefill_s += self.cpu.prefill_s(group.size, throughput)
-        return replace(choice, decode_s=decode_s, prefill_s=prefill_s)
+        times = [_times(self.cpu, self.target, group, choice.format) for group in storage.groups]
+        return replace(
+            choice, decode_s=sum(decode for decode, _ in times), prefill_s=sum(prefill for _, prefill in times)
+        )
 
     def all_timed(self, choices: Sequence[Sequence[Choice]]) -> list[list[Choice]]:
         """Return the choices of each storage with the time that they take on the device."""
@@ -92,6 +94,47 @@ class Budget:
             [self.timed(storage, choice) for choice in some]
             for storage, some in zip(self.storages, choices, strict=True)
         ]
+
+
+def cpu_as_predicted(target: Budgeted, model: Model, storages: Sequence[Storage], device: DeviceProfile) -> Cpu:
+    """Return a device's CPU on which a model of 4 bits takes as long as `predict` says.
+
+    Kernel speeds tell how formats differ on one device, predictions how fast the device is.
+    """
+    plain, read, decode_s, prefill_s = cpu_of(device), 0, 0.0, 0.0
+    formats: Counter[str] = Counter()
+    for group, options in ((group, storage.formats) for storage in storages for group in storage.groups):
+        if group.site == TOKENS:
+            continue
+        format = min(options, key=lambda one: _unlike_most_runs(one, target.throughput(group, one)))
+        decode, prefill = _times(plain, target, group, format)
+        decode_s, prefill_s = decode_s + decode, prefill_s + prefill
+        read += format.stored_bytes(group.rows, group.columns)
+        formats[format.name] += 1
+    # Predictions begin at a million parameters: a smaller model is taken so many times as large.
+    scale = max(1.0, LEAST_PARAMETERS / model.decoder.parameters, LEAST_BYTES / read)
+    (usual, _) = formats.most_common(1)[0]
+    request = Request(int(scale * read) + 1, int(scale * model.decoder.parameters) + 1, usual, "cpu")
+    predicted = rates(device, checked_request(request, device))
+    return replace(
+        plain,
+        decode_factor=1 / (predicted.decode.value * scale * decode_s),
+        prefill_factor=1 / (predicted.prefill.value * scale * prefill_s),
+    )
+
+
+def _unlike_most_runs(format: WeightFormat, throughput: Throughput) -> tuple[float, float]:
+    """Return how far a format is from those of most published runs: 4.5 bits, and of such the quickest."""
+    return abs(8 * format.stored_bytes(1, 256) / 256 - 4.5), -throughput.decode
+
+
+def _times(cpu: Cpu, target: Budgeted, group: WeightGroup, format: WeightFormat) -> tuple[float, float]:
+    """Return the seconds of a matrix for a generated token and for one of a prompt; zeros if it is only looked up."""
+    if group.site == TOKENS:
+        return 0.0, 0.0
+    throughput = target.throughput(group, format)
+    stored = format.stored_bytes(group.rows, group.columns)
+    return cpu.decode_s(group.size, stored, throughput), cpu.prefill_s(group.size, throughput)
 
 
 def decisions_of(budget: Budget, best: Sequence[Choice], model: Model, codes: str, reason: str) -> list[Decision]:

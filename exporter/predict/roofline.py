@@ -39,18 +39,25 @@ class Cpu:
     Attributes:
         bytes_per_s: Memory bandwidth reached in decoding.
         products_per_s: Multiply-adds per second of llama.cpp's Q4_0 with many tokens, on all used cores together.
+        decode_factor: What the roofline's times are multiplied by, so that a whole model takes as long as predicted.
+        prefill_factor: The same for a prompt.
     """
 
     bytes_per_s: float
     products_per_s: float
+    decode_factor: float = 1.0
+    prefill_factor: float = 1.0
 
     def decode_s(self, weights: int, stored_bytes: int, throughput: Throughput) -> float:
         """Return the seconds of a matrix per generated token."""
-        return max(stored_bytes / self.bytes_per_s, weights / (self.products_per_s * throughput.decode))
+        roofline = max(stored_bytes / self.bytes_per_s, weights / (self.products_per_s * throughput.decode))
+        return self.decode_factor * roofline
 
     def prefill_s(self, weights: int, throughput: Throughput) -> float:
         """Return the seconds of a matrix per prompt token."""
-        return 0.0 if throughput.prefill == inf else weights / (self.products_per_s * throughput.prefill)
+        if throughput.prefill == inf:
+            return 0.0
+        return self.prefill_factor * weights / (self.products_per_s * throughput.prefill)
 
 
 def cpu_of(device: DeviceProfile) -> Cpu:

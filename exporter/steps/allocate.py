@@ -12,9 +12,16 @@ from exporter.compress.effort import Effort
 from exporter.compress.method import load_method
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
-from exporter.planning.budget import Budget, chosen, cost_of_speed, decisions_of, require_feasible, stock_of_that_size
+from exporter.planning.budget import (
+    Budget,
+    chosen,
+    cost_of_speed,
+    cpu_as_predicted,
+    decisions_of,
+    require_feasible,
+    stock_of_that_size,
+)
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
-from exporter.predict.roofline import cpu_of
 from exporter.steps.named_type import Name
 from exporter.targets.contract import Target, budgeted
 
@@ -89,8 +96,10 @@ class Allocate(EncodingStep):
         target, model, most = budgeted(task.target), task.model, self._most_bytes(task)
         fixed = target.fixed_bytes(model)
         limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
+        storages = target.storages(model)
+        cpu = cpu_as_predicted(target, model, storages, task.device)
         stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
-        return Budget(limits, fixed, target.storages(model), self.prefer, target, cpu_of(task.device), stock)
+        return Budget(limits, fixed, storages, self.prefer, target, cpu, stock)
 
     def _most_bytes(self, task: EncodingTask) -> int | None:
         if self.max_file_bytes is not None:

@@ -1,8 +1,10 @@
 """Builds under a budget of bytes: kept, spent, and refused where nothing is so small."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -18,17 +20,21 @@ from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import Choice, Limits, Storage, with_predicted_kl
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.effort import EFFORTS
+from exporter.device.profile import load_device
+from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
-from exporter.planning.budget import Budget, cost_of_speed
+from exporter.planning.budget import Budget, cost_of_speed, cpu_as_predicted
 from exporter.planning.job import Job
 from exporter.planning.outline import needs_of
 from exporter.planning.step import Draft
+from exporter.predict.rates import rates
+from exporter.predict.request import LEAST_BYTES, LEAST_PARAMETERS, Request, checked_request
 from exporter.predict.roofline import Cpu
 from exporter.predict.workload import format_family
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
-from exporter.targets.contract import load_target
+from exporter.targets.contract import Budgeted, budgeted, load_target
 from exporter.targets.gguf.formats.ggml import ggml_format
 from tests.models import FAMILIES, tiny_model
 
@@ -234,3 +240,34 @@ def test_a_prompt_fills_the_context_whatever_the_text(context: int) -> None:
     prompt = prompt_for(tokens, context)
     assert len(prompt) == context - DECODE_TOKENS - 1
     assert prompt == [at % 96 for at in range(len(prompt))]
+
+
+def decode_of(target: Budgeted, storage: Storage, format: WeightFormat) -> float:
+    return target.throughput(storage.groups[0], format).decode
+
+
+@pytest.mark.parametrize("device", ["raspberry-pi-5-8gb", "galaxy-s24-ultra", "core-ultra-200v", "macbook-air-m1"])
+@pytest.mark.parametrize("target", ["gguf", "onnx", "onnx-qdq"])
+def test_budgets_and_predictions_state_one_speed(job: Callable[..., Job], target: str, device: str) -> None:
+    """Of a model in one format."""
+    profile = load_device(device)
+    made = budgeted(load_target(target).on(profile))
+    with open_model(job().source) as model:
+        storages = made.storages(model)
+        cpu = cpu_as_predicted(made, model, storages, profile)
+        chosen = []
+        for one in storages:
+            # Of the formats of 4.5 bits the quickest; the target with static activations has one of 8 bits.
+            alike = [format for format in one.formats if format.stored_bytes(1, 256) == 144] or one.formats
+            chosen.append((one, max(alike, key=partial(decode_of, made, one))))
+        budget = Budget(Limits(), 0, storages, "accuracy", made, cpu, [])
+        timed = [budget.timed(one, Choice(format, 0, 0.0)) for one, format in chosen]
+        sizes = [(group, format) for one, format in chosen for group in one.groups if group.site != "tokens"]
+    (name, _) = Counter(format.name for _, format in sizes).most_common(1)[0]
+    read = sum(format.stored_bytes(group.rows, group.columns) for group, format in sizes)
+    # The same model, so many times as large that there are predictions for it.
+    scale = max(1.0, LEAST_PARAMETERS / model.decoder.parameters, LEAST_BYTES / read)
+    request = Request(int(scale * read) + 1, int(scale * model.decoder.parameters) + 1, name, "cpu")
+    predicted = rates(profile, checked_request(request, profile))
+    assert scale * sum(one.decode_s for one in timed) == pytest.approx(1 / predicted.decode.value, rel=1e-3)
+    assert scale * sum(one.prefill_s for one in timed) == pytest.approx(1 / predicted.prefill.value, rel=1e-3)
