@@ -91,9 +91,9 @@ def test_positions_of_tokens_are_not_rounded(tmp_path: Path, monkeypatch: pytest
     has_only(monkeypatch, TILES)
     precisions, forward = [], LlamaRotaryEmbedding.forward
 
-    def watched(*given: Any) -> Any:
+    def watched(*given: Any, **named: Any) -> Any:
         precisions.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return forward(*given)
+        return forward(*given, **named)
 
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", watched)
     with open_model(str(tiny_model(tmp_path / "model"))) as model:

@@ -18,7 +18,7 @@ from exporter.model.widths import padded, selected
 from exporter.pipeline import build
 from exporter.planning.job import Job
 from exporter.prove.accuracy import dequantised
-from exporter.targets.target import load_target
+from exporter.targets.contract import load_target
 from tests.models import tiny_model
 
 WORDS = "The quick brown fox jumps over the lazy dog, and 12 more of them follow it. "

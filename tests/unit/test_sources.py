@@ -125,7 +125,7 @@ def test_config_that_cannot_be_used(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     refused(folder, InputError, "config.json is not valid JSON")
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
-    refused(folder, InputError, "no usable 'model_type'; got 'nonsense', expected one of llama")
+    refused(folder, InputError, "no usable 'model_type'; got 'nonsense', expected one of gemma3_text, llama")
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 65}')
     refused(folder, InputError, "transformers cannot read the config")
     (folder / "config.json").unlink()
