@@ -16,11 +16,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from exporter.model.blocks import Block
@@ -35,6 +39,12 @@ KINDS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 FAMILIES = tuple(KINDS)
+# Families that only one target builds, or that differ from one above in little: not every test runs on them.
+MORE_KINDS = {
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
+}
+ALL_FAMILIES = (*KINDS, *MORE_KINDS)
 VOCAB = 320
 TEXT = ["the capital of France is Paris", "numbers 12 345 6789", "hello, world! it's a test", "  spaces   and\nlines"]
 TEMPLATE = (
@@ -73,7 +83,7 @@ def tiny_model(
         kind: Classes of its config and model, for a family that is not in `KINDS`.
     """
     torch.manual_seed(seed)
-    config_class, model_class = KINDS[family] if kind is None else kind
+    config_class, model_class = (KINDS | MORE_KINDS)[family] if kind is None else kind
     config = config_class(
         hidden_size=hidden,
         intermediate_size=intermediate,

@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import EVERY_SITE, rescaled
 from exporter.formats.format import Float32
+from exporter.model.decoder import HEAD_SITE
 from exporter.model.family import families
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from tests.models import FAMILIES, tiny_model
+from tests.models import ALL_FAMILIES, tiny_model
 
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 40)))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     folder = tiny_model(tmp_path_factory.mktemp(request.param) / "model", request.param, tied=False, layers=3)
     with open_model(str(folder)) as opened:
@@ -37,7 +38,7 @@ def loaded(model: Model) -> torch.nn.Module:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {family.model_type for family in families().values()} == set(FAMILIES)
+    assert {family.model_type for family in families().values()} == set(ALL_FAMILIES)
 
 
 def test_the_description_names_each_tensor_of_the_module(model: Model) -> None:
@@ -100,6 +101,8 @@ def rescaled_at(model: Model, kind: str) -> Model:
 def test_a_rewrite_that_the_family_allows_changes_no_logit(model: Model, kind: str) -> None:
     changed = rescaled_at(model, kind)
     names = model.decoder.tensors()
+    if kind != HEAD_SITE and not any(site.producer for site in model.decoder.sites.values() if site.kind == kind):
+        pytest.skip("nothing may absorb a division there")
     assert any((changed.read(name) != model.read(name)).any() for name in names)
     with torch.inference_mode():
         before, after = (loaded(one)(TOKENS).logits.double() for one in (model, changed))

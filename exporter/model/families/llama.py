@@ -83,7 +83,7 @@ class BlockParts:
     def attention(
         self,
         entrance: str,
-        before: Vector,
+        before: Vector | None,
         after: Vector | None = None,
         v_biases: "tuple[Vector, ...] | list[Vector]" = (),
     ) -> Sublayer:
@@ -96,18 +96,18 @@ class BlockParts:
         )
         o = self._linear("o", "self_attn.o_proj", shape.hidden, query, "attention_out")
         sites = (
-            self._site("attention_in", (q, k, v), Producer((before,))),
+            self._site("attention_in", (q, k, v), _norm_as_producer(before)),
             self._site("attention_out", (o,), Producer(tuple(v_biases), v, by_heads=True)),
         )
         return Sublayer(entrance, sites, before, after)
 
-    def feed_forward(self, entrance: str, before: Vector, after: Vector | None = None) -> Sublayer:
+    def feed_forward(self, entrance: str, before: Vector | None, after: Vector | None = None) -> Sublayer:
         """Return the feed-forward part: down(act(gate x) * up x)."""
         hidden, width = self._shape.hidden, self._shape.intermediate[self._layer]
         gate, up = (self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in") for role in ("gate", "up"))
         down = self._linear("down", "mlp.down_proj", hidden, width, "mlp_out")
         sites = (
-            self._site("mlp_in", (gate, up), Producer((before,))),
+            self._site("mlp_in", (gate, up), _norm_as_producer(before)),
             self._site("mlp_out", (down,), Producer(linear=up)),
         )
         return Sublayer(entrance, sites, before, after, GatedChannels(gate, up, down))
@@ -117,8 +117,13 @@ class BlockParts:
         place = f"layers.{self._layer}.{site}"
         return Linear(WeightGroup(name, role, self._layer, rows, columns, (role,), place), module, heads)
 
-    def _site(self, kind: str, linears: tuple[Linear, ...], producer: Producer) -> Site:
+    def _site(self, kind: str, linears: tuple[Linear, ...], producer: Producer | None) -> Site:
         return Site(f"layers.{self._layer}.{kind}", linears, producer)
+
+
+def _norm_as_producer(norm: Vector | None) -> Producer | None:
+    """Return the norm before a site as what may absorb a division; nothing may where the site is the stream itself."""
+    return None if norm is None else Producer((norm,))
 
 
 FAMILY = Family(
