@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -41,6 +43,7 @@ KINDS = {
 FAMILIES = tuple(KINDS)
 # Families that only one target builds, or that differ from one above in little: not every test runs on them.
 MORE_KINDS = {
+    "granite": (GraniteConfig, GraniteForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
@@ -113,6 +116,11 @@ def tiny_model(
 
 def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
     """Return the keys of config.json that a family needs besides those of all, for heads of some width."""
+    if family == "granite":
+        return {
+            "embedding_multiplier": 12.0, "attention_multiplier": 1 / 16, "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        }  # fmt: skip
     if family != "gemma3_text":
         return {}
     return {

@@ -144,6 +144,11 @@ class LayerStream:
         normalised: torch.Tensor = norm(hidden)
         return normalised
 
+    @property
+    def logits_divisor(self) -> float:
+        """What the head's outputs are divided by."""
+        return self._model.decoder.logits_divisor
+
     def head(self) -> torch.Tensor:
         """Return the head's matrix, float32 [vocab, hidden]."""
         return torch.from_numpy(self._model.read(self._model.decoder.head.name))

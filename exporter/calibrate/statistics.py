@@ -309,18 +309,20 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) 
         at_normalised, weights = torch.empty(normalised.shape), torch.empty(len(normalised))
         for first in range(0, len(normalised), POSITIONS_AT_ONCE):
             part = slice(first, first + POSITIONS_AT_ONCE)
-            p = (normalised[part].detach() @ head.T).softmax(-1)
+            p = (normalised[part].detach() / stream.logits_divisor @ head.T).softmax(-1)
             # The exact expectation of g^2 over drawn tokens.
             variance = torch.addcmul(p, p, p, value=-1)
             total += variance.sum(0)
             weights[part] = variance.sum(-1)
             drawn = _drawn(p, torch.rand(len(p), 1, generator=chance))
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
-            at_normalised[part] = p @ head
+            at_normalised[part] = p @ head / stream.logits_divisor
         (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
         moments.add(normalised.detach()[None], weights[None], window)
     moments.save(files, HEAD_SITE)
-    files.save(f"{_gradients(None)}.npz", VECTORS, {"head": (total / hidden[..., 0].numel()).float().numpy()})
+    # Of the head's outputs, before they are divided.
+    means = total / (hidden[..., 0].numel() * stream.logits_divisor**2)
+    files.save(f"{_gradients(None)}.npz", VECTORS, {"head": means.float().numpy()})
     return gradient
 
 

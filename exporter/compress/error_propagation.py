@@ -38,9 +38,9 @@ RIDGE = FITTED["propagation_ridge"].value
 class SiteErrors:
     """What earlier rounding did to the inputs of a site, and how the matrices there compensate for it."""
 
-    def __init__(self, source: PausedLayer, compressed: PausedLayer, site: Site, into_the_stream: bool) -> None:
+    def __init__(self, source: PausedLayer, compressed: PausedLayer, site: Site, onto_the_stream: float) -> None:
         self._source, self._compressed = source, compressed
-        self._difference = _difference(source, compressed, site, into_the_stream)
+        self._difference = _difference(source, compressed, site, onto_the_stream)
 
     def weight(self, linear: Linear) -> Float32:
         """Return the source's weights of a matrix, float32 [rows, columns]; they must not be changed."""
@@ -85,13 +85,13 @@ def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterat
             for sublayer in block.sublayers:
                 for site in sublayer.sites:
                     _advance(source, compressed)
-                    yield site, SiteErrors(source, compressed, site, _adds_to_the_stream(sublayer, site))
+                    yield site, SiteErrors(source, compressed, site, _weight_in_the_stream(sublayer, site))
             _advance(source, compressed)
 
 
-def _adds_to_the_stream(sublayer: Sublayer, site: Site) -> bool:
-    """Return whether the outputs of a site's matrices are added to the residual stream as they are."""
-    return site == sublayer.sites[-1] and sublayer.norm_after is None
+def _weight_in_the_stream(sublayer: Sublayer, site: Site) -> float:
+    """Return the factor with which a site's outputs are added to the residual stream; 0 if they are not, or not so."""
+    return sublayer.residual_scale if site == sublayer.sites[-1] and sublayer.norm_after is None else 0.0
 
 
 @torch.inference_mode()
@@ -103,18 +103,18 @@ def _advance(*passes: PausedLayer) -> None:
 
 @torch.inference_mode()
 @quick_products()
-def _difference(source: PausedLayer, compressed: PausedLayer, site: Site, into_the_stream: bool) -> "_Difference":
-    return _Difference(source, compressed, site.columns, into_the_stream)
+def _difference(source: PausedLayer, compressed: PausedLayer, site: Site, onto_the_stream: float) -> "_Difference":
+    return _Difference(source, compressed, site.columns, onto_the_stream)
 
 
 class _Difference:
     """The difference of two models at a site, and the compensation for it by a matrix there."""
 
-    def __init__(self, source: PausedLayer, compressed: PausedLayer, columns: int, into_the_stream: bool) -> None:
+    def __init__(self, source: PausedLayer, compressed: PausedLayer, columns: int, onto_the_stream: float) -> None:
         tokens = compressed.hidden[..., 0].numel()
         moment, self._inputs = torch.zeros(columns, columns), torch.zeros(columns, columns)
         self._stream: torch.Tensor | None = None
-        if into_the_stream:
+        if onto_the_stream:
             self._stream = torch.zeros(compressed.hidden.shape[-1], columns)
         for part in parts(compressed.hidden):
             given = compressed.inputs[part.start].flatten(0, 1)
@@ -124,7 +124,7 @@ class _Difference:
             self._inputs.add_(missing.T @ given, alpha=INPUTS_SHARE / tokens)
             if self._stream is not None:
                 lost = (source.stream[part.start] - compressed.stream[part.start]).flatten(0, 1)
-                self._stream.add_(lost.T @ given, alpha=STREAM_SHARE / tokens)
+                self._stream.add_(lost.T @ given, alpha=STREAM_SHARE / onto_the_stream / tokens)
         diagonal = moment.diagonal()
         diagonal += RIDGE * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
         # `cholesky` reads only the lower triangle.

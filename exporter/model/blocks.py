@@ -118,6 +118,7 @@ class Sublayer:
         norm_before: The norm between the stream and the first site; None for none.
         norm_after: The norm between the last matrix and the stream; None if its outputs are added as they are.
         channels: The channels of a gated feed-forward part; None for any other.
+        residual_scale: Factor of what is added to the stream.
     """
 
     entrance: str
@@ -125,6 +126,7 @@ class Sublayer:
     norm_before: Vector | None = None
     norm_after: Vector | None = None
     channels: GatedChannels | None = None
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class Decoder(Shape):
             positions=positions,
             windows=tuple(window if window is not None and window < positions else None for window in windows),
             embedding_scale=family.embedding_scale(config),
+            residual_scale=family.residual_scale(config),
+            logits_divisor=family.logits_divisor(config),
             activation=getattr(config, family.activation_key),
         )
         if heads % decoder.kv_heads or decoder.head_dim % 2:

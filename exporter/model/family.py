@@ -18,7 +18,7 @@ HeaderValue = bool | int | float | str | list[bool] | list[int]
 
 
 def no_scale(config: PretrainedConfig) -> float:
-    """Return 1: embeddings enter the first block as the table holds them."""
+    """Return 1."""
     return 1.0
 
 
@@ -107,6 +107,8 @@ class Family:
         carries_windows: The targets attend within the windows as the model does. Otherwise the artifact's context is
             no longer than the shortest window.
         embedding_scale: Returns the factor of embeddings before the first block.
+        residual_scale: Returns the factor of what sublayers add to the residual stream.
+        logits_divisor: Returns what the head's outputs are divided by.
         rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
         activation_key: The key of config.json that names the activation.
         refused_flags: Keys of config.json that would add biases which the blocks do not have.
@@ -122,6 +124,8 @@ class Family:
     onnx: OnnxDeclaration | None = None
     carries_windows: bool = False
     embedding_scale: Callable[[PretrainedConfig], float] = no_scale
+    residual_scale: Callable[[PretrainedConfig], float] = no_scale
+    logits_divisor: Callable[[PretrainedConfig], float] = no_scale
     rotary_kinds: Sequence[str] = (FULL,)
     activation_key: str = "hidden_act"
     refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")

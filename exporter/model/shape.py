@@ -19,6 +19,8 @@ class Shape:
         positions: The model's maximum.
         windows: Attention window of each layer; None for none, or for one that no position exceeds.
         embedding_scale: Factor of embeddings before the first block.
+        residual_scale: Factor of what sublayers add to the residual stream.
+        logits_divisor: What the head's outputs are divided by.
         activation: Name of the activation of the feed-forward parts.
     """
 
@@ -33,6 +35,8 @@ class Shape:
     positions: int
     windows: tuple[int | None, ...]
     embedding_scale: float
+    residual_scale: float
+    logits_divisor: float
     activation: str
 
     @property

@@ -35,11 +35,13 @@ class Reference:
         tokens: int64 [windows, length].
         hidden: float32 [windows, length, hidden].
         head: float32 [vocab, hidden].
+        divisor: What the head's outputs are divided by.
     """
 
     tokens: Tokens
     hidden: torch.Tensor
     head: torch.Tensor
+    divisor: float = 1.0
 
     @classmethod
     def of(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
@@ -51,7 +53,7 @@ class Reference:
             progress: Called with layers done and their total.
         """
         stream = LayerStream(model)
-        return cls(tokens, hidden_states(stream, tokens, progress), stream.head())
+        return cls(tokens, hidden_states(stream, tokens, progress), stream.head(), stream.logits_divisor)
 
     @classmethod
     def of_original(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
@@ -61,11 +63,11 @@ class Reference:
         path = cache_folder("references") / f"{key}.npy"
         stream = LayerStream(model)
         hidden = kept(path, ARRAY, lambda: hidden_states(stream, tokens, progress).numpy())
-        return cls(tokens, torch.from_numpy(hidden), stream.head())
+        return cls(tokens, torch.from_numpy(hidden), stream.head(), stream.logits_divisor)
 
     def logits(self, window: int, positions: slice) -> torch.Tensor:
         """Return logits of some positions of a window, float32 [positions, vocab]."""
-        return self.hidden[window, positions] @ self.head.T
+        return self.hidden[window, positions] / self.divisor @ self.head.T
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from exporter.foundation.quantities import Document
+from exporter.foundation.registry import names
 from exporter.targets.onnx.rounding import DISABLE_KLEIDIAI
 
 CONFIGURATION, TOKENIZER_SETTINGS = "genai_config.json", "tokenizer_config.json"
@@ -64,6 +65,14 @@ class Decoder(Document):
     num_key_value_heads: Few
 
 
+def _of_a_family(name: str) -> str:
+    """Return the name of a family's file, which is its `model_type`."""
+    known = [family.replace("-", "_") for family in names("exporter.model.families")]
+    if name not in known:
+        raise ValueError(f"a family of decoders is expected: {', '.join(known)}")
+    return name
+
+
 class GenaiModel(Document):
     """The model: its decoder and its special tokens."""
 
@@ -71,7 +80,7 @@ class GenaiModel(Document):
     decoder: Decoder
     eos_token_id: TokenId | TokenIds
     pad_token_id: TokenId
-    type: Literal["gemma3_text", "llama", "mistral", "qwen2", "qwen3"]
+    type: Annotated[str, AfterValidator(_of_a_family)]
     vocab_size: Size
     bos_token_id: Annotated[TokenId | None, ABSENT] = None
 

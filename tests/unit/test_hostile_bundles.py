@@ -9,7 +9,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import onnx
 import pytest
@@ -34,7 +34,7 @@ from exporter.foundation.quantities import Check
 from exporter.model.family import families
 from exporter.report.data import canonical_json
 from exporter.targets.onnx.intake import MOST_GRAPH_BYTES
-from exporter.targets.onnx.settings import GenaiModel
+from exporter.targets.onnx.settings import _of_a_family
 from tests.commands import cli
 from tests.plans import with_plan
 
@@ -225,7 +225,11 @@ def test_a_device_is_sent_the_settings_as_they_were_written_anew(bundle: Path) -
 
 
 def test_settings_know_every_family() -> None:
-    assert set(get_args(GenaiModel.model_fields["type"].annotation)) == {one.model_type for one in families().values()}
+    for family in families().values():
+        assert _of_a_family(family.model_type) == family.model_type
+    for name in ("", "gpt2", "llama ", "LLAMA", "../llama", "gemma3-text"):
+        with pytest.raises(ValueError, match="a family of decoders is expected: gemma3_text, "):
+            _of_a_family(name)
 
 
 # The graph

@@ -99,7 +99,7 @@ class BlockParts:
             self._site("attention_in", (q, k, v), _norm_as_producer(before)),
             self._site("attention_out", (o,), Producer(tuple(v_biases), v, by_heads=True)),
         )
-        return Sublayer(entrance, sites, before, after)
+        return Sublayer(entrance, sites, before, after, residual_scale=shape.residual_scale)
 
     def feed_forward(self, entrance: str, before: Vector | None, after: Vector | None = None) -> Sublayer:
         """Return the feed-forward part: down(act(gate x) * up x)."""
@@ -110,7 +110,8 @@ class BlockParts:
             self._site("mlp_in", (gate, up), _norm_as_producer(before)),
             self._site("mlp_out", (down,), Producer(linear=up)),
         )
-        return Sublayer(entrance, sites, before, after, GatedChannels(gate, up, down))
+        channels = GatedChannels(gate, up, down)
+        return Sublayer(entrance, sites, before, after, channels, self._shape.residual_scale)
 
     def _linear(self, role: str, module: str, rows: int, columns: int, site: str, heads: int = 0) -> Linear:
         name = f"model.layers.{self._layer}.{module}.weight"

@@ -3,10 +3,12 @@
 onnxruntime-genai's model builder knows only the first OLMo.
 """
 
+from transformers import PretrainedConfig
+
 from exporter.model.attention_windows import no_window
 from exporter.model.blocks import Block
 from exporter.model.families.llama import GGUF_TENSORS, BlockParts
-from exporter.model.family import Family, GgufDeclaration
+from exporter.model.family import Family, GgufDeclaration, Refusal
 from exporter.model.shape import Shape
 
 
@@ -29,6 +31,11 @@ def block(shape: Shape, layer: int) -> Block:
     )
 
 
+def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
+    """Refuse a tied head: llama.cpp reads one of its own."""
+    return Refusal("tie_word_embeddings", True, False) if shape.tied else None
+
+
 FAMILY = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
@@ -37,5 +44,6 @@ FAMILY = Family(
     gguf=GgufDeclaration(
         "olmo2",
         GGUF_TENSORS | {"attention_after_norm": "post_attention_norm.weight", "mlp_after_norm": "post_ffw_norm.weight"},
+        refusal=refusal,
     ),
 )
