@@ -34,7 +34,7 @@ def test_a_budget_beats_round_to_nearest(
                 evaluation=evaluation, window=WINDOW, context=WINDOW, evaluation_windows=16, **options,
             )
         ).report  # fmt: skip
-        return report.accuracy.kl_mean.value, report.size.file_bytes
+        return report.accuracy.kl_mean.value, int(report.size.file_bytes.value)
 
     nearest, size = loss("nearest", type=type, method="rtn", effort="fast")
     budgeted, ours = loss("budgeted", max_file_bytes=size, effort="balanced")
