@@ -128,27 +128,27 @@ def compress(
 
 
 def _compressed(compression: Compression) -> Iterator[CompressedMatrix]:
-    encoder, decoder = _Encoder(compression), compression.model.decoder
-    embedding = encoder.compressed(decoder.embedding, compression.model.read(decoder.embedding.name))
-    tokens, embedded = compression.propagation_text, None
-    if tokens is not None:
-        embedded = embedding.encoded.planned[tokens]
+    encoder, decoder, tokens = _Encoder(compression), compression.model.decoder, compression.propagation_text
+    embedding = encoder.compressed(decoder.embedding)
+    embedded = None if tokens is None else embedding.encoded.planned[tokens]
     yield embedding
     del embedding
-    sites: Iterator[tuple[Site, SiteErrors | None]] = ((site, None) for site in decoder.sites.values())
-    if tokens is not None and embedded is not None:
-        sites = propagated_errors(compression.model, tokens, embedded)
+    if tokens is None or embedded is None:
+        yield from (encoder.compressed(one.group) for site in decoder.sites.values() for one in site.linears)
+    else:
+        yield from _compensating(encoder, propagated_errors(compression.model, tokens, embedded))
+    if not decoder.tied:
+        yield encoder.compressed(decoder.head)
+
+
+def _compensating(encoder: "_Encoder", sites: Iterator[tuple[Site, SiteErrors]]) -> Iterator[CompressedMatrix]:
+    """Compress the matrices of each site so that they compensate for the errors of earlier ones."""
     for site, errors in sites:
         for linear in site.linears:
-            if errors is None:
-                yield encoder.compressed(linear.group, compression.model.read(linear.group.name))
-                continue
             weight = errors.weight(linear)
             matrix = encoder.compressed(linear.group, weight, errors.compensated(weight))
             errors.follow(linear, matrix.encoded.planned)
             yield matrix
-    if not decoder.tied:
-        yield encoder.compressed(decoder.head, compression.model.read(decoder.head.name))
 
 
 class _Encoder:
@@ -159,14 +159,17 @@ class _Encoder:
         named = {FACTORS, *(one.method for one in compression.decided)}
         self._methods = {name: load_method(name, compression.effort) for name in named}
 
-    def compressed(self, group: WeightGroup, weight: Float32, wanted: Float32 | None = None) -> CompressedMatrix:
+    def compressed(
+        self, group: WeightGroup, weight: Float32 | None = None, wanted: Float32 | None = None
+    ) -> CompressedMatrix:
         """Compress one matrix.
 
         Args:
             group: Its name and shape.
-            weight: The source's, float32 [rows, columns]; not changed.
+            weight: The source's, float32 [rows, columns]; not changed. It is read if it is None.
             wanted: What is encoded in its place, to compensate for the errors of earlier matrices; None for `weight`.
         """
+        weight = self._compression.model.read(group.name) if weight is None else weight
         decision = self._compression.decisions[group.name]
         statistics = self._compression.statistics
         site = None if statistics is None else statistics.site(group.site)

@@ -11,7 +11,7 @@ from exporter.targets.facts import session_file
 from tests.contract.test_layout import imported
 
 ROOT = Path(exporter.__file__).resolve().parent.parent
-SENT = [ROOT / "exporter/bench/probe.py", *{session_file(name) for name in target_names()}]
+SENT = [ROOT / "exporter/bench/probe.py", *sorted({session_file(name) for name in target_names()})]
 
 
 @pytest.mark.parametrize("path", SENT, ids=lambda path: path.parent.name)
