@@ -30,7 +30,7 @@ class Session:
     """A model with its adapter, if it has one, and a context.
 
     Args:
-        files: Paths of the model and of the adapter; the adapter is applied at full strength.
+        files: Paths of the model, of its adapter, which is applied at full strength, and of files that are not used.
         context: Tokens a sequence may have.
         threads: Threads to compute with.
         exact: Keep keys and values in float32; llama.cpp's default is float16.
@@ -47,7 +47,7 @@ class Session:
         self.api = llama_cpp
         llama_cpp.llama_backend_init()
         adapters = [file for file in files if file.endswith(ADAPTER_FILE)]
-        (path,) = (file for file in files if file not in adapters)
+        (path,) = (file for file in files if file.endswith(".gguf") and file not in adapters)
         self.model: Any = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise NotLoadedError("llama.cpp cannot load the file", path)
