@@ -119,7 +119,9 @@ def test_config_that_cannot_be_used(folder: Path) -> None:
     edit(folder, "config.json", auto_map={"AutoModel": "x.Y"})
     refused(folder, InputError, r"run code of its own \(auto_map\), which is refused")
     (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    refused(folder, InputError, "'GPT2LMHeadModel' is not supported; expected one of Gemma3ForCausalLM, GraniteForCausalLM")
+    refused(
+        folder, InputError, "'GPT2LMHeadModel' is not supported; expected one of Gemma3ForCausalLM, GraniteForCausalLM"
+    )
     (folder / "config.json").write_text('{"quantization_config": {}}')
     refused(folder, InputError, "already quantised")
     (folder / "config.json").write_text("{")
