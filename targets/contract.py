@@ -251,10 +251,7 @@ def budgeted(target: Target) -> Budgeted:
     """
     if isinstance(target, Budgeted):
         return target
-    raise RequestError(
-        f"the target {target.name} has no budgets", expected="a type for all matrices",
-        next_step=f"name one with --type, such as {target.default_type}, or choose another target",
-    )  # fmt: skip
+    raise _lacking(target, "has no budgets")
 
 
 def by_bits(target: Target) -> FormatsByBits:
@@ -265,8 +262,12 @@ def by_bits(target: Target) -> FormatsByBits:
     """
     if isinstance(target, FormatsByBits):
         return target
-    raise RequestError(
-        f"the target {target.name} names no formats by their bits", expected="a type for all matrices",
+    raise _lacking(target, "names no formats by their bits")
+
+
+def _lacking(target: Target, what: str) -> RequestError:
+    return RequestError(
+        f"the target {target.name} {what}", expected="a type for all matrices",
         next_step=f"name one with --type, such as {target.default_type}, or choose another target",
     )  # fmt: skip
 

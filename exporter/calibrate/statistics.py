@@ -148,10 +148,10 @@ def collect_together(model: Model, texts: Sequence[Windows], seed: int, progress
     # Made only if something is to be collected.
     stream = cache(partial(LayerStream, model))
     folders = [cache_folder("statistics", statistics_key(model, text, seed)) for text in texts]
-    unlike = dict(zip(folders, texts, strict=True))
+    by_folder = dict(zip(folders, texts, strict=True))
     # In one order in all jobs, so that no two wait for each other.
     collections = {
-        folder: _collection(model, stream, unlike[folder], seed, folder, progress) for folder in sorted(unlike)
+        folder: _collection(model, stream, by_folder[folder], seed, folder, progress) for folder in sorted(by_folder)
     }
     _run_together(stream, list(collections.values()))
     return [Statistics(folder) for folder in folders]

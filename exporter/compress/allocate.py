@@ -26,6 +26,7 @@ from exporter.compress.method import MatrixMethod, Method, load_method, spread_r
 from exporter.formats.format import Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import ExporterError
+from exporter.model.decoder import TOKENS
 from exporter.model.model import Model
 
 Float64 = NDArray[np.float64]
@@ -210,7 +211,7 @@ def _sampled(
     low_rank: LowRank | None,
 ) -> _Sample:
     rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
-    if group.site != "tokens":
+    if group.site != TOKENS:
         rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.role), chosen)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()

@@ -19,6 +19,7 @@ from exporter.formats.format import Float32
 from exporter.formats.group import WeightGroup
 from exporter.formats.row_scaled import LARGEST_CODE
 from exporter.foundation.errors import RequestError
+from exporter.model.decoder import TOKENS
 
 Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
@@ -49,7 +50,7 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
         variance: Variance of the inputs, as far as a row's error depends on it; unused if none are observed.
     """
     squares = np.zeros(group.rows, np.float32)
-    if group.site != "tokens":
+    if group.site != TOKENS:
         role = "head" if group.layer is None else group.role
         squares += np.float32(variance) * statistics.sensitivity(group.layer, role)
     if "embedding" in group.uses:

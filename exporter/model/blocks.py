@@ -137,13 +137,11 @@ class Block:
         layer: Its index.
         sublayers: In the order of computation.
         vectors: Its norms and biases, in the order in which files hold them.
-        window: Positions that a token attends to, itself included; None for all before it.
     """
 
     layer: int
     sublayers: tuple[Sublayer, ...]
     vectors: tuple[Vector, ...]
-    window: int | None = None
 
     @property
     def sites(self) -> Iterator[Site]:

@@ -13,6 +13,7 @@ import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
 from exporter.calibrate.second_moments import STRIPES, Site
+from exporter.calibrate.statistics import site_columns
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compression import propagates_errors, weights_digest
 from exporter.compress.effort import Effort
@@ -115,8 +116,7 @@ def _token_flops(model: Model, window: int) -> float:
 
 def _moment_flops(model: Model) -> float:
     """Return the arithmetic of one token's second moments."""
-    sites = {group.site: group.columns for group in model.groups() if group.site != "tokens"}
-    return (1 + 1 / STRIPES) * sum(columns**2 for columns in sites.values())
+    return (1 + 1 / STRIPES) * sum(columns**2 for columns in site_columns(model).values())
 
 
 def _sampling(resolved: ResolvedJob, token_seconds: float) -> float:

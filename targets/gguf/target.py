@@ -22,6 +22,7 @@ from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Vector
+from exporter.model.decoder import TOKENS
 from exporter.model.ends import special_ids
 from exporter.model.gguf_ends import KEY, ends_written
 from exporter.model.gguf_names import gguf_names, gguf_vectors, in_source_order, row_order
@@ -114,7 +115,7 @@ class Gguf(Target):
     def _mixed(self, model: Model, mix: str, method: str) -> list[Decision]:
         names = gguf_names(model.decoder)
         groups = model.groups()
-        observed = [names[group.name] for group in groups if group.site != "tokens"]
+        observed = [names[group.name] for group in groups if group.site != TOKENS]
         types = mix_types(mix, model.decoder, model.config, observed)
         usual = max(set(types.values()), key=list(types.values()).count)
         return [_mix_decision(group, method, types[names[group.name]], mix, usual) for group in groups]
@@ -128,7 +129,7 @@ class Gguf(Target):
         alphabet = [ggml_format(name) for name in ALPHABET]
 
         def formats(group: WeightGroup) -> tuple[GgmlFormat, ...]:
-            observed = group.site != "tokens"
+            observed = group.site != TOKENS
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
         return [Storage((group,), formats(group)) for group in model.groups()]

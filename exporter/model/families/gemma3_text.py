@@ -37,7 +37,6 @@ def block(shape: Shape, layer: int) -> Block:
             part.feed_forward("pre_feedforward_layernorm", before_mlp, after_mlp),
         ),
         (before_attention, after_attention, before_mlp, after_mlp, *heads),
-        shape.windows[layer],
     )
 
 
@@ -75,7 +74,7 @@ FAMILY = Family(
     windows=windows_by_layer,
     gguf=GgufDeclaration(
         "gemma3",
-        GGUF_TENSORS | {"attention_after_norm": "post_attention_norm.weight", "mlp_after_norm": "post_ffw_norm.weight"},
+        GGUF_TENSORS,
         activations=("gelu_pytorch_tanh",),
         keys=header_keys,
         refusal=refusal,

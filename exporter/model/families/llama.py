@@ -19,6 +19,8 @@ GGUF_TENSORS = MappingProxyType(
         "down": "ffn_down.weight",
         "attention_norm": "attn_norm.weight",
         "mlp_norm": "ffn_norm.weight",
+        "attention_after_norm": "post_attention_norm.weight",
+        "mlp_after_norm": "post_ffw_norm.weight",
         "q_norm": "attn_q_norm.weight",
         "k_norm": "attn_k_norm.weight",
         "q_bias": "attn_q.bias",
@@ -56,7 +58,6 @@ def block(shape: Shape, layer: int, qk_norms: bool = False, qkv_biases: bool = F
             part.feed_forward("post_attention_layernorm", norms[1]),
         ),
         (*norms, *(more if qk_norms else ()), *(biases if qkv_biases else ())),
-        shape.windows[layer],
     )
 
 

@@ -43,7 +43,7 @@ FAMILY = Family(
     windows=no_window,
     gguf=GgufDeclaration(
         "olmo2",
-        GGUF_TENSORS | {"attention_after_norm": "post_attention_norm.weight", "mlp_after_norm": "post_ffw_norm.weight"},
+        GGUF_TENSORS,
         refusal=refusal,
     ),
 )
