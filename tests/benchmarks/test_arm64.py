@@ -43,7 +43,7 @@ def demo_artifact(folder: Path, device: str, name: str, type: str) -> Artifact:
 def test_the_demo_on_an_emulated_core(
     tmp_path: Path, device: str, target: str, type: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
+    monkeypatch.setattr(arm64, "installation", lambda _: INSTALLED)
     artifact = demo_artifact(tmp_path, device, target, type)
     tokens = np.random.default_rng(0).integers(100, 3000, (1, positions))
     started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)

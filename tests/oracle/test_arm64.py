@@ -99,7 +99,7 @@ def test_a_program_that_fails_is_quoted(tmp_path: Path) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
-    monkeypatch.setattr(arm64, "installation", lambda: INSTALLED)
+    monkeypatch.setattr(arm64, "installation", lambda _: INSTALLED)
     monkeypatch.setattr(arm64, "POSITIONS", 64)
     yield INSTALLED
 

@@ -229,6 +229,15 @@ def test_set_up_names_what_is_missing(programs: Path) -> None:
     assert left == ["apt"], "nothing half-made stays, and apt goes on with what it has"
 
 
+def test_a_system_that_does_not_run_is_not_kept(programs: Path) -> None:
+    program(programs, "qemu-aarch64-static", "echo Invalid ELF image for this architecture >&2; exit 255")
+    program(programs, "dpkg-deb")
+    program(programs, "apt-get", 'if [ "$1" = indextargets ]; then echo deb x y z; fi')
+    with pytest.raises(RuntimeCrashError, match="Invalid ELF image"):
+        setup.install(emulation_needs())
+    assert not setup.installation(emulation_needs()).root.exists()
+
+
 def test_set_up_waits_no_longer_than_its_limit(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(programs, "qemu-aarch64-static")
     program(programs, "dpkg-deb")

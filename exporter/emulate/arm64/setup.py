@@ -17,7 +17,7 @@ from pathlib import Path
 
 from exporter.emulate.arm64.core import CORES
 from exporter.emulate.arm64.installation import Digests, Installation, Needs, Program
-from exporter.emulate.arm64.machine import qemu
+from exporter.emulate.arm64.machine import EmulatedMachine, qemu
 from exporter.foundation.cache import cache_folder, require_space, scratch_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import MissingDependencyError, RequestError
@@ -70,6 +70,7 @@ def install(needs: Needs, progress: Progress = silent) -> Installation:
 
     Raises:
         MissingDependencyError: a required program is missing; the message says how to install it.
+        RuntimeCrashError: the installed Python does not run.
         RequestError: a package cannot be downloaded, or there is too little disk space.
     """
     qemu()
@@ -89,7 +90,10 @@ def install(needs: Needs, progress: Progress = silent) -> Installation:
 
 
 def _debian(root: Path) -> None:
-    """Unpack Debian's packages for ARM64; apt uses a private state, in which this machine has none."""
+    """Unpack Debian's packages for ARM64, and start their Python.
+
+    apt uses a private state, in which this machine has no packages.
+    """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise MissingDependencyError(
@@ -104,7 +108,7 @@ def _debian(root: Path) -> None:
     sources = private / "sources.list"
     sources.write_text(_debian_sources(), encoding="utf-8")
     settings = {
-        "APT::Decoder": "arm64",
+        "APT::Architecture": "arm64",
         "APT::Architectures": "arm64",
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "",
@@ -120,6 +124,7 @@ def _debian(root: Path) -> None:
     _run([*apt, "install", "-y", "--download-only", *DEBIAN_PACKAGES])
     for package in sorted(archives.glob("*.deb")):
         _run(["dpkg-deb", "-x", package, root])
+    EmulatedMachine(CORES[0], root, root).run([root / "usr/bin/python3", "-I", "-c", ""], TIMEOUT_S)
     shutil.rmtree(private)
 
 
