@@ -18,7 +18,7 @@ from exporter.foundation.errors import InputError
 from exporter.model.blocks import Block
 from exporter.model.decoder import layer_prefix
 from exporter.model.model import Model
-from exporter.model.module import weightless_module
+from exporter.model.module import separate, weightless_module
 
 # Tokens per batch of windows: enough for fast matrix products, few enough for small activations.
 TOKENS_AT_ONCE = 2048
@@ -70,6 +70,8 @@ class LayerStream:
         self._model = model
         skeleton = weightless_module(model)
         self._decoder = cast(Any, skeleton.model)
+        for block, layer in zip(model.decoder.blocks, self._decoder.layers, strict=True):
+            separate(layer, block)
         # The buffers of the rotary embedding follow from the config.
         self._decoder.rotary_emb = type(self._decoder.rotary_emb)(skeleton.config)
         self._arguments: dict[int, list[Mapping[str, Any]]] = {}
@@ -97,17 +99,21 @@ class LayerStream:
             like: The same layer of another stream, whose weights are used, not copied; None to read them.
         """
         module: nn.Module = self._decoder.layers[index]
-        prefix = layer_prefix(index)
         if like is None:
-            state = {name: torch.from_numpy(self._model.read(f"{prefix}{name}")) for name in module.state_dict()}
+            names = {f"{linear.module}.weight": linear.group.name for linear in self._block(index).linears.values()}
+            names = {name: names.get(name, f"{layer_prefix(index)}{name}") for name in module.state_dict()}
+            state = {name: torch.from_numpy(self._model.read(stored)) for name, stored in names.items()}
         else:
             state = like.module.state_dict()
         module.load_state_dict(state, assign=True)
         try:
-            yield LoadedLayer(self._model.decoder.blocks[index], module, partial(self._arguments_of, index))
+            yield LoadedLayer(self._block(index), module, partial(self._arguments_of, index))
         finally:
             module.to("meta")
             give_back_freed_memory()
+
+    def _block(self, index: int) -> Block:
+        return self._model.decoder.blocks[index]
 
     def _arguments_of(self, index: int, length: int) -> Mapping[str, Any]:
         if length not in self._arguments:

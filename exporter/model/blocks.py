@@ -34,13 +34,17 @@ class Linear:
 
     Attributes:
         group: Its name, shape and role.
-        module: Path, within the block, of transformers' module that multiplies by it.
+        module: Path, within the block, of the module that multiplies by it: transformers' own, or for a slice the
+            part of it that `exporter.model.module` makes.
         rotary_heads: Number of heads whose rows rotary embeddings turn; 0 for none.
+        stored_in: Name of the tensor of the checkpoint whose rows hold those of several matrices, one after the other
+            in the order of the block; None if the matrix is a tensor by itself.
     """
 
     group: WeightGroup
     module: str
     rotary_heads: int = 0
+    stored_in: str | None = None
 
     @property
     def role(self) -> str:

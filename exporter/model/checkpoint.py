@@ -75,7 +75,7 @@ class Checkpoint:
         held = self._floats(name)
         with safe_open(held.file, framework="pt") as file:
             matrix = file.get_slice(held.name)
-            some = torch.cat([matrix[row : row + 1] for row in rows.tolist()])
+            some = torch.cat([matrix[first:last] for first, last in _runs(rows)])
         return require_finite(some.float().numpy(), name)
 
     def _floats(self, name: str) -> Held:
@@ -229,6 +229,13 @@ def _header(file: Path) -> dict[str, Held]:
             got=" ".join(str(error).split())[:300],
             next_step="fetch this file again",
         ) from error
+
+
+def _runs(rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield first and end of each run of consecutive rows."""
+    ends = np.flatnonzero(np.diff(rows) != 1) + 1
+    for run in np.split(rows, ends):
+        yield int(run[0]), int(run[-1]) + 1
 
 
 def _name_in(name: str, known: Collection[str]) -> str:

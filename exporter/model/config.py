@@ -1,5 +1,6 @@
 """Reads config.json of a model folder: checks each key, then loads it with transformers without running model code."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     """Return the transformers config for the content of config.json; for errors see `load_config`."""
-    if "auto_map" in raw:
+    # Most models with code of their own are of no known family: name the code first.
+    if "auto_map" in raw and not _is_adopted(raw["auto_map"]):
         raise InputError(
             "the model asks to run code of its own (auto_map), which is refused",
             where=where,
             next_step="use a model of an architecture that transformers has built in",
         )
+    raw = {key: value for key, value in raw.items() if key != "auto_map"}
     family = _family(raw, where)
     keys = deepcopy(honoured(raw, family, where)) | {"architectures": [family.architecture]}
     try:
@@ -62,6 +65,21 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
         raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
     check_rotary(config, where)
     return config
+
+
+def _is_adopted(auto_map: object) -> bool:
+    """Return whether all code that `auto_map` names is built into transformers by now; it may name a repository."""
+    known = {name for family in families().values() for name in family.adopted_code}
+    return isinstance(auto_map, dict) and all(
+        isinstance(name, str) and name.rpartition("--")[2] in known for name in auto_map.values()
+    )
+
+
+def code_notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a note on code that a folder of a known family brings along, which is never run."""
+    if "auto_map" not in raw:
+        return ()
+    return ("the folder brings code of its own (auto_map), which is not run: transformers has this family built in",)
 
 
 def _family(raw: dict[str, Any], where: object) -> Family:

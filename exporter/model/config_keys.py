@@ -18,6 +18,7 @@ from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 ROPE_TABLES = ("rope_scaling", "rope_parameters")
+PARTIAL = "partial_rotary_factor"
 HARMLESS: tuple[object, ...] = (None, False, 0, "", [], {})
 REMOVE = "remove it from config.json if it changes nothing that the model computes"
 
@@ -49,7 +50,7 @@ def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str,
         elif not _is_inert(key, table["inert"]):
             _require_harmless(key, value, only, where)
     for name, parameters in _rope_tables(raw, family):
-        _check_rope(name, parameters, table["rope"], where)
+        _check_rope(name, parameters, table["rope"], family, where)
     return {key: value for key, value in raw.items() if key in known}
 
 
@@ -84,19 +85,24 @@ def _rope_tables(raw: Mapping[str, Any], family: Family) -> Iterator[tuple[str, 
             yield name, given
 
 
-def _check_rope(name: str, parameters: Mapping[str, Any], kinds: Mapping[str, Any], where: object) -> None:
+def _check_rope(
+    name: str, parameters: Mapping[str, Any], kinds: Mapping[str, Any], family: Family, where: object
+) -> None:
     """Reject unsupported kinds of rotary embedding, and unsupported parameters that change the function."""
     if name.endswith(f".{SLIDING}"):
         # Both runtimes have a second base, and no scaling of it.
         kinds = {"default": kinds["default"]}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = family.rotary_names.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in kinds:
         raise InputError(
             f"rotary embeddings of type {shown(kind)} are not supported", where=where, got=f"{name} in config.json",
             expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
         )  # fmt: skip
     known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
-    only = {"rope_type": kind, "type": kind, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
+    known |= {key: value for key, value in family.honoured.items() if key == PARTIAL}
+    named = parameters.get("rope_type", parameters.get("type", kind))
+    only = {"rope_type": named, "type": named, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
     for key, value in parameters.items():
         if key in known:
             _require_kind(key, value, known[key], where)
@@ -132,6 +138,10 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and len(value) <= MAX_NAMES and all(map(_is_name, value))
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MAX_WIDTH and all(map(_is_positive, value))
+
+
 def _is_activation(value: object) -> bool:
     return isinstance(value, str) and value in key_table()["activations"]
 
@@ -150,8 +160,10 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers": _whole(1, MAX_LAYERS),
     "name": (_is_name, "a name"),
     "names": (_is_names, "a list of names"),
+    "numbers": (_is_numbers, "a list of positive numbers"),
     "positions": _whole(1, MAX_POSITIONS),
     "positive": (_is_positive, "a positive number"),
+    "share": (lambda value: _is_positive(value) and value <= 1, "a number above 0, up to 1"),  # type: ignore[operator]
     "table": (lambda value: isinstance(value, dict), "an object"),
     "whole": _whole(0, MAX_POSITIONS),
     "width": _whole(1, MAX_WIDTH),

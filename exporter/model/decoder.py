@@ -11,6 +11,7 @@ from exporter.foundation.errors import InputError
 from exporter.model.blocks import Block, Linear, Site, Vector
 from exporter.model.family import Family, families
 from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, whole_number
+from exporter.model.rotary import rotary_width, unchanged_until
 from exporter.model.shape import Shape
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -48,10 +49,11 @@ class Decoder(Shape):
         layers = whole_number(config, "num_hidden_layers", where, MAX_LAYERS)
         heads = whole_number(config, "num_attention_heads", where)
         hidden = whole_number(config, "hidden_size", where)
-        positions = whole_number(config, "max_position_embeddings", where, MAX_POSITIONS)
+        positions = min(whole_number(config, "max_position_embeddings", where, MAX_POSITIONS), unchanged_until(config))
         windows = family.windows(config, where)
         if len(windows) != layers:
             raise InputError("layer_types does not name each layer", where=where, got=len(windows), expected=layers)
+        head_dim = whole_number(config, "head_dim", where, default=hidden // heads)
         decoder = cls(
             family=family,
             layers=layers,
@@ -59,7 +61,8 @@ class Decoder(Shape):
             intermediate=(whole_number(config, "intermediate_size", where),) * layers,
             heads=heads,
             kv_heads=whole_number(config, "num_key_value_heads", where, default=heads),
-            head_dim=whole_number(config, "head_dim", where, default=hidden // heads),
+            head_dim=head_dim,
+            rotary_width=rotary_width(config, head_dim),
             vocab=whole_number(config, "vocab_size", where),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             positions=positions,
@@ -69,12 +72,13 @@ class Decoder(Shape):
             logits_divisor=family.logits_divisor(config),
             activation=getattr(config, family.activation_key),
         )
-        if heads % decoder.kv_heads or decoder.head_dim % 2:
+        if heads % decoder.kv_heads or head_dim % 2 or decoder.rotary_width % 2:
             raise InputError(
                 "the heads do not divide evenly",
                 where=where,
-                got=f"{heads} heads, {decoder.kv_heads} key-value heads, head width {decoder.head_dim}",
-                expected="key-value heads that divide the heads and an even width",
+                got=f"{heads} heads, {decoder.kv_heads} key-value heads, head width {head_dim}, "
+                f"of which rotary embeddings turn {decoder.rotary_width}",
+                expected="key-value heads that divide the heads, and even widths",
             )
         return decoder
 
@@ -140,16 +144,38 @@ class Decoder(Shape):
         return {vector.name: (vector.width,) for vector in self.all_vectors()}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of all tensors."""
+        """Return name -> shape of all tensors: matrices, norms and biases."""
         return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
 
-    def check_shapes(self, held: dict[str, tuple[int, ...]], where: object) -> None:
-        """Check the tensors of a source against those the architecture needs.
+    @cached_property
+    def stored_matrices(self) -> dict[str, tuple[WeightGroup, ...]]:
+        """Name of each matrix of a checkpoint -> the matrices whose rows it holds, in order; most hold one."""
+        found: dict[str, tuple[WeightGroup, ...]] = {}
+        for group in self.groups():
+            linear = self.linear(group)
+            name = group.name if linear is None or linear.stored_in is None else linear.stored_in
+            found[name] = (*found.get(name, ()), group)
+        return found
+
+    def stored_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of all tensors of a checkpoint."""
+        matrices = {
+            name: (sum(group.rows for group in groups), groups[0].columns)
+            for name, groups in self.stored_matrices.items()
+        }
+        return matrices | self.vectors()
+
+    def check_shapes(self, held: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]], where: object) -> None:
+        """Check the tensors of a source.
+
+        Args:
+            held: Name -> shape of its tensors.
+            needed: `tensors()`, or `stored_tensors()` for a checkpoint.
+            where: The source, for messages.
 
         Raises:
             InputError: a tensor is missing, has the wrong shape, or has no place in the architecture.
         """
-        needed = self.tensors()
         for name, shape in needed.items():
             if name not in held:
                 raise InputError(f"the tensor {name} is missing", where=where, next_step="fetch the model again")

@@ -59,7 +59,7 @@ class GgufDeclaration:
         tensors: Role -> name within `blk.N`, of matrices and vectors. A norm's file holds its gain, offset included.
         activations: Values of `hidden_act` that llama.cpp's graph of this architecture computes.
         interleaved_rotary: llama.cpp rotates neighbouring rows of a head, so query and key rows are reordered.
-        frequency_factors: It reads a tensor of frequency factors, in which llama3's scaling is stored.
+        rotary: Kinds of rotary embedding that its graph computes.
         square_queries: Its heads must together be as wide as the residual stream.
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
@@ -70,7 +70,7 @@ class GgufDeclaration:
     tensors: Mapping[str, str]
     activations: Sequence[str] = ("silu", "swish")
     interleaved_rotary: bool = False
-    frequency_factors: bool = False
+    rotary: Sequence[str] = ("default", "linear", "dynamic", "yarn")
     square_queries: bool = False
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
@@ -110,10 +110,12 @@ class Family:
         residual_scale: Returns the factor of what sublayers add to the residual stream.
         logits_divisor: Returns what the head's outputs are divided by.
         rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
+        rotary_names: Other names that its config.json has for types of rotary embedding -> their usual name.
         activation_key: The key of config.json that names the activation.
         refused_flags: Keys of config.json that would add biases which the blocks do not have.
         honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
         only: Keys that the family has built in, and the one value that changes nothing.
+        adopted_code: Values of `auto_map` in published models, whose code or tokenizer transformers has built in since.
     """
 
     model_type: str
@@ -127,10 +129,12 @@ class Family:
     residual_scale: Callable[[PretrainedConfig], float] = no_scale
     logits_divisor: Callable[[PretrainedConfig], float] = no_scale
     rotary_kinds: Sequence[str] = (FULL,)
+    rotary_names: Mapping[str, str] = field(default_factory=dict)
     activation_key: str = "hidden_act"
     refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")
     honoured: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    adopted_code: Sequence[str] = ()
 
     @property
     def base_model(self) -> str:

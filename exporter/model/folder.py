@@ -1,6 +1,7 @@
 """Writes a model as a Hugging Face folder that plain `from_pretrained` loads."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
     for file, names in zip(files, shards, strict=True):
-        save_file({name: model.read(name) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: model.read_stored(name) for name in names}, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": 4 * model.decoder.parameters}, "weight_map": weight_map}
@@ -68,8 +69,7 @@ def _write_weights(model: Model, folder: Path, shard_bytes: int) -> None:
 
 def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
     """Yield the tensor names of each file."""
-    sizes = {group.name: 4 * group.size for group in model.groups()}
-    sizes |= {name: 4 * shape[0] for name, shape in model.decoder.vectors().items()}
+    sizes = {name: 4 * math.prod(shape) for name, shape in model.decoder.stored_tensors().items()}
     shard: list[str] = []
     held = 0
     for name, size in sizes.items():

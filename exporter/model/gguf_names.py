@@ -10,7 +10,10 @@ EMBEDDING_NAME, HEAD_NAME, FINAL_NORM_NAME = "token_embd.weight", "output.weight
 
 
 def gguf_names(decoder: Decoder) -> dict[str, str]:
-    """Return Hugging Face name -> GGUF name of every tensor, and of a head even if the decoder's is tied."""
+    """Return Hugging Face name -> GGUF name of every tensor, and of a head even if the decoder's is tied.
+
+    Matrices whose rows are in one tensor have its name.
+    """
     tensors = decoder.family.gguf.tensors
     pairs = {
         decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: FINAL_NORM_NAME, HEAD: HEAD_NAME
@@ -20,6 +23,27 @@ def gguf_names(decoder: Decoder) -> dict[str, str]:
         named |= {vector.name: vector.role for vector in block.vectors}
         pairs |= {name: f"blk.{block.layer}.{tensors[role]}" for name, role in named.items()}
     return pairs
+
+
+def gguf_matrices(decoder: Decoder) -> dict[str, tuple[WeightGroup, ...]]:
+    """Return GGUF name -> the matrices whose rows the tensor holds, in order; in the order of computation."""
+    names, found = gguf_names(decoder), dict[str, tuple[WeightGroup, ...]]()
+    for group in decoder.groups():
+        found[names[group.name]] = (*found.get(names[group.name], ()), group)
+    return found
+
+
+def first_row(decoder: Decoder, group: WeightGroup) -> int:
+    """Return the row of its tensor at which a matrix begins."""
+    if group.layer is None:
+        return 0
+    tensors = decoder.family.gguf.tensors
+    before = 0
+    for role, linear in decoder.blocks[group.layer].linears.items():
+        if role == group.role:
+            return before
+        before += linear.group.rows if tensors[role] == tensors[group.role] else 0
+    raise KeyError(group.name)
 
 
 def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:

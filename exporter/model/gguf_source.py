@@ -52,7 +52,7 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     # A file may hold a separate head although the config ties it, or lack one although the config does not.
     names = used_tensors(file, gguf_names(decoder), [*needed, HEAD])
     tensors = GgufSource(file, names, decoder)
-    decoder.check_shapes(tensors.shapes(), file.path)
+    decoder.check_shapes(tensors.shapes(), decoder.tensors(), file.path)
     warnings = grid_warning(file) + case_warning(file)
     return Model(name, origin, folder, file.path, config, decoder, tensors, warnings, source=source)
 

@@ -118,6 +118,15 @@ class Model:
         """
         return self.tensors.read_rows(name, rows)
 
+    def read_stored(self, name: str) -> Float32:
+        """Return one tensor of `Decoder.stored_tensors` as float32, finite: in it, several matrices may be stacked.
+
+        Raises:
+            InputError: the tensor holds NaN or infinity.
+        """
+        parts = self.decoder.stored_matrices.get(name, ())
+        return np.concatenate([self.read(part.name) for part in parts]) if len(parts) > 1 else self.read(name)
+
     def noting(self, notes: Iterable[str]) -> "Model":
         """Return the model with more warnings, without duplicates."""
         noted = replace(self, warnings=tuple(dict.fromkeys((*self.warnings, *notes))))

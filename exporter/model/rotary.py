@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import FULL, SLIDING
+from exporter.model.limits import MAX_POSITIONS
 
 
 def rope_parameters(config: PretrainedConfig, attention: str = FULL) -> Mapping[str, Any]:
@@ -30,9 +31,10 @@ def rotary_kind(config: PretrainedConfig, attention: str = FULL) -> str:
 
 
 def rotary_frequencies(config: PretrainedConfig, attention: str = FULL) -> tuple[Float32, float]:
-    """Return the rotation angle of each pair per position, float32 [head width / 2], and the factor of both tables.
+    """Return the rotation angle of each pair per position, float32 [rotary width / 2], and the factor of both tables.
 
-    For `dynamic` these hold up to `max_position_embeddings`; its scaling begins beyond.
+    For `dynamic` these hold up to `max_position_embeddings`; its scaling begins beyond. For `longrope` they hold up to
+    `unchanged_until`.
     """
     kind = rotary_kind(config, attention)
     if kind == "default":
@@ -43,15 +45,42 @@ def rotary_frequencies(config: PretrainedConfig, attention: str = FULL) -> tuple
 
 
 def plain_frequencies(config: PretrainedConfig, attention: str = FULL) -> torch.Tensor:
-    """Return the unscaled frequencies, float32 [head width / 2]."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return the unscaled frequencies, float32 [rotary width / 2]."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = rotary_width(config, head_dim, attention)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return torch.as_tensor(1.0 / (rope_parameters(config, attention)["rope_theta"] ** exponents))
 
 
+def rotary_width(config: PretrainedConfig, head_dim: int, attention: str = FULL) -> int:
+    """Return the number of a head's channels that are turned; the first ones are."""
+    return int(head_dim * (rope_parameters(config, attention).get("partial_rotary_factor") or 1.0))
+
+
+def unchanged_until(config: PretrainedConfig) -> int:
+    """Return the longest text for which every position has the rotary embedding that it has in a shorter text.
+
+    `longrope` has other frequencies for longer texts. Runtimes choose them by the size of the cache or by the position,
+    not by the length of the text as the model does (ggml-org/llama.cpp issue 24823).
+    """
+    if rotary_kind(config) != "longrope":
+        return MAX_POSITIONS
+    original: int = rope_parameters(config)["original_max_position_embeddings"]
+    return original
+
+
 def rotary_notes(config: PretrainedConfig) -> tuple[str, ...]:
     """Return notes on rotary embeddings that change with the length of a text."""
-    if rotary_kind(config) != "dynamic":
+    kind = rotary_kind(config)
+    if kind == "longrope":
+        limit, most = unchanged_until(config), config.max_position_embeddings
+        if limit >= most:
+            return ()
+        return (
+            f"the model turns all positions by other angles in texts of {limit + 1} to {most} positions (longrope), "
+            f"which runtimes do otherwise: the artifact is made for {limit}",
+        )
+    if kind != "dynamic":
         return ()
     beyond = f"beyond {config.max_position_embeddings} positions"
     return (f"the model scales its rotary embeddings {beyond}, which the artifact, made for no more, never does",)

@@ -14,9 +14,10 @@ class Shape:
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Width of a head.
+        rotary_width: Number of a head's channels that rotary embeddings turn.
         vocab: Rows of the embedding.
         tied: The embedding serves as the head.
-        positions: The model's maximum.
+        positions: Most positions for which the model has one set of rotary embeddings.
         windows: Attention window of each layer; None for none, or for one that no position exceeds.
         embedding_scale: Factor of embeddings before the first block.
         residual_scale: Factor of what sublayers add to the residual stream.
@@ -30,6 +31,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_width: int
     vocab: int
     tied: bool
     positions: int

@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from exporter.foundation.errors import MissingDependencyError, RequestError
 from exporter.model.checkpoint import open_checkpoint
-from exporter.model.config import CONFIG, checked_config, load_config, read_config
+from exporter.model.config import CONFIG, checked_config, code_notes, load_config, read_config
 from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
 from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
 from exporter.model.recognised import refuse_adapters, refuse_quantised, refuse_quantised_tensors
 from exporter.model.rotary import rotary_notes
-from exporter.model.tensors import INDEX
+from exporter.model.tensors import INDEX, sliced
 
 DEMO = "demo"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,11 +55,13 @@ def open_model(source: str) -> Iterator[Model]:
 
 def _open_folder(folder: Path, name: str = "") -> Model:
     source = SourceFiles(lambda: [*metadata_files(folder), *folder.glob("*.safetensors"), *folder.glob(INDEX)])
-    config = _folder_config(folder)
+    refuse_adapters(folder)
+    raw = read_config(folder)
+    config = _folder_config(folder, raw)
     decoder = Decoder.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
-    checkpoint = checkpoint.named_for({*decoder.tensors(), HEAD})
+    checkpoint = checkpoint.named_for({*decoder.stored_tensors(), HEAD})
     if decoder.tied and checkpoint.has_own_head():
         # transformers ties them only if both are equal.
         config.tie_word_embeddings = False
@@ -66,16 +69,15 @@ def _open_folder(folder: Path, name: str = "") -> Model:
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, UNTIED))
     elif decoder.tied:
         checkpoint = checkpoint.tied()
-    decoder.check_shapes(checkpoint.shapes(), folder)
+    decoder.check_shapes(checkpoint.shapes(), decoder.stored_tensors(), folder)
     name = name or folder.resolve().name
-    origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *rotary_notes(config))
-    return Model(name, origin, folder, None, config, decoder, checkpoint, notes, source=source)
+    origin, notes = f"Hugging Face folder {name}", (*checkpoint.notes, *code_notes(raw), *rotary_notes(config))
+    tensors = sliced(checkpoint, decoder.stored_matrices)
+    return Model(name, origin, folder, None, config, decoder, tensors, notes, source=source)
 
 
-def _folder_config(folder: Path) -> PretrainedConfig:
+def _folder_config(folder: Path, raw: dict[str, Any]) -> PretrainedConfig:
     """Return the config of a folder whose JSON files describe a floating-point model."""
-    refuse_adapters(folder)
-    raw = read_config(folder)
     refuse_quantised(raw, folder / CONFIG)
     return checked_config(raw, folder / CONFIG)
 

@@ -1,6 +1,6 @@
 """Lazy tensor sources."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
+from exporter.formats.group import WeightGroup
 from exporter.foundation.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -37,6 +38,47 @@ class TensorSource(Protocol):
         Raises:
             InputError: as for `read`.
         """
+
+
+def sliced(source: TensorSource, stored: Mapping[str, Sequence[WeightGroup]]) -> TensorSource:
+    """Return the tensors of a source with matrices in place of the tensors that hold the rows of several.
+
+    Args:
+        source: The source.
+        stored: Name of each tensor -> the matrices whose rows it holds, in order.
+    """
+    slices: dict[str, tuple[str, int, int]] = {}
+    for name, groups in stored.items():
+        first = 0
+        for group in groups if len(groups) > 1 else ():
+            slices[group.name] = name, first, group.rows
+            first += group.rows
+    return _Sliced(source, slices) if slices else source
+
+
+class _Sliced:
+    def __init__(self, source: TensorSource, slices: Mapping[str, tuple[str, int, int]]) -> None:
+        self._source, self._slices = source, slices
+        self.files = source.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by name; reads no weights."""
+        held = self._source.shapes()
+        parts = {name: (rows, *held[stored][1:]) for name, (stored, _, rows) in self._slices.items()}
+        whole = {stored for stored, _, _ in self._slices.values()}
+        return {name: shape for name, shape in held.items() if name not in whole} | parts
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor as float32, finite."""
+        if name not in self._slices:
+            return self._source.read(name)
+        stored, first, rows = self._slices[name]
+        return self._source.read_rows(stored, np.arange(first, first + rows))
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix as float32, finite."""
+        stored, first, _ = self._slices.get(name, (name, 0, 0))
+        return self._source.read_rows(stored, rows + first)
 
 
 def require_finite(values: Float32, name: str) -> Float32:

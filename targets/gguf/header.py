@@ -25,7 +25,7 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
     writer.add_value_length(decoder.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(decoder.vocab)
-    writer.add_rope_dimension_count(decoder.head_dim)
+    writer.add_rope_dimension_count(decoder.rotary_width)
     _write_rope(writer, config)
     if decoder.window is not None and not decoder.family.carries_windows:
         writer.add_sliding_window(decoder.window)
@@ -55,6 +55,9 @@ def _write_rope(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(_attention_factor(config))
+    if kind == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(rotary_frequencies(config)[1])
 
 
 def _attention_factor(config: PretrainedConfig) -> float:
@@ -63,12 +66,23 @@ def _attention_factor(config: PretrainedConfig) -> float:
     return factor / (1 + 0.1 * math.log(max(1.0, rope_parameters(config)["factor"])))
 
 
-def frequency_factors(config: PretrainedConfig, head_dim: int) -> dict[str, Float32]:
-    """Return the tensor by which llama.cpp divides rotary frequencies for `llama3` scaling, if any."""
-    if rotary_kind(config) != "llama3":
+def frequency_factors(config: PretrainedConfig, width: int) -> dict[str, Float32]:
+    """Return the tensors by which llama.cpp divides rotary frequencies, if any.
+
+    Args:
+        config: The transformers config.
+        width: Number of a head's channels that are turned.
+    """
+    parameters, kind = rope_parameters(config), rotary_kind(config)
+    if kind == "longrope":
+        return {
+            f"rope_factors_{length}.weight": np.asarray(parameters[f"{length}_factor"], np.float32)
+            for length in ("long", "short")
+        }
+    if kind != "llama3":
         return {}
     scaled, _ = rotary_frequencies(config)
-    plain = rope_parameters(config)["rope_theta"] ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    plain = parameters["rope_theta"] ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     return {"rope_freqs.weight": (plain / scaled.astype(np.float64)).astype(np.float32)}
 
 

@@ -3,6 +3,8 @@
 import ctypes
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import llama_cpp
 import numpy as np
@@ -12,7 +14,7 @@ from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
 from exporter.targets.artifact import Artifact
 from exporter.targets.gguf.ends import read_end_tokens
-from exporter.targets.gguf.session import BATCH, NotLoadedError, Session
+from exporter.targets.gguf.session import BATCH, FailedError, NotLoadedError, Session
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
 # See WITHOUT_AMX in the Makefile.
@@ -22,6 +24,15 @@ AMX_ADVICE = (
 )
 # Longer pieces are read a second time.
 PIECE_BYTES = 256
+
+
+@contextmanager
+def _named_failure() -> Iterator[None]:
+    """Report a failure of llama.cpp as one of the package's errors."""
+    try:
+        yield
+    except FailedError as error:
+        raise InputError(str(error)) from error
 
 
 class LlamaCpp:
@@ -46,10 +57,8 @@ class LlamaCpp:
             self._session = Session([str(path) for path in artifact.weights], context, threads, exact, sequences)
         except NotLoadedError as error:
             raise InputError(str(error), where=error.path) from error
-        self._model, self._context = self._session.model, self._session.context
-        self._context_size, self._vocab_size = context, self._session.vocab_size
-        self._ends = read_end_tokens(self._model)
-        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self._context_size = context
+        self._ends = read_end_tokens(self._session.model)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             # One of the last lines of the log, which are reported if the process dies.
@@ -57,28 +66,32 @@ class LlamaCpp:
         self._sampled: list[list[int]] = []
         self._position = 0
 
+    @_named_failure()
     def logits(self, tokens: list[int], first: int = 0) -> Float32:
         """Return the logits after each token from position `first`, float32 [tokens - first, vocab]."""
-        require_tokens(tokens, self._vocab_size)
-        self._session.forget()
-        if first:
-            self._prefill(tokens[:first])
-        chunks = range(first, len(tokens), BATCH)
-        parts = [self._decode(tokens[at : at + BATCH], at, every=True) for at in chunks]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        require_tokens(tokens, self._session.vocab_size)
+        self._require_room(len(tokens))
+        logits: Float32 = self._session.logits(tokens, first)
+        return logits
 
+    @_named_failure()
     def generate(self, tokens: list[int], count: int) -> list[int]:
         """Return `count` greedy tokens, fewer if the model ends its text."""
+        self._require_room(len(tokens))
         made: list[int] = []
-        position = self._prefill(tokens)
+        self._session.start(tokens)
         while len(made) < count:
-            token = int(self._row().argmax())
+            token = int(self._session.last_row().argmax())
             if self._ends_at(token):
                 break
             made.append(token)
-            self._decode([token], position, every=False)
-            position += 1
+            self._require_room(len(tokens) + len(made))
+            self._session.read([token])
         return made
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self._context_size:
+            raise InputError("the text is longer than the context", got=tokens, expected=self._context_size)
 
     def _ends_at(self, token: int) -> bool:
         """Return whether a token ends the text, as the file says or, if it does not, as llama.cpp says."""
@@ -86,6 +99,7 @@ class LlamaCpp:
             return bool(llama_cpp.llama_vocab_is_eog(self._session.vocab, token))
         return token in self._ends
 
+    @_named_failure()
     def sample(self, texts: list[list[int]], length: int, seed: int) -> list[list[int]]:
         """Continue several texts at once; see `exporter.targets.runtime.SamplingRuntime`."""
         if texts != self._sampled:
@@ -93,7 +107,7 @@ class LlamaCpp:
             self._position = 0
         texts = [list(text) for text in texts]
         for position in range(self._position, length - 1):
-            rows = self._decode_column([text[position] for text in texts], position)
+            rows = self._session.step([text[position] for text in texts], position)
             draws = np.random.default_rng([seed, position]).random(len(texts))
             for text, row, chance in zip(texts, rows, draws, strict=True):
                 if len(text) == position + 1:
@@ -101,27 +115,28 @@ class LlamaCpp:
         self._position, self._sampled = length - 1, texts
         return texts
 
+    @_named_failure()
     def measure(self, prompt: list[int], decode: int, repeats: int) -> Timing:
         """Time prefill and decode after one warm-up; medians over the repeats."""
         self.generate(prompt[:BATCH], 2)
         prefills, decodes = [], []
         for _ in range(repeats):
             started = time.perf_counter()
-            position = self._prefill(prompt)
+            self._session.start(prompt)
             first = time.perf_counter()
-            for step in range(decode):
-                self._decode([int(self._row().argmax())], position + step, every=False)
+            for _ in range(decode):
+                self._session.read([int(self._session.last_row().argmax())])
             prefills.append(first - started)
             decodes.append(time.perf_counter() - first)
         return Timing.of(len(prompt), prefills, decode, decodes, self._load_s, self._before)
 
     def tokenize(self, text: str) -> list[int]:
         """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
-        return llama_tokenize(self._model, text)
+        return llama_tokenize(self._session.model, text)
 
     def positions(self) -> int:
         """Return the most tokens that the artifact was made for."""
-        return int(llama_cpp.llama_model_n_ctx_train(self._model))
+        return int(llama_cpp.llama_model_n_ctx_train(self._session.model))
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special tokens."""
@@ -137,54 +152,6 @@ class LlamaCpp:
             if -found <= size:
                 return buffer.raw[: max(found, 0)]
             size = -found
-
-    def _prefill(self, tokens: list[int]) -> int:
-        """Decode a prompt from an empty context and return its length."""
-        self._session.forget()
-        for at in range(0, len(tokens), BATCH):
-            self._decode(tokens[at : at + BATCH], at, every=False)
-        return len(tokens)
-
-    def _decode(self, tokens: list[int], position: int, every: bool) -> Float32:
-        """Decode tokens of one sequence; return the logits of every token, or an empty array."""
-        if position + len(tokens) > self._context_size:
-            raise InputError(
-                "the text is longer than the context", got=position + len(tokens), expected=self._context_size
-            )
-        count = len(tokens)
-        self._fill(tokens, [position + i for i in range(count)], [0] * count, every)
-        self._batch.logits[count - 1] = 1
-        self._run()
-        return self._view(count).copy() if every else np.empty((0, self._vocab_size), np.float32)
-
-    def _decode_column(self, tokens: list[int], position: int) -> Float32:
-        """Decode one token of each sequence; return a view of their logits, float32 [sequences, vocab]."""
-        count = len(tokens)
-        self._fill(tokens, [position] * count, list(range(count)), True)
-        self._run()
-        return self._view(count)
-
-    def _fill(self, tokens: list[int], positions: list[int], sequences: list[int], every: bool) -> None:
-        self._batch.n_tokens = len(tokens)
-        for i, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
-            self._batch.token[i] = token
-            self._batch.pos[i] = position
-            self._batch.n_seq_id[i] = 1
-            self._batch.seq_id[i][0] = sequence
-            self._batch.logits[i] = every
-
-    def _run(self) -> None:
-        status = llama_cpp.llama_decode(self._context, self._batch)
-        if status:
-            raise InputError("llama.cpp failed to decode", got=f"status {status}", expected=0)
-
-    def _view(self, count: int) -> Float32:
-        pointer = llama_cpp.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(count, self._vocab_size))
-
-    def _row(self) -> Float32:
-        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self._vocab_size,))
 
 
 def _drawn(logits: Float32, chance: float) -> int:

@@ -18,6 +18,10 @@ BATCH = 512
 GGML_TYPE_F32 = 0
 
 
+class FailedError(RuntimeError):
+    """llama.cpp failed to process tokens."""
+
+
 class NotLoadedError(RuntimeError):
     """llama.cpp cannot load a file; `path` names it."""
 
@@ -62,6 +66,7 @@ class Session:
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
 
     def _adapter(self, path: str) -> Any:
         loaded = self.api.llama_adapter_lora_init(self.model, path.encode())
@@ -123,23 +128,44 @@ class Session:
         for token in tokens:
             self.read([token])
 
-    def logits(self, tokens: Sequence[int]) -> Any:
-        """Return the logits after each token of a short prompt, float32 [tokens, vocab]."""
+    def logits(self, tokens: Sequence[int], first: int = 0) -> Any:
+        """Return the logits after each token of a text from position `first`, float32 [tokens - first, vocab]."""
         import numpy as np
 
-        self.forget()
-        batch = self.api.llama_batch_init(len(tokens), 0, 1)
+        self.start(tokens[:first])
+        parts = []
+        for at in range(first, len(tokens), BATCH):
+            part = tokens[at : at + BATCH]
+            parts.append(self._rows(part, range(at, at + len(part)), [0] * len(part)).copy())
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def step(self, tokens: Sequence[int], position: int) -> Any:
+        """Process one token of each sequence, and return a view of the logits after it, float32 [sequences, vocab]."""
+        return self._rows(tokens, [position] * len(tokens), range(len(tokens)))
+
+    def last_row(self) -> Any:
+        """Return a view of the logits after the last token that was read, float32 [vocab]."""
+        import numpy as np
+
+        pointer = self.api.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,))
+
+    def _rows(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Any:
+        """Process up to a batch of tokens, and return a view of the logits after each, float32 [tokens, vocab]."""
+        import numpy as np
+
+        batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
-            batch.seq_id[i][0] = 0
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, positions[i], 1, 1
+            batch.seq_id[i][0] = sequences[i]
         self.check(self.api.llama_decode(self.context, batch))
         return np.ctypeslib.as_array(self.api.llama_get_logits(self.context), shape=(len(tokens), self.vocab_size))
 
     def check(self, status: int) -> None:
         """Raise an error if llama.cpp's status is not 0."""
         if status:
-            raise RuntimeError(f"llama.cpp failed to decode: status {status}")
+            raise FailedError(f"llama.cpp failed to decode: status {status}")
 
 
 def opened(job: dict[str, Any], context: int, timed: bool) -> Session:

@@ -24,10 +24,11 @@ def require_supported(model: Model) -> None:
             "llama.cpp has the activation of the feed-forward parts built in", where=activation_key,
             got=repr(shape.activation), expected=repr(declared.activations[0]), next_step=ELSEWHERE,
         )  # fmt: skip
-    if rotary_kind(config) == "llama3" and not declared.frequency_factors:
+    if rotary_kind(config) not in declared.rotary:
+        kind = repr(rotary_kind(config))
         raise RequestError(
-            f"llama.cpp's {family!r} has no rotary embeddings of type 'llama3'", where="rope_parameters",
-            got="'llama3'", expected="'default', 'linear', 'dynamic' or 'yarn'", next_step=ELSEWHERE,
+            f"llama.cpp's {family!r} has no rotary embeddings of type {kind}", where="rope_parameters",
+            got=kind, expected="one of " + ", ".join(declared.rotary), next_step=ELSEWHERE,
         )  # fmt: skip
     if rotary_kind(config) == "yarn" and not same_yarn(config, shape.head_dim):
         raise RequestError(

@@ -16,7 +16,7 @@ from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.profile import DeviceProfile
-from exporter.formats.format import Float32, WeightFormat, plus
+from exporter.formats.format import Bytes, Float32, WeightFormat, plus
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -25,7 +25,14 @@ from exporter.model.blocks import Vector
 from exporter.model.decoder import TOKENS
 from exporter.model.ends import special_ids
 from exporter.model.gguf_ends import KEY, ends_written
-from exporter.model.gguf_names import gguf_names, gguf_vectors, in_source_order, row_order
+from exporter.model.gguf_names import (
+    first_row,
+    gguf_matrices,
+    gguf_names,
+    gguf_vectors,
+    in_source_order,
+    row_order,
+)
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.widths import padded
@@ -125,14 +132,14 @@ class Gguf(Target):
         return [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
 
     def storages(self, model: Model) -> list[Storage]:
-        """Return every matrix by itself; types that need importance are offered only where inputs were observed."""
+        """Return the matrices of each tensor; types that need importance are offered where inputs were observed."""
         alphabet = [ggml_format(name) for name in ALPHABET]
 
         def formats(group: WeightGroup) -> tuple[GgmlFormat, ...]:
             observed = group.site != TOKENS
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
-        return [Storage((group,), formats(group)) for group in model.groups()]
+        return [Storage(groups, formats(groups[0])) for groups in gguf_matrices(model.decoder).values()]
 
     def stock(self, model: Model, most_bytes: int) -> list[Decision]:
         """Return the largest of llama.cpp's usual mixes within that size."""
@@ -149,19 +156,20 @@ class Gguf(Target):
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, plus the most that their alignment takes."""
-        names = gguf_names(model.decoder)
         vectors = {name: vector.width for name, vector in gguf_vectors(model.decoder).items()}
+        vectors |= {
+            name: values.size for name, values in frequency_factors(model.config, model.decoder.rotary_width).items()
+        }
+        tensors = [*vectors, *gguf_matrices(model.decoder)]
         with scratch_folder() as scratch:
             path = scratch / "empty.gguf"
             with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
                 _add_metadata(writer, model, "")
-                for name in [*vectors, *(names[group.name] for group in model.groups()), "rope_freqs.weight"]:
+                for name in tensors:
                     writer.add_tensor_info(name, (32, 32), np.dtype(np.float32), 4096)
                 finish_header(writer)
             header = path.stat().st_size
-        tensors = len(vectors) + len(model.groups()) + 1
-        frequencies = 4 * model.decoder.head_dim
-        return header + 4 * sum(vectors.values()) + frequencies + tensors * gguf.GGUF_DEFAULT_ALIGNMENT
+        return header + 4 * sum(vectors.values()) + len(tensors) * gguf.GGUF_DEFAULT_ALIGNMENT
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of tensors, vocabulary and header; the vocabulary is estimated from the tokenizer's files."""
@@ -218,8 +226,7 @@ class Gguf(Target):
         adapter = _adapter(artifact, model)
 
         def read(group: WeightGroup) -> Float32:
-            tensor = tensors[names[group.name]]
-            stored = decoded(tensor)
+            stored = decoded(tensors[names[group.name]], first_row(model.decoder, group), group.rows)
             order = row_order(model.decoder, group)
             factors = adapter.decode(group)
             if factors is None:
@@ -271,26 +278,52 @@ def _write_gguf(
     adapter: AdapterWriter | None,
 ) -> None:
     model = compression.model
-    names = gguf_names(model.decoder)
     vectors = {name: _gain(model, vector) for name, vector in gguf_vectors(model.decoder).items()}
-    vectors |= frequency_factors(model.config, model.decoder.head_dim)
+    vectors |= frequency_factors(model.config, model.decoder.rotary_width)
+    tensors = gguf_matrices(model.decoder)
+    decisions = {decision.group.name: decision for decision in compression.decided}
     with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
         _add_metadata(writer, model, type)
         for name, vector in vectors.items():
             writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
-        for decision in compression.decided:
-            shape = (decision.group.rows, decision.format.stored_bytes(1, decision.group.columns))
-            kind = gguf.GGMLQuantizationType[decision.format.name]
-            writer.add_tensor_info(names[decision.group.name], shape, np.dtype(np.uint8), decision.base_bytes, kind)
+        for name, groups in tensors.items():
+            _add_matrices(writer, name, [decisions[group.name] for group in groups])
         finish_header(writer)
         for vector in vectors.values():
             writer.write_tensor_data(vector)
-        for matrix in matrices:
-            order = row_order(model.decoder, matrix.decision.group)
-            data, factors = matrix.encoded.data, matrix.encoded.factors
-            writer.write_tensor_data(data if order is None else data[order])
-            if adapter is not None and factors is not None:
-                adapter.add(factors, order)
+        for groups in tensors.values():
+            rows = [_stored_rows(model, next(matrices), adapter) for _ in groups]
+            writer.write_tensor_data(np.concatenate(rows) if len(rows) > 1 else rows[0])
+
+
+def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decision]) -> None:
+    """Announce a tensor that holds the rows of one or more matrices.
+
+    Raises:
+        RequestError: they were decided on differently, or one has factors.
+    """
+    one = decisions[0]
+    if len(decisions) > 1:
+        kinds = {decision.format.name + (" with factors" if decision.low_rank else "") for decision in decisions}
+        if kinds != {one.format.name}:
+            raise RequestError(
+                f"llama.cpp has one tensor for {', '.join(decision.group.role for decision in decisions)}", where=name,
+                got=" and ".join(sorted(kinds)), expected="one type for all, and no factors",
+                next_step="give these roles the same type, and leave them out of low-rank steps",
+            )  # fmt: skip
+    shape = (sum(decision.group.rows for decision in decisions), one.format.stored_bytes(1, one.group.columns))
+    kind = gguf.GGMLQuantizationType[one.format.name]
+    size = sum(decision.base_bytes for decision in decisions)
+    writer.add_tensor_info(name, shape, np.dtype(np.uint8), size, kind)
+
+
+def _stored_rows(model: Model, matrix: CompressedMatrix, adapter: AdapterWriter | None) -> Bytes:
+    """Return a matrix's rows in the file's order; its factors are added to the adapter."""
+    order = row_order(model.decoder, matrix.decision.group)
+    data, factors = matrix.encoded.data, matrix.encoded.factors
+    if adapter is not None and factors is not None:
+        adapter.add(factors, order)
+    return data if order is None else data[order]
 
 
 def _gain(model: Model, vector: Vector) -> Float32:

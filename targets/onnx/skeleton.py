@@ -120,7 +120,9 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     `write_companions` corrects the ids of special tokens; the builder only needs some.
     """
     config = model.own_config()
-    config.rope_parameters = {"rope_type": "default", "rope_theta": rope_parameters(model.config)["rope_theta"]}
+    kept = {key: rope_parameters(model.config).get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    config.rope_parameters = {"rope_type": "default"} | {key: value for key, value in kept.items() if value is not None}
+    config.partial_rotary_factor = model.decoder.rotary_width / model.decoder.head_dim
     if not model.decoder.family.carries_windows:
         config.layer_types = config.sliding_window = None
     config.max_position_embeddings = model.decoder.context_length
@@ -156,7 +158,7 @@ def _builder_class(model: Model) -> Any:
 
 
 def _rotary_tables(model: Model, attention: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines as transformers computes them, float32 [positions, head width]."""
+    """Return cosines and sines as transformers computes them, float32 [positions, rotary width]."""
     frequencies, factor = rotary_frequencies(model.config, attention)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
     return angles.cos() * factor, angles.sin() * factor

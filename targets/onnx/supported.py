@@ -34,9 +34,9 @@ def require_supported(model: Model) -> None:
         RequestError: the model is refused; the message names the property, the limit and a target without it.
     """
     declared_by(model.decoder)
-    width = model.decoder.head_dim
+    width = model.decoder.rotary_width
     if width % HEAD_WIDTHS:
         raise RequestError(
-            "ONNX Runtime's attention turns heads of certain widths only", where="head_dim", got=width,
+            "ONNX Runtime's attention turns certain widths of heads only", where="head_dim", got=width,
             expected=f"a multiple of {HEAD_WIDTHS}", next_step="use --target gguf, which takes any even width",
         )  # fmt: skip

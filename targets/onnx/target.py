@@ -164,7 +164,7 @@ class Onnx(Target):
         shape = model.decoder
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
         tables = 2 * len(shape.family.rotary_kinds)
-        return vectors + tables * 4 * shape.context_length * shape.head_dim // 2
+        return vectors + tables * 4 * shape.context_length * shape.rotary_width // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of matrices, vectors, rotary tables and graph."""

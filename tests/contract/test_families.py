@@ -15,6 +15,7 @@ from exporter.formats.format import Float32
 from exporter.model.decoder import HEAD_SITE
 from exporter.model.family import families
 from exporter.model.model import Model
+from exporter.model.module import separate
 from exporter.model.sources import open_model
 from tests.models import ALL_FAMILIES, tiny_model
 
@@ -33,7 +34,19 @@ def loaded(model: Model) -> torch.nn.Module:
     module = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(model.read(name)))
+            parameter.copy_(torch.from_numpy(model.read_stored(name)))
+    return module
+
+
+def with_separate_matrices(model: Model) -> torch.nn.Module:
+    """Return transformers' module in which each matrix has a module of its own, as in a `LayerStream`."""
+    module = loaded(model)
+    for block in model.decoder.blocks:
+        layer = module.get_submodule(f"model.layers.{block.layer}")
+        separate(layer, block)
+        for linear in block.linears.values():
+            weight = torch.from_numpy(model.read(linear.group.name))
+            layer.get_submodule(linear.module).weight = torch.nn.Parameter(weight)
     return module
 
 
@@ -43,11 +56,17 @@ def test_every_family_has_a_tiny_model() -> None:
 
 def test_the_description_names_each_tensor_of_the_module(model: Model) -> None:
     parameters = {name: tuple(parameter.shape) for name, parameter in loaded(model).named_parameters()}
-    assert model.decoder.tensors() == parameters
+    assert model.decoder.stored_tensors() == parameters
+
+
+def test_matrices_that_are_stored_together_multiply_as_before(model: Model) -> None:
+    with torch.inference_mode():
+        logits = [made(model)(TOKENS).logits for made in (loaded, with_separate_matrices)]
+    torch.testing.assert_close(*logits)
 
 
 def test_a_site_is_the_input_of_its_matrices(model: Model) -> None:
-    module = loaded(model)
+    module = with_separate_matrices(model)
     seen: dict[str, torch.Tensor] = {}
     for block in model.decoder.blocks:
         layer = module.get_submodule(f"model.layers.{block.layer}")

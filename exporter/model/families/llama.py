@@ -79,7 +79,7 @@ class BlockParts:
 
     def vector(self, role: str, name: str, width: int, offset: float = 0.0) -> Vector:
         """Return a vector of the layer."""
-        return Vector(role, f"model.layers.{self._layer}.{name}", width, offset)
+        return Vector(role, self._name(name), width, offset)
 
     def attention(
         self,
@@ -87,12 +87,21 @@ class BlockParts:
         before: Vector | None,
         after: Vector | None = None,
         v_biases: "tuple[Vector, ...] | list[Vector]" = (),
+        stored_in: str | None = None,
     ) -> Sublayer:
-        """Return the attention: queries, keys and values of one input, then the output projection."""
+        """Return the attention: queries, keys and values of one input, then the output projection.
+
+        Args:
+            entrance: See `Sublayer`.
+            before: The norm before it.
+            after: The norm after it.
+            v_biases: The biases of the values.
+            stored_in: Module that holds queries, keys and values together; None if each has its own.
+        """
         shape = self._shape
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         q, k, v = (
-            self._linear(role, f"self_attn.{role}_proj", rows, shape.hidden, "attention_in", heads)
+            self._linear(role, f"self_attn.{role}_proj", rows, shape.hidden, "attention_in", heads, stored_in)
             for role, rows, heads in (("q", query, shape.heads), ("k", key, shape.kv_heads), ("v", key, 0))
         )
         o = self._linear("o", "self_attn.o_proj", shape.hidden, query, "attention_out")
@@ -102,10 +111,15 @@ class BlockParts:
         )
         return Sublayer(entrance, sites, before, after, residual_scale=shape.residual_scale)
 
-    def feed_forward(self, entrance: str, before: Vector | None, after: Vector | None = None) -> Sublayer:
-        """Return the feed-forward part: down(act(gate x) * up x)."""
+    def feed_forward(
+        self, entrance: str, before: Vector | None, after: Vector | None = None, stored_in: str | None = None
+    ) -> Sublayer:
+        """Return the feed-forward part: down(act(gate x) * up x); `stored_in` holds gate and up together."""
         hidden, width = self._shape.hidden, self._shape.intermediate[self._layer]
-        gate, up = (self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in") for role in ("gate", "up"))
+        gate, up = (
+            self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in", stored_in=stored_in)
+            for role in ("gate", "up")
+        )
         down = self._linear("down", "mlp.down_proj", hidden, width, "mlp_out")
         sites = (
             self._site("mlp_in", (gate, up), _norm_as_producer(before)),
@@ -114,10 +128,24 @@ class BlockParts:
         channels = GatedChannels(gate, up, down)
         return Sublayer(entrance, sites, before, after, channels, self._shape.residual_scale)
 
-    def _linear(self, role: str, module: str, rows: int, columns: int, site: str, heads: int = 0) -> Linear:
-        name = f"model.layers.{self._layer}.{module}.weight"
-        place = f"layers.{self._layer}.{site}"
-        return Linear(WeightGroup(name, role, self._layer, rows, columns, (role,), place), module, heads)
+    def _linear(
+        self,
+        role: str,
+        module: str,
+        rows: int,
+        columns: int,
+        site: str,
+        heads: int = 0,
+        stored_in: str | None = None,
+    ) -> Linear:
+        name, place = self._name(f"{module}.weight"), f"layers.{self._layer}.{site}"
+        group = WeightGroup(name, role, self._layer, rows, columns, (role,), place)
+        if stored_in is None:
+            return Linear(group, module, heads)
+        return Linear(group, f"{stored_in}.{role}", heads, self._name(f"{stored_in}.weight"))
+
+    def _name(self, name: str) -> str:
+        return f"model.layers.{self._layer}.{name}"
 
     def _site(self, kind: str, linears: tuple[Linear, ...], producer: Producer | None) -> Site:
         return Site(f"layers.{self._layer}.{kind}", linears, producer)
@@ -133,6 +161,12 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     block=block,
     windows=no_window,
-    gguf=GgufDeclaration("llama", GGUF_TENSORS, interleaved_rotary=True, frequency_factors=True, with_widths="deci"),
+    gguf=GgufDeclaration(
+        "llama",
+        GGUF_TENSORS,
+        interleaved_rotary=True,
+        rotary=("default", "linear", "dynamic", "yarn", "llama3"),
+        with_widths="deci",
+    ),
     onnx=OnnxDeclaration("LlamaModel", ONNX_NODES),
 )

@@ -207,9 +207,16 @@ def ggml_format(name: str) -> GgmlFormat:
     return formats[name]
 
 
-def decoded(tensor: gguf.ReaderTensor) -> Float32:
-    """Return a tensor of a GGUF file as llama.cpp decodes it, float32 [rows, columns]; a vector is one row."""
+def decoded(tensor: gguf.ReaderTensor, first: int = 0, rows: int | None = None) -> Float32:
+    """Return rows of a tensor of a GGUF file as llama.cpp decodes them, float32 [rows, columns]; a vector is one row.
+
+    Args:
+        tensor: The tensor.
+        first: The first row.
+        rows: Number of rows; None for all that follow.
+    """
     columns = int(tensor.shape[0])
     data = np.ascontiguousarray(tensor.data).view(np.uint8)
     format = ggml_format(tensor.tensor_type.name)
-    return format.decode_rows(data.reshape(-1, format.stored_bytes(1, columns)), columns)
+    stored = data.reshape(-1, format.stored_bytes(1, columns))
+    return format.decode_rows(stored[first:][:rows], columns)
