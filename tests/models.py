@@ -27,6 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -48,6 +50,7 @@ FAMILIES = tuple(KINDS)
 MORE_KINDS = {
     "granite": (GraniteConfig, GraniteForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 ALL_FAMILIES = (*KINDS, *MORE_KINDS)
@@ -124,6 +127,8 @@ def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
             "embedding_multiplier": 12.0, "attention_multiplier": 1 / 16, "residual_multiplier": 0.22,
             "logits_scaling": 8.0,
         }  # fmt: skip
+    if family == "qwen3_moe":
+        return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     if family != "gemma3_text":
         return {}
     return {

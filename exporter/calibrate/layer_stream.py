@@ -48,14 +48,20 @@ class LoadedLayer:
         output: torch.Tensor = self.module(hidden, **self.arguments(hidden.shape[1]))
         return output
 
+    def parts(self, hidden: torch.Tensor) -> Iterator[slice]:
+        """Return the slices of windows that run together: one each where experts see some tokens of each only."""
+        windows, length, _ = hidden.shape
+        step = 1 if any(site.routed for site in self.block.sites) else max(1, TOKENS_AT_ONCE // length)
+        return (slice(first, first + step) for first in range(0, windows, step))
+
     def run(self, hidden: torch.Tensor) -> None:
         """Replace hidden states, float32 [windows, length, hidden], by the layer's output, in batches of windows."""
-        for part in parts(hidden):
+        for part in self.parts(hidden):
             hidden[part] = self.output(hidden[part])
 
     def differentiable(self, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield for each batch of windows: its slice, the layer's output, and the input to differentiate by."""
-        for part in parts(hidden):
+        for part in self.parts(hidden):
             given = hidden[part].clone().requires_grad_()
             yield part, self.output(given), given
 
@@ -160,11 +166,18 @@ class LayerStream:
         return torch.from_numpy(self._model.read(self._model.decoder.head.name))
 
 
-def parts(hidden: torch.Tensor) -> Iterator[slice]:
-    """Return the slices of windows that run together."""
-    windows, length, _ = hidden.shape
-    step = max(1, TOKENS_AT_ONCE // length)
-    return (slice(first, first + step) for first in range(0, windows, step))
+# What the module of a matrix returns: its product, or a router's with what follows from it.
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def first_output(made: Outputs) -> torch.Tensor:
+    """Return the product of a module's input and its matrix."""
+    return made if isinstance(made, torch.Tensor) else made[0]
+
+
+def as_windows(values: torch.Tensor) -> torch.Tensor:
+    """Return values as [windows, length, channels]; routers are given one window, as [length, channels]."""
+    return values if values.dim() == 3 else values[None]
 
 
 def check_finite(hidden: torch.Tensor, where: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from exporter.calibrate.layer_stream import LoadedLayer, parts
+from exporter.calibrate.layer_stream import LoadedLayer, as_windows
 from exporter.formats.format import Float32
 from exporter.model.blocks import Linear
 
@@ -21,7 +21,10 @@ from exporter.model.blocks import Linear
 class PausedLayer:
     """One model in one layer.
 
+    It does not stop at the sites of experts, which only some batches reach.
+
     Attributes:
+        parts: The slices of windows that are batches.
         hidden: Hidden states, float32 [windows, length, hidden]: before the layer, and after it at its end.
         inputs: Inputs of the current site, by the first window of each batch, float32 [windows, length, columns].
         stream: The residual stream at the entrance of the current sublayer, likewise.
@@ -32,9 +35,12 @@ class PausedLayer:
         self.inputs: dict[int, torch.Tensor] = {}
         self.stream: dict[int, torch.Tensor] = {}
         self._current = slice(0)
-        self._calls = [(part, greenlet(partial(self._forward, part))) for part in parts(hidden)]
+        self.parts = list(layer.parts(hidden))
+        self._calls = [(part, greenlet(partial(self._forward, part))) for part in self.parts]
         self._hooks = [self._hooked(sublayer.entrance, self._see_stream) for sublayer in layer.block.sublayers]
-        self._hooks += [self._hooked(site.linears[0].module, self._pause) for site in layer.block.sites]
+        self._hooks += [
+            self._hooked(site.linears[0].module, self._pause) for site in layer.block.sites if not site.routed
+        ]
 
     def _hooked(self, path: str, see: Callable[[torch.Tensor], None]) -> Any:
         module = self._layer.module.get_submodule(path)
@@ -47,7 +53,7 @@ class PausedLayer:
         self.stream[self._current.start] = given
 
     def _pause(self, given: torch.Tensor) -> None:
-        self.inputs[self._current.start] = given
+        self.inputs[self._current.start] = as_windows(given)
         waiting = getcurrent().parent
         assert waiting is not None
         waiting.switch()

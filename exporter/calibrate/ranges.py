@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporter.calibrate.layer_stream import LoadedLayer, check_finite
+from exporter.calibrate.layer_stream import LoadedLayer, Outputs, check_finite, first_output
 from exporter.formats.format import Float32
 from exporter.foundation.cache_entries import ARRAY, Filling, load
 
@@ -40,9 +40,9 @@ class ChannelRanges:
         return ChannelRanges(self.low / divisor, self.high / divisor)
 
 
-def output_place(layer: int | None, role: str) -> str:
+def output_place(layer: int | None, part: str) -> str:
     """Return the name of the place of a matrix's outputs, such as `layers.3.q_out`."""
-    return HEAD_OUTPUT if layer is None else f"layers.{layer}.{role}_out"
+    return HEAD_OUTPUT if layer is None else f"layers.{layer}.{part}_out"
 
 
 def load_ranges(folder: Path, place: str) -> ChannelRanges | None:
@@ -57,6 +57,13 @@ class _Extremes:
     def __init__(self) -> None:
         self._low: torch.Tensor | None = None
         self._high: torch.Tensor | None = None
+
+    @classmethod
+    def of_zeros(cls, channels: int) -> "_Extremes":
+        """Return the ranges of channels that are always zero."""
+        made = cls()
+        made.add(torch.zeros(1, channels))
+        return made
 
     def add(self, values: torch.Tensor) -> None:
         """Add values, float32 [..., channels]."""
@@ -82,25 +89,28 @@ def observed_ranges(layer: LoadedLayer, folder: Filling) -> Iterator[None]:
     def inputs(place: str, _: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
         see(place, given[0])
 
-    def outputs(place: str, linear: nn.Module, _: object, made: torch.Tensor) -> None:
+    def outputs(place: str, linear: nn.Module, _: object, made: Outputs) -> None:
         # Exclude the bias, which the runtime adds after the matrix product.
-        bias = linear.bias
-        see(place, made - bias if isinstance(bias, torch.Tensor) else made)
+        bias, product = getattr(linear, "bias", None), first_output(made)
+        see(place, product - bias if isinstance(bias, torch.Tensor) else product)
 
     hooks = [
         layer.module.get_submodule(site.linears[0].module).register_forward_pre_hook(partial(inputs, site.name))
         for site in layer.block.sites
     ]
-    for role, linear in layer.block.linears.items():
-        made = partial(outputs, output_place(layer.block.layer, role))
+    for part, linear in layer.block.linears.items():
+        made = partial(outputs, output_place(layer.block.layer, part))
         hooks.append(layer.module.get_submodule(linear.module).register_forward_hook(made))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for place, extremes in places.items():
-        extremes.save(folder, place)
+    # No token may have reached an expert.
+    widths = {site.name: site.columns for site in layer.block.sites}
+    widths |= {output_place(layer.block.layer, part): one.group.rows for part, one in layer.block.linears.items()}
+    for place, width in widths.items():
+        places.get(place, _Extremes.of_zeros(width)).save(folder, place)
 
 
 def save_head_ranges(hidden: torch.Tensor, head: torch.Tensor, folder: Filling, site: str) -> None:

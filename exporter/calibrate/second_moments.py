@@ -122,6 +122,11 @@ class _Moment:
         add_products(self._total, inputs * weights.sqrt()[:, None])
         self.weight += float(weights.sum(dtype=torch.float64))
 
+    def add_all(self, other: "_Moment") -> None:
+        """Add another sum."""
+        self._total += other._total
+        self.weight += other.weight
+
     def mean(self) -> Float32:
         """Return E[x x^T]; only the lower triangle is valid."""
         total = self._total.numpy()
@@ -131,13 +136,17 @@ class _Moment:
 
 
 class Moments:
-    """Running sums over the inputs of one site."""
+    """Running sums over the inputs of one site.
+
+    Attributes:
+        tokens: Number of inputs.
+    """
 
     def __init__(self, columns: int) -> None:
         self._fitted, self._held = _Moment(columns), _Moment(columns)
         self._squares = torch.zeros(columns, dtype=torch.float64)
         self._peaks = {block: torch.zeros(columns // block) for block in ACTIVATION_BLOCKS if columns % block == 0}
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, inputs: torch.Tensor, weights: torch.Tensor, first_window: int) -> None:
         """Add some windows.
@@ -158,7 +167,21 @@ class Moments:
             largest = largest.reshape(len(every), -1, block // size).amax(-1)
             size = block
             total.addmv_(largest.T, every)
-        self._tokens += len(every)
+        self.tokens += len(every)
+
+    def add_all(self, other: "Moments") -> None:
+        """Add the inputs of another site."""
+        self._fitted.add_all(other._fitted)
+        self._held.add_all(other._held)
+        self._squares += other._squares
+        self._peaks = {block: total + other._peaks[block] for block, total in self._peaks.items()}
+        self.tokens += other.tokens
+
+    def copy(self) -> "Moments":
+        """Return the same sums, to be saved by themselves."""
+        made = Moments(len(self._squares))
+        made.add_all(self)
+        return made
 
     def save(self, folder: Filling, site: str) -> None:
         """Write the means under the site's name; this destroys the sums.
@@ -175,7 +198,7 @@ class Moments:
         vectors: dict[str, np.ndarray] = {
             "held_diagonal": held.diagonal().copy(),
             "share": np.array(self._held.weight / total if total > 0 else 0.0),
-            "squares": (self._squares / max(self._tokens, 1)).float().numpy(),
+            "squares": (self._squares / max(self.tokens, 1)).float().numpy(),
         } | {f"peaks_{block}": (peaks / max(total, 1e-30)).numpy() for block, peaks in self._peaks.items()}
         if not np.isfinite(both).all() or not all(np.isfinite(values).all() for values in vectors.values()):
             raise InputError("the activations are not finite", where=site, next_step="check the model's weights there")

@@ -24,7 +24,15 @@ import numpy as np
 import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
-from exporter.calibrate.layer_stream import LayerStream, LoadedLayer, Progress, check_finite
+from exporter.calibrate.layer_stream import (
+    LayerStream,
+    LoadedLayer,
+    Outputs,
+    Progress,
+    as_windows,
+    check_finite,
+    first_output,
+)
 from exporter.calibrate.ranges import (
     HEAD_OUTPUT,
     ChannelRanges,
@@ -38,6 +46,7 @@ from exporter.calibrate.windows import Windows
 from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder, locked, require_space
 from exporter.foundation.cache_entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
+from exporter.model import blocks
 from exporter.model.decoder import HEAD_SITE, TOKENS
 from exporter.model.model import Model
 
@@ -84,9 +93,12 @@ class Statistics:
         path = self._folder / f"{site}.npz"
         return load(path, VECTORS)["squares"] if path.is_file() else None
 
-    def sensitivity(self, layer: int | None, role: str) -> Float32:
-        """Return E[g^2] of each output of a matrix, float32 [rows]; the head has no layer."""
-        return load(self._folder / f"{_gradients(layer)}.npz", VECTORS)[role]
+    def sensitivity(self, layer: int | None, part: str) -> Float32:
+        """Return E[g^2] of each output of a matrix over all tokens, float32 [rows]; the head has no layer.
+
+        It is zero for tokens that do not reach an expert.
+        """
+        return load(self._folder / f"{_gradients(layer)}.npz", VECTORS)[part]
 
     def lookups(self) -> tuple[Float32, Float32]:
         """Return the frequency of each token, float32 [vocab], and E[g^2] of the embedded tokens, [hidden]."""
@@ -343,25 +355,47 @@ def _backwards(layer: LoadedLayer, inputs: torch.Tensor, gradient: torch.Tensor,
         moments = {site.name: Moments(site.columns) for site in block.sites}
         for part, outputs, given in layer.differentiable(inputs):
             (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
-            tokens = {role: _squares(gradients.pop(role), role, sums) for role in block.linears}
+            # No token of these windows may have reached an expert.
+            tokens = {name: _squares(gradients.pop(name), name, sums) for name in block.linears if name in gradients}
             for site in block.sites:
-                roles = [linear.role for linear in site.linears]
-                moments[site.name].add(seen[roles[0]], _weights([tokens[role] for role in roles]), part.start)
+                there = [linear.part for linear in site.linears]
+                if there[0] in tokens or not site.routed:
+                    moments[site.name].add(seen[there[0]], _weights([tokens[name] for name in there]), part.start)
             # Free the activations of these windows before the next.
             seen.clear()
+    _pool_rare_experts(block, moments)
     for site in block.sites:
         moments.pop(site.name).save(files, site.name)
     count = gradient[..., 0].numel()
-    files.save(
-        f"{_gradients(block.layer)}.npz", VECTORS, {role: (sums[role] / count).numpy() for role in block.linears}
-    )
+    squares = {
+        name: (sums.get(name, torch.zeros(linear.group.rows)) / count).numpy() for name, linear in block.linears.items()
+    }
+    files.save(f"{_gradients(block.layer)}.npz", VECTORS, squares)
     return before
 
 
-def _squares(gradient: torch.Tensor, role: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Add the squares of a gradient, [windows, length, rows], to the sum of its role; return their sums by token."""
+def _pool_rare_experts(block: blocks.Block, moments: dict[str, Moments]) -> None:
+    """Give an expert that fewer tokens reached than its inputs have channels the inputs of all experts of the layer.
+
+    The second moment of so few inputs is singular.
+    """
+    by_kind: dict[str, list[blocks.Site]] = {}
+    for site in block.sites:
+        if site.routed:
+            by_kind.setdefault(site.kind, []).append(site)
+    for sites in by_kind.values():
+        rare = [site for site in sites if moments[site.name].tokens < site.columns]
+        if rare:
+            pooled = Moments(sites[0].columns)
+            for site in sites:
+                pooled.add_all(moments[site.name])
+            moments.update((site.name, pooled.copy()) for site in rare)
+
+
+def _squares(gradient: torch.Tensor, name: str, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Add the squares of a gradient, [windows, length, rows], to the sum of a matrix; return their sums by token."""
     squares = gradient.square()
-    sums[role] = sums.get(role, torch.zeros(())) + squares.sum(dim=(0, 1))
+    sums[name] = sums.get(name, torch.zeros(())) + squares.sum(dim=(0, 1))
     return squares.sum(-1)
 
 
@@ -376,19 +410,21 @@ def _weights(tokens: list[torch.Tensor]) -> torch.Tensor:
 
 @contextmanager
 def _observed(layer: LoadedLayer) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Record, by role, the inputs of a layer's matrices and the gradients at their outputs."""
+    """Record, by `Linear.part`, the inputs of a layer's matrices and the gradients at their outputs."""
     inputs: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
 
-    def watch(role: str, given: torch.Tensor, output: torch.Tensor) -> None:
-        inputs[role] = given.detach()
-        output.register_hook(partial(gradients.__setitem__, role))  # type: ignore[no-untyped-call]
+    def watch(name: str, given: torch.Tensor, output: Outputs) -> None:
+        inputs[name] = as_windows(given.detach())
+        first_output(output).register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradients.__setitem__(name, as_windows(gradient))
+        )
 
     hooks = [
         layer.module.get_submodule(linear.module).register_forward_hook(
-            lambda _, given, output, role=role: watch(role, given[0], output)
+            lambda _, given, output, name=name: watch(name, given[0], output)
         )
-        for role, linear in layer.block.linears.items()
+        for name, linear in layer.block.linears.items()
     ]
     try:
         yield inputs, gradients

@@ -212,14 +212,14 @@ def _sampled(
 ) -> _Sample:
     rows, lookups, columns = np.zeros(len(chosen)), np.zeros(len(chosen)), np.zeros(group.columns, np.float32)
     if group.site != TOKENS:
-        rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.role), chosen)
+        rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.part), chosen)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()
         lookups = _scaled_up(frequencies, chosen)
     site = statistics.site(group.site)
     if low_rank is not None and site is not None:
         whole = model.read(group.name)
-        left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.role))[chosen]
+        left = residual(whole, low_rank.rank, site, statistics.sensitivity(group.layer, group.part))[chosen]
         return _Sample(whole[chosen], left, site, rows, lookups, columns)
     weight = model.read_rows(group.name, chosen)
     return _Sample(weight, weight, site, rows, lookups, columns)

@@ -178,7 +178,7 @@ def _places(model: Model, sites: Collection[str]) -> Iterator[_Place]:
             if site.producer is not None and site.kind in sites:
                 consumers = tuple(linear.group.name for linear in site.linears)
                 linear = site.producer.linear
-                output = None if linear is None else output_place(block.layer, linear.role)
+                output = None if linear is None else output_place(block.layer, linear.part)
                 yield _Place(site.name, site.producer, consumers, output)
     if HEAD_SITE in sites and not decoder.tied:
         yield _Place(HEAD_SITE, Producer((decoder.final_norm,)), (decoder.head.name,))

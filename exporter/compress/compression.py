@@ -146,7 +146,8 @@ def _compensating(encoder: "_Encoder", sites: Iterator[tuple[Site, SiteErrors]])
     for site, errors in sites:
         for linear in site.linears:
             weight = errors.weight(linear)
-            matrix = encoder.compressed(linear.group, weight, errors.compensated(weight))
+            wanted = weight if linear.group.exact else errors.compensated(weight)
+            matrix = encoder.compressed(linear.group, weight, wanted)
             errors.follow(linear, matrix.encoded.planned)
             yield matrix
 
@@ -196,7 +197,7 @@ class _Encoder:
                 where=decision.group.name,
                 next_step="collect statistics first",
             )
-        outputs = statistics.sensitivity(decision.group.layer, decision.group.role)
+        outputs = statistics.sensitivity(decision.group.layer, decision.group.part)
         return encode_with_factors(
             weight, decision.format, decision.low_rank, site, outputs, method,
             self._compression.alternation, self._methods[FACTORS],

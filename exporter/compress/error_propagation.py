@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
-from exporter.calibrate.layer_stream import LayerStream, check_finite, parts
+from exporter.calibrate.layer_stream import LayerStream, check_finite
 from exporter.calibrate.paused_layer import PausedLayer
 from exporter.calibrate.second_moments import add_products
 from exporter.calibrate.windows import Tokens
@@ -36,11 +36,14 @@ RIDGE = FITTED["propagation_ridge"].value
 
 
 class SiteErrors:
-    """What earlier rounding did to the inputs of a site, and how the matrices there compensate for it."""
+    """What earlier rounding did to the inputs of a site, and how the matrices there compensate for it.
+
+    The matrices of experts do not: the compressed model may send a token to other experts than the source.
+    """
 
     def __init__(self, source: PausedLayer, compressed: PausedLayer, site: Site, onto_the_stream: float) -> None:
         self._source, self._compressed = source, compressed
-        self._difference = _difference(source, compressed, site, onto_the_stream)
+        self._difference = None if site.routed else _difference(source, compressed, site, onto_the_stream)
 
     def weight(self, linear: Linear) -> Float32:
         """Return the source's weights of a matrix, float32 [rows, columns]; they must not be changed."""
@@ -50,7 +53,7 @@ class SiteErrors:
     @quick_products()
     def compensated(self, weight: Float32) -> Float32:
         """Return W* for W, float32 [rows, columns]."""
-        return self._difference.made_up(torch.from_numpy(weight)).numpy()
+        return weight if self._difference is None else self._difference.made_up(torch.from_numpy(weight)).numpy()
 
     def follow(self, linear: Linear, planned: Float32) -> None:
         """Continue the compressed model with the decoded values of a matrix, float32 [rows, columns]."""
@@ -84,7 +87,9 @@ def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterat
         ):
             for sublayer in block.sublayers:
                 for site in sublayer.sites:
-                    _advance(source, compressed)
+                    # Experts run as a whole after the site before them, with matrices that were all replaced.
+                    if not site.routed:
+                        _advance(source, compressed)
                     yield site, SiteErrors(source, compressed, site, _weight_in_the_stream(sublayer, site))
             _advance(source, compressed)
 
@@ -116,7 +121,7 @@ class _Difference:
         self._stream: torch.Tensor | None = None
         if onto_the_stream:
             self._stream = torch.zeros(compressed.hidden.shape[-1], columns)
-        for part in parts(compressed.hidden):
+        for part in compressed.parts:
             given = compressed.inputs[part.start].flatten(0, 1)
             add_products(moment, given, 1 / tokens)
             missing = source.inputs[part.start].flatten(0, 1) - given

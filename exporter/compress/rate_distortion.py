@@ -51,8 +51,8 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
     """
     squares = np.zeros(group.rows, np.float32)
     if group.site != TOKENS:
-        role = "head" if group.layer is None else group.role
-        squares += np.float32(variance) * statistics.sensitivity(group.layer, role)
+        part = "head" if group.layer is None else group.part
+        squares += np.float32(variance) * statistics.sensitivity(group.layer, part)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups()
         squares += frequencies * columns.mean()

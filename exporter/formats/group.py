@@ -17,6 +17,9 @@ class WeightGroup:
         columns: Inputs.
         uses: Uses of the storage; a tied embedding has `("embedding", "head")`.
         site: Where its input is observed, such as `layers.0.mlp_out`; see `exporter.calibrate.statistics`.
+        expert: Number of the expert that it belongs to; None outside of experts.
+        share: Share of the tokens that are multiplied by it.
+        exact: It is kept in float32, whatever the type of the model: it chooses the experts.
     """
 
     name: str
@@ -26,6 +29,14 @@ class WeightGroup:
     columns: int
     uses: tuple[str, ...]
     site: str
+    expert: int | None = None
+    share: float = 1.0
+    exact: bool = False
+
+    @property
+    def part(self) -> str:
+        """The role, with the number of the expert if it has one: unique in its layer."""
+        return self.role if self.expert is None else f"{self.role}.{self.expert}"
 
     @property
     def size(self) -> int:

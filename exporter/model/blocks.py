@@ -47,9 +47,19 @@ class Linear:
     stored_in: str | None = None
 
     @property
-    def role(self) -> str:
-        """Its role in the block, such as `down`."""
-        return self.group.role
+    def part(self) -> str:
+        """Its name in the block, such as `down`."""
+        return self.group.part
+
+    @property
+    def stacked_in(self) -> str | None:
+        """Path of transformers' module that multiplies by several matrices, this one included; None for its own.
+
+        For an expert's matrix it is the module of all experts.
+        """
+        if self.group.expert is not None:
+            return self.module.rsplit(".", 2)[0]
+        return None if self.stored_in is None else self.module.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,11 @@ class Site:
     def columns(self) -> int:
         """Number of channels."""
         return self.linears[0].group.columns
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is in an expert, which only some tokens reach."""
+        return self.linears[0].group.expert is not None
 
 
 @dataclass(frozen=True)
@@ -154,8 +169,8 @@ class Block:
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """Role -> matrix, in the order of computation."""
-        return {linear.role: linear for site in self.sites for linear in site.linears}
+        """`WeightGroup.part` -> matrix, in the order of computation."""
+        return {linear.part: linear for site in self.sites for linear in site.linears}
 
     @cached_property
     def channels(self) -> GatedChannels | None:

@@ -142,6 +142,11 @@ def _is_numbers(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MAX_WIDTH and all(map(_is_positive, value))
 
 
+def _is_layer_numbers(value: object) -> bool:
+    fits, _ = KINDS["whole"]
+    return isinstance(value, list) and len(value) <= MAX_LAYERS and all(map(fits, value))
+
+
 def _is_activation(value: object) -> bool:
     return isinstance(value, str) and value in key_table()["activations"]
 
@@ -157,6 +162,7 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "flag": (lambda value: isinstance(value, bool), "true or false"),
     "id": _whole(-MAX_POSITIONS, MAX_POSITIONS),
     "ids": (_is_ids, "a token id or a list of them"),
+    "layer numbers": (_is_layer_numbers, "a list of numbers of layers"),
     "layers": _whole(1, MAX_LAYERS),
     "name": (_is_name, "a name"),
     "names": (_is_names, "a list of names"),

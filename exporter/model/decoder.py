@@ -71,6 +71,7 @@ class Decoder(Shape):
             residual_scale=family.residual_scale(config),
             logits_divisor=family.logits_divisor(config),
             activation=getattr(config, family.activation_key),
+            experts=family.experts(config, where),
         )
         if heads % decoder.kv_heads or head_dim % 2 or decoder.rotary_width % 2:
             raise InputError(
@@ -123,12 +124,17 @@ class Decoder(Shape):
 
     def linear(self, group: WeightGroup) -> Linear | None:
         """Return the matrix of a group; None for embedding and head."""
-        return None if group.layer is None else self.blocks[group.layer].linears[group.role]
+        return None if group.layer is None else self.blocks[group.layer].linears[group.part]
 
     @property
     def parameters(self) -> int:
         """Number of weights; a tied embedding counts once."""
         return sum(group.size for group in self.groups()) + sum(_size(shape) for shape in self.vectors().values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of weights that a token is computed with, on average; a token reaches some of the experts only."""
+        return self.parameters - round(sum((1 - group.share) * group.size for group in self.groups()))
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices in the order of the forward pass; the embedding is first, an untied head last."""

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from exporter.foundation.registry import load, names
 from exporter.model.attention_windows import FULL
 from exporter.model.blocks import Block
-from exporter.model.shape import Shape
+from exporter.model.shape import Experts, Shape
 
 PACKAGE = "exporter.model.families"
 # The value of a key in the header of a GGUF file; its type follows from Python's.
@@ -44,6 +44,10 @@ class Refusal:
     key: str
     got: object
     expected: object
+
+
+def no_experts(config: PretrainedConfig, where: object) -> Experts | None:
+    """Return None."""
 
 
 def nothing_refused(shape: Shape, config: PretrainedConfig) -> Refusal | None:
@@ -109,6 +113,7 @@ class Family:
         embedding_scale: Returns the factor of embeddings before the first block.
         residual_scale: Returns the factor of what sublayers add to the residual stream.
         logits_divisor: Returns what the head's outputs are divided by.
+        experts: Returns the experts of each layer, or None; it raises an `InputError` as `windows` does.
         rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
         rotary_names: Other names that its config.json has for types of rotary embedding -> their usual name.
         activation_key: The key of config.json that names the activation.
@@ -128,6 +133,7 @@ class Family:
     embedding_scale: Callable[[PretrainedConfig], float] = no_scale
     residual_scale: Callable[[PretrainedConfig], float] = no_scale
     logits_divisor: Callable[[PretrainedConfig], float] = no_scale
+    experts: Callable[[PretrainedConfig, object], Experts | None] = no_experts
     rotary_kinds: Sequence[str] = (FULL,)
     rotary_names: Mapping[str, str] = field(default_factory=dict)
     activation_key: str = "hidden_act"

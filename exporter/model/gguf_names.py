@@ -19,7 +19,7 @@ def gguf_names(decoder: Decoder) -> dict[str, str]:
         decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: FINAL_NORM_NAME, HEAD: HEAD_NAME
     }  # fmt: skip
     for block in decoder.blocks:
-        named = {linear.group.name: role for role, linear in block.linears.items()}
+        named = {linear.group.name: linear.group.role for linear in block.linears.values()}
         named |= {vector.name: vector.role for vector in block.vectors}
         pairs |= {name: f"blk.{block.layer}.{tensors[role]}" for name, role in named.items()}
     return pairs
@@ -39,10 +39,10 @@ def first_row(decoder: Decoder, group: WeightGroup) -> int:
         return 0
     tensors = decoder.family.gguf.tensors
     before = 0
-    for role, linear in decoder.blocks[group.layer].linears.items():
-        if role == group.role:
+    for linear in decoder.blocks[group.layer].linears.values():
+        if linear.group == group:
             return before
-        before += linear.group.rows if tensors[role] == tensors[group.role] else 0
+        before += linear.group.rows if tensors[linear.group.role] == tensors[group.role] else 0
     raise KeyError(group.name)
 
 

@@ -6,6 +6,7 @@ from exporter.foundation.errors import InputError
 
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 20
+MAX_EXPERTS = 1024
 # Positions are int32 in the runtimes.
 MAX_POSITIONS = (1 << 31) - 1
 

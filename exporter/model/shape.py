@@ -3,6 +3,21 @@
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The experts of each layer.
+
+    Attributes:
+        count: Experts of a layer.
+        used: Those that compute each token.
+        width: Feed-forward width of an expert.
+    """
+
+    count: int
+    used: int
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The sizes of a decoder; names follow config.json where possible.
@@ -23,6 +38,7 @@ class Shape:
         residual_scale: Factor of what sublayers add to the residual stream.
         logits_divisor: What the head's outputs are divided by.
         activation: Name of the activation of the feed-forward parts.
+        experts: The experts of each layer; None for none.
     """
 
     layers: int
@@ -40,6 +56,7 @@ class Shape:
     residual_scale: float
     logits_divisor: float
     activation: str
+    experts: Experts | None = None
 
     @property
     def window(self) -> int | None:

@@ -101,7 +101,7 @@ def cpu_as_predicted(target: Budgeted, model: Model, storages: Sequence[Storage]
 
     Kernel speeds tell how formats differ on one device, predictions how fast the device is.
     """
-    plain, read, decode_s, prefill_s = cpu_of(device), 0, 0.0, 0.0
+    plain, read, decode_s, prefill_s = cpu_of(device), 0.0, 0.0, 0.0
     formats: Counter[str] = Counter()
     for group, options in ((group, storage.formats) for storage in storages for group in storage.groups):
         if group.site == TOKENS:
@@ -109,12 +109,13 @@ def cpu_as_predicted(target: Budgeted, model: Model, storages: Sequence[Storage]
         format = min(options, key=lambda one: _unlike_most_runs(one, target.throughput(group, one)))
         decode, prefill = _times(plain, target, group, format)
         decode_s, prefill_s = decode_s + decode, prefill_s + prefill
-        read += format.stored_bytes(group.rows, group.columns)
+        read += group.share * format.stored_bytes(group.rows, group.columns)
         formats[format.name] += 1
     # Predictions begin at a million parameters: a smaller model is taken so many times as large.
-    scale = max(1.0, LEAST_PARAMETERS / model.decoder.parameters, LEAST_BYTES / read)
+    active = model.decoder.active_parameters
+    scale = max(1.0, LEAST_PARAMETERS / active, LEAST_BYTES / read)
     (usual, _) = formats.most_common(1)[0]
-    request = Request(int(scale * read) + 1, int(scale * model.decoder.parameters) + 1, usual, "cpu")
+    request = Request(int(scale * read) + 1, int(scale * active) + 1, usual, "cpu")
     predicted = rates(device, checked_request(request, device))
     return replace(
         plain,
@@ -129,12 +130,16 @@ def _unlike_most_runs(format: WeightFormat, throughput: Throughput) -> tuple[flo
 
 
 def _times(cpu: Cpu, target: Budgeted, group: WeightGroup, format: WeightFormat) -> tuple[float, float]:
-    """Return the seconds of a matrix for a generated token and for one of a prompt; zeros if it is only looked up."""
+    """Return the seconds of a matrix for a generated token and for one of a prompt, on average over tokens.
+
+    They are zero if it is only looked up.
+    """
     if group.site == TOKENS:
         return 0.0, 0.0
     throughput = target.throughput(group, format)
     stored = format.stored_bytes(group.rows, group.columns)
-    return cpu.decode_s(group.size, stored, throughput), cpu.prefill_s(group.size, throughput)
+    decode_s, prefill_s = cpu.decode_s(group.size, stored, throughput), cpu.prefill_s(group.size, throughput)
+    return group.share * decode_s, group.share * prefill_s
 
 
 def decisions_of(budget: Budget, best: Sequence[Choice], model: Model, codes: str, reason: str) -> list[Decision]:

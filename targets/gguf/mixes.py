@@ -5,6 +5,7 @@ run `llama_model_quantize` on a skeleton of the model, whose matrices keep their
 the types back. This takes milliseconds and cannot diverge from the library.
 """
 
+import math
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from exporter.child.process import Child
 from exporter.foundation.cache import scratch_folder
 from exporter.foundation.errors import RequestError
 from exporter.model.decoder import Decoder
-from exporter.model.gguf_names import gguf_names
+from exporter.model.gguf_names import gguf_matrices, gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import write_header
@@ -57,13 +58,15 @@ def mix_types(mix: str, decoder: Decoder, config: PretrainedConfig, important: I
 
 
 def _write_skeleton(path: Path, decoder: Decoder, config: PretrainedConfig) -> dict[str, int]:
-    """Write the skeleton and return the width of each matrix."""
+    """Write the skeleton and return the numbers of importance that each matrix needs: its width, for each expert."""
     names = gguf_names(decoder)
-    widths = {names[group.name]: group.columns for group in decoder.groups()}
+    widths = {}
     with closing(gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)) as writer:
         write_header(writer, decoder, config)
-        for name, columns in widths.items():
-            writer.add_tensor(name, np.zeros((2, columns), np.float32))
+        for name, groups in gguf_matrices(decoder).items():
+            experts = (len(groups),) if groups[0].expert is not None else ()
+            widths[name] = math.prod(experts) * groups[0].columns
+            writer.add_tensor(name, np.zeros((*experts, 2, groups[0].columns), np.float32))
         for name, shape in decoder.vectors().items():
             writer.add_tensor(names[name], np.zeros(shape, np.float32))
         writer.write_header_to_file()

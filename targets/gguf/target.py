@@ -1,7 +1,7 @@
 """The target `gguf`: one file for llama.cpp and Ollama."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +61,9 @@ ALPHABET = (
     "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1",
     "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
+
+# What chooses experts is kept as it is, as llama.cpp's own tool does.
+EXACT, KEPT = ggml_format("F32"), "kept in F32, since it chooses the experts"
 
 # From the largest to the smallest.
 USUAL_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ3_XXS", "Q2_K", "IQ2_M")
@@ -128,14 +131,16 @@ class Gguf(Target):
         return [_mix_decision(group, method, types[names[group.name]], mix, usual) for group in groups]
 
     def _single(self, model: Model, type: str, method: str) -> list[Decision]:
-        format = ggml_format(type)
-        return [Decision(group, method, format, f"{type} for every matrix") for group in model.groups()]
+        wanted = ggml_format(type), f"{type} for every matrix"
+        return [Decision(group, method, *((EXACT, KEPT) if group.exact else wanted)) for group in model.groups()]
 
     def storages(self, model: Model) -> list[Storage]:
         """Return the matrices of each tensor; types that need importance are offered where inputs were observed."""
         alphabet = [ggml_format(name) for name in ALPHABET]
 
         def formats(group: WeightGroup) -> tuple[GgmlFormat, ...]:
+            if group.exact:
+                return (EXACT,)
             observed = group.site != TOKENS
             return tuple(f for f in alphabet if f.fits(group.columns) and (observed or not f.needs_importance))
 
@@ -291,9 +296,19 @@ def _write_gguf(
         finish_header(writer)
         for vector in vectors.values():
             writer.write_tensor_data(vector)
-        for groups in tensors.values():
-            rows = [_stored_rows(model, next(matrices), adapter) for _ in groups]
-            writer.write_tensor_data(np.concatenate(rows) if len(rows) > 1 else rows[0])
+        for data in _in_order(tensors, ((one.name, _stored_rows(model, one, adapter)) for one in matrices)):
+            writer.write_tensor_data(data)
+
+
+def _in_order(tensors: Mapping[str, Sequence[WeightGroup]], matrices: Iterable[tuple[str, Bytes]]) -> Iterator[Bytes]:
+    """Yield the data of each tensor in turn, as soon as all of its matrices have come."""
+    waiting = dict[str, Bytes]()
+    for groups in tensors.values():
+        while any(group.name not in waiting for group in groups):
+            name, rows = next(iter(matrices))
+            waiting[name] = rows
+        parts = [waiting.pop(group.name) for group in groups]
+        yield np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decision]) -> None:
@@ -303,18 +318,20 @@ def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decisi
         RequestError: they were decided on differently, or one has factors.
     """
     one = decisions[0]
-    if len(decisions) > 1:
-        kinds = {decision.format.name + (" with factors" if decision.low_rank else "") for decision in decisions}
-        if kinds != {one.format.name}:
-            raise RequestError(
-                f"llama.cpp has one tensor for {', '.join(decision.group.role for decision in decisions)}", where=name,
-                got=" and ".join(sorted(kinds)), expected="one type for all, and no factors",
-                next_step="give these roles the same type, and leave them out of low-rank steps",
-            )  # fmt: skip
-    shape = (sum(decision.group.rows for decision in decisions), one.format.stored_bytes(1, one.group.columns))
+    kinds = {decision.format.name + (" with factors" if decision.low_rank else "") for decision in decisions}
+    if len(decisions) > 1 and kinds != {one.format.name}:
+        roles = ", ".join(dict.fromkeys(decision.group.role for decision in decisions))
+        raise RequestError(
+            f"llama.cpp has one tensor for {roles}", where=name, got=" and ".join(sorted(kinds)),
+            expected="one type for all, and no factors",
+            next_step="give these roles the same type, and leave them out of low-rank steps",
+        )  # fmt: skip
+    row = one.format.stored_bytes(1, one.group.columns)
+    stacked = one.group.expert is not None
+    rows = (len(decisions), one.group.rows) if stacked else (sum(decision.group.rows for decision in decisions),)
     kind = gguf.GGMLQuantizationType[one.format.name]
     size = sum(decision.base_bytes for decision in decisions)
-    writer.add_tensor_info(name, shape, np.dtype(np.uint8), size, kind)
+    writer.add_tensor_info(name, (*rows, row), np.dtype(np.uint8), size, kind)
 
 
 def _stored_rows(model: Model, matrix: CompressedMatrix, adapter: AdapterWriter | None) -> Bytes:

@@ -157,7 +157,7 @@ def _put_matrices(
             table = table.turned(graph, product.node)
         else:
             table = put_weights(graph, file, stem, format, matrix.encoded.data)
-        codes, outputs = scheme.of(group.role), compression.ranges(output_place(group.layer, group.role))
+        codes, outputs = scheme.of(group.role), compression.ranges(output_place(group.layer, group.part))
         given = Quantiser.of(graph, f"{stem}.input", codes, compression.ranges(group.site))
         put_product(graph, product, table, given, Quantiser.of(graph, f"{stem}.output", codes, outputs))
 

@@ -74,7 +74,7 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
     seen = []
     for site, errors in propagated_errors(model, TOKENS, table[TOKENS]):
         for linear in site.linears:
-            role, layer = linear.role, linear.group.layer
+            role, layer = linear.group.role, linear.group.layer
             seen.append((layer, role))
             weight = model.read(linear.group.name)
             found = errors.compensated(weight)

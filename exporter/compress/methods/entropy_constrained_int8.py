@@ -239,7 +239,7 @@ def entropy_constrained_methods(
         moment = None if site is None else damped(site.second_moment, site.shrinkage)
         weight = model.read(group.name)
         if group.name in ranks:
-            sensitivity = statistics.sensitivity(group.layer, group.role)
+            sensitivity = statistics.sensitivity(group.layer, group.part)
             weight = residual(weight, ranks[group.name], observed(site, group.site), sensitivity)
         problem = _Problem.of(weight, moment)
         roots = roots_of(statistics, group, problem.variance)

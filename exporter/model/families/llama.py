@@ -128,6 +128,34 @@ class BlockParts:
         channels = GatedChannels(gate, up, down)
         return Sublayer(entrance, sites, before, after, channels, self._shape.residual_scale)
 
+    def experts(self, entrance: str, before: Vector) -> Sublayer:
+        """Return experts, each a gated feed-forward part, and the router that chooses some of them for each token.
+
+        The norm before them may not absorb a division: every expert would have to take it.
+        """
+        hidden, experts = self._shape.hidden, self._shape.experts
+        assert experts is not None
+        router = self._linear("router", "mlp.gate", experts.count, hidden, "mlp_in", exact=True)
+        sites = [self._site("mlp_in", (router,), None)]
+        for number in range(experts.count):
+            gate, up = (self._expert(f"expert_{role}", number, experts.width, hidden, "in") for role in ("gate", "up"))
+            down = self._expert("expert_down", number, hidden, experts.width, "out")
+            sites += [
+                self._site(f"{number}.expert_in", (gate, up), None),
+                self._site(f"{number}.expert_out", (down,), None),
+            ]
+        return Sublayer(entrance, tuple(sites), before, residual_scale=self._shape.residual_scale)
+
+    def _expert(self, role: str, number: int, rows: int, columns: int, end: str) -> Linear:
+        experts = self._shape.experts
+        assert experts is not None
+        name = self._name(f"mlp.experts.{number}.{role.removeprefix('expert_')}_proj.weight")
+        group = WeightGroup(
+            name, role, self._layer, rows, columns, (role,), f"layers.{self._layer}.{number}.expert_{end}",
+            number, experts.used / experts.count,
+        )  # fmt: skip
+        return Linear(group, f"mlp.experts.{number}.{role}")
+
     def _linear(
         self,
         role: str,
@@ -137,9 +165,10 @@ class BlockParts:
         site: str,
         heads: int = 0,
         stored_in: str | None = None,
+        exact: bool = False,
     ) -> Linear:
         name, place = self._name(f"{module}.weight"), f"layers.{self._layer}.{site}"
-        group = WeightGroup(name, role, self._layer, rows, columns, (role,), place)
+        group = WeightGroup(name, role, self._layer, rows, columns, (role,), place, exact=exact)
         if stored_in is None:
             return Linear(group, module, heads)
         return Linear(group, f"{stored_in}.{role}", heads, self._name(f"{stored_in}.weight"))
