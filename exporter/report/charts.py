@@ -22,6 +22,12 @@ ROLE_TITLES = {
     "up": "Up",
     "down": "Down",
 }
+EXPERT_TITLES = {
+    "router": "Router",
+    "expert_gate": "Gates of experts",
+    "expert_up": "Ups of experts",
+    "expert_down": "Downs of experts",
+}
 # Upper ends of the steps of the colour scale, in bits per weight; the last step has none.
 BIT_STEPS = (3.0, 4.0, 5.0, 6.0, 9.0)
 STEP_TITLES = ("under 3", "3 to 4", "4 to 5", "5 to 6", "6 to 9", "9 and more")
@@ -48,7 +54,7 @@ class Strip:
 
 def role_title(role: str) -> str:
     """Return a role as people read it."""
-    return ROLE_TITLES.get(role, role)
+    return (ROLE_TITLES | EXPERT_TITLES).get(role, role)
 
 
 def mean_bits(rows: Sequence[TensorRow]) -> float:
@@ -72,7 +78,8 @@ def shares(rows: Sequence[TensorRow], file_bytes: int) -> list[Share]:
 
 
 def _tone(role: str) -> str:
-    return role if role in ROLE_TITLES else "other"
+    bare = role.removeprefix("expert_")
+    return bare if bare in ROLE_TITLES else "other"
 
 
 def stacked_bar(parts: Sequence[Share]) -> Markup:
@@ -90,8 +97,11 @@ def stacked_bar(parts: Sequence[Share]) -> Markup:
 
 
 def heat_strips(rows: Sequence[TensorRow]) -> list[Strip]:
-    """Return a strip for each role that occurs in layers: a cell for each layer, its tone by bits per weight."""
-    inside = [row for row in rows if row.layer is not None]
+    """Return a strip for each role that occurs in layers: a cell for each layer, its tone by bits per weight.
+
+    The experts of a layer have one cell: they share a format.
+    """
+    inside = list({(row.role, row.layer): row for row in rows if row.layer is not None}.values())
     layers = 1 + max((row.layer for row in inside if row.layer is not None), default=-1)
     return [
         Strip(role_title(role), _strip(role, [row for row in inside if row.role == role], layers))
