@@ -16,6 +16,7 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError
 from exporter.foundation.registry import load
 from exporter.model.decoder import Decoder
+from exporter.model.family import Family
 from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak, Weights
 from exporter.predict.roofline import Throughput
@@ -93,6 +94,10 @@ class Target(Protocol):
     @abstractmethod
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return weight group -> the format found in the file."""
+
+    def lacks(self, family: Family) -> str | None:
+        """Return why the target builds no model of a family; None if it does."""
+        return None
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the choices that depend on the device's instruction set; by default there are none."""

@@ -15,6 +15,7 @@ import typer
 from exporter.cli import bench as benching
 from exporter.cli import devices as profiles
 from exporter.cli import emulate as emulating
+from exporter.cli import families as known_families
 from exporter.cli import predict as prediction
 from exporter.cli.arguments import BundleArgument, JsonOption, NoCheckOption, fail_on, require_bundle
 from exporter.cli.job_options import THREADS, ThreadsOption, takes_job
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 
 app.add_typer(profiles.app, name="devices")
+app.add_typer(known_families.app)
 app.add_typer(prediction.app)
 app.add_typer(emulating.app, name="emulate")
 

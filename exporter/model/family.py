@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from exporter.foundation.registry import load, names
-from exporter.model.attention_windows import FULL
+from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
 from exporter.model.shape import Experts, Shape
 
@@ -102,6 +102,7 @@ class Family:
 
     Attributes:
         model_type: `model_type` in config.json.
+        title: Names of its models, as people know them.
         architecture: Class name in config.json's `architectures`.
         block: Returns the description of a layer.
         windows: Returns the attention window of each layer, None for none; it raises an `InputError`, which names the
@@ -124,6 +125,7 @@ class Family:
     """
 
     model_type: str
+    title: str
     architecture: str
     block: Callable[[Shape, int], Block]
     windows: Callable[[PretrainedConfig, object], tuple[int | None, ...]]
@@ -141,6 +143,16 @@ class Family:
     honoured: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     adopted_code: Sequence[str] = ()
+
+    @property
+    def usable_context(self) -> str:
+        """What the longest text is that every artifact computes as the model does, for the user."""
+        limits = []
+        if not self.carries_windows and self.windows is not no_window:
+            limits.append("attention window")
+        if "longrope" in self.gguf.rotary:
+            limits.append("longrope's original context")
+        return f"up to the model's {' or '.join(limits)}, if it has one" if limits else "all positions of the model"
 
     @property
     def base_model(self) -> str:

@@ -2,11 +2,12 @@
 
 from exporter.foundation.errors import RequestError
 from exporter.model.decoder import Decoder
-from exporter.model.family import OnnxDeclaration
+from exporter.model.family import Family, OnnxDeclaration
 from exporter.model.model import Model
 
 # GroupQueryAttention refuses a rotary table whose rows, half a head wide, are no multiple of 8.
 HEAD_WIDTHS = 16
+NOT_BUILT = "onnxruntime-genai's model builder does not build this family"
 
 
 def declared_by(decoder: Decoder) -> OnnxDeclaration:
@@ -17,11 +18,13 @@ def declared_by(decoder: Decoder) -> OnnxDeclaration:
     """
     family = decoder.family
     if family.onnx is None:
-        raise RequestError(
-            "onnxruntime-genai's model builder does not build this family", where=family.architecture,
-            next_step="use --target gguf",
-        )  # fmt: skip
+        raise RequestError(NOT_BUILT, where=family.architecture, next_step="use --target gguf")
     return family.onnx
+
+
+def lacking(family: Family) -> str | None:
+    """Return why no model of a family can be built; None if it can."""
+    return NOT_BUILT if family.onnx is None else None
 
 
 def require_supported(model: Model) -> None:

@@ -21,6 +21,7 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
+from exporter.model.family import Family
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Peak, Weights, host_features
 from exporter.predict.roofline import Throughput
@@ -50,7 +51,7 @@ from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.onnx.supported import declared_by, require_supported
+from exporter.targets.onnx.supported import declared_by, lacking, require_supported
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = FLOAT32.name
@@ -99,6 +100,10 @@ class Onnx(Target):
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the rounding and the kernels for a device."""
         return type(self)(rounding_on(device), device.isa.features)
+
+    def lacks(self, family: Family) -> str | None:
+        """Return why no model of a family can be built; None if it can."""
+        return lacking(family)
 
     def types(self) -> list[str]:
         """Return the short names, then every single format."""

@@ -17,12 +17,13 @@ from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
+from exporter.model.family import Family
 from exporter.model.model import Model
 from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, gathered, products
-from exporter.targets.onnx.supported import declared_by, require_supported
+from exporter.targets.onnx.supported import declared_by, lacking, require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
@@ -74,6 +75,10 @@ class OnnxQdq(Onnx):
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
+
+    def lacks(self, family: Family) -> str | None:
+        """Return why no model of a family can be built; None if it can."""
+        return lacking(family)
 
     def types(self) -> list[str]:
         """Return the widths of activations and weights."""

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from exporter.targets.artifact import target_names
+from exporter.targets.parity import family_rows
 from tests.benchmarks.rows import BENCHMARKS, PARAMETERS, Published, Row
 from tests.benchmarks.scores import (
     OTHERS_FOR_DECODE,
@@ -145,6 +147,18 @@ def prediction() -> str:
     return table(head, rows, numbers_from=2)
 
 
+def families() -> str:
+    """Return the families, the targets that build them, and how close their float32 artifacts are to the model."""
+    names = list(target_names())
+    rows = []
+    for row in family_rows(names):
+        cells = [
+            f"{one.kl:.0e}" if one.kl is not None else "builds" if one.lacks is None else "no" for one in row.targets
+        ]
+        rows.append([row.title, f"`{row.model_type}`", *cells, row.context])
+    return table(["models", "`model_type`", *(f"`{name}`" for name in names), "usable context"], rows, numbers_from=6)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "quality-gguf": quality_gguf,
@@ -156,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipes-other-sizes": recipes_other_sizes,
     "prediction": prediction,
+    "families": families,
 }
 
 

@@ -148,6 +148,7 @@ def test_commands_are_found() -> None:
         "devices",
         "predict",
         "emulate",
+        "families",
     } == shown
     assert {("README.md", word) for word in ("plan", "build", "run", "verify")} <= found
     assert {("make", "demo"), ("make", "test")} <= {tuple(one.words) for one in commands() if one.page == "README.md"}

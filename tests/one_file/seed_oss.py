@@ -8,6 +8,7 @@ from exporter.model.family import Family, GgufDeclaration
 
 FAMILY = Family(
     model_type="seed_oss",
+    title="Seed-OSS",
     architecture="SeedOssForCausalLM",
     block=partial(block, qkv_biases=True),
     windows=no_window,

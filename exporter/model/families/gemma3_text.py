@@ -69,6 +69,7 @@ def shim(config: PretrainedConfig, original: PretrainedConfig) -> None:
 
 FAMILY = Family(
     model_type="gemma3_text",
+    title="Gemma 3 270M and 1B",
     architecture="Gemma3ForCausalLM",
     block=block,
     windows=windows_by_layer,

@@ -22,6 +22,7 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
 
 FAMILY = Family(
     model_type="granite",
+    title="Granite 3",
     architecture="GraniteForCausalLM",
     block=block,
     windows=no_window,

@@ -187,6 +187,7 @@ def _norm_as_producer(norm: Vector | None) -> Producer | None:
 
 FAMILY = Family(
     model_type="llama",
+    title="Llama 2 and 3, TinyLlama, SmolLM, SmolLM2, DeepSeek-R1-Distill-Llama",
     architecture="LlamaForCausalLM",
     block=block,
     windows=no_window,

@@ -7,6 +7,7 @@ from exporter.model.family import Family, OnnxDeclaration
 
 FAMILY = Family(
     model_type="mistral",
+    title="Mistral 7B",
     architecture="MistralForCausalLM",
     block=block,
     windows=one_window,

@@ -38,6 +38,7 @@ def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
 
 FAMILY = Family(
     model_type="olmo2",
+    title="OLMo 2",
     architecture="Olmo2ForCausalLM",
     block=block,
     windows=no_window,

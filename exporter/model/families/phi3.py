@@ -41,6 +41,7 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
 
 FAMILY = Family(
     model_type="phi3",
+    title="Phi-3, Phi-3.5-mini, Phi-4-mini, Phi-4",
     architecture="Phi3ForCausalLM",
     block=block,
     windows=one_window,

@@ -8,6 +8,7 @@ from exporter.model.family import Family, GgufDeclaration, OnnxDeclaration
 
 FAMILY = Family(
     model_type="qwen2",
+    title="Qwen1.5, Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
     architecture="Qwen2ForCausalLM",
     block=partial(block, qkv_biases=True),
     windows=windows_by_layer,

@@ -8,6 +8,7 @@ from exporter.model.family import Family, GgufDeclaration, OnnxDeclaration
 
 FAMILY = Family(
     model_type="qwen3",
+    title="Qwen3",
     architecture="Qwen3ForCausalLM",
     block=partial(block, qk_norms=True),
     windows=windows_by_layer,

@@ -75,6 +75,7 @@ def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
 
 FAMILY = Family(
     model_type="qwen3_moe",
+    title="Qwen3 with experts",
     architecture="Qwen3MoeForCausalLM",
     block=block,
     windows=no_window,

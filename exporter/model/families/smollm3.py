@@ -24,6 +24,7 @@ def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
 
 FAMILY = Family(
     model_type="smollm3",
+    title="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     block=block,
     windows=windows_by_layer,

@@ -1,0 +1,57 @@
+"""`edge-exporter families`: the families of models, and what was verified of each."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from exporter.cli.arguments import JsonOption
+from exporter.foundation.errors import RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from exporter.targets.parity import BuiltBy, FamilyRow
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: edge-exporter families --json")
+def families(
+    target: Annotated[str | None, typer.Option("--target", help="Only what this target builds.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the families of models: which targets build them, and how exactly."""
+    from exporter.cli import show
+    from exporter.targets.artifact import target_names
+    from exporter.targets.parity import family_rows, parity
+
+    names = list(target_names())
+    if target is not None and target not in names:
+        raise RequestError(f"unknown target {target!r}", next_step=did_you_mean(target, names))
+    asked = names if target is None else [target]
+    rows = [row for row in family_rows(asked) if any(one.lacks is None for one in row.targets)]
+    about = parity().model_dump(mode="json", exclude={"targets", "schema_version"})
+    facts = {"families": [asdict(row) for row in rows], "kl_mean": about}
+    show.document(facts, as_json, lambda: _list(rows, asked))
+
+
+def _list(rows: "list[FamilyRow]", targets: list[str]) -> None:
+    from rich.table import Table
+
+    from exporter.cli import show
+    from exporter.targets.parity import parity
+
+    table = Table("models", "model_type", *targets, "usable context", box=None)
+    for row in rows:
+        table.add_row(*map(show.plain, (row.title, row.model_type, *map(_cell, row.targets), row.context)))
+    show.console.print(table)
+    about = parity()
+    show.line(
+        f"Figures: mean KL divergence, in nats, of float32 artifacts from transformers ({about.basis}, {about.on}, "
+        f"{about.date}). Measure again: {about.command}"
+    )
+
+
+def _cell(built: "BuiltBy") -> str:
+    if built.lacks is not None:
+        return "no"
+    return "builds, not measured" if built.kl is None else f"{built.kl:.0e}"
