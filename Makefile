@@ -12,7 +12,7 @@ PROMPT := The capital of France is
 WITHOUT_AMX := $(if $(shell cc -march=native -dM -E -x c /dev/null 2>/dev/null | grep __AMX_INT8__),-mno-amx-int8)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick fuzz golden check format format-check lint types wheel benchmark clean
+.PHONY: help demo test quick fuzz golden check format format-check lint types wheel benchmark headline clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -70,6 +70,11 @@ wheel: $(READY) ## build the wheel into dist/
 benchmark: $(READY) ## measure accuracy, speed and memory, and write the docs' tables
 	$(BIN)/python -m pytest tests/benchmarks --timeout=0 -s
 	$(BIN)/python -m tests.benchmarks.tables
+
+# make headline MODEL=FOLDER RIVAL=FILE.gguf CALIBRATION=TEXT EVALUATION=TEXT; only MODEL must be given
+headline: $(READY) ## compare ours, llama.cpp's mixes and a rival's file at equal bytes on MODEL
+	$(BIN)/python -m tests.benchmarks.headline $(MODEL) $(if $(RIVAL),--rival $(RIVAL)) \
+		$(if $(CALIBRATION),--calibration $(CALIBRATION)) $(if $(EVALUATION),--evaluation $(EVALUATION))
 
 clean: ## remove everything that was made, the environment too
 	rm -rf .venv build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -77,6 +77,7 @@ class Distance:
     Attributes:
         kl_mean: Mean KL(reference || other), nats per token.
         kl_p99: Its 99th percentile.
+        kl_p999: Its 99.9th percentile.
         top1_agreement: Share of positions where both rank the same token first.
         confident_agreement: The same at positions where the reference's first token leads by more than 0.5 nats.
         perplexity_ratio: exp of the mean difference of the text's log-likelihoods.
@@ -85,6 +86,7 @@ class Distance:
 
     kl_mean: float
     kl_p99: float
+    kl_p999: float
     top1_agreement: float
     confident_agreement: float
     perplexity_ratio: float
@@ -131,6 +133,7 @@ def _summed(kl: Float64, same: Float64, lead: Float64, loss: Float64) -> Distanc
     return Distance(
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
+        kl_p999=float(np.quantile(kl, 0.999)),
         top1_agreement=float(same.mean()),
         confident_agreement=float(same[sure].mean()) if sure.any() else 1.0,
         perplexity_ratio=float(np.exp(loss.mean())),

@@ -140,7 +140,7 @@ def quantised(source: Path, folder: Path, asked: str, importance: dict[str, Floa
     """
     folder.mkdir()
     path = folder / "model.gguf"
-    with Child("llama.cpp's quantiser", 8 << 30) as child:
+    with Child("llama.cpp's quantiser", (8 << 30) + source.stat().st_size) as child:
         assert child.run(_quantise, 3600, source, path, asked, importance) == 0
     return Artifact("gguf", folder, (path,))
 

@@ -11,7 +11,13 @@ from tests.benchmarks.rows import Row
 WIDTH, HEIGHT = 920, 440
 TOP, BOTTOM, LEFT, GAP = 64, 376, 64, 36
 TITLES = {"gguf": "GGUF, in llama.cpp", "onnx": "ONNX, in ONNX Runtime"}
-KINDS = {"ours": "edge exporter", "stock": "stock tool", "hand-made": "hand-made mix", "recipe": "recipe"}
+KINDS = {
+    "ours": "edge exporter",
+    "stock": "stock tool",
+    "hand-made": "hand-made mix",
+    "recipe": "recipe",
+    "rival": "rival",
+}
 # Of text at 11 pixels; labels further from their points than this are joined to them.
 LABEL_HEIGHT, LETTER, NEAR = 11, 6.2, 8
 MOST_MARKS = 11
@@ -148,7 +154,7 @@ def _points(rows: Sequence[Row], axis: Axis, scale: Scale, left: float, width: f
     for row, x, y in places:
         parts.append(_marker(row.kind, x, y, f"{row.name}: {row.file_bytes:,} bytes, KL {row.kl_mean:.4f}"))
     for row, x, y in places:
-        if row.kind in ("stock", "recipe"):
+        if row.kind in ("stock", "recipe", "rival"):
             parts.append(_label(row.name, x, y, (left, left + width), taken))
     return parts
 

@@ -26,6 +26,8 @@ class Row:
         top1: Share of tokens with the same first choice.
         predicted: The mean KL that was predicted, for ours.
         rounding: Of its mean KL, what the runtime's own rounding of activations adds; None where it was not measured.
+        kl_p99: 99th percentile of KL; None where it was not measured.
+        kl_p999: 99.9th percentile of KL; likewise.
         rounding_in_8_bits: What that adds to the very weights of the artifact in 8 bits; None where nobody asked.
     """
 
@@ -38,6 +40,8 @@ class Row:
     predicted: float | None = None
     rounding: float | None = None
     rounding_in_8_bits: float | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
 
 
 @dataclass(frozen=True)
