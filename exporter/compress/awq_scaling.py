@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.method import method_kind
-from exporter.formats.format import Float32
+from exporter.compress.method import AS_STORED, method_kind
+from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Producer
 from exporter.model.decoder import HEAD_SITE
 from exporter.model.model import Model
+from exporter.model.tensors import HoldsCodes
 
 # Clip the factors: scaling a rarely active channel further would only make its weights harder to quantise.
 MOST_FACTOR = np.float32(1e4)
@@ -78,13 +79,16 @@ def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collect
     )
 
 
-def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA) -> Rewritten:
+def scaled_channels(
+    model: Model, statistics: Statistics, alpha: float = AWQ_ALPHA, kept: Collection[str] = ()
+) -> Rewritten:
     """Return the model with channels of magnitude E[x^2]^((1 - alpha) / 2), everywhere but at a tied head.
 
     Args:
         model: The source.
         statistics: Statistics of the source.
         alpha: Share of the inputs' magnitude that goes into the weights, from 0 to 1.
+        kept: Names of matrices that stay as they are, and so do the channels there.
 
     Raises:
         RequestError: the activations were not observed.
@@ -95,7 +99,7 @@ def scaled_channels(model: Model, statistics: Statistics, alpha: float = AWQ_ALP
         active = power > 0
         return _around(np.where(active, power, 1) ** (alpha / 2), active, _geometric_mean)
 
-    return rescaled(model, statistics, EVERY_SITE, factors)
+    return rescaled(model, statistics, EVERY_SITE, factors, kept)
 
 
 def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection[Decision]) -> Rewritten:
@@ -104,7 +108,7 @@ def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection
         method_kind(one.method).supports_error_propagation and one.format.stored_bytes(1, 256) < 2 * 256
         for one in decisions
     ):
-        return scaled_channels(model, statistics)
+        return scaled_channels(model, statistics, kept=[one.group.name for one in decisions if one.method == AS_STORED])
     return Rewritten(model, statistics)
 
 
@@ -124,6 +128,7 @@ def rescaled(
     statistics: Statistics,
     sites: Collection[str],
     factors_of: Callable[[str, Collection[str]], Float32],
+    kept: Collection[str] = (),
 ) -> Rewritten:
     """Return the model with its columns at some sites multiplied by factors, and the channels there divided by them.
 
@@ -134,12 +139,15 @@ def rescaled(
         statistics: Statistics of the source.
         sites: Sites to rescale; as for `equalised`.
         factors_of: Returns the factors, float32 [columns], of a site, given the matrices behind it.
+        kept: Names of matrices that stay as they are.
     """
     factors: dict[str, Float32] = {}
     rows: dict[str, Float32] = {}
     columns: dict[str, Float32] = {}
     offsets: dict[str, float] = {}
     for place in _places(model, sites):
+        if not {*place.consumers, *place.producer.tensors}.isdisjoint(kept):
+            continue
         found = factors_of(place.site, place.consumers)
         made = found
         if place.producer.by_heads:
@@ -244,6 +252,16 @@ class _Scaled:
     def read(self, name: str) -> Float32:
         """Return a tensor of the source in the new coordinates."""
         return self._scaled(name, self._source.read(name), slice(None))
+
+    def stored_type(self, name: str) -> str | None:
+        """Return the name of the format of a matrix that is not rewritten; None for any other."""
+        unchanged = name not in self._rows and name not in self._columns
+        return self._source.stored_type(name) if unchanged and isinstance(self._source, HoldsCodes) else None
+
+    def codes(self, name: str) -> Bytes:
+        """Return the encoded rows of a matrix that is not rewritten."""
+        assert isinstance(self._source, HoldsCodes)
+        return self._source.codes(name)
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix of the source in the new coordinates."""

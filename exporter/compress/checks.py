@@ -4,11 +4,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from exporter.compress.effort import EFFORTS
-from exporter.compress.method import load_method
+from exporter.compress.method import AS_STORED, load_method
 from exporter.formats.format import LowRank, WeightFormat
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.decoder import TOKENS
+from exporter.model.model import Model
 
 
 def with_factors(decisions: list[Decision], low_rank: LowRank, roles: Collection[str] | None = None) -> list[Decision]:
@@ -27,8 +28,12 @@ def with_factors(decisions: list[Decision], low_rank: LowRank, roles: Collection
     return changed
 
 
-def check_methods(decisions: list[Decision]) -> None:
+def check_methods(decisions: list[Decision], model: Model) -> None:
     """Refuse methods that choose no codes in the formats decided on, and formats that need what is not observed.
+
+    Args:
+        decisions: The decisions.
+        model: The model that they are of.
 
     Raises:
         RequestError: the first of them.
@@ -36,6 +41,12 @@ def check_methods(decisions: list[Decision]) -> None:
     for name, format in dict.fromkeys((one.method, one.format) for one in decisions):
         load_method(name, EFFORTS["balanced"]).require(format)
     for one in decisions:
+        held = model.stored_type(one.group.name)
+        if one.method == AS_STORED and held != one.format.name:
+            raise RequestError(
+                f"the source holds no codes of the type {one.format.name}", where=one.group.name,
+                got=held or "floats", next_step="choose another method, or a type that it holds",
+            )  # fmt: skip
         if one.group.site == TOKENS and getattr(one.format, "needs_importance", False):
             raise RequestError(
                 f"{one.format.name} needs the importance of inputs, and rows that are looked up have none",

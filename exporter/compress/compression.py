@@ -14,7 +14,8 @@ from exporter.calibrate.windows import Tokens, Windows
 from exporter.compress.caldera import ALTERNATION, Alternation, encode_with_factors
 from exporter.compress.effort import EFFORTS, Effort
 from exporter.compress.error_propagation import SiteErrors, propagated_errors
-from exporter.compress.method import Method, load_method, method_kind, relative_error
+from exporter.compress.method import AS_STORED, Method, load_method, method_kind, relative_error
+from exporter.compress.methods.as_stored import AsStored
 from exporter.formats.format import EncodedMatrix, Float32
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.allocator import give_back_freed_memory
@@ -146,7 +147,8 @@ def _compensating(encoder: "_Encoder", sites: Iterator[tuple[Site, SiteErrors]])
     for site, errors in sites:
         for linear in site.linears:
             weight = errors.weight(linear)
-            wanted = weight if linear.group.exact else errors.compensated(weight)
+            kept = linear.group.exact or encoder.takes_codes(linear.group)
+            wanted = weight if kept else errors.compensated(weight)
             matrix = encoder.compressed(linear.group, weight, wanted)
             errors.follow(linear, matrix.encoded.planned)
             yield matrix
@@ -159,6 +161,10 @@ class _Encoder:
         self._compression = compression
         named = {FACTORS, *(one.method for one in compression.decided)}
         self._methods = {name: load_method(name, compression.effort) for name in named}
+
+    def takes_codes(self, group: WeightGroup) -> bool:
+        """Say whether a matrix takes the codes of the source."""
+        return self._compression.decisions[group.name].method == AS_STORED
 
     def compressed(
         self, group: WeightGroup, weight: Float32 | None = None, wanted: Float32 | None = None
@@ -188,6 +194,8 @@ class _Encoder:
 
     def _encoded(self, decision: Decision, weight: Float32, site: SiteStatistics | None) -> EncodedMatrix:
         method = self._compression.methods.get(decision.group.name, self._methods[decision.method])
+        if decision.method == AS_STORED:
+            method = AsStored(self._compression.model, decision.group.name)
         if decision.low_rank is None:
             return method.encode(weight, decision.format, site)
         statistics = self._compression.statistics
@@ -209,8 +217,12 @@ def propagates_errors(effort: Effort, decisions: Sequence[Decision]) -> bool:
 
     They are where every one has codes that are fitted to its inputs and no factors, and some have less than 16 bits.
     """
-    fitted = all(method_kind(one.method).supports_error_propagation and one.low_rank is None for one in decisions)
-    rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+    fitted = all(
+        method_kind(one.method).supports_error_propagation and one.low_rank is None
+        for one in decisions
+        if one.method != AS_STORED
+    )
+    rounded = any(one.method != AS_STORED and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
     return effort.propagates_errors and fitted and rounded
 
 

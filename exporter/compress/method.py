@@ -12,6 +12,8 @@ from exporter.formats.format import EncodedMatrix, Float32, WeightFormat
 from exporter.foundation.registry import load, names
 
 METHODS = "exporter.compress.methods"
+# The method of matrices whose codes are the source's: they are neither scaled nor compensated for.
+AS_STORED = "as-stored"
 # More rows at a time would only take more memory.
 ROWS_AT_ONCE = 2048
 

@@ -10,7 +10,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from exporter.formats.format import Float32
+from exporter.formats.format import Bytes, Float32
 from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import InputError
@@ -115,6 +115,17 @@ class GgufSource:
         if name in self._offsets:
             values = values - np.float32(self._offsets[name])
         return require_finite(values if values.flags.writeable else values.copy(), name)
+
+    def stored_type(self, name: str) -> str | None:
+        """Return the name of a matrix's type."""
+        found: str = self._file.tensors[self._names[name]].tensor_type.name
+        return found
+
+    def codes(self, name: str) -> Bytes:
+        """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""
+        tensor = self._file.tensors[self._names[name]]
+        rows = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(self._file.shape(self._names[name])[0], -1)
+        return in_source_order(rows, self._orders.get(name)).copy()
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix as float32, finite."""

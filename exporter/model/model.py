@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from exporter.formats.format import Float32
+from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import WeightGroup
 from exporter.foundation.cache_entries import Identity, identity
 from exporter.foundation.errors import InputError
 from exporter.model.decoder import Decoder
-from exporter.model.tensors import INDEX, TensorSource
+from exporter.model.tensors import INDEX, HoldsCodes, TensorSource
 
 # All files besides the weights that a transformers tokenizer or this package may read.
 METADATA = (
@@ -126,6 +126,16 @@ class Model:
         """
         parts = self.decoder.stored_matrices.get(name, ())
         return np.concatenate([self.read(part.name) for part in parts]) if len(parts) > 1 else self.read(name)
+
+    def stored_type(self, name: str) -> str | None:
+        """Return the name of the format in which the source holds a matrix; None for a checkpoint of floats."""
+        return self.tensors.stored_type(name) if isinstance(self.tensors, HoldsCodes) else None
+
+    def codes(self, name: str, format: str) -> Bytes | None:
+        """Return the encoded rows of a matrix, uint8 [rows, bytes], if the source holds it in a format."""
+        if isinstance(self.tensors, HoldsCodes) and self.tensors.stored_type(name) == format:
+            return self.tensors.codes(name)
+        return None
 
     def noting(self, notes: Iterable[str]) -> "Model":
         """Return the model with more warnings, without duplicates."""

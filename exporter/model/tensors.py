@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.formats.format import Float32
+from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import WeightGroup
 from exporter.foundation.errors import InputError
 
@@ -79,6 +79,17 @@ class _Sliced:
         """Return some rows of a matrix as float32, finite."""
         stored, first, _ = self._slices.get(name, (name, 0, 0))
         return self._source.read_rows(stored, rows + first)
+
+
+@runtime_checkable
+class HoldsCodes(Protocol):
+    """A source that holds matrices in the formats of a runtime."""
+
+    def stored_type(self, name: str) -> str | None:
+        """Return the name of a matrix's format; None if it holds none of that name, or not as it is."""
+
+    def codes(self, name: str) -> Bytes:
+        """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""
 
 
 def require_finite(values: Float32, name: str) -> Float32:

@@ -81,7 +81,7 @@ class ResolvedJob:
             InputError: the plan that is repeated does not fit its own recipe.
         """
         draft = self.encoding.draft(EncodingTask(self.original, self.model, self.device, self.target, self.effort))
-        check_methods(draft.decisions)
+        check_methods(draft.decisions, self.model)
         if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
             _repeated(self.job.repeats, draft)
         return draft

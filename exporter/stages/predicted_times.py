@@ -17,7 +17,7 @@ from exporter.calibrate.statistics import site_columns
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compression import propagates_errors, weights_digest
 from exporter.compress.effort import Effort
-from exporter.compress.method import load_method, method_kind, relative_error
+from exporter.compress.method import AS_STORED, load_method, method_kind, relative_error
 from exporter.formats.floats import FLOAT32
 from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision
@@ -149,6 +149,8 @@ def _encoding(decisions: list[Decision], effort: Effort, flops_per_s: float) -> 
     speeds = {kind: _encode_nanoseconds(decision.method, decision.format, effort) for kind, decision in kinds.items()}
     seconds = 0.0
     for decision in decisions:
+        if decision.method == AS_STORED:
+            continue
         size, columns = decision.group.size, decision.group.columns
         feedback = method_kind(decision.method).error_feedback
         sweeps = effort.sweeps if feedback else 0

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -15,6 +16,7 @@ from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
+from exporter.compress.method import AS_STORED
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Bytes, Float32, WeightFormat, plus
 from exporter.formats.group import Decision, WeightGroup
@@ -98,8 +100,8 @@ class Gguf(Target):
         return type(self)(device.isa.features)
 
     def types(self) -> list[str]:
-        """Return the named mixes, then the single types."""
-        return [*MIXES, *(name for name in ggml_formats() if name not in MIXES)]
+        """Return the named mixes, the single types, and the types that a GGUF source has."""
+        return [*MIXES, *(name for name in ggml_formats() if name not in MIXES), AS_STORED]
 
     def as_stored(self, model: Model) -> AsStored:
         """Return the model, padded with zero channels if its layers have several widths and the file only one."""
@@ -118,8 +120,24 @@ class Gguf(Target):
             )  # fmt: skip
         if type not in self.types():
             raise RequestError(f"unknown GGUF type {type!r}", next_step=did_you_mean(type, self.types()))
-        decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
+        if type == AS_STORED:
+            decisions = self._as_stored(model)
+        else:
+            decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
+            decisions = [_with_codes(model, one) for one in decisions]
         check_formats(decisions, map(ggml_format, (*reversed(ALPHABET), "F16")))
+        return decisions
+
+    def _as_stored(self, model: Model) -> list[Decision]:
+        decisions = []
+        for group in model.groups():
+            type = model.stored_type(group.name)
+            if type is None:
+                raise RequestError(
+                    "the source holds no codes", where=group.name, expected=f"a GGUF file for the type {AS_STORED}",
+                    next_step="choose another type",
+                )  # fmt: skip
+            decisions.append(Decision(group, AS_STORED, ggml_format(type), "the type and the codes of the source"))
         return decisions
 
     def _mixed(self, model: Model, mix: str, method: str) -> list[Decision]:
@@ -251,6 +269,13 @@ class Gguf(Target):
             for group in model.groups()
             for low_rank in [adapter.low_rank(group)]
         }
+
+
+def _with_codes(model: Model, decision: Decision) -> Decision:
+    """Return a decision that takes the codes of the source if it holds them in the very type."""
+    if model.stored_type(decision.group.name) != decision.format.name:
+        return decision
+    return replace(decision, method=AS_STORED, reason=f"{decision.reason}; the codes of the source")
 
 
 def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: str) -> Decision:
