@@ -7,7 +7,7 @@ from exporter.formats.format import LowRank, WeightFormat
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """A stored matrix: one source tensor with all its uses.
+    """A matrix with all its uses.
 
     Attributes:
         name: Tensor name in the source model, such as `model.layers.0.mlp.down_proj.weight`.

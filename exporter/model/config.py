@@ -45,7 +45,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     """Return the transformers config for the content of config.json; for errors see `load_config`."""
     # Most models with code of their own are of no known family: name the code first.
-    if "auto_map" in raw and not _is_adopted(raw["auto_map"]):
+    if "auto_map" in raw and not _is_adopted(raw["auto_map"], raw.get("model_type")):
         raise InputError(
             "the model asks to run code of its own (auto_map), which is refused",
             where=where,
@@ -67,9 +67,9 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     return config
 
 
-def _is_adopted(auto_map: object) -> bool:
+def _is_adopted(auto_map: object, model_type: object) -> bool:
     """Return whether all code that `auto_map` names is built into transformers by now; it may name a repository."""
-    known = {name for family in families().values() for name in family.adopted_code}
+    known = [name for family in families().values() if family.model_type == model_type for name in family.adopted_code]
     return isinstance(auto_map, dict) and all(
         isinstance(name, str) and name.rpartition("--")[2] in known for name in auto_map.values()
     )

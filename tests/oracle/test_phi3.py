@@ -164,6 +164,7 @@ def test_matrices_of_one_tensor_have_one_type(tmp_path: Path, folder: Path) -> N
     [
         ({"interpolate_factor": 2}, InputError, "config.json sets 'interpolate_factor', which no target carries"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_mine.Phi3ForCausalLM"}}, InputError, "code of its own"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, InputError, "code of its own"),
         ({"partial_rotary_factor": 1.5}, InputError, "no usable 'partial_rotary_factor'; got 1.5, expected a number"),
         ({"partial_rotary_factor": 0.7}, InputError, "transformers cannot read the config; got "),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, InputError, "transformers cannot read the con"),
