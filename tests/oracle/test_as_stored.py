@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from exporter.calibrate.layer_stream import silent
-from exporter.calibrate.statistics import collect
+from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
+from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.checks import check_methods
 from exporter.compress.compression import Compression, propagates_errors
 from exporter.compress.effort import EFFORTS
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
+from exporter.planning.job import Job
+from exporter.planning.resolve import resolve
 from exporter.targets.contract import load_target, lower
 from tests.gguf_files import edited_gguf, lowered
 from tests.models import tensor_digests, tiny_model
@@ -91,3 +94,11 @@ def test_a_source_of_floats_has_no_codes(tmp_path: Path) -> None:
             check_methods(target.decide(model, "Q8_0", "as-stored"), model)
         with pytest.raises(RequestError, match="the source holds no codes of the type int8"):
             check_methods(load_target("onnx").decide(model, "int8", "as-stored"), model)
+
+
+def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
+    with open_model(str(source)) as model:
+        draft = resolve(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64), model).draft()
+        _, notes = draft.decided(Rewritten(model, Statistics(tmp_path)), silent)
+        count = len(model.groups())
+    assert notes == (f"{count} of {count} matrices keep the codes that the source holds in the same type",)
