@@ -20,6 +20,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -50,12 +52,20 @@ FAMILIES = tuple(KINDS)
 MORE_KINDS = {
     "granite": (GraniteConfig, GraniteForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 ALL_FAMILIES = (*KINDS, *MORE_KINDS)
 VOCAB = 320
 TEXT = ["the capital of France is Paris", "numbers 12 345 6789", "hello, world! it's a test", "  spaces   and\nlines"]
+# Like the published models, it scales the rotary embeddings of layers without a window.
+OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -129,6 +139,9 @@ def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
         }  # fmt: skip
     if family == "qwen3_moe":
         return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    if family == "olmo3":
+        # Copied, since transformers adds to what it is given.
+        return {"sliding_window": 16, "rope_parameters": {kind: dict(rope) for kind, rope in OLMO3_ROPE.items()}}
     if family != "gemma3_text":
         return {}
     return {
