@@ -98,6 +98,10 @@ class Target(Protocol):
         """Return the target with the choices that depend on the device's instruction set; by default there are none."""
         return self
 
+    def context_length(self, model: Model) -> int:
+        """Return the number of positions for which the runtime computes what the model does."""
+        return model.decoder.context_length
+
     def as_stored(self, model: Model) -> AsStored:
         """Return the model in a shape that the files can hold; the other methods refuse or expect this model."""
         return AsStored(model, "every layer has its own shapes")

@@ -18,6 +18,7 @@ from exporter.model.rotary import check_rotary
 CONFIG = "config.json"
 # A config.json that names 20,000 classes takes about 1 MB.
 MAX_CONFIG_BYTES = 16 << 20
+FLOAT, NOT_IN_JSON = "__float__", ("Infinity", "-Infinity", "NaN")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -58,13 +59,24 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
         # Tokenizers also read the file, so transformers must accept it with all its keys.
-        CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
+        CONFIG_MAPPING[family.model_type].from_dict(_as_read_by_transformers(raw))
     except Exception as error:
         # transformers validates the config and raises many kinds of exceptions.
         reason = next(iter(str(error).splitlines()), repr(error))
         raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
     check_rotary(config, where)
     return config
+
+
+def _as_read_by_transformers(value: Any) -> Any:
+    """Return a copy of JSON with the numbers that transformers writes as objects, such as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_as_read_by_transformers(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {FLOAT} and value[FLOAT] in NOT_IN_JSON:
+        return float(value[FLOAT])
+    return {key: _as_read_by_transformers(one) for key, one in value.items()}
 
 
 def _is_adopted(auto_map: object) -> bool:

@@ -1,7 +1,7 @@
 """Selects the keys of config.json that change what a model computes, using the table in `config_keys.toml`."""
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -47,16 +47,16 @@ def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str,
             _require_kind(key, value, known[key], where)
         elif key in table["inert"]["kinds"]:
             _require_kind(key, value, table["inert"]["kinds"][key], where)
-        elif not _is_inert(key, table["inert"]):
+        elif not _is_inert(key, (*table["inert"]["names"], *table["inert"]["patterns"], *family.inert)):
             _require_harmless(key, value, only, where)
     for name, parameters in _rope_tables(raw, family):
         _check_rope(name, parameters, table["rope"], family, where)
     return {key: value for key, value in raw.items() if key in known}
 
 
-def _is_inert(key: str, inert: Mapping[str, list[str]]) -> bool:
+def _is_inert(key: str, inert: Iterable[str]) -> bool:
     # Names that start with two underscores belong to Python.
-    return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"] if key[:2] != "__")
+    return key[:2] != "__" and any(fnmatchcase(key, pattern) for pattern in inert)
 
 
 def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
@@ -100,7 +100,9 @@ def _check_rope(
             expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
         )  # fmt: skip
     known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
-    known |= {key: value for key, value in family.honoured.items() if key == PARTIAL}
+    known |= {key: value for key, value in family.honoured.items() if key == PARTIAL} | dict(family.rotary_honoured)
+    for key, needed in family.rotary_honoured.items():
+        _require_kind(key, parameters.get(key), needed, where)
     named = parameters.get("rope_type", parameters.get("type", kind))
     only = {"rope_type": named, "type": named, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
     for key, value in parameters.items():

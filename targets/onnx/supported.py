@@ -24,6 +24,16 @@ def declared_by(decoder: Decoder) -> OnnxDeclaration:
     return family.onnx
 
 
+def context_length(model: Model) -> int:
+    """Return the number of positions for which the graph computes what the model does."""
+    return min(model.decoder.context_length, declared_by(model.decoder).positions(model.config))
+
+
+def runtime_type(decoder: Decoder) -> str:
+    """Return the name of a decoder's family in genai_config.json."""
+    return declared_by(decoder).runtime_type or decoder.family.model_type
+
+
 def require_supported(model: Model) -> None:
     """Refuse a model that ONNX Runtime cannot run.
 

@@ -50,7 +50,7 @@ from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.onnx.supported import declared_by, require_supported
+from exporter.targets.onnx.supported import context_length, declared_by, require_supported
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = FLOAT32.name
@@ -103,6 +103,10 @@ class Onnx(Target):
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
+
+    def context_length(self, model: Model) -> int:
+        """Return the number of positions for which the graph computes what the model does."""
+        return context_length(model)
 
     def as_stored(self, model: Model) -> AsStored:
         """Return the model as it is."""
@@ -164,7 +168,7 @@ class Onnx(Target):
         shape = model.decoder
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
         tables = 2 * len(shape.family.rotary_kinds)
-        return vectors + tables * 4 * shape.context_length * shape.rotary_width // 2
+        return vectors + tables * 4 * context_length(model) * shape.rotary_width // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of matrices, vectors, rotary tables and graph."""
