@@ -12,9 +12,13 @@ import numpy as np
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import SLIDING
-from exporter.model.family import Family
+from exporter.model.family import Family, Multimodal
 from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 
+# Keys of a multimodal config.json that hold for its decoder, too.
+OF_THE_WHOLE = (
+    "architectures", "model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 ROPE_TABLES = ("rope_scaling", "rope_parameters")
@@ -52,6 +56,23 @@ def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str,
     for name, parameters in _rope_tables(raw, family):
         _check_rope(name, parameters, table["rope"], family, where)
     return {key: value for key, value in raw.items() if key in known}
+
+
+def check_multimodal(raw: Mapping[str, Any], form: Multimodal, where: object) -> None:
+    """Check the keys of the config.json of a multimodal model beside its decoder's own: they must be harmless.
+
+    Raises:
+        InputError: an unknown key may change the function, or a value is impossible.
+    """
+    table = key_table()
+    known = {key: table["honoured"][key] for key in OF_THE_WHOLE} | {form.text_key: "table"}
+    inert = (*table["inert"]["names"], *table["inert"]["patterns"], *form.inert)
+    for key, kind in known.items():
+        if key in raw or key == form.text_key:
+            _require_kind(key, raw.get(key), kind, where)
+    for key, value in raw.items():
+        if key not in known and not _is_inert(key, inert):
+            _require_harmless(key, value, {}, where)
 
 
 def _is_inert(key: str, inert: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -111,6 +112,39 @@ class OnnxDeclaration:
     positions: Callable[[PretrainedConfig], int] = every_position
 
 
+# Names as in transformers' classes that are made like Llava: today's, and those of its files, which are older.
+TEXT_PREFIXES = MappingProxyType(
+    {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+    }
+)
+VISION = ("vision_tower.*", "multi_modal_projector.*", "model.vision_tower.*", "model.multi_modal_projector.*")
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A published form of a family: the decoder beside an encoder of images, which is left out.
+
+    Attributes:
+        model_type: `model_type` of the whole in config.json.
+        architecture: Class name of the whole in config.json's `architectures`.
+        inert: Names and patterns of keys of config.json that concern what is left out.
+        text_key: The key of config.json that holds the decoder's own config.
+        prefixes: What the names of the decoder's tensors begin with -> what they begin with in a decoder alone.
+        left_out: Patterns of the names of all other tensors.
+    """
+
+    model_type: str
+    architecture: str
+    inert: Sequence[str]
+    text_key: str = "text_config"
+    prefixes: Mapping[str, str] = field(default_factory=lambda: TEXT_PREFIXES)
+    left_out: Sequence[str] = VISION
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of decoders; it is a file of `exporter.model.families`.
@@ -140,6 +174,7 @@ class Family:
         honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
         only: Keys that the family has built in, and the one value that changes nothing.
         inert: Names and patterns of keys that change nothing, whatever their value, besides those of every family.
+        multimodal: A form in which models of the family are published beside an encoder of images; None for none.
         adopted_code: Values of `auto_map` in published models, whose code or tokenizer transformers has built in since.
     """
 
@@ -164,6 +199,7 @@ class Family:
     honoured: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     inert: Sequence[str] = ()
+    multimodal: Multimodal | None = None
     adopted_code: Sequence[str] = ()
 
     @property

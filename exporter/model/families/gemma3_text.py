@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from exporter.model.attention_windows import FULL, SLIDING, windows_by_layer
 from exporter.model.blocks import Block
 from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, BlockParts
-from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration, Refusal
+from exporter.model.family import Family, GgufDeclaration, HeaderValue, Multimodal, OnnxDeclaration, Refusal
 from exporter.model.shape import Shape
 
 # llama.cpp takes the attention scale from the width of a head, but for the model of 27 billion parameters, which it
@@ -90,4 +90,15 @@ FAMILY = Family(
         "rope_local_base_freq": "positive?",
         "sliding_window_pattern": "layers?",
     },
+    multimodal=Multimodal(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        inert=(
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+            "mm_tokens_per_image",
+            "vision_config",
+        ),
+    ),
 )

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from exporter.model.attention_windows import one_window
 from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, block
-from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration
+from exporter.model.family import Family, GgufDeclaration, HeaderValue, Multimodal, OnnxDeclaration
 from exporter.model.rotary import rope_parameters
 from exporter.model.shape import Shape
 
@@ -35,5 +35,17 @@ FAMILY = Family(
     windows=one_window,
     gguf=GgufDeclaration("mistral3", GGUF_TENSORS, interleaved_rotary=True, rotary=("yarn",), keys=header_keys),
     onnx=OnnxDeclaration("MistralModel", ONNX_NODES, runtime_type="mistral", positions=positions_without_factor),
+    multimodal=Multimodal(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        inert=(
+            "image_token_index",
+            "multimodal_projector_bias",
+            "projector_hidden_act",
+            "spatial_merge_size",
+            "vision_config",
+            "vision_feature_layer",
+        ),
+    ),
     rotary_honoured={BETA: "positive", ORIGINAL: "positions", "max_position_embeddings": "positions?"},
 )
