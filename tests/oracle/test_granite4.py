@@ -115,6 +115,7 @@ def test_a_saved_folder_is_stored_as_before(tmp_path: Path) -> None:
         ({"num_local_experts": 8}, "has experts beside its shared feed-forward part, which no target carries; got num"),
         ({"num_local_experts": ...}, "the model has experts beside its shared feed-forward part"),
         ({"normalization_function": "layernorm"}, "config.json sets 'normalization_function', which no target carr"),
+        ({"residual_multiplier": None}, "config.json has no usable 'residual_multiplier'; got None, expected a positi"),
         ({"shared_intermediate_size": 0}, "config.json has no usable 'shared_intermediate_size'; got 0"),
         ({"shared_intermediate_size": 64}, "shared_mlp.input_linear.weight: the tensor has the wrong shape; got"),
     ],
