@@ -111,7 +111,7 @@ class Checkpoint:
         Raises:
             InputError: a tensor is neither the decoder's nor known to be of what is left out, or two have one name.
         """
-        left = [name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in form.left_out)]
+        left = {name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in form.left_out)}
         names = {name: _name_by(name, form.prefixes) for name in self.tensors if name not in left}
         strange = sorted(name for name, given in names.items() if given is None)
         if strange:

@@ -144,7 +144,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
 
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together, or the context
-            is longer than the model's.
+            is longer than the model's, or than the target computes for it.
         InputError: the job repeats a plan for another model or device.
     """
     _require_in_context(job.context, model.decoder.context_length, "the model's")
