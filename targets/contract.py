@@ -95,6 +95,10 @@ class Target(Protocol):
     def stored_types(self, artifact: Artifact, model: Model) -> dict[str, str]:
         """Return weight group -> the format found in the file."""
 
+    def limits_context(self, family: Family) -> str | None:
+        """Return what of a model of the family limits the target's context besides what limits it in every target."""
+        return None
+
     def lacks(self, family: Family) -> str | None:
         """Return why the target builds no model of a family; None if it does."""
         return None
@@ -102,6 +106,10 @@ class Target(Protocol):
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the choices that depend on the device's instruction set; by default there are none."""
         return self
+
+    def context_length(self, model: Model) -> int:
+        """Return the number of positions for which the runtime computes what the model does."""
+        return model.decoder.context_length
 
     def as_stored(self, model: Model) -> AsStored:
         """Return the model in a shape that the files can hold; the other methods refuse or expect this model."""

@@ -62,11 +62,13 @@ class BuiltBy:
         target: Name of the target.
         lacks: Why it builds no model of the family; None if it does.
         kl: Mean KL divergence of a float32 artifact, in nats; None if it was not measured.
+        limited_by: What limits the context of this target besides what limits that of all.
     """
 
     target: str
     lacks: str | None
     kl: float | None
+    limited_by: str | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class FamilyRow:
     context: str
     targets: tuple[BuiltBy, ...]
 
+    @property
+    def contexts(self) -> str:
+        """The usable context in words, that of single targets too."""
+        own = [f"{one.target}: up to {one.limited_by}" for one in self.targets if one.limited_by]
+        return "; ".join([self.context, *own])
+
 
 def family_rows(targets: list[str]) -> list[FamilyRow]:
     """Return every family with what some targets do with it, in alphabetical order of `model_type`."""
@@ -99,7 +107,12 @@ def family_rows(targets: list[str]) -> list[FamilyRow]:
             family.architecture,
             family.usable_context,
             tuple(
-                BuiltBy(name, target.lacks(family), figures.get(name, {}).get(family.model_type))
+                BuiltBy(
+                    name,
+                    target.lacks(family),
+                    figures.get(name, {}).get(family.model_type),
+                    target.limits_context(family),
+                )
                 for name, target in made.items()
             ),
         )

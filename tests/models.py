@@ -14,12 +14,18 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
@@ -49,13 +55,23 @@ FAMILIES = tuple(KINDS)
 # Families that only one target builds, or that differ from one above in little: not every test runs on them.
 MORE_KINDS = {
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "granitemoehybrid": (GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM),
+    "ministral3": (Ministral3Config, Ministral3ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
 }
 ALL_FAMILIES = (*KINDS, *MORE_KINDS)
 VOCAB = 320
 TEXT = ["the capital of France is Paris", "numbers 12 345 6789", "hello, world! it's a test", "  spaces   and\nlines"]
+# Like the published models, it scales the rotary embeddings of layers without a window.
+OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 48,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -122,13 +138,22 @@ def tiny_model(
 
 def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
     """Return the keys of config.json that a family needs besides those of all, for heads of some width."""
+    # Published models damp what layers add to the stream, and a random model's logits would show no fault in them.
+    granite = {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 0.5,
+    }  # fmt: skip
     if family == "granite":
-        return {
-            "embedding_multiplier": 12.0, "attention_multiplier": 1 / 16, "residual_multiplier": 0.22,
-            "logits_scaling": 8.0,
+        return granite
+    if family == "granitemoehybrid":
+        return granite | {
+            "layer_types": ["full_attention"] * layers, "num_local_experts": 0, "position_embedding_type": "rope",
+            "shared_intermediate_size": 96,
         }  # fmt: skip
     if family == "qwen3_moe":
         return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    if family == "olmo3":
+        # Copied, since transformers adds to what it is given.
+        return {"sliding_window": 16, "rope_parameters": {kind: dict(rope) for kind, rope in OLMO3_ROPE.items()}}
     if family != "gemma3_text":
         return {}
     return {

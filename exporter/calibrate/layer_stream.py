@@ -78,8 +78,9 @@ class LayerStream:
         self._decoder = cast(Any, skeleton.model)
         for block, layer in zip(model.decoder.blocks, self._decoder.layers, strict=True):
             separate(layer, block)
-        # The buffers of the rotary embedding follow from the config.
-        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(skeleton.config)
+        if self._decoder.rotary_emb is not None:
+            # The buffers of the rotary embedding follow from the config.
+            self._decoder.rotary_emb = type(self._decoder.rotary_emb)(skeleton.config)
         self._arguments: dict[int, list[Mapping[str, Any]]] = {}
 
     @property

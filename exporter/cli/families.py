@@ -42,7 +42,7 @@ def _list(rows: "list[FamilyRow]", targets: list[str]) -> None:
 
     table = Table("models", "model_type", *targets, "usable context", box=None)
     for row in rows:
-        table.add_row(*map(show.plain, (row.title, row.model_type, *map(_cell, row.targets), row.context)))
+        table.add_row(*map(show.plain, (row.title, row.model_type, *map(_cell, row.targets), row.contexts)))
     show.console.print(table)
     about = parity()
     show.line(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from exporter.formats.format import Float32
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.decoder import EMBEDDING, HEAD
+from exporter.model.family import Multimodal
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import FLOATS, no_weights
 from exporter.model.tensors import INDEX, SINGLE, require_finite
@@ -101,9 +103,35 @@ class Checkpoint:
         Raises:
             InputError: two tensors would have one name.
         """
+        return self._renamed({name: _name_in(name, known) for name in self.tensors})
+
+    def decoder_of(self, form: Multimodal) -> "Checkpoint":
+        """Return the tensors of the decoder in a multimodal model, under the names that they have in a decoder alone.
+
+        Raises:
+            InputError: a tensor is neither the decoder's nor known to be of what is left out, or two have one name.
+        """
+        left = {name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in form.left_out)}
+        names = {name: _name_by(name, form.prefixes) for name in self.tensors if name not in left}
+        strange = sorted(name for name, given in names.items() if given is None)
+        if strange:
+            raise InputError(
+                f"the model holds a tensor that a {form.architecture} is not known to use: {strange[0]}",
+                where=self.folder, got=f"{len(strange)} such tensors",
+                expected="tensors of the decoder, or of the encoder of images, which is left out",
+            )  # fmt: skip
+        note = (
+            f"the model is a {form.architecture}: only its decoder is built, for texts alone; "
+            f"not used: {len(left)} tensors of its encoder of images"
+        )
+        noted = replace(self, notes=(*self.notes, note))
+        return noted._renamed({name: given for name, given in names.items() if given is not None})
+
+    def _renamed(self, names: Mapping[str, str]) -> "Checkpoint":
+        """Return tensors under other names: name -> other name."""
         named: dict[str, Held] = {}
-        for name, held in self.tensors.items():
-            given = _name_in(name, known)
+        for name, given in names.items():
+            held = self.tensors[name]
             if given in named:
                 raise InputError(
                     f"two tensors of the folder are {given}",
@@ -243,6 +271,12 @@ def _name_in(name: str, known: Collection[str]) -> str:
     if bare != name and bare in known:
         return bare
     return PREFIX + name if PREFIX + name in known else name
+
+
+def _name_by(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """Return a name with another prefix; None if it begins with none of them."""
+    found = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return None if found is None else prefixes[found] + name.removeprefix(found)
 
 
 def _equal(one: Held, other: Held) -> bool:

@@ -1,6 +1,7 @@
 """Reads config.json of a model folder: checks each key, then loads it with transformers without running model code."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
-from exporter.model.config_keys import honoured
-from exporter.model.family import Family, families
+from exporter.model.config_keys import check_multimodal, honoured
+from exporter.model.family import Family, Multimodal, families
 from exporter.model.json_file import read_json_object
-from exporter.model.recognised import no_config
+from exporter.model.recognised import no_config, refuse_quantised
 from exporter.model.rotary import check_rotary
 
 CONFIG = "config.json"
 # A config.json that names 20,000 classes takes about 1 MB.
 MAX_CONFIG_BYTES = 16 << 20
+FLOAT, NOT_IN_JSON = "__float__", ("Infinity", "-Infinity", "NaN")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -52,19 +54,70 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
             next_step="use a model of an architecture that transformers has built in",
         )
     raw = {key: value for key, value in raw.items() if key != "auto_map"}
+    form = multimodal_form(raw)
+    if form is not None:
+        return _text_config(raw, form, where)
     family = _family(raw, where)
     keys = deepcopy(honoured(raw, family, where)) | {"architectures": [family.architecture]}
-    try:
+    with _read_by_transformers(where):
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
         # Tokenizers also read the file, so transformers must accept it with all its keys.
-        CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
-    except Exception as error:
-        # transformers validates the config and raises many kinds of exceptions.
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
+        CONFIG_MAPPING[family.model_type].from_dict(_as_read_by_transformers(raw))
     check_rotary(config, where)
     return config
+
+
+def multimodal_form(raw: Mapping[str, Any]) -> Multimodal | None:
+    """Return the multimodal form of a family that config.json names; None for a decoder alone, or if it is unusable."""
+    forms = [family.multimodal for family in families().values() if family.multimodal is not None]
+    named = _first(raw.get("architectures"))
+    return next(
+        (form for form in forms if raw.get("model_type") == form.model_type and named in (None, form.architecture)),
+        None,
+    )
+
+
+def _text_config(raw: dict[str, Any], form: Multimodal, where: object) -> PretrainedConfig:
+    """Return the config of the decoder in a multimodal model."""
+    check_multimodal(raw, form, where)
+    with _read_by_transformers(where):
+        whole: PretrainedConfig = CONFIG_MAPPING[form.model_type].from_dict(_as_read_by_transformers(raw))
+    text, place = raw[form.text_key], f"{where}: {form.text_key}"
+    refuse_quantised(text, place)
+    kinds = [
+        family.model_type
+        for family in families().values()
+        if family.multimodal is not None and family.multimodal.model_type == form.model_type
+    ]
+    if text.get("model_type") not in kinds:
+        raise InputError(
+            f"the decoder of this {form.architecture} is of a kind that is not supported", where=place,
+            got=shown(text.get("model_type")), expected=f"the model_type {' or '.join(kinds)}",
+        )  # fmt: skip
+    # transformers ties head and embedding as the whole says, whatever its parts say.
+    return checked_config(text | {"tie_word_embeddings": whole.tie_word_embeddings}, place)
+
+
+@contextmanager
+def _read_by_transformers(where: object) -> Iterator[None]:
+    """Turn what transformers raises on a config into an `InputError`: it validates, and raises many exceptions."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise InputError("transformers cannot read the config", where=where, got=reason[:300]) from error
+
+
+def _as_read_by_transformers(value: Any) -> Any:
+    """Return a copy of JSON with the numbers that transformers writes as objects, such as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_as_read_by_transformers(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {FLOAT} and value[FLOAT] in NOT_IN_JSON:
+        return float(value[FLOAT])
+    return {key: _as_read_by_transformers(one) for key, one in value.items()}
 
 
 def _is_adopted(auto_map: object, model_type: object) -> bool:

@@ -1,7 +1,7 @@
 """Selects the keys of config.json that change what a model computes, using the table in `config_keys.toml`."""
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -12,9 +12,13 @@ import numpy as np
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import SLIDING
-from exporter.model.family import Family
+from exporter.model.family import Family, Multimodal
 from exporter.model.limits import MAX_LAYERS, MAX_POSITIONS, MAX_WIDTH
 
+# Keys of a multimodal config.json that hold for its decoder, too.
+OF_THE_WHOLE = (
+    "architectures", "model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
 MAX_NAMES = 2 * MAX_LAYERS
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 ROPE_TABLES = ("rope_scaling", "rope_parameters")
@@ -47,16 +51,33 @@ def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str,
             _require_kind(key, value, known[key], where)
         elif key in table["inert"]["kinds"]:
             _require_kind(key, value, table["inert"]["kinds"][key], where)
-        elif not _is_inert(key, table["inert"]):
+        elif not _is_inert(key, (*table["inert"]["names"], *table["inert"]["patterns"], *family.inert)):
             _require_harmless(key, value, only, where)
     for name, parameters in _rope_tables(raw, family):
         _check_rope(name, parameters, table["rope"], family, where)
     return {key: value for key, value in raw.items() if key in known}
 
 
-def _is_inert(key: str, inert: Mapping[str, list[str]]) -> bool:
+def check_multimodal(raw: Mapping[str, Any], form: Multimodal, where: object) -> None:
+    """Check the keys of the config.json of a multimodal model beside its decoder's own: they must be harmless.
+
+    Raises:
+        InputError: an unknown key may change the function, or a value is impossible.
+    """
+    table = key_table()
+    known = {key: table["honoured"][key] for key in OF_THE_WHOLE} | {form.text_key: "table"}
+    inert = (*table["inert"]["names"], *table["inert"]["patterns"], *form.inert)
+    for key, kind in known.items():
+        if key in raw or key == form.text_key:
+            _require_kind(key, raw.get(key), kind, where)
+    for key, value in raw.items():
+        if key not in known and not _is_inert(key, inert):
+            _require_harmless(key, value, {}, where)
+
+
+def _is_inert(key: str, inert: Iterable[str]) -> bool:
     # Names that start with two underscores belong to Python.
-    return key in inert["names"] or any(fnmatchcase(key, pattern) for pattern in inert["patterns"] if key[:2] != "__")
+    return key[:2] != "__" and any(fnmatchcase(key, pattern) for pattern in inert)
 
 
 def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
@@ -100,7 +121,9 @@ def _check_rope(
             expected="one of " + ", ".join(kinds), next_step="no target computes them yet",
         )  # fmt: skip
     known = kinds[kind]["honoured"] | {"rope_theta": "positive?"}
-    known |= {key: value for key, value in family.honoured.items() if key == PARTIAL}
+    known |= {key: value for key, value in family.honoured.items() if key == PARTIAL} | dict(family.rotary_honoured)
+    for key, needed in family.rotary_honoured.items():
+        _require_kind(key, parameters.get(key), needed, where)
     named = parameters.get("rope_type", parameters.get("type", kind))
     only = {"rope_type": named, "type": named, "partial_rotary_factor": 1.0, "factor": 1.0, "attention_factor": 1.0}
     for key, value in parameters.items():

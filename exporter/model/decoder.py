@@ -58,7 +58,7 @@ class Decoder(Shape):
             family=family,
             layers=layers,
             hidden=hidden,
-            intermediate=(whole_number(config, "intermediate_size", where),) * layers,
+            intermediate=(whole_number(config, family.width_key, where),) * layers,
             heads=heads,
             kv_heads=whole_number(config, "num_key_value_heads", where, default=heads),
             head_dim=head_dim,

@@ -9,7 +9,10 @@ from exporter.foundation.config_files import shown
 from exporter.model.json_file import read_json_object_if_there
 from exporter.model.tokenizer_files import is_id
 
-FILES = ("config.json", "generation_config.json")
+CONFIG = "config.json"
+FILES = (CONFIG, "generation_config.json")
+# Where a multimodal model's config.json has the keys of its decoder.
+TEXT = "text_config"
 # Many models use -1 and null for "none".
 NONE = (None, -1)
 
@@ -43,6 +46,9 @@ def special_ids(folder: Path, named: Mapping[str, int], rows: int) -> SpecialIds
         InputError: one of the files is not a JSON object.
     """
     settings = {name: read_json_object_if_there(folder / name) or {} for name in FILES}
+    inner = settings[CONFIG].get(TEXT)
+    if isinstance(inner, dict):
+        settings[f"{TEXT} in {CONFIG}"] = inner
     roles, ends = dict(named), [named["eos"]] if "eos" in named else []
     notes: list[str] = []
     for name, content in settings.items():

@@ -34,7 +34,7 @@ def excerpt(model: Model) -> Model:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         config.layer_types = [kinds[0], kinds[-1]]
-    config.intermediate_size = max(widths[0], widths[-1])
+    setattr(config, model.decoder.family.width_key, max(widths[0], widths[-1]))
     return replace(
         model,
         config=config,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 from exporter.foundation.registry import load, names
 from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
+from exporter.model.limits import MAX_POSITIONS
 from exporter.model.shape import Experts, Shape
 
 PACKAGE = "exporter.model.families"
@@ -46,8 +48,18 @@ class Refusal:
     expected: object
 
 
+def every_position(config: PretrainedConfig) -> int:
+    """Return a number of positions that no model exceeds."""
+    return MAX_POSITIONS
+
+
 def no_experts(config: PretrainedConfig, where: object) -> Experts | None:
     """Return None."""
+
+
+def always(config: PretrainedConfig) -> bool:
+    """Return True."""
+    return True
 
 
 def nothing_refused(shape: Shape, config: PretrainedConfig) -> Refusal | None:
@@ -89,11 +101,48 @@ class OnnxDeclaration:
         builder: Name of its class in `onnxruntime_genai.models.builders`.
         nodes: Role -> path of a matrix's node within its layer.
         shim: Changes a config that the builder is shown, given the original, so that it builds this family right.
+        runtime_type: Name of a family with the same inputs and outputs, for a runtime that does not know this one's.
+        positions: Returns the most positions for which the builder's graph computes the model.
     """
 
     builder: str
     nodes: Mapping[str, str]
     shim: Callable[[PretrainedConfig, PretrainedConfig], None] = unchanged
+    runtime_type: str | None = None
+    positions: Callable[[PretrainedConfig], int] = every_position
+
+
+# Names as in transformers' classes that are made like Llava: today's, and those of its files, which are older.
+TEXT_PREFIXES = MappingProxyType(
+    {
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+    }
+)
+VISION = ("vision_tower.*", "multi_modal_projector.*", "model.vision_tower.*", "model.multi_modal_projector.*")
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A published form of a family: the decoder beside an encoder of images, which is left out.
+
+    Attributes:
+        model_type: `model_type` of the whole in config.json.
+        architecture: Class name of the whole in config.json's `architectures`.
+        inert: Names and patterns of keys of config.json that concern what is left out.
+        text_key: The key of config.json that holds the decoder's own config.
+        prefixes: What the names of the decoder's tensors begin with -> what they begin with in a decoder alone.
+        left_out: Patterns of the names of all other tensors.
+    """
+
+    model_type: str
+    architecture: str
+    inert: Sequence[str]
+    text_key: str = "text_config"
+    prefixes: Mapping[str, str] = field(default_factory=lambda: TEXT_PREFIXES)
+    left_out: Sequence[str] = VISION
 
 
 @dataclass(frozen=True)
@@ -115,12 +164,18 @@ class Family:
         residual_scale: Returns the factor of what sublayers add to the residual stream.
         logits_divisor: Returns what the head's outputs are divided by.
         experts: Returns the experts of each layer, or None; it raises an `InputError` as `windows` does.
+        rotates: Returns whether queries and keys have rotary embeddings.
         rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
+        rotary_honoured: Keys of `rope_parameters` that change what it computes, besides those of each type: key -> kind
+            of value. A key whose kind does not allow null must be there.
         rotary_names: Other names that its config.json has for types of rotary embedding -> their usual name.
+        width_key: The key of config.json that states the width of feed-forward parts.
         activation_key: The key of config.json that names the activation.
         refused_flags: Keys of config.json that would add biases which the blocks do not have.
         honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
         only: Keys that the family has built in, and the one value that changes nothing.
+        inert: Names and patterns of keys that change nothing, whatever their value, besides those of every family.
+        multimodal: A form in which models of the family are published beside an encoder of images; None for none.
         adopted_code: Values of `auto_map` in published models, whose code or tokenizer transformers has built in since.
     """
 
@@ -136,12 +191,17 @@ class Family:
     residual_scale: Callable[[PretrainedConfig], float] = no_scale
     logits_divisor: Callable[[PretrainedConfig], float] = no_scale
     experts: Callable[[PretrainedConfig, object], Experts | None] = no_experts
+    rotates: Callable[[PretrainedConfig], bool] = always
     rotary_kinds: Sequence[str] = (FULL,)
+    rotary_honoured: Mapping[str, str] = field(default_factory=dict)
     rotary_names: Mapping[str, str] = field(default_factory=dict)
+    width_key: str = "intermediate_size"
     activation_key: str = "hidden_act"
     refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")
     honoured: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
+    inert: Sequence[str] = ()
+    multimodal: Multimodal | None = None
     adopted_code: Sequence[str] = ()
 
     @property

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exporter.formats.format import Float32
-from exporter.model.rotary import rope_parameters
+from exporter.model.rotary import rope_parameters, rotary_frequencies
 
 Float64 = NDArray[np.float64]
 
@@ -138,5 +137,5 @@ def same_yarn(config: PretrainedConfig, head_dim: int) -> bool:
     kept = 1 - np.clip((index - first) / max(0.001, last - first), 0, 1)
     plain = float(base) ** (-2 * index / head_dim)
     by_llama_cpp = plain / factor * (1 - kept) + plain * kept
-    by_transformers = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[0].double().numpy()
+    by_transformers = rotary_frequencies(config)[0].astype(np.float64)
     return bool(np.abs(by_transformers / by_llama_cpp - 1).max() <= FREQUENCY_TOLERANCE)

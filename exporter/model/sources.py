@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from exporter.foundation.errors import MissingDependencyError, RequestError
 from exporter.model.checkpoint import open_checkpoint
-from exporter.model.config import CONFIG, checked_config, code_notes, load_config, read_config
+from exporter.model.config import CONFIG, checked_config, code_notes, load_config, multimodal_form, read_config
 from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
@@ -61,7 +61,11 @@ def _open_folder(folder: Path, name: str = "") -> Model:
     decoder = Decoder.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
-    checkpoint = checkpoint.named_for({*decoder.stored_tensors(), HEAD})
+    form = multimodal_form(raw)
+    if form is None:
+        checkpoint = checkpoint.named_for({*decoder.stored_tensors(), HEAD})
+    else:
+        checkpoint = checkpoint.decoder_of(form)
     if decoder.tied and checkpoint.has_own_head():
         # transformers ties them only if both are equal.
         config.tie_word_embeddings = False

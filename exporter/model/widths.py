@@ -66,7 +66,7 @@ def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -
     decoder = model.decoder.with_widths(widths)
     config = model.own_config()
     # transformers has one width for all layers: see `exporter.model.module`.
-    config.intermediate_size = max(widths)
+    setattr(config, decoder.family.width_key, max(widths))
     places = {
         name: (block.layer, axis)
         for block in decoder.blocks

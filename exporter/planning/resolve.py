@@ -144,17 +144,17 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
 
     Raises:
         RequestError: the device, target, type, method or recipe is unknown, or they do not go together, or the context
-            is longer than the model's.
+            is longer than the model's, or than the target computes for it.
         InputError: the job repeats a plan for another model or device.
     """
-    longest = model.decoder.context_length
-    if job.context > longest:
-        raise RequestError("the context is longer than the model's", got=job.context, expected=f"at most {longest}")
-    job, model = replace(job, window=min(job.window, longest)), for_context(model, job.context)
+    _require_in_context(job.context, model.decoder.context_length, "the model's")
     if job.device is None:
         raise RequestError("no device is named", next_step="name one with --device; edge-exporter devices lists them")
     device = load_device(job.device)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
+    longest = target.context_length(model)
+    _require_in_context(job.context, longest, f"the target {target.name} computes for this model")
+    job, model = replace(job, window=min(job.window, longest)), for_context(model, job.context, longest)
     if job.repeats is None:
         recipe = recipe_for(job, target)
     else:
@@ -164,12 +164,25 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
     return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target)
 
 
-def for_context(model: Model, context: int) -> Model:
-    """Return the model for no more positions than are usual, or than are asked for: tables of positions take room."""
-    longest, bounded = model.decoder.context_length, max(context, MOST_POSITIONS_UNASKED)
-    if longest <= bounded:
+def _require_in_context(context: int, longest: int, whose: str) -> None:
+    if context > longest:
+        raise RequestError(f"the context is longer than {whose}", got=context, expected=f"at most {longest}")
+
+
+def for_context(model: Model, context: int, longest: int) -> Model:
+    """Return the model for no more positions than are usual, or than are asked for: tables of positions take room.
+
+    Args:
+        model: The model.
+        context: What is asked for.
+        longest: The most that the target computes for this model.
+    """
+    usual, known = max(context, MOST_POSITIONS_UNASKED), model.decoder.context_length
+    bounded = min(longest, usual)
+    if known <= bounded:
         return model
-    note = f"the artifact is made for {bounded:,} of the model's {longest:,} positions; --context asks for more"
+    why = "--context asks for more" if usual < longest else "this target computes no more of them as the model does"
+    note = f"the artifact is made for {bounded:,} of the model's {known:,} positions; {why}"
     decoder = replace(model.decoder, positions=bounded)
     return replace(model, decoder=decoder, warnings=(*model.warnings, note))
 

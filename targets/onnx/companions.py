@@ -13,6 +13,7 @@ from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.model.tokenizer_files import TOKENIZER, to_text
 from exporter.model.tokenizer_notes import DEFAULT
 from exporter.targets.onnx.settings import CONFIGURATION, TOKEN_NAME, TOKENIZER_SETTINGS, TokenizerConfig
+from exporter.targets.onnx.supported import context_length, runtime_type
 from exporter.targets.onnx.tokenize import OTHER_TEMPLATES, TEMPLATE
 
 # Without a pre-tokenizer, onnxruntime-genai splits a text as GPT-4 does; this one splits nothing.
@@ -81,8 +82,8 @@ def write_text_alone(model: Model, folder: Path) -> None:
             "onnxruntime-genai has no such tokenizer", where=model.folder / tokenizer.source, got=kind, expected="BPE",
             next_step="use a model with a BPE tokenizer",
         )  # fmt: skip
-    write_text_files(tokenizer, model.decoder.context_length, folder)
-    facts = {"type": model.decoder.family.model_type, "vocab_size": model.decoder.vocab}
-    facts |= {"context_length": model.decoder.context_length}
+    write_text_files(tokenizer, context_length(model), folder)
+    facts = {"type": runtime_type(model.decoder), "vocab_size": model.decoder.vocab}
+    facts |= {"context_length": context_length(model)}
     settings = {"model": facts | genai_ids(model, tokenizer)}
     (folder / CONFIGURATION).write_text(json.dumps(settings), encoding="utf-8")

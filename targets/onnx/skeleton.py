@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxruntime_genai.models import builder as genai_builder
@@ -25,7 +26,7 @@ from exporter.model.tokenizer import ModelTokenizer, load_tokenizer
 from exporter.targets.onnx.companions import genai_ids, write_text_files
 from exporter.targets.onnx.memory import CHUNK
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
-from exporter.targets.onnx.supported import declared_by
+from exporter.targets.onnx.supported import context_length, declared_by, runtime_type
 
 GENERATION = "generation_config.json"
 # Keys that the builder copies from it, and their types.
@@ -54,7 +55,7 @@ class Skeleton:
         path = folder / CONFIGURATION
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"].pop("bos_token_id")
-        settings["model"]["type"] = model.decoder.family.model_type
+        settings["model"]["type"] = runtime_type(model.decoder)
         settings["model"] |= genai_ids(model, self.tokenizer)
         settings["model"]["decoder"]["session_options"] |= session_options
         # A prompt is processed in chunks: the graph computes logits for every token, but only the last are used.
@@ -97,7 +98,7 @@ def _checked_folder(model: Model, config: PretrainedConfig, tokenizer: ModelToke
     """Return a folder with checked files for the builder, without weights; the model's own files are untrusted."""
     folder = scratch / "checked"
     folder.mkdir()
-    write_text_files(tokenizer, model.decoder.context_length, folder)
+    write_text_files(tokenizer, context_length(model), folder)
     config.save_pretrained(folder)
     (folder / GENERATION).write_text(json.dumps(_sampling(model.folder)), encoding="utf-8")
     return folder
@@ -125,7 +126,7 @@ def _shown_to_builder(model: Model, tokenizer: ModelTokenizer) -> PretrainedConf
     config.partial_rotary_factor = model.decoder.rotary_width / model.decoder.head_dim
     if not model.decoder.family.carries_windows:
         config.layer_types = config.sliding_window = None
-    config.max_position_embeddings = model.decoder.context_length
+    config.max_position_embeddings = context_length(model)
     config.__dict__.pop("original_max_position_embeddings", None)
     ids = genai_ids(model, tokenizer)
     config.bos_token_id, config.pad_token_id = ids.get("bos_token_id"), ids["pad_token_id"]
@@ -158,8 +159,13 @@ def _builder_class(model: Model) -> Any:
 
 
 def _rotary_tables(model: Model, attention: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines as transformers computes them, float32 [positions, rotary width]."""
+    """Return cosines and sines as transformers computes them, float32 [positions, rotary width].
+
+    The builder turns queries and keys of every model: where the model does not, it is by no angle.
+    """
     frequencies, factor = rotary_frequencies(model.config, attention)
+    if not model.decoder.family.rotates(model.config):
+        frequencies, factor = np.zeros_like(frequencies), 1.0
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), torch.from_numpy(frequencies)).repeat(1, 2)
     return angles.cos() * factor, angles.sin() * factor
 
@@ -169,7 +175,8 @@ def _build_each_as_wide_as_it_is(builder: Any, widths: tuple[int, ...]) -> None:
     make_layer = builder.make_layer
 
     def make(layer: int, module: nn.Module) -> None:
-        builder.intermediate_size = widths[layer]
+        # The builder of Granite 4.0 has an attribute of its own for the width at which gate and up are split.
+        builder.intermediate_size = builder._mlp_intermediate_size = widths[layer]
         make_layer(layer, module)
 
     builder.make_layer = make

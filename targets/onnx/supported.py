@@ -2,7 +2,7 @@
 
 from exporter.foundation.errors import RequestError
 from exporter.model.decoder import Decoder
-from exporter.model.family import Family, OnnxDeclaration
+from exporter.model.family import Family, OnnxDeclaration, every_position
 from exporter.model.model import Model
 
 # GroupQueryAttention refuses a rotary table whose rows, half a head wide, are no multiple of 8.
@@ -25,6 +25,22 @@ def declared_by(decoder: Decoder) -> OnnxDeclaration:
 def lacking(family: Family) -> str | None:
     """Return why no model of a family can be built; None if it can."""
     return NOT_BUILT if family.onnx is None else None
+
+
+def limited_by(family: Family) -> str | None:
+    """Return what limits the context besides what limits it in every target."""
+    limited = family.onnx is not None and family.onnx.positions is not every_position
+    return "the original context of its rotary embeddings" if limited else None
+
+
+def context_length(model: Model) -> int:
+    """Return the number of positions for which the graph computes what the model does."""
+    return min(model.decoder.context_length, declared_by(model.decoder).positions(model.config))
+
+
+def runtime_type(decoder: Decoder) -> str:
+    """Return the name of a decoder's family in genai_config.json."""
+    return declared_by(decoder).runtime_type or decoder.family.model_type
 
 
 def require_supported(model: Model) -> None:

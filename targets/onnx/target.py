@@ -51,7 +51,7 @@ from exporter.targets.onnx.readback import Tables
 from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
 from exporter.targets.onnx.skeleton import build_skeleton
-from exporter.targets.onnx.supported import declared_by, lacking, require_supported
+from exporter.targets.onnx.supported import context_length, declared_by, lacking, limited_by, require_supported
 
 NAMED = {"int4": "int4-b32", "int8": "int8-b32"}
 FLOAT = FLOAT32.name
@@ -101,6 +101,10 @@ class Onnx(Target):
         """Return the target with the rounding and the kernels for a device."""
         return type(self)(rounding_on(device), device.isa.features)
 
+    def limits_context(self, family: Family) -> str | None:
+        """Return what of a model of the family limits the context."""
+        return limited_by(family)
+
     def lacks(self, family: Family) -> str | None:
         """Return why no model of a family can be built; None if it can."""
         return lacking(family)
@@ -108,6 +112,10 @@ class Onnx(Target):
     def types(self) -> list[str]:
         """Return the short names, then every single format."""
         return [*NAMED, FLOAT, *matmulnbits_formats()]
+
+    def context_length(self, model: Model) -> int:
+        """Return the number of positions for which the graph computes what the model does."""
+        return context_length(model)
 
     def as_stored(self, model: Model) -> AsStored:
         """Return the model as it is."""
@@ -169,7 +177,7 @@ class Onnx(Target):
         shape = model.decoder
         vectors = sum(4 * int(np.prod(dims)) for dims in shape.vectors().values())
         tables = 2 * len(shape.family.rotary_kinds)
-        return vectors + tables * 4 * shape.context_length * shape.rotary_width // 2
+        return vectors + tables * 4 * context_length(model) * shape.rotary_width // 2
 
     def estimated_file_bytes(self, model: Model, decisions: list[Decision]) -> int:
         """Return the size of matrices, vectors, rotary tables and graph."""

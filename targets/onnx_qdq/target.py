@@ -23,7 +23,7 @@ from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.graph import DataFile, gathered, products
-from exporter.targets.onnx.supported import declared_by, lacking, require_supported
+from exporter.targets.onnx.supported import declared_by, lacking, limited_by, require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
@@ -75,6 +75,10 @@ class OnnxQdq(Onnx):
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
+
+    def limits_context(self, family: Family) -> str | None:
+        """Return what of a model of the family limits the context."""
+        return limited_by(family)
 
     def lacks(self, family: Family) -> str | None:
         """Return why no model of a family can be built; None if it can."""

@@ -155,7 +155,7 @@ def families() -> str:
         cells = [
             f"{one.kl:.0e}" if one.kl is not None else "builds" if one.lacks is None else "no" for one in row.targets
         ]
-        rows.append([row.title, f"`{row.model_type}`", *cells, row.context])
+        rows.append([row.title, f"`{row.model_type}`", *cells, row.contexts])
     return table(["models", "`model_type`", *(f"`{name}`" for name in names), "usable context"], rows, numbers_from=6)
 
 

@@ -103,7 +103,7 @@ def test_what_a_runtime_lacks_is_refused_at_plan(
         ({"transformers_weights": "other.safetensors"}, "sets 'transformers_weights'"),
         ({"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "sets 'per_layer_config'"),
         ({"hidden_act": "fatrelu"}, "no usable 'hidden_act'; got 'fatrelu', expected an activation that a target"),
-        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "type 'longrope' are not supported"),
+        ({"rope_scaling": {"type": "proportional", "factor": 4.0}}, "type 'proportional' are not supported"),
         ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "'factor' in rope_parameters, .* got 8.0"),
         ({"rope_parameters": LINEAR | {"attention_factor": 0.5}}, "'attention_factor' in rope_parameters"),
         ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "'long_factor' in rope_parameters"),

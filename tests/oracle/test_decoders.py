@@ -17,7 +17,7 @@ from exporter.targets.opened import OpenedArtifact
 from tests.models import MORE_KINDS, tiny_model
 
 LENGTH, GENERATED = 96, 40
-UNTIED_ONLY = ("olmo2",)
+UNTIED_ONLY = ("olmo2", "olmo3")
 TOKENS = np.random.default_rng(0).integers(2, 300, (2, LENGTH))
 TARGETS = [
     (family.model_type, target)

@@ -144,11 +144,11 @@ def test_onnx_tables_are_as_long_as_asked_for(source: Path, tmp_path: Path) -> N
     target = load_target("onnx")
     with open_model(str(source / "model")) as model:
         long = replace(model, decoder=replace(model.decoder, positions=4 << 20))
-        bounded = for_context(long, 512)
+        bounded = for_context(long, 512, 4 << 20)
         assert bounded.decoder.context_length == 131_072
         assert "131,072 of the model's 4,194,304 positions" in bounded.warnings[-1]
-        assert for_context(long, 4 << 20) is long
-        assert for_context(model, 512) is model
+        assert for_context(long, 4 << 20, 4 << 20) is long
+        assert for_context(model, 512, 4 << 20) is model
         short = replace(model, decoder=replace(model.decoder, positions=256))
         sizes = {}
         for name, one in (("whole", model), ("short", short)):

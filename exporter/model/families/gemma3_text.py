@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from exporter.model.attention_windows import FULL, SLIDING, windows_by_layer
 from exporter.model.blocks import Block
 from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, BlockParts
-from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration, Refusal
+from exporter.model.family import Family, GgufDeclaration, HeaderValue, Multimodal, OnnxDeclaration, Refusal
 from exporter.model.shape import Shape
 
 # llama.cpp takes the attention scale from the width of a head, but for the model of 27 billion parameters, which it
@@ -69,7 +69,7 @@ def shim(config: PretrainedConfig, original: PretrainedConfig) -> None:
 
 FAMILY = Family(
     model_type="gemma3_text",
-    title="Gemma 3 270M and 1B",
+    title="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
     block=block,
     windows=windows_by_layer,
@@ -91,4 +91,15 @@ FAMILY = Family(
         "rope_local_base_freq": "positive?",
         "sliding_window_pattern": "layers?",
     },
+    multimodal=Multimodal(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        inert=(
+            "boi_token_index",
+            "eoi_token_index",
+            "image_token_index",
+            "mm_tokens_per_image",
+            "vision_config",
+        ),
+    ),
 )

@@ -32,9 +32,9 @@ FAMILY = Family(
     residual_scale=lambda config: float(config.residual_multiplier),
     logits_divisor=lambda config: float(config.logits_scaling),
     honoured={
-        "attention_multiplier": "positive?",
-        "embedding_multiplier": "positive?",
-        "logits_scaling": "positive?",
-        "residual_multiplier": "positive?",
+        "attention_multiplier": "positive",
+        "embedding_multiplier": "positive",
+        "logits_scaling": "positive",
+        "residual_multiplier": "positive",
     },
 )

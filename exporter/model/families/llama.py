@@ -112,20 +112,33 @@ class BlockParts:
         return Sublayer(entrance, sites, before, after, residual_scale=shape.residual_scale)
 
     def feed_forward(
-        self, entrance: str, before: Vector | None, after: Vector | None = None, stored_in: str | None = None
+        self,
+        entrance: str,
+        before: Vector | None,
+        after: Vector | None = None,
+        stored_in: str | None = None,
+        down: str = "mlp.down_proj",
     ) -> Sublayer:
-        """Return the feed-forward part: down(act(gate x) * up x); `stored_in` holds gate and up together."""
+        """Return the feed-forward part: down(act(gate x) * up x).
+
+        Args:
+            entrance: See `Sublayer`.
+            before: The norm before it.
+            after: The norm after it.
+            stored_in: Module that holds gate and up together; None if each has its own.
+            down: Module of the matrix `down`.
+        """
         hidden, width = self._shape.hidden, self._shape.intermediate[self._layer]
         gate, up = (
             self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in", stored_in=stored_in)
             for role in ("gate", "up")
         )
-        down = self._linear("down", "mlp.down_proj", hidden, width, "mlp_out")
+        last = self._linear("down", down, hidden, width, "mlp_out")
         sites = (
             self._site("mlp_in", (gate, up), _norm_as_producer(before)),
-            self._site("mlp_out", (down,), Producer(linear=up)),
+            self._site("mlp_out", (last,), Producer(linear=up)),
         )
-        channels = GatedChannels(gate, up, down)
+        channels = GatedChannels(gate, up, last)
         return Sublayer(entrance, sites, before, after, channels, self._shape.residual_scale)
 
     def experts(self, entrance: str, before: Vector) -> Sublayer:

@@ -45,6 +45,7 @@ FAMILY = Family(
     gguf=GgufDeclaration(
         "olmo2",
         GGUF_TENSORS,
+        square_queries=True,
         refusal=refusal,
     ),
 )
