@@ -13,12 +13,13 @@ from transformers import PretrainedConfig
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
 from exporter.model.adapter_folder import adapted_folder
+from exporter.model.adapter_settings import AdapterSettings, read_adapter_settings
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, code_notes, load_config, read_config
 from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
-from exporter.model.lora import AdapterSettings, Merged, open_adapter, read_adapter_settings
+from exporter.model.lora import Merged, open_adapter
 from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
 from exporter.model.recognised import ADAPTER, is_adapter, refuse_quantised, refuse_quantised_tensors
 from exporter.model.rotary import rotary_notes
