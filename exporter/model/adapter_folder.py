@@ -17,6 +17,7 @@ from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.config import CONFIG
+from exporter.model.json_file import read_json_object_if_there
 from exporter.model.model import digest_files, metadata_files
 from exporter.model.tokenizer_files import (
     ADDED,
@@ -63,6 +64,20 @@ def adapted_folder(base: Path, adapter: Path, config: Mapping[str, Any]) -> Path
         (folder / CONFIG).write_text(content, encoding="utf-8")
 
     return kept_folder(cache_folder("adapted") / f"{VERSION}-{digest}", make)
+
+
+def tokenizer_note(base: Path, adapter: Path) -> str:
+    """Return a sentence for the report on whose tokenizer and chat template a merged model has."""
+    if not _has_tokenizer(adapter):
+        own = " with the adapter's chat template" if _has_template(adapter) else ""
+        return f"the tokenizer is the base's{own}"
+    lost = _has_template(base) and not _has_template(adapter)
+    return f"the tokenizer is the adapter's{', which has no chat template although the base has one' if lost else ''}"
+
+
+def _has_template(folder: Path) -> bool:
+    settings = read_json_object_if_there(folder / SETTINGS) or {}
+    return bool(settings.get("chat_template")) or any(name.endswith(".jinja") for name in _of_tokenizer(folder))
 
 
 def _require_rows(base: Path, adapter: Path, rows: int) -> None:

@@ -7,7 +7,7 @@ by them, A is [rank, rows], B is [columns, rank], and the product is transposed.
 that take the place of the base's. All formulas are PEFT's (`peft.tuners.lora`, 0.21).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +36,6 @@ WEIGHT = ".weight"
 BASE_LAYER = ".base_layer.weight"
 ENDS = {EMBEDDING, HEAD}
 OTHER_BASE = "check that the adapter belongs to this base"
-# Bounds the memory of a product.
-ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -269,9 +267,8 @@ class Merged:
         if factors is None:
             return source.read(place)
         left, right = factors.read(self._adapter.tensors)
-        merged = np.empty((len(left), right.shape[1]), np.float32)
-        for rows in _blocks(np.arange(len(left))):
-            merged[rows] = source.read_rows(place, rows) + left[rows] @ right
+        merged: Float32 = left @ right
+        merged += source.read(place)
         return require_finite(merged, name)
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
@@ -288,7 +285,3 @@ class Merged:
         """Return where a tensor without its factors is, and its name there."""
         copy = self._adapter.copies.get(name)
         return (self._base, name) if copy is None else (self._adapter.tensors, copy)
-
-
-def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    return (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
-from exporter.model.adapter_folder import adapted_folder
+from exporter.model.adapter_folder import adapted_folder, tokenizer_note
 from exporter.model.adapter_settings import AdapterSettings, read_adapter_settings
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, code_notes, load_config, read_config
@@ -141,7 +141,7 @@ def _open_adapter(folder: Path, name: str, named: str | None) -> Model:
     metadata = adapted_folder(base, folder, read.raw | changed)
     tensors = sliced(Merged(read.checkpoint, adapter), decoder.stored_matrices)
     origin = f"LoRA adapter {name}, merged into Hugging Face folder {base_name}"
-    notes = (*read.notes, adapter.note)
+    notes = (*read.notes, adapter.note, tokenizer_note(base, folder))
     return Model(name, origin, metadata, None, config, decoder, tensors, notes, source=source)
 
 

@@ -22,8 +22,13 @@ TARGETS = ("gguf", "onnx")
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}!{% endfor %}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("family", "tied"), [("gemma3_text", True), ("llama", False), ("phi3", True), ("qwen2", True)])
+FAMILIES = (("gemma3_text", True), ("llama", False), ("phi3", True), ("qwen2", True))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "target"),
+    [*((*one, target) for one in FAMILIES for target in TARGETS), ("qwen3_moe", False, "gguf")],
+)
 def test_an_artifact_is_the_merged_model(tmp_path: Path, family: str, tied: bool, target: str) -> None:
     base = tiny_model(tmp_path / "base", family, tied=tied, layers=3)
     adapter = tiny_adapter(tmp_path / "adapter", base)
@@ -106,6 +111,7 @@ def test_a_chat_fine_tune_keeps_its_template_and_its_ends(tmp_path: Path, whole:
     else:
         (adapter / "chat_template.jinja").write_text(TEMPLATE)
     with open_model(str(adapter)) as model:
+        assert f"the tokenizer is the {'adapter' if whole else 'base'}'s" in str(model.warnings)
         loaded = load_tokenizer(model.folder, model.decoder.vocab)
         assert loaded.template == TEMPLATE
         ends = special_ids(model.folder, loaded.roles, model.decoder.vocab).ends
@@ -113,6 +119,17 @@ def test_a_chat_fine_tune_keeps_its_template_and_its_ends(tmp_path: Path, whole:
         (tmp_path / "artifact").mkdir()
         made = load_target("gguf").write_float(model, tmp_path / "artifact")
     assert open_gguf(made.weights[0]).fields["tokenizer.chat_template"].contents() == TEMPLATE
+
+
+def test_a_tokenizer_without_a_template_is_noted(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    adapter = tiny_adapter(tmp_path / "adapter", base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(adapter)
+    with open_model(str(adapter)) as model:
+        assert any("which has no chat template although the base has one" in note for note in model.warnings)
+        assert load_tokenizer(model.folder, model.decoder.vocab).template is None
 
 
 def test_the_base_named_on_the_command_line_counts(tmp_path: Path) -> None:
