@@ -94,7 +94,7 @@ def plan(job: Job) -> Outline:
     Raises:
         ExporterError: what `build` would refuse; see `exporter.foundation.errors`.
     """
-    with open_model(job.source) as model:
+    with open_model(job.source, job.base) as model:
         resolved, draft = drafted(job, model)
         needs = needs_of(resolved, draft.decisions)
         return outline(resolved, draft, needs, stage_seconds(resolved, draft, needs.file))
@@ -129,7 +129,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     stage = Stages()
     with ExitStack() as opened:
         opened.enter_context(telling(partial(progress, "wait for another job", 0, 1)))
-        model = stage("open", opened.enter_context, open_model(job.source))
+        model = stage("open", opened.enter_context, open_model(job.source, job.base))
         resolved, draft = stage("plan", drafted, job, model)
         folder = opened.enter_context(staging_folder(output, needs_of(resolved, draft.decisions).disk))
         texts = stage("calibration text", texts_of, resolved, progress)

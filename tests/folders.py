@@ -44,12 +44,18 @@ def transformers_logits(folder: Path) -> np.ndarray:
     return logits
 
 
-def float_kl(folder: Path, target: str) -> float:
-    """Return the mean KL of the float32 artifact in its real runtime against transformers."""
+def float_kl(folder: Path, target: str, reference: Path | None = None) -> float:
+    """Return the mean KL of the float32 artifact in its real runtime against transformers.
+
+    Args:
+        folder: The folder that the artifact is made of.
+        target: Name of the target.
+        reference: The folder that transformers loads; None for the same.
+    """
     made = load_target(target)
     with open_model(str(folder)) as model, tempfile.TemporaryDirectory() as out:
         decisions = made.decide(made.as_stored(model).model, "F32", "rtn")
         artifact = lower(made, Compression(model, decisions), "F32", Path(out)).artifact
         with OpenedArtifact(artifact, 128, 1, exact=True) as child:
             got = child.logits(TOKENS, 0)
-    return float(divergence(transformers_logits(folder), got).mean())
+    return float(divergence(transformers_logits(reference or folder), got).mean())

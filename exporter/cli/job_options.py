@@ -27,7 +27,11 @@ DECIDED = (
 
 def job_of(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'. A LoRA adapter is merged into its base.",
+        ),
     ],
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")
@@ -94,6 +98,10 @@ def job_of(
         Path | None,
         typer.Option("--plan", help="Repeat a bundle's plan.json, on the same model and the same texts."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Folder or hub id of a LoRA adapter's base, if not the one that it names."),
+    ] = None,
 ) -> "Job":
     """Return the job that the options ask for.
 
@@ -115,11 +123,12 @@ def job_of(
                 got=", ".join(named),
                 next_step="leave these options out",
             )
-        return Job(model, device, calibration=calibration, evaluation=evaluation).repeating(read_plan(plan))
+        return Job(model, device, calibration=calibration, evaluation=evaluation, base=base).repeating(read_plan(plan))
     return Job(
         model, device, target, type, method, None, calibration, evaluation, seed, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, transport=transport,
+        base=base,
     )  # fmt: skip
 
 

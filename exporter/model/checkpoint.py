@@ -187,6 +187,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def open_file(file: Path) -> Checkpoint:
+    """Return the tensors of one file, by their names in it; reads only the header.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return Checkpoint(file.parent, (file,), _header(file))
+
+
 def _of_files(folder: Path, files: tuple[Path, ...]) -> Checkpoint:
     tensors: dict[str, Held] = {}
     twice = set()

@@ -63,29 +63,23 @@ INSTEAD = (
 )
 
 
-def refuse_adapters(folder: Path) -> None:
-    """Reject a folder with an adapter, with or without a model to which transformers would add it.
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a PEFT adapter instead of a model.
 
     Raises:
-        InputError: see above.
+        InputError: it holds both, of which transformers would use the adapter on the base that it names.
     """
     path = folder / ADAPTER
-    settings = read_json_object_if_there(path)
-    if settings is None:
-        return
-    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
-    named = f"its base {shown(base)}" if isinstance(base, str) and base else "its base"
-    what = "LoRA adapter" if kind == "LORA" else f"PEFT adapter ({shown(kind)})"
-    merge = (
-        f"merge it with {named} (PeftModel.from_pretrained, merge_and_unload, save_pretrained) and give what that saves"
-    )
+    if not path.exists():
+        return False
     if _first(folder, ("model*.safetensors",)):
         raise InputError(
-            f"the folder holds a model and beside it a {what}, of which transformers would use both",
+            "the folder holds a model and beside it an adapter",
             where=path,
-            next_step=f"{merge}, or move {ADAPTER} away where the model alone is meant",
+            expected="one of them",
+            next_step="move the adapter into a folder of its own, and name this one with --base",
         )
-    raise InputError(f"the folder holds a {what}, which is no model by itself", where=path, next_step=merge)
+    return True
 
 
 def refuse_quantised(raw: Mapping[str, Any], where: object) -> None:

@@ -16,7 +16,7 @@ class Job:
     `exporter.planning.resolve.recipe_for`.
 
     Attributes:
-        source: A Hugging Face folder, hub id, `.gguf` file, or `demo`.
+        source: A Hugging Face folder, hub id, `.gguf` file, or `demo`; a folder may hold a LoRA adapter.
         device: A profile's name, or the path of a user's own TOML; None for the one of the plan that is repeated.
         target: A target's name, or `auto` for the one that the device prefers.
         type: A named mix or weight format of the target; None for the target's default.
@@ -43,6 +43,7 @@ class Job:
         emulate: Run the artifact on this machine under the device's limits as well.
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
+        base: Folder or hub id of an adapter's base; None for the one that the adapter names.
     """
 
     source: str
@@ -70,6 +71,7 @@ class Job:
     transport: Profile | None = None
     emulate: bool = False
     repeats: Plan | None = None
+    base: str | None = None
 
     def repeating(self, plan: Plan) -> Self:
         """Return the job that does what a plan says, with this one's source, texts, output and machine."""

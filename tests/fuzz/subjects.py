@@ -54,6 +54,7 @@ from exporter.targets.contract import load_target
 from exporter.targets.gguf.vocabulary import read_vocabulary
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.graph_partition import cut
+from tests.adapters import tiny_adapter
 from tests.fuzz.mutations import (
     changed_value,
     gguf_numbers,
@@ -387,6 +388,28 @@ def config(folder: Path) -> Attempt:
     return attempt
 
 
+def adapter(folder: Path) -> Attempt:
+    """The two files of a LoRA adapter: merged into its base, planned for, every tensor read."""
+    base = tiny_model(folder / "base", layers=1)
+    made = tiny_adapter(folder / "adapter", base, rank_pattern={"q_proj": 4}, alpha_pattern={"up_proj": 3})
+    settings, weights = made / "adapter_config.json", made / "adapter_model.safetensors"
+    content, data = json.loads(settings.read_bytes()), weights.read_bytes()
+
+    def use() -> bool:
+        with open_model(str(made)) as model:
+            return _planned(model)
+
+    def attempt(chance: Random) -> bool:
+        if chance.random() < 0.6:
+            with _replaced(settings, mutated_json(content, chance)):
+                return use()
+        with _replaced(weights, mutated_safetensors(data, chance)):
+            return use()
+
+    assert use()
+    return attempt
+
+
 def tokenizer(folder: Path) -> Attempt:
     """Files of a tokenizer: loaded, and written for each target; in a process of their own on a sample."""
     model_folder = tiny_model(folder / "model", layers=1)
@@ -585,5 +608,18 @@ def profiles(folder: Path) -> Attempt:
 
 SUBJECTS: dict[str, Callable[[Path], Attempt]] = {
     subject.__name__: subject
-    for subject in (bundle, manifest, coded, gguf, safetensors, config, tokenizer, onnx, recipes, plans, profiles)
+    for subject in (
+        bundle,
+        manifest,
+        coded,
+        gguf,
+        safetensors,
+        config,
+        adapter,
+        tokenizer,
+        onnx,
+        recipes,
+        plans,
+        profiles,
+    )
 }
