@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,6 +51,7 @@ FAMILIES = tuple(KINDS)
 # Families that only one target builds, or that differ from one above in little: not every test runs on them.
 MORE_KINDS = {
     "granite": (GraniteConfig, GraniteForCausalLM),
+    "lfm2": (Lfm2Config, Lfm2ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
@@ -129,6 +132,9 @@ def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
         }  # fmt: skip
     if family == "qwen3_moe":
         return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    if family == "lfm2":
+        kinds = [("conv", "full_attention")[layer % 3 == 1] for layer in range(layers)]
+        return {"layer_types": kinds, "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.4}
     if family != "gemma3_text":
         return {}
     return {

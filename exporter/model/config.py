@@ -57,6 +57,7 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     try:
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
+        family.normalise(config)
         # Tokenizers also read the file, so transformers must accept it with all its keys.
         CONFIG_MAPPING[family.model_type].from_dict(deepcopy(raw))
     except Exception as error:

@@ -23,7 +23,7 @@ from exporter.targets.opened import OpenedArtifact
 from tests.models import VOCAB, tiny_model
 
 MIB = 1 << 20
-SMALL = ModelShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
+SMALL = ModelShape(attention_layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
 
 
 def decision(format: WeightFormat, rows: int = 64, columns: int = 256, *uses: str) -> Decision:
