@@ -41,6 +41,7 @@ from exporter.model.shape import Shape
 
 KINDS = {
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "lfm2": (Lfm2Config, Lfm2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -51,7 +52,6 @@ FAMILIES = tuple(KINDS)
 # Families that only one target builds, or that differ from one above in little: not every test runs on them.
 MORE_KINDS = {
     "granite": (GraniteConfig, GraniteForCausalLM),
-    "lfm2": (Lfm2Config, Lfm2ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),

@@ -58,16 +58,17 @@ def convolutions(config: PretrainedConfig, where: object) -> tuple[int | None, .
     """Return the kernel of each layer that is a convolution.
 
     Raises:
-        InputError: a layer is of another kind, none has attention, or the kernel has a single position.
+        InputError: a layer is of another kind, one of the two is missing, or the kernel has a single position.
     """
     kinds = list(config.layer_types)
-    if not set(kinds) <= {FULL, CONVOLUTION} or FULL not in kinds:
+    if set(kinds) != {FULL, CONVOLUTION}:
+        # llama.cpp aborts without a convolution, and onnxruntime-genai's model builder fails without attention.
         raise InputError(
-            "layer_types names other layers than LFM2 has", where=where, got=", ".join(sorted(set(kinds))),
-            expected=f"{FULL}, at least once, and {CONVOLUTION}",
+            "layer_types names other kinds of layers than runtimes compute for LFM2", where=where,
+            got=", ".join(sorted(set(kinds))), expected=f"{CONVOLUTION} and {FULL}, each at least once",
         )  # fmt: skip
     positions = whole_number(config, "conv_L_cache", where, MOST_POSITIONS)
-    if positions == 1 and CONVOLUTION in kinds:
+    if positions == 1:
         raise InputError(
             "the convolutions have no earlier position to add", where=where, got="conv_L_cache 1", expected="2 or more",
             next_step="no target computes them",
