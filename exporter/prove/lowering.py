@@ -49,7 +49,7 @@ class FloatCopy:
     Attributes:
         artifact: The copy, or the artifact itself if it is in float32 already.
         model: The float model that it must compute, with matrices as the runtime decodes them from the artifact.
-        whole: Whether it holds every layer, not only the first and the last.
+        whole: Whether it holds every layer, not only those of an excerpt.
     """
 
     artifact: Artifact

@@ -24,6 +24,8 @@ from exporter.prove.accuracy import Reference, dequantised, distance
 from exporter.prove.lowering import Decoded, check_weights
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target, low_rank, lower, shape_of
+from exporter.targets.onnx.intake import INTAKE
+from exporter.targets.onnx.settings import CONFIGURATION
 from exporter.targets.opened import OpenedArtifact
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
@@ -147,6 +149,30 @@ def test_a_budget_from_the_source_to_a_bundle(
     assert report.passed
     assert report.size.file_bytes.value <= most
     assert {row.role for row in report.tensors} >= {"conv_in", "conv_out", "q", "o", "down"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv_cache_size": 4}, "the graph has other states of convolutions than the settings"),
+        ({"hidden_size": 128}, "the graph has other states of convolutions than the settings"),
+        ({"layer_types": ["conv"] * 6}, "the graph has other keys and values than the settings"),
+        ({"layer_types": ["conv", "full_attention"]}, "layer_types must name each of the 6 layers"),
+        ({"conv_cache_size": None}, "the entries of convolutions must be given together"),
+    ],
+)
+def test_settings_that_do_not_fit_the_graph_are_refused(
+    tmp_path: Path, folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    artifact = in_float32(folder, "onnx", tmp_path / "artifact")
+    path = artifact.folder / CONFIGURATION
+    settings = json.loads(path.read_text("utf-8"))
+    decoder = settings["model"]["decoder"] | changes
+    settings["model"]["decoder"] = {key: value for key, value in decoder.items() if value is not None}
+    path.write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(InputError) as refused:
+        INTAKE.admit(artifact, (), lambda name, _: (artifact.folder / name).read_bytes(), tmp_path)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
