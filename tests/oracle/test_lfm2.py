@@ -16,6 +16,7 @@ from exporter.calibrate.windows import Windows
 from exporter.compress.checks import with_factors
 from exporter.compress.compression import Compression
 from exporter.foundation.errors import InputError, RequestError
+from exporter.model.excerpt import excerpt
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.sources import open_model
 from exporter.pipeline import build
@@ -123,6 +124,20 @@ def test_kernels_of_other_widths_and_attention_in_the_first_layer(
     artifact = in_float32(folder, target, tmp_path / "artifact")
     with open_model(str(folder)) as model:
         reference = Reference.of(model, TOKENS[:1, :48])
+    with OpenedArtifact(artifact, 48, 1, exact=True) as opened:
+        assert distance(reference, opened.logits).kl_mean < 1e-6
+
+
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+def test_an_excerpt_that_begins_and_ends_with_convolutions_has_attention(
+    tmp_path: Path, folder: Path, target: str
+) -> None:
+    (tmp_path / "artifact").mkdir()
+    with open_model(str(folder)) as model:
+        part = excerpt(model)
+        assert part.decoder.convolutions == (3, None, 3)
+        reference = Reference.of(part, TOKENS[:1, :48])
+        artifact = load_target(target).write_float(part, tmp_path / "artifact")
     with OpenedArtifact(artifact, 48, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
 
