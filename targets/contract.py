@@ -190,7 +190,7 @@ class FormatsByBits(Target, Protocol):
 def shape_of(decoder: Decoder) -> ModelShape:
     """Return the dimensions that determine a decoder's memory; all layers get the widest feed-forward width."""
     return ModelShape(
-        layers=decoder.layers,
+        attention_layers=decoder.attention_layers,
         hidden=decoder.hidden,
         intermediate=max(decoder.intermediate),
         heads=decoder.heads,

@@ -1,5 +1,6 @@
 """Files of a target that are a job's source, run by the target's own runtime as a reference for what was read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,13 +21,13 @@ class SourceFiles(Protocol):
     suffix: str
     kind: str
 
-    def in_float32(self, path: Path, folder: Path, layers: int | None) -> Artifact:
+    def in_float32(self, path: Path, folder: Path, layers: Sequence[int] | None) -> Artifact:
         """Rewrite a file in float32, with all its keys and tensors, for the target's runtime.
 
         Args:
             path: The file, or the first part of one that is split.
             folder: Receives the artifact.
-            layers: Number of layers of the model, to write only the first and the last; None for all.
+            layers: The layers to write, which are renumbered from 0; None for all.
         """
 
 

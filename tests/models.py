@@ -16,6 +16,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Ministral3Config,
@@ -45,6 +47,7 @@ from exporter.model.shape import Shape
 
 KINDS = {
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "lfm2": (Lfm2Config, Lfm2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
@@ -139,29 +142,32 @@ def tiny_model(
 def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
     """Return the keys of config.json that a family needs besides those of all, for heads of some width."""
     # Published models damp what layers add to the stream, and a random model's logits would show no fault in them.
-    granite = {
+    granite: dict[str, object] = {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 0.5,
     }  # fmt: skip
-    if family == "granite":
-        return granite
-    if family == "granitemoehybrid":
-        return granite | {
+    keys: dict[str, dict[str, object]] = {
+        "gemma3_text": {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": head,
+            "sliding_window": 16,
+            "layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)],
+        },
+        "granite": granite,
+        "granitemoehybrid": granite | {
             "layer_types": ["full_attention"] * layers, "num_local_experts": 0, "position_embedding_type": "rope",
             "shared_intermediate_size": 96,
-        }  # fmt: skip
-    if family == "qwen3_moe":
-        return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-    if family == "olmo3":
+        },
+        "lfm2": {
+            "layer_types": [("conv", "full_attention")[layer % 3 == 1] for layer in range(layers)],
+            "block_multiple_of": 32, "block_ffn_dim_multiplier": 1.4,
+        },
         # Copied, since transformers adds to what it is given.
-        return {"sliding_window": 16, "rope_parameters": {kind: dict(rope) for kind, rope in OLMO3_ROPE.items()}}
-    if family != "gemma3_text":
-        return {}
-    return {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": head,
-        "sliding_window": 16,
-        "layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)],
-    }
+        "olmo3": {"sliding_window": 16, "rope_parameters": {kind: dict(rope) for kind, rope in OLMO3_ROPE.items()}},
+        "qwen3_moe": {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        },
+    }  # fmt: skip
+    return keys.get(family, {})
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

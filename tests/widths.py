@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from exporter.model.decoder import EMBEDDING, FINAL_NORM, HEAD
+from exporter.model.decoder import EMBEDDING, HEAD
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.contract import load_target
@@ -28,6 +28,7 @@ from tests.llama_names import LINEARS, NORMS, layer_tensor
 from tests.models import KINDS, TEMPLATE, own_keys
 from tests.reference import reference_model
 
+FINAL_NORM = "model.norm.weight"
 BLOCK = 256
 VOCAB = 2048
 WINDOW, BATCH = 256, 4

@@ -76,6 +76,7 @@ class LayerStream:
         self._model = model
         skeleton = weightless_module(model)
         self._decoder = cast(Any, skeleton.model)
+        self._norm: nn.Module = self._decoder.get_submodule(model.decoder.family.final_norm)
         for block, layer in zip(model.decoder.blocks, self._decoder.layers, strict=True):
             separate(layer, block)
         if self._decoder.rotary_emb is not None:
@@ -138,7 +139,7 @@ class LayerStream:
             recorded.append(arguments)
             return hidden
 
-        replaced = [*self._decoder.layers, self._decoder.norm]
+        replaced = [*self._decoder.layers, self._norm]
         for module in replaced:
             module.forward = record
         try:
@@ -151,10 +152,9 @@ class LayerStream:
 
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the head's input: the last layer's output after the final norm."""
-        norm = self._decoder.norm
         gain = self._model.read(self._model.decoder.final_norm.name)
-        norm.load_state_dict({"weight": torch.from_numpy(gain)}, assign=True)
-        normalised: torch.Tensor = norm(hidden)
+        self._norm.load_state_dict({"weight": torch.from_numpy(gain)}, assign=True)
+        normalised: torch.Tensor = self._norm(hidden)
         return normalised
 
     @property

@@ -6,7 +6,8 @@ A static scale for a whole tensor is set by its largest channel. Channel j of th
 
 and column j of every matrix behind it is multiplied by it (Xiao et al. 2023, SmoothQuant, eq. 4). The division is
 folded into the tensor that produces the channel: the gain of the normalisation before it, the value rows before the
-output projection (one factor for all heads that share them), and the up rows before the down projection.
+output projection (one factor for all heads that share them), the up rows before the down projection, and the kernel of
+a convolution before its output projection.
 
 If activations are scaled dynamically in blocks of a few columns, the importance of a channel counts instead, as in AWQ
 (Lin et al. 2024, eq. 4): s_j = E[x_j^2]^(a/2). Weights of large channels then lie on a finer part of their block's
@@ -38,7 +39,7 @@ from exporter.model.tensors import HoldsCodes
 MOST_FACTOR = np.float32(1e4)
 AWQ_ALPHA = fitted_value("exporter.compress", "awq_alpha")
 Seen = TypeVar("Seen")
-EVERY_SITE = ("attention_in", "attention_out", "mlp_in", "mlp_out", HEAD_SITE)
+EVERY_SITE = ("attention_in", "attention_out", "conv_in", "conv_out", "mlp_in", "mlp_out", HEAD_SITE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def equalised(model: Model, statistics: Statistics, alpha: float, sites: Collect
         model: The source; its matrices are read once for their largest weights.
         statistics: Statistics with the ranges of its activations.
         alpha: Share of the inputs' spread that goes into the weights, from 0 to 1.
-        sites: Sites to equalise: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`, `head_in`.
+        sites: Kinds of sites to equalise, of `EVERY_SITE`.
 
     Raises:
         RequestError: the ranges were not observed.
@@ -170,7 +171,7 @@ class _Place:
         site: Its name.
         producer: The tensors that produce its channels.
         consumers: The matrices whose columns take them.
-        output: Place where the producer's outputs are observed; None for a normalisation.
+        output: Place where the outputs of the producer's matrix are observed; None if it has none.
     """
 
     site: str
@@ -273,7 +274,7 @@ class _Scaled:
         if name in self._rows:
             divisor, offset = self._rows[name][rows], np.float32(self._offsets.get(name, 0.0))
             gains = values + offset if offset else values
-            gains = gains / (divisor[:, None] if values.ndim == 2 else divisor)
+            gains = gains / divisor.reshape(-1, *(1,) * (values.ndim - 1))
             values = gains - offset if offset else gains
         return values
 

@@ -13,19 +13,26 @@ from exporter.formats.group import WeightGroup
 
 @dataclass(frozen=True)
 class Vector:
-    """The gain of a norm, or a bias; every target stores it in float32.
+    """The gain of a norm, a bias, or the kernel of a depthwise convolution; every target stores it in float32.
 
     Attributes:
         role: Role in the block, such as `attention_norm` or `q_bias`.
         name: Name in the checkpoint.
-        width: Number of elements.
+        width: Number of channels.
         offset: Added to what the checkpoint stores: Gemma's norms multiply by 1 + w.
+        kernel: Number of positions that a convolution sees; None for a gain or a bias, one number for each channel.
     """
 
     role: str
     name: str
     width: int
     offset: float = 0.0
+    kernel: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in a checkpoint; a convolution has one input for each of its outputs."""
+        return (self.width,) if self.kernel is None else (self.width, 1, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,8 @@ class Producer:
     """The tensors that make the channels of a site, and may absorb a division of them: the model stays the same.
 
     Attributes:
-        vectors: The gain of the norm before the site, or the biases of the matrix below.
-        linear: The matrix whose rows make the channels; None for a norm.
+        vectors: The gain of the norm before the site, the biases of the matrix below, or the kernel of a convolution.
+        linear: The matrix whose rows make the channels; None if the vectors alone take a division.
         by_heads: Its rows belong to key-value heads, each of which makes channels for several query heads.
     """
 

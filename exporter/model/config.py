@@ -62,6 +62,7 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     with _read_by_transformers(where):
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
         config.standardize_rope_params()
+        family.normalise(config)
         # Tokenizers also read the file, so transformers must accept it with all its keys.
         CONFIG_MAPPING[family.model_type].from_dict(_as_read_by_transformers(raw))
     check_rotary(config, where)

@@ -16,7 +16,6 @@ from exporter.model.shape import Shape
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
 HEAD_SITE = "head_in"
 # The place of an untied embedding's inputs, which are tokens.
 TOKENS = "tokens"
@@ -67,10 +66,11 @@ class Decoder(Shape):
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             positions=positions,
             windows=tuple(window if window is not None and window < positions else None for window in windows),
+            convolutions=family.convolutions(config, where),
             embedding_scale=family.embedding_scale(config),
             residual_scale=family.residual_scale(config),
             logits_divisor=family.logits_divisor(config),
-            activation=getattr(config, family.activation_key),
+            activation="silu" if family.activation_key is None else getattr(config, family.activation_key),
             experts=family.experts(config, where),
         )
         if heads % decoder.kv_heads or head_dim % 2 or decoder.rotary_width % 2:
@@ -115,12 +115,19 @@ class Decoder(Shape):
     def final_norm(self) -> Vector:
         """The norm before the head."""
         before = self.blocks[-1].sublayers[-1].norm_before
-        return Vector("final_norm", FINAL_NORM, self.hidden, 0.0 if before is None else before.offset)
+        name = f"model.{self.family.final_norm}.weight"
+        return Vector("final_norm", name, self.hidden, 0.0 if before is None else before.offset)
 
     @cached_property
     def sites(self) -> dict[str, Site]:
         """Name -> site, of the sites of all blocks."""
         return {site.name: site for block in self.blocks for site in block.sites}
+
+    @cached_property
+    def last_sites(self) -> frozenset[str]:
+        """Names of the sites at the ends of sublayers, but for those in experts."""
+        ends = (sublayer.sites[-1] for block in self.blocks for sublayer in block.sublayers)
+        return frozenset(site.name for site in ends if not site.routed)
 
     def linear(self, group: WeightGroup) -> Linear | None:
         """Return the matrix of a group; None for embedding and head."""
@@ -142,15 +149,15 @@ class Decoder(Shape):
         return [self.embedding, *inside, *([] if self.tied else [self.head])]
 
     def all_vectors(self) -> list[Vector]:
-        """Return the norms and biases in the order in which files hold them."""
+        """Return norms, biases and kernels in the order in which files hold them."""
         return [*(vector for block in self.blocks for vector in block.vectors), self.final_norm]
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of the tensors kept in float32: norms and biases."""
-        return {vector.name: (vector.width,) for vector in self.all_vectors()}
+        """Return name -> shape of the tensors kept in float32: norms, biases and kernels."""
+        return {vector.name: vector.shape for vector in self.all_vectors()}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of all tensors: matrices, norms and biases."""
+        """Return name -> shape of all tensors: matrices, norms, biases and kernels."""
         return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
 
     @cached_property

@@ -1,18 +1,22 @@
-"""Reduces a model to its first and last layer, for checks that need not run a large model in full."""
+"""Reduces a model to a few layers, one of each kind, for checks that need not run a large model in full."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Models with more weights are not run in full in float32.
 WHOLE_PARAMETERS = 1_000_000_000
+OfLayer = TypeVar("OfLayer")
 
 
 def excerpt_if_large(model: Model) -> Model:
@@ -21,50 +25,63 @@ def excerpt_if_large(model: Model) -> Model:
 
 
 def excerpt(model: Model) -> Model:
-    """Return a model with only the first and last layer, the embedding, the final norm and the head.
+    """Return a model with only the layers of `excerpt_layers`, the embedding, the final norm and the head.
 
-    The layers are renumbered 0 and 1; weights stay lazy. A model of at most two layers is returned unchanged.
+    The layers are renumbered from 0; weights stay lazy. A model of no other layers is returned unchanged.
     """
-    layers = model.decoder.layers
-    if layers <= 2:
+    decoder, kept = model.decoder, excerpt_layers(model.decoder)
+    if len(kept) == decoder.layers:
         return model
-    widths = model.decoder.intermediate
+    widths = _of(kept, decoder.intermediate)
     config = model.own_config()
-    config.num_hidden_layers = 2
+    config.num_hidden_layers = len(kept)
     kinds = getattr(config, "layer_types", None)
     if kinds:
-        config.layer_types = [kinds[0], kinds[-1]]
-    setattr(config, model.decoder.family.width_key, max(widths[0], widths[-1]))
+        config.layer_types = list(_of(kept, kinds))
+    setattr(config, decoder.family.width_key, max(widths))
     return replace(
         model,
         config=config,
         decoder=replace(
-            model.decoder,
-            layers=2,
-            intermediate=(widths[0], widths[-1]),
-            windows=(model.decoder.windows[0], model.decoder.windows[-1]),
+            decoder,
+            layers=len(kept),
+            intermediate=widths,
+            windows=_of(kept, decoder.windows),
+            convolutions=_of(kept, decoder.convolutions),
         ),
-        tensors=_Excerpt(model),
+        tensors=_Excerpt(model, kept),
         changes=hashlib.sha256(f"{model.changes}:excerpt".encode()).hexdigest(),
     )
 
 
-def source_name(name: str, layers: int) -> str:
+def excerpt_layers(decoder: Decoder) -> tuple[int, ...]:
+    """Return the first and the last layer, and the last with attention, or with a convolution, if both lack it."""
+    attends = [kernel is None for kernel in decoder.convolutions]
+    ends = {0, decoder.layers - 1}
+    last = {kind: layer for layer, kind in enumerate(attends)}
+    return tuple(sorted(ends | {layer for kind, layer in last.items() if kind not in {attends[end] for end in ends}}))
+
+
+def source_name(name: str, kept: Sequence[int]) -> str:
     """Return the name in the whole model of a tensor of an excerpt.
 
     Args:
         name: A tensor's name in the excerpt.
-        layers: Number of layers of the whole model, more than two.
+        kept: The layers of the whole model that the excerpt has.
     """
     found = LAYER.fullmatch(name)
-    return f"model.layers.{layers - 1}.{found[2]}" if found and found[1] == "1" else name
+    return f"model.layers.{kept[int(found[1])]}.{found[2]}" if found else name
+
+
+def _of(kept: Sequence[int], by_layer: Sequence[OfLayer]) -> tuple[OfLayer, ...]:
+    return tuple(by_layer[layer] for layer in kept)
 
 
 class _Excerpt:
-    """The tensors of a model's first and last layer, and those outside the layers."""
+    """The tensors of some of a model's layers, and those outside the layers."""
 
-    def __init__(self, model: Model) -> None:
-        self._source, self._layers = model.tensors, model.decoder.layers
+    def __init__(self, model: Model, kept: Sequence[int]) -> None:
+        self._source, self._kept = model.tensors, kept
         self.files = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,16 +89,16 @@ class _Excerpt:
         found = {}
         for name, shape in self._source.shapes().items():
             layer = LAYER.fullmatch(name)
-            if layer is None or layer[1] == "0":
+            if layer is None:
                 found[name] = shape
-            elif int(layer[1]) == self._layers - 1:
-                found[f"model.layers.1.{layer[2]}"] = shape
+            elif int(layer[1]) in self._kept:
+                found[f"model.layers.{self._kept.index(int(layer[1]))}.{layer[2]}"] = shape
         return found
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
-        return self._source.read(source_name(name, self._layers))
+        return self._source.read(source_name(name, self._kept))
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix as float32, finite."""
-        return self._source.read_rows(source_name(name, self._layers), rows)
+        return self._source.read_rows(source_name(name, self._kept), rows)

@@ -33,6 +33,16 @@ def unchanged(config: PretrainedConfig, original: PretrainedConfig) -> None:
     """Change nothing."""
 
 
+def as_read(config: PretrainedConfig) -> None:
+    """Change nothing."""
+
+
+def attention_only(config: PretrainedConfig, where: object) -> tuple[int | None, ...]:
+    """Return None for each layer: none has a convolution."""
+    layers: int = config.num_hidden_layers
+    return (None,) * layers
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why a runtime does not compute a model as transformers does.
@@ -77,6 +87,7 @@ class GgufDeclaration:
         interleaved_rotary: llama.cpp rotates neighbouring rows of a head, so query and key rows are reordered.
         rotary: Kinds of rotary embedding that its graph computes.
         square_queries: Its heads must together be as wide as the residual stream.
+        final_norm: Name of the gain of the norm before the head.
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
         refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
@@ -88,6 +99,7 @@ class GgufDeclaration:
     interleaved_rotary: bool = False
     rotary: Sequence[str] = ("default", "linear", "dynamic", "yarn")
     square_queries: bool = False
+    final_norm: str = "output_norm.weight"
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
     refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
@@ -165,12 +177,18 @@ class Family:
         logits_divisor: Returns what the head's outputs are divided by.
         experts: Returns the experts of each layer, or None; it raises an `InputError` as `windows` does.
         rotates: Returns whether queries and keys have rotary embeddings.
+        convolutions: Returns the kernel, in positions, of the short convolution that a layer has in place of attention,
+            None for a layer of attention; it raises an `InputError` as `windows` does.
+        normalise: Changes a config that was just read so that `intermediate_size` is the width of the feed-forward
+            parts, where it follows from several keys.
+        final_norm: Path, within the base model, of the norm before the head.
         rotary_kinds: Kinds of attention with rotary embeddings of their own, in the order of the builder's tables.
         rotary_honoured: Keys of `rope_parameters` that change what it computes, besides those of each type: key -> kind
             of value. A key whose kind does not allow null must be there.
         rotary_names: Other names that its config.json has for types of rotary embedding -> their usual name.
         width_key: The key of config.json that states the width of feed-forward parts.
-        activation_key: The key of config.json that names the activation.
+        epsilon_key: The key of config.json for what norms add to the mean square.
+        activation_key: The key of config.json that names the activation; None for a family that has SiLU built in.
         refused_flags: Keys of config.json that would add biases which the blocks do not have.
         honoured: Keys of config.json that change what it computes, besides those of every family: key -> kind of value.
         only: Keys that the family has built in, and the one value that changes nothing.
@@ -192,11 +210,15 @@ class Family:
     logits_divisor: Callable[[PretrainedConfig], float] = no_scale
     experts: Callable[[PretrainedConfig, object], Experts | None] = no_experts
     rotates: Callable[[PretrainedConfig], bool] = always
+    convolutions: Callable[[PretrainedConfig, object], tuple[int | None, ...]] = attention_only
+    normalise: Callable[[PretrainedConfig], None] = as_read
+    final_norm: str = "norm"
     rotary_kinds: Sequence[str] = (FULL,)
     rotary_honoured: Mapping[str, str] = field(default_factory=dict)
     rotary_names: Mapping[str, str] = field(default_factory=dict)
     width_key: str = "intermediate_size"
-    activation_key: str = "hidden_act"
+    epsilon_key: str = "rms_norm_eps"
+    activation_key: str | None = "hidden_act"
     refused_flags: Sequence[str] = ("mlp_bias", "attention_bias")
     honoured: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from exporter.formats.group import WeightGroup
 from exporter.model.blocks import Vector
 from exporter.model.decoder import HEAD, Decoder
 
-EMBEDDING_NAME, HEAD_NAME, FINAL_NORM_NAME = "token_embd.weight", "output.weight", "output_norm.weight"
+EMBEDDING_NAME, HEAD_NAME = "token_embd.weight", "output.weight"
 
 
 def gguf_names(decoder: Decoder) -> dict[str, str]:
@@ -14,10 +14,8 @@ def gguf_names(decoder: Decoder) -> dict[str, str]:
 
     Matrices whose rows are in one tensor have its name.
     """
-    tensors = decoder.family.gguf.tensors
-    pairs = {
-        decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: FINAL_NORM_NAME, HEAD: HEAD_NAME
-    }  # fmt: skip
+    tensors, final_norm = decoder.family.gguf.tensors, decoder.family.gguf.final_norm
+    pairs = {decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: final_norm, HEAD: HEAD_NAME}
     for block in decoder.blocks:
         named = {linear.group.name: linear.group.role for linear in block.linears.values()}
         named |= {vector.name: vector.role for vector in block.vectors}
@@ -50,6 +48,11 @@ def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:
     """Return GGUF name -> vector, in the order of files; a file holds a norm's gain, offset included."""
     names = gguf_names(decoder)
     return {names[vector.name]: vector for vector in decoder.all_vectors()}
+
+
+def gguf_shape(vector: Vector) -> tuple[int, ...]:
+    """Return the shape of a vector in files: [width], or [width, positions] for the kernel of a convolution."""
+    return (vector.width,) if vector.kernel is None else (vector.width, vector.kernel)
 
 
 def row_order(decoder: Decoder, group: WeightGroup) -> np.ndarray | None:

@@ -34,6 +34,8 @@ class Shape:
         tied: The embedding serves as the head.
         positions: Most positions for which the model has one set of rotary embeddings.
         windows: Attention window of each layer; None for none, or for one that no position exceeds.
+        convolutions: Kernel of the short convolution that a layer has in place of attention, in positions; None for a
+            layer of attention.
         embedding_scale: Factor of embeddings before the first block.
         residual_scale: Factor of what sublayers add to the residual stream.
         logits_divisor: What the head's outputs are divided by.
@@ -52,6 +54,7 @@ class Shape:
     tied: bool
     positions: int
     windows: tuple[int | None, ...]
+    convolutions: tuple[int | None, ...]
     embedding_scale: float
     residual_scale: float
     logits_divisor: float
@@ -62,6 +65,11 @@ class Shape:
     def window(self) -> int | None:
         """The shortest attention window; None if no layer has one."""
         return min((window for window in self.windows if window is not None), default=None)
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers of attention, which keep keys and values."""
+        return self.convolutions.count(None)
 
     @property
     def even(self) -> bool:

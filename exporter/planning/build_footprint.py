@@ -10,7 +10,7 @@ from exporter.calibrate.layer_stream import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.compress.compression import propagates_errors
 from exporter.compress.effort import Effort
-from exporter.formats.group import Decision
+from exporter.formats.group import Decision, WeightGroup
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
 from exporter.planning.job import Job
@@ -73,7 +73,7 @@ def float_copy_bytes(model: Model) -> int:
 def _statistics_bytes(model: Model, job: Job, effort: Effort) -> int:
     """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
     shape = model.decoder
-    layer = [group for group in model.groups() if group.layer == 0]
+    layer = _largest_layer(model)
     weights = 4 * sum(group.size for group in layer)
     moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
     tokens = max(TOKENS_AT_ONCE, job.window)
@@ -82,14 +82,20 @@ def _statistics_bytes(model: Model, job: Job, effort: Effort) -> int:
     return weights + moments + derivative + hidden
 
 
+def _largest_layer(model: Model) -> list[WeightGroup]:
+    """Return the matrices of the layer that has most weights."""
+    layers = [[linear.group for linear in block.linears.values()] for block in model.decoder.blocks]
+    return max(layers, key=lambda layer: sum(group.size for group in layer))
+
+
 def _propagation_bytes(model: Model, job: Job, effort: Effort, decisions: Sequence[Decision]) -> int:
     """Return what is kept of two models side by side: weights, hidden states, a matrix's inputs, their differences."""
     if not propagates_errors(effort, decisions):
         return 0
     shape = model.decoder
     tokens = effort.calibration_windows * job.window
-    weights = 4 * sum(group.size for group in model.groups() if group.layer == 0)
-    last = max(group.columns for group in model.groups() if group.role in ("o", "down"))
+    weights = 4 * sum(group.size for group in _largest_layer(model))
+    last = max(group.columns for group in model.groups() if group.site in shape.last_sites)
     hidden = 4 * tokens * (shape.hidden + last)
     return 2 * (weights + hidden) + 4 * 4 * max(site_columns(model).values()) ** 2
 

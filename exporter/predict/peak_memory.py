@@ -47,9 +47,12 @@ class Overhead:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The dimensions of a decoder that determine its memory; see `exporter.model.decoder.Decoder`."""
+    """The dimensions of a decoder that determine its memory; see `exporter.model.shape.Shape`.
 
-    layers: int
+    The states of short convolutions are not among them: they hold a few positions, however long the context is.
+    """
+
+    attention_layers: int
     hidden: int
     intermediate: int
     heads: int
@@ -59,7 +62,7 @@ class ModelShape:
 
     def cache_bytes(self, tokens: int, bytes_a_value: int) -> int:
         """Return the size of the keys and values of `tokens` tokens."""
-        return 2 * bytes_a_value * tokens * self.layers * self.kv_heads * self.head_dim
+        return 2 * bytes_a_value * tokens * self.attention_layers * self.kv_heads * self.head_dim
 
     def token_bytes(self, overhead: Overhead) -> float:
         """Return the buffer size of one prompt token."""

@@ -49,7 +49,7 @@ class FloatCopy:
     Attributes:
         artifact: The copy, or the artifact itself if it is in float32 already.
         model: The float model that it must compute, with matrices as the runtime decodes them from the artifact.
-        whole: Whether it holds every layer, not only the first and the last.
+        whole: Whether it holds every layer, not only those of an excerpt.
     """
 
     artifact: Artifact
@@ -95,7 +95,7 @@ def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress:
     """
     with OpenedArtifact(copy.artifact, expected.tokens.shape[1], threads, exact=True) as opened:
         found = distance(expected, opened.logits, partial(progress, "prove: windows in float32"))
-    layers = "every layer" if copy.whole else "the first and the last layer"
+    layers = "every layer" if copy.whole else f"{copy.model.decoder.layers} layers, the first and the last among them,"
     return Check(
         name="lowering",
         status="passed" if found.kl_mean <= MOST_KL else "failed",

@@ -8,7 +8,7 @@ from exporter.calibrate.windows import Tokens
 from exporter.foundation.errors import InputError, RuntimeCrashError
 from exporter.foundation.progress import Progress, silent
 from exporter.foundation.quantities import Check
-from exporter.model.excerpt import excerpt_if_large
+from exporter.model.excerpt import excerpt_if_large, excerpt_layers
 from exporter.model.model import Model
 from exporter.prove.accuracy import Distance, Reference, distance
 from exporter.targets.facts import facts_of
@@ -63,7 +63,7 @@ def check_source(
 def _distance(
     model: Model, path: Path, files: SourceFiles, reference: Reference, threads: int, folder: Path
 ) -> Distance:
-    layers = None if excerpt_if_large(model) is model else model.decoder.layers
+    layers = None if excerpt_if_large(model) is model else excerpt_layers(model.decoder)
     with TemporaryDirectory(prefix=".source.", dir=folder) as scratch:
         artifact = files.in_float32(path, Path(scratch), layers)
         try:

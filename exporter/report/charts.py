@@ -18,6 +18,8 @@ ROLE_TITLES = {
     "k": "Key",
     "v": "Value",
     "o": "Attention output",
+    "conv_in": "Convolution input",
+    "conv_out": "Convolution output",
     "gate": "Gate",
     "up": "Up",
     "down": "Down",

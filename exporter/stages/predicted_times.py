@@ -110,7 +110,7 @@ def _rewriting(resolved: ResolvedJob, statistics_s: float, flops_per_s: float) -
 def _token_flops(model: Model, window: int) -> float:
     """Return the arithmetic of one token of a window: its matrices, and on average half a window of keys and values."""
     shape = model.decoder
-    attention = 4 * shape.layers * shape.heads * shape.head_dim * window / 2
+    attention = 4 * shape.attention_layers * shape.heads * shape.head_dim * window / 2
     return 2.0 * shape.parameters + attention
 
 
@@ -172,7 +172,7 @@ def _correcting(
     tokens = resolved.effort.calibration_windows * resolved.job.window
     models = 2 * sum(group.size for group in layers)
     moments = sum(
-        (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.role in ("o", "down"))
+        (1 + (1 + 1 / STRIPES) / 2) * one.columns**2 + hidden * one.columns * (one.site in model.decoder.last_sites)
         for one in sites.values()
     )
     factors = sum(one.columns**3 for one in sites.values()) / 3

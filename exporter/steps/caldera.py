@@ -14,7 +14,7 @@ from exporter.foundation.config_files import impossible
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.targets.contract import base_format, low_rank
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Role = Literal["q", "k", "v", "o", "conv_in", "conv_out", "gate", "up", "down"]
 CODES = "ldlq"
 
 

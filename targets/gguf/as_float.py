@@ -1,5 +1,7 @@
 """Rewrites a GGUF file in float32 with all its keys and tensors, as a reference for llama.cpp's computation."""
 
+import re
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,26 +13,28 @@ from exporter.model.gguf_file import GgufFile
 from exporter.targets.gguf.header import finish_header
 from exporter.targets.gguf.vocabulary import copy_fields
 
+BLOCK = re.compile(r"blk\.(\d+)\.")
 # Keys that the new file does not need, or sets itself.
 LEFT_OUT = ("GGUF.", "split.", "general.architecture", "general.file_type", "general.alignment")
 
 
-def write_as_float(file: GgufFile, path: Path, layers: int | None = None) -> None:
+def write_as_float(file: GgufFile, path: Path, layers: Sequence[int] | None = None) -> None:
     """Decode every tensor with gguf's library and write it in float32, together with all keys of the file.
 
     Args:
         file: The file.
         path: Receives the new file, which is not split.
-        layers: Number of layers of the model, to write only the first and the last; None for all.
+        layers: The layers to write, which are renumbered from 0; None for all.
     """
     names = _names(file, layers)
     architecture = file.value("general.architecture")
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
         own = [field for name, field in file.fields.items() if not name.startswith(LEFT_OUT)]
         counts = f"{architecture}.block_count"
-        copy_fields(writer, [_cut(field, layers) for field in own if layers is None or field.name != counts])
+        count = file.value(counts)
+        copy_fields(writer, [_cut(field, layers, count) for field in own if layers is None or field.name != counts])
         if layers is not None:
-            writer.add_block_count(2)
+            writer.add_block_count(len(layers))
         for name, new in names.items():
             shape = file.shape(name)
             writer.add_tensor_info(new, shape, np.dtype(np.float32), 4 * file.tensors[name].n_elements)
@@ -39,19 +43,25 @@ def write_as_float(file: GgufFile, path: Path, layers: int | None = None) -> Non
             writer.write_tensor_data(file.decoded(name))
 
 
-def _names(file: GgufFile, layers: int | None) -> dict[str, str]:
+def _names(file: GgufFile, layers: Sequence[int] | None) -> dict[str, str]:
     """Return the name of each kept tensor -> its new name."""
     if layers is None:
         return {name: name for name in file.tensors}
-    last = f"blk.{layers - 1}."
-    kept = [name for name in file.tensors if not name.startswith("blk.") or name.startswith(("blk.0.", last))]
-    return {name: name.replace(last, "blk.1.", 1) if name.startswith(last) else name for name in kept}
+    places = {layer: place for place, layer in enumerate(layers)}
+    names = {}
+    for name in file.tensors:
+        found = BLOCK.match(name)
+        if found is None:
+            names[name] = name
+        elif int(found[1]) in places:
+            names[name] = f"blk.{places[int(found[1])]}.{name[found.end() :]}"
+    return names
 
 
-def _cut(field: gguf.ReaderField, layers: int | None) -> gguf.ReaderField:
-    """Return a field; if it holds a number per layer, only those of the first and the last."""
+def _cut(field: gguf.ReaderField, layers: Sequence[int] | None, count: object) -> gguf.ReaderField:
+    """Return a field; if it holds a number for each of `count` layers, only those of the layers written."""
     of_numbers = field.types[0] == GGUFValueType.ARRAY and field.types[-1] != GGUFValueType.STRING
     if layers is None or not of_numbers or field.name.startswith("tokenizer."):
         return field
     values = field.parts[field.data[0]]
-    return field if len(values) != layers else field._replace(parts=[values[[0, -1]]], data=[0])
+    return field if len(values) != count else field._replace(parts=[values[list(layers)]], data=[0])

@@ -20,10 +20,10 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
     widths = decoder.intermediate
     writer.add_feed_forward_length(widths[0] if decoder.even else widths)
     writer.add_head_count(decoder.heads)
-    writer.add_head_count_kv(decoder.kv_heads)
+    writer.add_head_count_kv(_key_value_heads(decoder))
     writer.add_key_length(decoder.head_dim)
     writer.add_value_length(decoder.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, decoder.family.epsilon_key))
     writer.add_vocab_size(decoder.vocab)
     writer.add_rope_dimension_count(decoder.rotary_width)
     _write_rope(writer, config)
@@ -31,6 +31,13 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
         writer.add_sliding_window(decoder.window)
     for key, value in decoder.family.gguf.keys(decoder, config).items():
         _add(writer, f"{writer.arch}.{key}", value)
+
+
+def _key_value_heads(decoder: Decoder) -> int | list[int]:
+    """Return the number of key-value heads; one for each layer if some are convolutions, which llama.cpp knows by 0."""
+    if decoder.attention_layers == decoder.layers:
+        return decoder.kv_heads
+    return [decoder.kv_heads if kernel is None else 0 for kernel in decoder.convolutions]
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: HeaderValue) -> None:

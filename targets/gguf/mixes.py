@@ -18,7 +18,7 @@ from exporter.child.process import Child
 from exporter.foundation.cache import scratch_folder
 from exporter.foundation.errors import RequestError
 from exporter.model.decoder import Decoder
-from exporter.model.gguf_names import gguf_matrices, gguf_names
+from exporter.model.gguf_names import gguf_matrices, gguf_shape, gguf_vectors
 from exporter.model.gguf_reader import open_gguf
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.header import write_header
@@ -59,7 +59,6 @@ def mix_types(mix: str, decoder: Decoder, config: PretrainedConfig, important: I
 
 def _write_skeleton(path: Path, decoder: Decoder, config: PretrainedConfig) -> dict[str, int]:
     """Write the skeleton and return the numbers of importance that each matrix needs: its width, for each expert."""
-    names = gguf_names(decoder)
     widths = {}
     with closing(gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)) as writer:
         write_header(writer, decoder, config)
@@ -67,8 +66,8 @@ def _write_skeleton(path: Path, decoder: Decoder, config: PretrainedConfig) -> d
             experts = (len(groups),) if groups[0].expert is not None else ()
             widths[name] = math.prod(experts) * groups[0].columns
             writer.add_tensor(name, np.zeros((*experts, 2, groups[0].columns), np.float32))
-        for name, shape in decoder.vectors().items():
-            writer.add_tensor(names[name], np.zeros(shape, np.float32))
+        for name, vector in gguf_vectors(decoder).items():
+            writer.add_tensor(name, np.zeros(gguf_shape(vector), np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,5 +1,6 @@
 """GGUF files as sources; see `exporter.targets.sources`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from exporter.model.gguf_file import open_whole
@@ -14,7 +15,7 @@ class GgufSource:
     suffix = ".gguf"
     kind = "GGUF"
 
-    def in_float32(self, path: Path, folder: Path, layers: int | None) -> Artifact:
+    def in_float32(self, path: Path, folder: Path, layers: Sequence[int] | None) -> Artifact:
         """Rewrite a file in float32."""
         written = folder / "source.gguf"
         write_as_float(open_whole(path), written, layers)

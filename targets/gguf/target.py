@@ -31,6 +31,7 @@ from exporter.model.gguf_names import (
     first_row,
     gguf_matrices,
     gguf_names,
+    gguf_shape,
     gguf_vectors,
     in_source_order,
     row_order,
@@ -179,7 +180,7 @@ class Gguf(Target):
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, plus the most that their alignment takes."""
-        vectors = {name: vector.width for name, vector in gguf_vectors(model.decoder).items()}
+        vectors = {name: math.prod(vector.shape) for name, vector in gguf_vectors(model.decoder).items()}
         vectors |= {
             name: values.size for name, values in frequency_factors(model.config, model.decoder.rotary_width).items()
         }
@@ -308,7 +309,7 @@ def _write_gguf(
     adapter: AdapterWriter | None,
 ) -> None:
     model = compression.model
-    vectors = {name: _gain(model, vector) for name, vector in gguf_vectors(model.decoder).items()}
+    vectors = {name: _stored_vector(model, vector) for name, vector in gguf_vectors(model.decoder).items()}
     vectors |= frequency_factors(model.config, model.decoder.rotary_width)
     tensors = gguf_matrices(model.decoder)
     decisions = {decision.group.name: decision for decision in compression.decided}
@@ -368,10 +369,10 @@ def _stored_rows(model: Model, matrix: CompressedMatrix, adapter: AdapterWriter 
     return data if order is None else data[order]
 
 
-def _gain(model: Model, vector: Vector) -> Float32:
+def _stored_vector(model: Model, vector: Vector) -> Float32:
     """Return what a file holds of a vector: for a norm its gain, offset included."""
-    stored = model.read(vector.name)
-    return stored + np.float32(vector.offset) if vector.offset else stored
+    given = model.read(vector.name).reshape(gguf_shape(vector))
+    return given + np.float32(vector.offset) if vector.offset else given
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:

@@ -25,8 +25,9 @@ from exporter.foundation.errors import RequestError
 from exporter.targets.artifact import Artifact
 from exporter.targets.onnx.coded_layout import MOST_GRAPH_BYTES
 from exporter.targets.onnx.decoder import DecoderFolder
-from exporter.targets.onnx.graph_partition import IDS, LOGITS, MASK, PAST, PRESENT, Segment, cut
+from exporter.targets.onnx.graph_partition import IDS, LOGITS, MASK, Segment, cut
 from exporter.targets.onnx.plain_weight_budget import PlainWeightBudget
+from exporter.targets.onnx.session import empty_shape, present_of
 from exporter.targets.runtime import CodedResidence, Timing, require_tokens, resident_bytes
 
 Values = dict[str, NDArray[Any]]
@@ -150,8 +151,8 @@ class CodedOnnxRuntime(DecoderFolder):
             given = [token]
 
     def _forward(self, tokens: list[int], past: Values, first: int) -> tuple[Float32, Values]:
-        """Return logits, float32 [tokens - first, vocab], and the keys and values of all tokens so far."""
-        before = next(iter(past.values())).shape[2]
+        """Return logits, float32 [tokens - first, vocab], and what layers keep of all tokens so far."""
+        before = next(kept.shape[2] for kept in past.values() if kept.ndim == 4)
         values: Values = {MASK: np.ones((1, before + len(tokens)), np.int64), **past, **self._tables}
         values |= self._looked_up(tokens)
         present: Values = {}
@@ -169,7 +170,7 @@ class CodedOnnxRuntime(DecoderFolder):
             made = dict(
                 zip(names, session.run(names, {one.name: values[one.name] for one in part.inputs}), strict=True)
             )
-            present |= {PAST + name.removeprefix(PRESENT): made.pop(name) for name in names if name.startswith(PRESENT)}
+            present |= {name: made.pop(present_of(name)) for name in part.past}
             values |= made
             for name in self._cut.spent[part.name]:
                 values.pop(name, None)
@@ -217,12 +218,11 @@ class CodedOnnxRuntime(DecoderFolder):
         return {output.name: table.run([output.name], {IDS: places.reshape(1, -1)})[0]}
 
     def _nothing(self) -> Values:
-        """Return empty keys and values."""
+        """Return what layers keep before the first token."""
         return {
-            given.name: np.zeros((1, given.type.tensor_type.shape.dim[1].dim_value, 0, self._head_width), np.float32)
+            name: np.zeros(empty_shape(shape, self._head_width), np.float32)
             for part in self._cut.layers
-            for given in part.inputs
-            if given.name.startswith(PAST)
+            for name, shape in part.past.items()
         }
 
     def _session(self, part: Segment, weights: list[Bytes]) -> onnxruntime.InferenceSession:

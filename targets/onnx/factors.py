@@ -26,11 +26,10 @@ def add_factors(
     given, own = base.inputs[0], base.outputs[0]
     assert given is not None
     columns = int(base.attributes["K"].as_int())
-    layer = f"{product.node.name}".rsplit("/", 2)[0]
     nodes: list[ir.Node] = []
     parts = []
-    for group, some in zip(product.groups, factors, strict=True):
-        stem, low_rank = f"{layer}/{group.split('.')[-2]}", some.low_rank
+    for stem, some in zip(product.stems, factors, strict=True):
+        low_rank = some.low_rank
         right = _product(graph, f"{stem}/right", given, low_rank.format, some.right, columns, file, accuracy_level)
         inner = right.outputs[0]
         left = _product(graph, f"{stem}/left", inner, low_rank.format, some.left, low_rank.rank, file, accuracy_level)

@@ -26,10 +26,17 @@ EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix multiplication of the graph and the weight groups whose rows it holds, in order."""
+    """A matrix multiplication of the graph.
+
+    Attributes:
+        node: The node.
+        groups: The weight groups whose rows it holds, in order.
+        stems: What the name of each group's own node would begin with, such as `/model/layers.3/attn/q_proj`.
+    """
 
     node: ir.Node
     groups: tuple[str, ...]
+    stems: tuple[str, ...]
 
     @property
     def weight(self) -> str:
@@ -41,20 +48,27 @@ class Product:
 
 def products(graph: ir.Graph, decoder: Decoder) -> list[Product]:
     """Return the matrix multiplications with weights, in the order of the graph."""
-    groups = _groups_of_nodes(decoder)
-    return [Product(node, groups[node.name]) for node in graph if node.op_type == "MatMul" and node.name in groups]
+    held = _held_by_nodes(decoder)
+    return [
+        Product(node, tuple(held[node.name].values()), tuple(held[node.name]))
+        for node in graph
+        if node.op_type == "MatMul" and node.name in held
+    ]
 
 
-def _groups_of_nodes(decoder: Decoder) -> dict[str | None, tuple[str, ...]]:
-    """Return the name of every node that may multiply by a matrix, such as `/model/layers.3/attn/qkv_proj/MatMul`."""
-    found: dict[str | None, tuple[str, ...]] = {"/lm_head/MatMul": (decoder.head.name,)}
+def _held_by_nodes(decoder: Decoder) -> dict[str | None, dict[str, str]]:
+    """Return the name of every node that may multiply by matrices, such as `/model/layers.3/attn/qkv_proj/MatMul`.
+
+    For each, it says stem -> weight group of these matrices, in order.
+    """
+    found: dict[str | None, dict[str, str]] = {"/lm_head/MatMul": {"/lm_head": decoder.head.name}}
     nodes = declared_by(decoder).nodes
     for block in decoder.blocks:
-        paths = {nodes[role]: linear.group.name for role, linear in block.linears.items()}
-        alone: dict[str, tuple[str, ...]] = {path: (name,) for path, name in paths.items()}
-        fused = tuple(paths[path] for path in paths if path in QKV)
-        for path, names in (alone | {FUSED_QKV: fused}).items():
-            found[f"/model/layers.{block.layer}/{path}/MatMul"] = names
+        layer = f"/model/layers.{block.layer}/"
+        stems = {f"{layer}{nodes[role]}": linear.group.name for role, linear in block.linears.items()}
+        found |= {f"{stem}/MatMul": {stem: name} for stem, name in stems.items()}
+        fused = {stem: name for stem, name in stems.items() if stem.removeprefix(layer) in QKV}
+        found[f"{layer}{FUSED_QKV}/MatMul"] = fused
     return found
 
 

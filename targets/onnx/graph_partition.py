@@ -24,10 +24,11 @@ from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.limits import MAX_LAYERS, MAX_WIDTH
 from exporter.targets.onnx.coded_layout import MOST_NODES, External, read_graph
+from exporter.targets.onnx.session import PAST
 
 LAYER = re.compile(r"/model/layers\.([0-9]{1,4})/")
 EMBEDDING, HEAD = "/model/embed_tokens/", "/lm_head/"
-IDS, MASK, LOGITS, PAST, PRESENT = "input_ids", "attention_mask", "logits", "past_key_values.", "present."
+IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"
 PRODUCT = "MatMulNBits"
 # Operators of an embedding whose table has one row per token; some families multiply what is looked up by a number.
 LOOKUPS = {"Gather", "GatherBlockQuantized", "Reshape", "Constant", "Mul"}
@@ -107,6 +108,15 @@ class Segment:
     def weight_bytes(self) -> int:
         """Bytes of its weights as the file stores them."""
         return sum(weight.span.size for weight in self.weights)
+
+    @property
+    def past(self) -> dict[str, tuple[int, ...]]:
+        """Its inputs that hold what its layer keeps of earlier tokens -> their shapes; 0 for a size that varies."""
+        return {
+            given.name: tuple(dim.dim_value for dim in given.type.tensor_type.shape.dim)
+            for given in self.inputs
+            if given.name.startswith(PAST)
+        }
 
     @cached_property
     def model(self) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from google.protobuf.message import DecodeError, Message
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from exporter.coding.container import original_of, restored_chunks
 from exporter.foundation.errors import InputError
@@ -35,8 +35,8 @@ OPERATORS: dict[str, frozenset[str]] = {
         "Squeeze", "Sub", "Transpose",
     }),
     "com.microsoft": frozenset({
-        "FastGelu", "GatherBlockQuantized", "Gelu", "GroupQueryAttention", "MatMulNBits", "QuickGelu",
-        "SkipSimplifiedLayerNormalization",
+        "CausalConvWithState", "FastGelu", "GatherBlockQuantized", "Gelu", "GroupQueryAttention", "MatMulNBits",
+        "QuickGelu", "SkipSimplifiedLayerNormalization",
     }),
 }  # fmt: skip
 # Fields that these messages may have; ONNX's other fields are for code and for instructions to runtimes.
@@ -160,15 +160,22 @@ def _require_place(tensor: TensorProto, data_bytes: int, where: Path) -> None:
 
 
 def _require_shape(graph: GraphProto, decoder: Decoder, where: Path) -> None:
-    """Refuse a graph whose keys and values differ in shape from the settings, by which they are allocated."""
-    past = [value for value in graph.input if value.name.startswith("past_key_values.")]
-    heads = {value.type.tensor_type.shape.dim[1].dim_value if _rank(value) == 4 else None for value in past}
-    found, expected = (len(past), heads), (2 * decoder.num_hidden_layers, {decoder.num_key_value_heads})
+    """Refuse a graph whose keys, values and states differ in shape from the settings, by which they are allocated."""
+    past = [_sizes(value) for value in graph.input if value.name.startswith("past_key_values.")]
+    heads = {sizes[1] if len(sizes) == 4 else None for sizes in past}
+    found, expected = (len(past), heads), (2 * decoder.attention_layers, {decoder.num_key_value_heads})
     _require(found == expected, where, "the graph has other keys and values than the settings", found, expected)
+    states = [_sizes(value)[1:] for value in graph.input if value.name.startswith("past.")]
+    convolutions = decoder.num_hidden_layers - decoder.attention_layers
+    wanted = [(decoder.hidden_size, decoder.conv_cache_size)] * convolutions
+    _require(
+        states == wanted, where, "the graph has other states of convolutions than the settings", states[:4], wanted[:4]
+    )
 
 
-def _rank(value: object) -> int:
-    return len(value.type.tensor_type.shape.dim)  # type: ignore[attr-defined]
+def _sizes(value: ValueInfoProto) -> tuple[int, ...]:
+    """Return the dimensions of a value; 0 for one that varies."""
+    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
 
 
 def _require(holds: bool, where: Path, what: str, got: object = None, expected: object = None) -> None:

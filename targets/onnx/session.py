@@ -20,7 +20,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 NEEDED = (("numpy", "numpy"), ("onnxruntime", "onnxruntime"))
 GENAI = "onnxruntime_genai"
 MODEL_FILE, CONFIGURATION = "model.onnx", "genai_config.json"
-PAST, PRESENT = "past_key_values.", "present."
+# What the names of keys, values and states of convolutions begin with: `past_key_values.3.key`, `past.3.conv`.
+PAST = "past"
 
 
 def decoder_settings(folder: Path) -> dict[str, Any]:
@@ -41,6 +42,22 @@ def session_options(threads: int, entries: Mapping[str, str]) -> Any:
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     return options
+
+
+def present_of(past: str) -> str:
+    """Return the output with what an input becomes."""
+    return "present." + past.split(".", 1)[1]
+
+
+def empty_shape(given: Sequence[Any], head_width: int) -> tuple[int, ...]:
+    """Return the shape of an input before the first token.
+
+    Args:
+        given: Its shape in the graph: [batch, heads, tokens, width] of keys and values, [batch, channels, positions] of
+            a convolution, whose state is as long at the start and all zeros.
+        head_width: Width of keys and values.
+    """
+    return (1, given[1], 0, head_width) if len(given) == 4 else (1, *given[1:])
 
 
 class Session:
@@ -75,10 +92,11 @@ class Session:
         return {"model_type": None, "model_n_params": None}
 
     def start(self, tokens: Sequence[int]) -> None:
-        """Forget keys and values, and read tokens."""
-        past = [one for name, one in self._inputs.items() if name.startswith(PAST)]
-        empty = {one.name: self._np.zeros((1, one.shape[1], 0, self._width), self._np.float32) for one in past}
-        self._past = {name: self._value(array) for name, array in empty.items()}
+        """Forget earlier tokens, and read some."""
+        shapes = {
+            name: empty_shape(one.shape, self._width) for name, one in self._inputs.items() if name.startswith(PAST)
+        }
+        self._past = {name: self._value(self._np.zeros(shape, self._np.float32)) for name, shape in shapes.items()}
         self._length = 0
         if tokens:
             self.read(tokens)
@@ -90,8 +108,8 @@ class Session:
         if "position_ids" in self._inputs:
             feeds["position_ids"] = np.arange(self._length, end, dtype=np.int64)[None]
         values = {name: self._value(array) for name, array in feeds.items()}
-        presents = [PRESENT + name[len(PAST) :] for name in self._past]
-        logits, *made = self._session.run_with_ort_values(["logits", *presents], {**values, **self._past})
+        presents = ["logits", *map(present_of, self._past)]
+        logits, *made = self._session.run_with_ort_values(presents, {**values, **self._past})
         self._past, self._length = dict(zip(self._past, made)), end  # noqa: B905  (Python 3.8 knows no `strict`)
         return logits
 

@@ -41,6 +41,7 @@ class Inputs(Document):
     position_ids: Annotated[Literal["position_ids"] | None, ABSENT] = None
     past_key_names: Literal["past_key_values.%d.key"]
     past_value_names: Literal["past_key_values.%d.value"]
+    past_conv_names: Annotated[Literal["past.%d.conv"] | None, ABSENT] = None
 
 
 class Outputs(Document):
@@ -49,10 +50,11 @@ class Outputs(Document):
     logits: Literal["logits"]
     present_key_names: Literal["present.%d.key"]
     present_value_names: Literal["present.%d.value"]
+    present_conv_names: Annotated[Literal["present.%d.conv"] | None, ABSENT] = None
 
 
 class Decoder(Document):
-    """The graph and its shape."""
+    """The graph and its shape; the last two entries are those of decoders with short convolutions."""
 
     session_options: SessionOptions
     filename: Literal["model.onnx"]
@@ -63,6 +65,22 @@ class Decoder(Document):
     num_attention_heads: Few
     num_hidden_layers: Few
     num_key_value_heads: Few
+    layer_types: Annotated[tuple[Literal["full_attention", "conv"], ...] | None, ABSENT] = None
+    conv_cache_size: Annotated[Few | None, ABSENT] = None
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers with keys and values."""
+        return self.num_hidden_layers if self.layer_types is None else self.layer_types.count("full_attention")
+
+    @model_validator(mode="after")
+    def _names_each_layer(self) -> Self:
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types must name each of the {self.num_hidden_layers} layers")
+        own = (self.layer_types, self.conv_cache_size, self.inputs.past_conv_names, self.outputs.present_conv_names)
+        if len({one is None for one in own}) > 1:
+            raise ValueError("the entries of convolutions must be given together")
+        return self
 
 
 def _of_a_family(name: str) -> str:

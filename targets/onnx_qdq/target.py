@@ -58,7 +58,7 @@ TYPES = {
     "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
 }
 # Inputs of the down projection are left out: their codes are wide, and the channels of `up` would become uneven.
-EQUALISED = ("attention_in", "attention_out", "mlp_in", "head_in")
+EQUALISED = ("attention_in", "attention_out", "conv_in", "conv_out", "mlp_in", "head_in")
 ALPHA = 0.5
 WEIGHT_COPIES = fitted_value("exporter.targets.onnx_qdq", "weight_copies")
 

@@ -112,7 +112,9 @@ def test_the_stream_grows_by_what_the_last_site_or_its_norm_makes(model: Model) 
             layer.get_submodule(last).register_forward_hook(
                 lambda _, __, output, scale=sublayer.residual_scale: made.append(scale * output.view(*TOKENS.shape, -1))
             )
-    module.get_submodule("model.norm").register_forward_pre_hook(lambda _, given: streams.append(given[0].clone()))
+    module.get_submodule(f"model.{model.decoder.family.final_norm}").register_forward_pre_hook(
+        lambda _, given: streams.append(given[0].clone())
+    )
     with torch.inference_mode():
         module(TOKENS)
     assert len(made) == len(streams) - 1

@@ -72,7 +72,7 @@ def test_of_a_large_model_the_first_and_the_last_layer_are_run(
     monkeypatch.setattr(excerpt, "WHOLE_PARAMETERS", 1000)
     check = lowering(source, tmp_path / "bundle", "gguf")
     assert check.status == "passed"
-    assert "the first and the last layer" in check.detail
+    assert "of 2 layers, the first and the last among them," in check.detail
 
 
 def slower_turns(path: Path) -> None:

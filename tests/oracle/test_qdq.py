@@ -19,7 +19,7 @@ from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
-from exporter.compress.awq_scaling import Rewritten, equalised, scaled_channels
+from exporter.compress.awq_scaling import EVERY_SITE, Rewritten, equalised, scaled_channels
 from exporter.compress.compression import Compression
 from exporter.compress.effort import EFFORTS
 from exporter.compress.method import load_method
@@ -39,7 +39,6 @@ from exporter.targets.opened import OpenedArtifact
 from tests.models import FAMILIES, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 200, (2, 48))
-SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out", "head_in")
 
 
 @pytest.fixture
@@ -217,7 +216,7 @@ def test_a_vector_out_of_place_is_more_than_rounding(tmp_path: Path, model_of) -
 
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=SITES), partial(scaled_channels, alpha=0.5)])
+@pytest.mark.parametrize("rule", [partial(equalised, alpha=0.5, sites=EVERY_SITE), partial(scaled_channels, alpha=0.5)])
 def test_equalised_channels_compute_the_same(model_of, family: str, rule: Callable[..., Rewritten]) -> None:
     with model_of(family, tied=family != "mistral") as model:
         statistics = observed(model)
@@ -233,8 +232,8 @@ def assert_statistics_are_those_of_the_model(changed: Rewritten, before: Statist
     model = changed.model
     model.__dict__["digest"] = "rewritten"
     again = observed(model)
-    for layer, site in ((0, "attention_in"), (0, "attention_out"), (1, "mlp_in"), (1, "mlp_out")):
-        place = f"layers.{layer}.{site}"
+    mixing, feed_forward = model.decoder.blocks[0].sublayers[0], model.decoder.blocks[1].sublayers[1]
+    for place in (site.name for site in (*mixing.sites, *feed_forward.sites)):
         old, expected, got = (one.site(place) for one in (before, again, changed.statistics))
         assert old is not None and expected is not None and got is not None
         np.testing.assert_allclose(got.squares, expected.squares, rtol=1e-3)
@@ -290,7 +289,7 @@ def test_equalising_narrows_an_outlying_channel(model_of) -> None:
         tensors["model.layers.1.post_attention_layernorm.weight"][7] *= 30
         save_file(tensors, path, metadata={"format": "pt"})
     with open_model(str(model.folder)) as model:
-        changed = equalised(model, observed(model), 0.5, SITES)
+        changed = equalised(model, observed(model), 0.5, EVERY_SITE)
         spread = []
         for statistics in (observed(model), changed.statistics):
             ranges = statistics.ranges("layers.1.mlp_in")

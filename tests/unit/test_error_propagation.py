@@ -20,17 +20,15 @@ from exporter.model.decoder import EMBEDDING
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.targets.contract import load_target, lower
-from tests.llama_names import LINEARS
 from tests.models import VOCAB, tiny_model
 
 pytestmark = pytest.mark.slow
 
-ROLES = tuple(LINEARS)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
 LEVEL = Effort(6, 2, 0, True)
 
 
-@pytest.fixture(params=["gemma3_text", "llama", "qwen2", "qwen3"])
+@pytest.fixture(params=["gemma3_text", "lfm2", "llama", "qwen2", "qwen3"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Model]:
     with open_model(str(tiny_model(tmp_path / "model", request.param))) as opened:
         yield opened
@@ -51,15 +49,16 @@ def activations(model: Model, weights: dict[str, Float32]) -> tuple[dict[str, np
     def keep(into: dict[str, np.ndarray], name: str, value: torch.Tensor) -> None:
         into[name] = value.detach().flatten(0, 1).double().numpy()
 
-    for layer in range(model.decoder.layers):
-        module = whole.model.layers[layer]
-        for role, (path, _) in LINEARS.items():
-            module.get_submodule(path).register_forward_pre_hook(
-                lambda _, given, name=f"{layer} {role}": keep(inputs, name, given[0])
+    for block in model.decoder.blocks:
+        module = whole.model.layers[block.layer]
+        for role, linear in block.linears.items():
+            module.get_submodule(linear.module).register_forward_pre_hook(
+                lambda _, given, name=f"{block.layer} {role}": keep(inputs, name, given[0])
             )
-        for norm, role in (("input_layernorm", "o"), ("post_attention_layernorm", "down")):
-            module.get_submodule(norm).register_forward_pre_hook(
-                lambda _, given, name=f"{layer} {role}": keep(streams, name, given[0])
+        for sublayer in block.sublayers:
+            role = sublayer.sites[-1].linears[-1].part
+            module.get_submodule(sublayer.entrance).register_forward_pre_hook(
+                lambda _, given, name=f"{block.layer} {role}": keep(streams, name, given[0])
             )
     with torch.inference_mode():
         whole(torch.from_numpy(TOKENS))
@@ -81,7 +80,7 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
             given, lost = activations(model, planned)
             x, y = source[f"{layer} {role}"], given[f"{layer} {role}"]
             missed = INPUTS_SHARE * weight.astype(np.float64) @ ((x - y).T @ y)
-            if role in ("o", "down") and model.decoder.family.model_type != "gemma3_text":
+            if role in ("o", "conv_out", "down") and model.decoder.family.model_type != "gemma3_text":
                 # Elsewhere a norm stands between the matrix and the stream.
                 missed += STREAM_SHARE * (streams[f"{layer} {role}"] - lost[f"{layer} {role}"]).T @ y
             moment = y.T @ y
@@ -91,7 +90,7 @@ def test_what_is_wanted_follows_the_formula(model: Model) -> None:
             np.testing.assert_allclose(found, expected, atol=2e-5)
             planned[linear.group.name] = blurred(found, len(seen))
             errors.follow(linear, planned[linear.group.name])
-    assert seen == [(layer, role) for layer in range(model.decoder.layers) for role in ROLES]
+    assert seen == [(block.layer, role) for block in model.decoder.blocks for role in block.linears]
 
 
 def test_where_nothing_was_lost_nothing_changes(model: Model) -> None:

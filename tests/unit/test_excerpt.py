@@ -1,4 +1,4 @@
-"""The model of the first and last layer: the same weights under new numbers, and a model that runs."""
+"""The model of a few layers, one of each kind: the same weights under new numbers, and a model that runs."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from exporter.model.excerpt import excerpt, source_name
+from exporter.model.excerpt import excerpt, excerpt_layers, source_name
 from exporter.model.sources import open_model
 from exporter.model.widths import outlined
 from exporter.prove.accuracy import Reference
@@ -16,22 +16,26 @@ from tests.models import tiny_model
 TOKENS = np.random.default_rng(0).integers(2, 200, (1, 24))
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen2", "qwen3"])
-def test_an_excerpt_is_the_model_without_its_middle(tmp_path: Path, family: str) -> None:
-    folder = tiny_model(tmp_path / "model", family, layers=5, tied=family != "qwen2")
+@pytest.mark.parametrize(
+    ("family", "kept"),
+    [("gemma3_text", (0, 5)), ("lfm2", (0, 4, 5)), ("llama", (0, 5)), ("qwen2", (0, 5)), ("qwen3", (0, 5))],
+)
+def test_an_excerpt_is_the_model_without_its_middle(tmp_path: Path, family: str, kept: tuple[int, ...]) -> None:
+    folder = tiny_model(tmp_path / "model", family, layers=6, tied=family != "qwen2")
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole.model.layers = torch.nn.ModuleList([whole.model.layers[0], whole.model.layers[4]])
-    whole.config.num_hidden_layers = 2
+    whole.model.layers = torch.nn.ModuleList([whole.model.layers[layer] for layer in kept])
+    whole.config.num_hidden_layers = len(kept)
     kinds = getattr(whole.config, "layer_types", None)
     if kinds:
-        whole.config.layer_types = [kinds[0], kinds[4]]
+        whole.config.layer_types = [kinds[layer] for layer in kept]
     with torch.inference_mode():
         expected = whole(torch.from_numpy(TOKENS), use_cache=False).logits[0]
     with open_model(str(folder)) as model:
         short = excerpt(model)
+        assert excerpt_layers(model.decoder) == kept
         short.decoder.check_shapes(short.tensors.shapes(), short.decoder.tensors(), folder)
         assert short.digest != model.digest
-        assert short.own_config().num_hidden_layers == 2
+        assert short.own_config().num_hidden_layers == len(kept)
         got = Reference.of(short, TOKENS).logits(0, slice(0, 24))
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
@@ -42,7 +46,7 @@ def test_unequal_widths_stay_with_their_layers(tmp_path: Path) -> None:
         assert short.decoder.intermediate == (96, 64)
         for group in short.groups():
             assert short.read(group.name).shape == (group.rows, group.columns)
-            whole = model.read(source_name(group.name, 4))[: group.rows, : group.columns]
+            whole = model.read(source_name(group.name, (0, 3)))[: group.rows, : group.columns]
             np.testing.assert_array_equal(short.read(group.name), whole)
 
 

@@ -23,7 +23,7 @@ from exporter.targets.opened import OpenedArtifact
 from tests.models import VOCAB, tiny_model
 
 MIB = 1 << 20
-SMALL = ModelShape(layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
+SMALL = ModelShape(attention_layers=3, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocab=320)
 
 
 def decision(format: WeightFormat, rows: int = 64, columns: int = 256, *uses: str) -> Decision:
@@ -41,7 +41,7 @@ def peak_of(
 def test_the_cache_holds_a_key_and_a_value_of_each_layer_head_and_token() -> None:
     values = 0
     for _token in range(300):
-        for _layer in range(SMALL.layers):
+        for _layer in range(SMALL.attention_layers):
             for _head in range(SMALL.kv_heads):
                 values += 2 * SMALL.head_dim
     nothing = Weights(0, 0)

@@ -12,25 +12,20 @@ from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
 from exporter.model.families.granite import FAMILY as GRANITE
 from exporter.model.families.granite import header_keys as keys_of_granite
-from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, BlockParts
+from exporter.model.families.llama import GGUF_TENSORS, MODULES, ONNX_NODES, BlockParts
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration
 from exporter.model.shape import Shape
 
 
 def block(shape: Shape, layer: int) -> Block:
     """Return a block of attention and a gated feed-forward part, each behind a norm."""
-    part = BlockParts(shape, layer)
+    part = BlockParts(shape, layer, modules={**MODULES, "down": "shared_mlp.output_linear"})
     norms = (part.norm("attention_norm", "input_layernorm"), part.norm("mlp_norm", "post_attention_layernorm"))
     return Block(
         layer,
         (
             part.attention("input_layernorm", norms[0]),
-            part.feed_forward(
-                "post_attention_layernorm",
-                norms[1],
-                stored_in="shared_mlp.input_linear",
-                down="shared_mlp.output_linear",
-            ),
+            part.feed_forward("post_attention_layernorm", norms[1], stored_in="shared_mlp.input_linear"),
         ),
         norms,
     )

@@ -1,5 +1,6 @@
 """Llama, and the description of a block that families like it share."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from exporter.formats.group import WeightGroup
@@ -27,6 +28,11 @@ GGUF_TENSORS = MappingProxyType(
         "k_bias": "attn_k.bias",
         "v_bias": "attn_v.bias",
     }
+)
+MODULES = MappingProxyType(
+    {role: f"self_attn.{role}_proj" for role in ("q", "k", "v", "o")}
+    | {role: f"mlp.{role}_proj" for role in ("gate", "up", "down")}
+    | {"router": "mlp.gate"}
 )
 ONNX_NODES = MappingProxyType(
     {role: f"attn/{role}_proj" for role in ("q", "k", "v", "o")}
@@ -62,16 +68,17 @@ def block(shape: Shape, layer: int, qk_norms: bool = False, qkv_biases: bool = F
 
 
 class BlockParts:
-    """Describes the parts of a layer whose modules are named as in Llama.
+    """Describes the parts of a layer.
 
     Args:
         shape: Sizes of the shape.
         layer: Index of the layer.
         offset: Added to what the checkpoint stores of norms.
+        modules: Role of a matrix -> path of its module within the layer.
     """
 
-    def __init__(self, shape: Shape, layer: int, offset: float = 0.0) -> None:
-        self._shape, self._layer, self._offset = shape, layer, offset
+    def __init__(self, shape: Shape, layer: int, offset: float = 0.0, modules: Mapping[str, str] = MODULES) -> None:
+        self._shape, self._layer, self._offset, self._modules = shape, layer, offset, modules
 
     def norm(self, role: str, module: str, width: int | None = None) -> Vector:
         """Return the gain of a norm, as wide as the residual stream unless said otherwise."""
@@ -80,6 +87,10 @@ class BlockParts:
     def vector(self, role: str, name: str, width: int, offset: float = 0.0) -> Vector:
         """Return a vector of the layer."""
         return Vector(role, self._name(name), width, offset)
+
+    def kernel(self, role: str, module: str, positions: int) -> Vector:
+        """Return the kernel of a depthwise convolution of the residual stream's width."""
+        return Vector(role, self._name(f"{module}.weight"), self._shape.hidden, kernel=positions)
 
     def attention(
         self,
@@ -101,10 +112,10 @@ class BlockParts:
         shape = self._shape
         query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         q, k, v = (
-            self._linear(role, f"self_attn.{role}_proj", rows, shape.hidden, "attention_in", heads, stored_in)
+            self._linear(role, rows, shape.hidden, "attention_in", heads, stored_in)
             for role, rows, heads in (("q", query, shape.heads), ("k", key, shape.kv_heads), ("v", key, 0))
         )
-        o = self._linear("o", "self_attn.o_proj", shape.hidden, query, "attention_out")
+        o = self._linear("o", shape.hidden, query, "attention_out")
         sites = (
             self._site("attention_in", (q, k, v), _norm_as_producer(before)),
             self._site("attention_out", (o,), Producer(tuple(v_biases), v, by_heads=True)),
@@ -112,34 +123,33 @@ class BlockParts:
         return Sublayer(entrance, sites, before, after, residual_scale=shape.residual_scale)
 
     def feed_forward(
-        self,
-        entrance: str,
-        before: Vector | None,
-        after: Vector | None = None,
-        stored_in: str | None = None,
-        down: str = "mlp.down_proj",
+        self, entrance: str, before: Vector | None, after: Vector | None = None, stored_in: str | None = None
     ) -> Sublayer:
-        """Return the feed-forward part: down(act(gate x) * up x).
-
-        Args:
-            entrance: See `Sublayer`.
-            before: The norm before it.
-            after: The norm after it.
-            stored_in: Module that holds gate and up together; None if each has its own.
-            down: Module of the matrix `down`.
-        """
+        """Return the feed-forward part: down(act(gate x) * up x); `stored_in` holds gate and up together."""
         hidden, width = self._shape.hidden, self._shape.intermediate[self._layer]
-        gate, up = (
-            self._linear(role, f"mlp.{role}_proj", width, hidden, "mlp_in", stored_in=stored_in)
-            for role in ("gate", "up")
-        )
-        last = self._linear("down", down, hidden, width, "mlp_out")
+        gate, up = (self._linear(role, width, hidden, "mlp_in", stored_in=stored_in) for role in ("gate", "up"))
+        down = self._linear("down", hidden, width, "mlp_out")
         sites = (
             self._site("mlp_in", (gate, up), _norm_as_producer(before)),
-            self._site("mlp_out", (last,), Producer(linear=up)),
+            self._site("mlp_out", (down,), Producer(linear=up)),
         )
-        channels = GatedChannels(gate, up, last)
+        channels = GatedChannels(gate, up, down)
         return Sublayer(entrance, sites, before, after, channels, self._shape.residual_scale)
+
+    def convolution(self, entrance: str, before: Vector, kernel: Vector) -> Sublayer:
+        """Return a gated short convolution: out(c * conv(b * x)), where b, c and x are the rows of `conv_in`, in order.
+
+        `conv` sums the last few positions of each channel with the weights of `kernel`, and is linear: its kernel may
+        absorb a division of what `conv_out` takes.
+        """
+        hidden = self._shape.hidden
+        entering = self._linear("conv_in", 3 * hidden, hidden, "conv_in")
+        leaving = self._linear("conv_out", hidden, hidden, "conv_out")
+        sites = (
+            self._site("conv_in", (entering,), _norm_as_producer(before)),
+            self._site("conv_out", (leaving,), Producer((kernel,))),
+        )
+        return Sublayer(entrance, sites, before, residual_scale=self._shape.residual_scale)
 
     def experts(self, entrance: str, before: Vector) -> Sublayer:
         """Return experts, each a gated feed-forward part, and the router that chooses some of them for each token.
@@ -148,7 +158,7 @@ class BlockParts:
         """
         hidden, experts = self._shape.hidden, self._shape.experts
         assert experts is not None
-        router = self._linear("router", "mlp.gate", experts.count, hidden, "mlp_in", exact=True)
+        router = self._linear("router", experts.count, hidden, "mlp_in", exact=True)
         sites = [self._site("mlp_in", (router,), None)]
         for number in range(experts.count):
             gate, up = (self._expert(f"expert_{role}", number, experts.width, hidden, "in") for role in ("gate", "up"))
@@ -172,7 +182,6 @@ class BlockParts:
     def _linear(
         self,
         role: str,
-        module: str,
         rows: int,
         columns: int,
         site: str,
@@ -180,7 +189,8 @@ class BlockParts:
         stored_in: str | None = None,
         exact: bool = False,
     ) -> Linear:
-        name, place = self._name(f"{module}.weight"), f"layers.{self._layer}.{site}"
+        module, place = self._modules[role], f"layers.{self._layer}.{site}"
+        name = self._name(f"{module}.weight")
         group = WeightGroup(name, role, self._layer, rows, columns, (role,), place, exact=exact)
         if stored_in is None:
             return Linear(group, module, heads)
