@@ -107,7 +107,9 @@ def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
 
 
 def in_llama_cpp(vocabulary: Vocabulary) -> tuple[list[int], dict[bool, Reason]]:
-    """Return the tokens at which llama.cpp ends a text, and why it treats a text differently, with special tokens or not.
+    """Return the tokens at which llama.cpp ends a text, and the reasons it has to treat texts differently.
+
+    The reasons are those with special tokens in texts, and without.
 
     Raises:
         InputError: llama.cpp refuses the vocabulary, or crashes on it.

@@ -47,6 +47,7 @@ def _of_pieces(definition: Mapping[str, Any]) -> dict[str, str]:
     longest = max((len(text) for text in ids_of_vocabulary(definition) if not text.strip(SPACE)), default=0)
     return {
         rf"[^ \r\n{SPACE}]{{{RUN + 1},}}": f"onnxruntime-genai cuts more than {RUN} characters without a space",
+        "<0x[0-9A-F]{2}>": "onnxruntime-genai takes the name of a byte's token for the token",
         f"[ {SPACE}]{{{longest + 1},}}": f"onnxruntime-genai divides a run of more than {longest} spaces differently",
     }
 
