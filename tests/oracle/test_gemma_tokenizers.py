@@ -1,9 +1,11 @@
 """Small tokenizers of the kinds of Gemma 3 and Phi-3 in both runtimes, against their own definitions."""
 
+import ctypes
 import json
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -94,10 +96,6 @@ def test_every_token_has_its_text_in_llama_cpp(gemma: Path, tmp_path: Path) -> N
 
 
 def piece(model: object, token: int) -> bytes:
-    import ctypes
-
-    import llama_cpp
-
     room = ctypes.create_string_buffer(64)
     length = llama_cpp.llama_token_to_piece(llama_cpp.llama_model_get_vocab(model), token, room, 64, 0, True)
     return room.raw[:length]
