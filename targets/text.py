@@ -18,6 +18,13 @@ class TextRuntime(Renderer, Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return token ids as the runtime passes them to the model; special tokens in the text are recognised."""
 
+    def known_differences(self) -> dict[str, str]:
+        """Return the texts to which the runtime gives other ids than the model's tokenizer.
+
+        Returns:
+            Regular expression that such texts match (see `exporter.model.known_differences`) -> why they differ.
+        """
+
     def ends(self) -> list[int]:
         """Return the ids at which the runtime itself ends a text."""
 

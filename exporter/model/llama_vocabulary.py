@@ -42,11 +42,13 @@ class Comparison:
         pre_tokenizer: The name tried, or None for the file's own.
         different: Number of cases whose ids differ; None if llama.cpp refused the vocabulary or crashed on it.
         example: The first case that differs, with its ids from llama.cpp.
+        set_apart: Number of cases not compared, since llama.cpp is known to treat them differently.
     """
 
     pre_tokenizer: str | None
     different: int | None
     example: tuple[Case, tuple[int, ...]] | None = None
+    set_apart: int = 0
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ trial, not by a model's identity: a name is accepted if llama.cpp then gives the
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from gguf import GGUFWriter
 from exporter.child.process import Child
 from exporter.foundation.cache import cache_folder, scratch_folder
 from exporter.foundation.cache_entries import JSON, kept
-from exporter.foundation.errors import InputError
+from exporter.foundation.errors import InputError, RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
+from exporter.model.known_differences import Reason, matching
 from exporter.model.llama_vocabulary import Case, Comparison
 from exporter.model.tokenizer import (
     PRE_TOKENIZERS,
@@ -35,7 +36,7 @@ from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary, write_vocabulary_file
 
 # Raised when the proof of an unchanged vocabulary changes.
-VERSION = 1
+VERSION = 2
 
 # Names known to llama.cpp in addition to those of PRE_TOKENIZERS, one for each way of splitting.
 OTHER_PRE_TOKENIZERS = (
@@ -52,8 +53,9 @@ class VocabularyProof:
     Attributes:
         pre_tokenizer: The name that gave equal ids.
         compared: Number of cases (a text with a way of handling special tokens); the ids of all were equal.
-        set_apart: Number of texts not compared, since llama.cpp is known to treat them differently: it does not
+        set_apart: Number of cases not compared, since llama.cpp is known to treat their texts differently: it does not
             normalise text for byte-level BPE. It puts a space before every part of a text; Metaspace does so once.
+            More in `exporter.targets.gguf.text_differences`.
         more_ends: Role -> id of end-of-text tokens, in addition to those at which llama.cpp would stop by itself.
         ends: Ids of all end-of-text tokens.
     """
@@ -83,9 +85,13 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
     names = likely_pre_tokenizers(tokenizer) if vocabulary.model == "gpt2" else [vocabulary.pre_tokenizer]
 
     def found() -> dict[str, Any]:
-        proven = replace(vocabulary, pre_tokenizer=prove(vocabulary, names, cases, folder))
-        ends = list(vocabulary.special.ends)
-        return vars(VocabularyProof(proven.pre_tokenizer, len(cases), set_apart, ends_by_keys(proven), ends))
+        known, differences = in_llama_cpp(vocabulary)
+        alike = [case for case in cases if not differences[case.parse_special](case.text)]
+        equal = prove(vocabulary, names, alike, folder)
+        apart = set_apart + len(cases) - len(alike) + equal.set_apart
+        compared = len(alike) - equal.set_apart
+        ends = vocabulary.special.ends
+        return vars(VocabularyProof(str(equal.pre_tokenizer), compared, apart, ends_by_keys(ends, known), list(ends)))
 
     proof = VocabularyProof(**kept(_kept_proof(vocabulary, cases), JSON, found))
     special = replace(vocabulary.special, ids={**vocabulary.special.ids, **proof.more_ends})
@@ -100,15 +106,30 @@ def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
     return cache_folder("vocabularies") / f"{key}.json"
 
 
-def ends_by_keys(vocabulary: Vocabulary) -> dict[str, int]:
-    """Return keys for end-of-text tokens at which llama.cpp would continue; it has two keys in addition to EOS."""
+def in_llama_cpp(vocabulary: Vocabulary) -> tuple[list[int], dict[bool, Reason]]:
+    """Return the tokens at which llama.cpp ends a text, and the reasons it has to treat texts differently.
+
+    The reasons are those with special tokens in texts, and without.
+
+    Raises:
+        InputError: llama.cpp refuses the vocabulary, or crashes on it.
+    """
     with scratch_folder() as scratch:
         file = scratch / "vocabulary.gguf"
         write_vocabulary_file(file, vocabulary)
         with Child("llama.cpp", TEXT_BYTES) as child:
             child.make(LlamaTokenizer, LOAD_S, file)
-            known = child.call(LlamaTokenizer.ends, LOAD_S)
-    left = [number for number in vocabulary.special.ends if number not in known]
+            try:
+                ends = child.call(LlamaTokenizer.ends, LOAD_S)
+                reasons = {one: child.call(LlamaTokenizer.known_differences, LOAD_S, one) for one in (True, False)}
+            except RuntimeCrashError as error:
+                raise InputError("llama.cpp crashes on the vocabulary", got=error) from error
+    return ends, {special: matching(found) for special, found in reasons.items()}
+
+
+def ends_by_keys(ends: Sequence[int], known: Sequence[int]) -> dict[str, int]:
+    """Return keys for end-of-text tokens at which llama.cpp would continue; it has two keys in addition to EOS."""
+    left = [number for number in ends if number not in known]
     return dict(zip(("eot", "eom"), left, strict=False))
 
 
@@ -151,8 +172,8 @@ def likely_pre_tokenizers(tokenizer: ModelTokenizer) -> list[str]:
     return [*sorted(PRE_TOKENIZERS, key=unlikeness), *OTHER_PRE_TOKENIZERS]
 
 
-def prove(vocabulary: Vocabulary, names: list[str], cases: list[Case], where: Path) -> str:
-    """Return the first pre-tokenizer under which llama.cpp gives the expected ids in all cases.
+def prove(vocabulary: Vocabulary, names: list[str], cases: list[Case], where: Path) -> Comparison:
+    """Return the comparison of the first pre-tokenizer under which llama.cpp gives the expected ids in all cases.
 
     Raises:
         InputError: there is none.
@@ -163,7 +184,7 @@ def prove(vocabulary: Vocabulary, names: list[str], cases: list[Case], where: Pa
         write_vocabulary_file(file, vocabulary)
         for result in compare_in_child(file, names, cases):
             if result.different == 0:
-                return str(result.pre_tokenizer)
+                return result
             tried.append(result)
     raise _no_equal(tried, len(cases), where)
 

@@ -4,6 +4,7 @@ A bad vocabulary may abort the process, so `LlamaTokenizer` and `Comparer` run i
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from exporter.child.process import Child
 from exporter.foundation.errors import InputError, RequestError, RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES, Chat, Rendered
+from exporter.model.known_differences import matching
 from exporter.model.llama_vocabulary import Case, Comparison, compare, llama_tokenize, open_vocabulary
+from exporter.targets.gguf.text_differences import by_pre_tokenizer, by_vocabulary
 
 
 def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
@@ -51,12 +54,17 @@ class LlamaTokenizer:
     """The tokenizer and chat template of a GGUF file, without its weights."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._opened = open_vocabulary(path)
         self._model = self._opened.__enter__()
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS or EOS if the file asks for them."""
         return llama_tokenize(self._model, text)
+
+    def known_differences(self, special: bool = True) -> dict[str, str]:
+        """Return pattern -> reason of texts that get other ids than by the tokenizer; see `by_vocabulary`."""
+        return by_vocabulary(self._path, self._model, special=special)
 
     def render_chat(self, chat: Chat, prompt: bool) -> Rendered:
         """Return a chat rendered by the file's template; see `llama_render_chat`."""
@@ -78,8 +86,10 @@ class Comparer:
 
     def compare(self, pre_tokenizer: str | None) -> Comparison:
         """Tokenise all cases and count those whose ids differ."""
+        rough = matching(by_pre_tokenizer(pre_tokenizer))
+        cases = [case for case in self._cases if not rough(case.text)]
         with open_vocabulary(self._path, pre_tokenizer) as model:
-            return compare(model, pre_tokenizer, self._cases)
+            return replace(compare(model, pre_tokenizer, cases), set_apart=len(self._cases) - len(cases))
 
 
 def compare_in_child(path: Path, names: Sequence[str | None], cases: Sequence[Case]) -> Iterator[Comparison]:

@@ -116,6 +116,7 @@ def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) ->
         _put_pieces(tokenizer.pieces, tokens, types, scores)
     elif not byte_level:
         types = [TokenType.BYTE if BYTE_TOKEN.fullmatch(t) else kind for t, kind in zip(tokens, types, strict=True)]
+        _merge_spaces(tokens, types, pairs)
         if "unk" in tokenizer.roles:
             types[tokenizer.roles["unk"]] = TokenType.UNKNOWN
     return Vocabulary(
@@ -128,6 +129,18 @@ def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) ->
         add_space_prefix=not byte_level and _prepends_space(settings),
         special=_special(tokenizer, folder, vocab_size),
     )
+
+
+def _merge_spaces(tokens: list[str], types: list[TokenType], pairs: Iterable[list[str]]) -> None:
+    """Make added tokens that stand for runs of spaces ordinary tokens if merges form them.
+
+    The tokenizer finds the added token only in a text with the character itself, but merges spaces to it. llama.cpp
+    writes the text of an added token unchanged, and that of an ordinary token with spaces.
+    """
+    formed = {"".join(pair) for pair in pairs}
+    for number, token in enumerate(tokens):
+        if types[number] == TokenType.USER_DEFINED and not token.strip(SPACE) and token in formed:
+            types[number] = TokenType.NORMAL
 
 
 def _put_pieces(pieces: Pieces, tokens: list[str], types: list[TokenType], scores: list[float]) -> None:

@@ -8,6 +8,7 @@ import onnxruntime_genai
 
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.chat import Chat, Rendered
+from exporter.targets.onnx.text_differences import known_differences
 
 TEMPLATE, OTHER_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
@@ -39,6 +40,10 @@ class GenaiTokenizer:
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with BOS or EOS if the tokenizer adds them."""
         return [int(token) for token in self._tokenizer.encode(text)]
+
+    def known_differences(self) -> dict[str, str]:
+        """Return pattern -> reason of texts that get other ids than by tokenizer.json."""
+        return known_differences(self._folder)
 
     def text(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""

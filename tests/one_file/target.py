@@ -84,6 +84,9 @@ class ToyText:
     def text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens))
 
+    def known_differences(self) -> dict[str, str]:
+        return {}
+
     def ends(self) -> list[int]:
         return []
 
