@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporter.bundle.manifest import Manifest
 from exporter.bundle.transport import code_beside
-from exporter.bundle.write import staging_folder, write_bundle
+from exporter.bundle.write import staging_folder, write_bundle, write_licences
 from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.statistics import Statistics, collect, collect_together
 from exporter.calibrate.windows import Tokens, Windows, file_windows, spread_windows
@@ -147,6 +147,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
         scheme = resolved.scheme(draft)
         report, measurements = describe(resolved, plan, scheme, lowered, evidence, stage)
         write_documents(folder, plan, report, measurements, evidence.proof.self_test)
+        write_licences(folder, model.licences)
         model.require_unchanged()
         manifest = write_bundle(folder, output, header(job, resolved.original, report))
         return Bundle(output, manifest, plan, report, measurements)

@@ -14,6 +14,7 @@ from exporter.foundation.quantities import Count, Document, Sha256
 from exporter.report.data import RecipeFacts, canonical_json
 from exporter.targets.facts import settings_files
 
+LICENCES = "licences"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
@@ -288,7 +289,7 @@ def role_of(path: str) -> Role:
     folder, _, name = path.rpartition("/")
     if folder.split("/")[0] == "model":
         return "config" if name in settings_files() else MODEL_ROLES.get(name, "model")
-    if folder.split("/")[0] == "licences":
+    if folder.split("/")[0] == LICENCES:
         return "licence"
     return TOP_ROLES.get(path, "other")
 

@@ -2,12 +2,22 @@
 
 import errno
 import os
+import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from exporter.bundle.manifest import MANIFEST, CodedForm, FileEntry, Manifest, ManifestHeader, files_below, sha256_of
+from exporter.bundle.manifest import (
+    LICENCES,
+    MANIFEST,
+    CodedForm,
+    FileEntry,
+    Manifest,
+    ManifestHeader,
+    files_below,
+    sha256_of,
+)
 from exporter.coding.container import SUFFIX
 from exporter.foundation.cache import concerns, naming_disk, replacing, require_space, scratch_folder
 from exporter.foundation.errors import ExporterError, RequestError
@@ -65,6 +75,13 @@ def _refusing(output: Path) -> Iterator[None]:
             raise
         what, next_step = REFUSALS[error.errno]
         raise RequestError(what, where=output, next_step=next_step) from error
+
+
+def write_licences(staging: Path, files: Iterable[Path]) -> None:
+    """Copy the files that state the terms of the model into a staged folder."""
+    for path in files:
+        (staging / LICENCES).mkdir(exist_ok=True)
+        shutil.copyfile(path, staging / LICENCES / path.name)
 
 
 def write_bundle(staging: Path, output: Path, header: ManifestHeader) -> Manifest:

@@ -30,7 +30,7 @@ def job_of(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A Hugging Face folder, a hub id, a .gguf file, or 'demo'. A LoRA adapter is merged into its base.",
+            help="A folder, a hub id, a .gguf file, demo or demo-gemma. A LoRA adapter is merged into its base.",
         ),
     ],
     device: Annotated[

@@ -23,8 +23,8 @@ from exporter.foundation.systems import lock, user
 # The kinds of entries. A process that holds the lock of one kind may wait only for a later kind, which prevents
 # deadlocks.
 KINDS = (
-    "gguf", "adapted", "texts", "samples", "statistics", "pruned", "policies", "references", "arm64", "templates",
-    "vocabularies",
+    "packages", "gguf", "adapted", "texts", "samples", "statistics", "pruned", "policies", "references", "arm64",
+    "templates", "vocabularies",
 )  # fmt: skip
 HELD = "held"
 # Default name of a scratch folder.

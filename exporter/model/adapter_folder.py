@@ -18,6 +18,7 @@ from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.config import CONFIG
 from exporter.model.json_file import read_json_object_if_there
+from exporter.model.licences import licence_files
 from exporter.model.model import digest_files, metadata_files
 from exporter.model.tokenizer_files import (
     ADDED,
@@ -123,7 +124,7 @@ def _files(base: Path, adapter: Path) -> dict[str, Path]:
     elif templates:
         own = {name: path for name, path in own.items() if not name.endswith(".jinja")} | templates
     generation = next((folder / GENERATION for folder in (adapter, base) if (folder / GENERATION).is_file()), None)
-    licences = {path.name: path for path in base.glob("LICENSE*") if path.is_file()}
+    licences = {path.name: path for path in licence_files(base)}
     return own | licences | ({} if generation is None else {GENERATION: generation})
 
 

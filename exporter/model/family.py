@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -13,6 +13,9 @@ from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
 from exporter.model.limits import MAX_POSITIONS
 from exporter.model.shape import Experts, Shape
+
+if TYPE_CHECKING:
+    from exporter.model.gguf_config import Header
 
 PACKAGE = "exporter.model.families"
 # The value of a key in the header of a GGUF file; its type follows from Python's.
@@ -63,6 +66,10 @@ def every_position(config: PretrainedConfig) -> int:
     return MAX_POSITIONS
 
 
+def as_it_is(config: dict[str, Any], header: "Header") -> None:
+    """Change nothing."""
+
+
 def no_experts(config: PretrainedConfig, where: object) -> Experts | None:
     """Return None."""
 
@@ -91,6 +98,7 @@ class GgufDeclaration:
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
         refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
+        config: Changes the config.json that the header of a file gives, where the family has other keys than Llama.
     """
 
     architecture: str
@@ -103,6 +111,7 @@ class GgufDeclaration:
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
     refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
+    config: Callable[[dict[str, Any], "Header"], None] = as_it_is
 
 
 @dataclass(frozen=True)

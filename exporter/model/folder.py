@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from exporter.foundation.cache import scratch_folder
 from exporter.foundation.errors import RequestError
+from exporter.model.licences import licence_files
 from exporter.model.model import Model, metadata_files
 from exporter.model.tensors import INDEX, SINGLE
 from exporter.model.widths import padded
@@ -82,7 +83,7 @@ def _shards(model: Model, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _write_companions(model: Model, folder: Path) -> None:
-    for path in (*metadata_files(model.folder), *model.folder.glob("LICENSE*")):
+    for path in (*metadata_files(model.folder), *licence_files(model.folder)):
         place = folder / path.relative_to(model.folder)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)

@@ -56,7 +56,7 @@ def _keys(decoder: dict[str, Any], own: dict[str, Any]) -> Keys:
     return Keys(
         config=own["config"],
         config_with_window=own.get("config_with_window", own["config"]),
-        honoured=frozenset(decoder["honoured"]),
+        honoured=frozenset(decoder["honoured"] + own.get("honoured", [])),
         inert=frozenset(decoder["inert"] | own.get("inert", {})),
         assumed=decoder["assumed"] | own.get("assumed", {}),
     )
@@ -123,6 +123,21 @@ class Header:
         found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
         return found
 
+    def flags(self, key: str, layers: int, period: int) -> list[bool]:
+        """Return a flag for each layer: those of a key, or of its period, after which the one layer without it comes.
+
+        Args:
+            key: The key.
+            layers: Number of layers.
+            period: What llama.cpp assumes where there is no such key.
+        """
+        value = self.file.value(f"{self.architecture}.{key}")
+        if isinstance(value, list):
+            usable = len(value) >= layers and all(isinstance(flag, bool) for flag in value)
+            return list(self._usable(key, value, usable, "a flag for each layer")[:layers])
+        period = self.whole(key, period)
+        return [period == 0 or layer % period < period - 1 for layer in range(layers)]
+
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number, as the shortest decimal of its float32."""
         value = self.file.value(f"{self.architecture}.{key}")
@@ -168,10 +183,10 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
     _require_whole_heads(header, head_dim, hidden // max(heads, 1))
     window = header.whole("attention.sliding_window", 0)
     model_type = keys.config_with_window if window else keys.config
-    (architecture,) = (name for name, family in families().items() if family.model_type == model_type)
+    (family,) = (family for family in families().values() if family.model_type == model_type)
     layers = header.whole("block_count")
     config = {
-        "architectures": [architecture],
+        "architectures": [family.architecture],
         "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": header.whole("feed_forward_length"),
@@ -192,6 +207,7 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
         config |= {"use_sliding_window": True, "max_window_layers": 0} if model_type.startswith("qwen") else {}
     elif model_type.startswith("qwen"):
         config |= {"use_sliding_window": False}
+    family.gguf.config(config, header)
     return config
 
 

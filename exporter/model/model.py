@@ -84,6 +84,7 @@ class Model:
         tensors: Its weights.
         warnings: Warnings about the source for the report.
         changes: Digest of the changes to shape or weights since reading; empty for none.
+        licences: Files that state the terms it is under.
         source: Snapshot of its source files from when it was opened; None if they do not matter.
     """
 
@@ -96,6 +97,7 @@ class Model:
     tensors: TensorSource
     warnings: tuple[str, ...] = ()
     changes: str = ""
+    licences: tuple[Path, ...] = ()
     source: SourceFiles | None = None
 
     def groups(self) -> list[WeightGroup]:

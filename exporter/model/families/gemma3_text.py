@@ -6,6 +6,7 @@ embeddings of their own. Facts of llama.cpp are those of its `gemma3` graph in l
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -15,9 +16,15 @@ from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, BlockParts
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, Multimodal, OnnxDeclaration, Refusal
 from exporter.model.shape import Shape
 
+if TYPE_CHECKING:
+    from exporter.model.gguf_config import Header
+
 # llama.cpp takes the attention scale from the width of a head, but for the model of 27 billion parameters, which it
 # knows by its depth.
 DEPTH_OF_27B = 62
+# What it assumes where the header does not say: every sixth layer has no window; the base of the others.
+PERIOD, BASE_WITH_WINDOW = 6, 10000.0
+ACTIVATION = "gelu_pytorch_tanh"
 
 
 def block(shape: Shape, layer: int) -> Block:
@@ -54,6 +61,21 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
     }
 
 
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """Change the config.json that a header gives: two rotary embeddings, windows by layer, and what is built in."""
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    windowed = header.flags("attention.sliding_window_pattern", layers, PERIOD)
+    scale = config["hidden_size"] // config["num_attention_heads"] if layers == DEPTH_OF_27B else head_dim
+    config["hidden_activation"] = ACTIVATION
+    config["query_pre_attn_scalar"] = scale
+    config["layer_types"] = [SLIDING if one and config.get("sliding_window") else FULL for one in windowed]
+    config["rope_parameters"] = {
+        FULL: config["rope_parameters"],
+        SLIDING: {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", BASE_WITH_WINDOW)},
+    }
+    del config["hidden_act"]
+
+
 def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
     """Refuse an attention scale that llama.cpp, which has no key for it, does not compute."""
     width = shape.hidden // shape.heads if shape.layers == DEPTH_OF_27B else shape.head_dim
@@ -76,9 +98,10 @@ FAMILY = Family(
     gguf=GgufDeclaration(
         "gemma3",
         GGUF_TENSORS,
-        activations=("gelu_pytorch_tanh",),
+        activations=(ACTIVATION,),
         keys=header_keys,
         refusal=refusal,
+        config=config_of,
     ),
     onnx=OnnxDeclaration("Gemma3Model", ONNX_NODES, shim),
     carries_windows=True,
