@@ -112,21 +112,21 @@ def tiny_model(
     """
     torch.manual_seed(seed)
     config_class, model_class = (KINDS | MORE_KINDS)[family] if kind is None else kind
-    config = config_class(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        vocab_size=VOCAB,
-        max_position_embeddings=1024,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **own_keys(family, hidden // 4, layers) | dict(changes),
-    )
+    usual = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = config_class(**usual | own_keys(family, hidden // 4, layers) | dict(changes))
     model = model_class(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

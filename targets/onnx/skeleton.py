@@ -155,7 +155,23 @@ def _builder_class(model: Model) -> Any:
 
     changes = {"make_rotary_embedding_caches_from_scratch": tables, "uses_windowed_kv_cache": lambda builder: False}
     own = getattr(builders, declared_by(model.decoder).builder)
-    return type(own.__name__, (own,), changes)
+    return type(own.__name__, (own,), changes | _unrotated_layers(own))
+
+
+def _unrotated_layers(own: Any) -> dict[str, Any]:
+    """Return what makes a builder leave queries and keys as they are where it does not turn them in the attention.
+
+    Its class for SmolLM3 asks for no rotary embedding in the attention of some layers. The builder then makes one
+    before the attention, and fails, since the graph has no input of positions.
+    """
+
+    def turned(builder: Any, layer: int, **given: Any) -> tuple[str, str]:
+        if builder.attention_attrs["use_rope_in_attn"] or "position_ids" in builder.input_names:
+            tables: tuple[str, str] = own.make_attention_qk_rope(builder, layer, **given)
+            return tables
+        return "", ""
+
+    return {"make_attention_qk_rope": turned}
 
 
 def _rotary_tables(model: Model, attention: str, positions: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,17 +1,29 @@
-"""SmolLM3: Llama's blocks, of which every fourth has no rotary embedding; windows by layer.
-
-onnxruntime-genai's model builder rotates those layers, too.
-"""
+"""SmolLM3: Llama's blocks, of which every fourth has no rotary embedding; windows by layer."""
 
 from transformers import PretrainedConfig
 
-from exporter.model.attention_windows import windows_by_layer
-from exporter.model.families.llama import GGUF_TENSORS, block
-from exporter.model.family import Family, GgufDeclaration, Refusal
+from exporter.foundation.errors import InputError
+from exporter.model.attention_windows import FULL, Windows, windows_by_layer
+from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, block
+from exporter.model.family import Family, GgufDeclaration, OnnxDeclaration, Refusal
 from exporter.model.shape import Shape
 
 # llama.cpp has the period built in.
 PERIOD = 4
+
+
+def windows(config: PretrainedConfig, where: object) -> Windows:
+    """Return the window of each layer, None for none.
+
+    Raises:
+        InputError: config.json contradicts itself, or does not say which layers have rotary embeddings.
+    """
+    if len(config.no_rope_layers) < config.num_hidden_layers:
+        raise InputError(
+            "no_rope_layers does not name each layer", where=where, got=len(config.no_rope_layers),
+            expected=config.num_hidden_layers,
+        )  # fmt: skip
+    return windows_by_layer(config, where)
 
 
 def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
@@ -22,12 +34,18 @@ def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
     return Refusal("no_rope_layers", config.no_rope_layers, expected)
 
 
+def shim(config: PretrainedConfig, original: PretrainedConfig) -> None:
+    """Show the builder a kind for each layer, as it expects; no context exceeds a window, so none has one."""
+    config.layer_types = [FULL] * config.num_hidden_layers
+
+
 FAMILY = Family(
     model_type="smollm3",
     title="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     block=block,
-    windows=windows_by_layer,
+    windows=windows,
     gguf=GgufDeclaration("smollm3", GGUF_TENSORS, interleaved_rotary=True, refusal=refusal),
-    honoured={"no_rope_layers": "ids?", "no_rope_layer_interval": "layers?"},
+    onnx=OnnxDeclaration("SmolLM3Model", ONNX_NODES, shim),
+    honoured={"no_rope_layers": "layer numbers?", "no_rope_layer_interval": "layers?"},
 )
