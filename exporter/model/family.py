@@ -15,7 +15,7 @@ from exporter.model.limits import MAX_POSITIONS
 from exporter.model.shape import Experts, Shape
 
 if TYPE_CHECKING:
-    from exporter.model.gguf_config import Header
+    from exporter.model.gguf_header import Header
 
 PACKAGE = "exporter.model.families"
 # The value of a key in the header of a GGUF file; its type follows from Python's.

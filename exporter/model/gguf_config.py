@@ -1,18 +1,16 @@
 """Converts the header of a GGUF file to a config.json. Each key is read, known to be harmless, or rejected by name."""
 
 import math
-import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
-
 from exporter.foundation.errors import InputError
 from exporter.model.family import families
 from exporter.model.gguf_file import GgufFile
+from exporter.model.gguf_header import HF_FOLDER, Header, shown_value
 from exporter.model.gguf_names import EMBEDDING_NAME, HEAD_NAME
 from exporter.model.gguf_rope import llama3_parameters
 
@@ -23,7 +21,6 @@ FREQUENCY_BASE = 10000.0
 ROPE_TYPES = ("none", "linear", "yarn")
 # Architectures for which llama.cpp reads the frequency factors.
 WITH_FREQUENCY_FACTORS = ("llama",)
-HF_FOLDER = "give the model as a Hugging Face folder"
 
 
 @dataclass(frozen=True)
@@ -84,78 +81,6 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     return _config(header, known[architecture])
 
 
-@dataclass(frozen=True)
-class Header:
-    """The keys of an architecture in one file."""
-
-    file: GgufFile
-    architecture: str
-
-    def require(self, key: str, accepted: list[Any]) -> None:
-        """Reject a value that is not accepted; `key` includes its prefix.
-
-        Raises:
-            InputError: see above.
-        """
-        value = self.file.value(key)
-        if value is None or any(_equal(value, one) for one in accepted):
-            return
-        raise InputError(
-            f"{key} changes what the model computes, in a way that is not supported",
-            where=self.file.path,
-            got=_shown(value),
-            expected=" or ".join([*(_shown(one) for one in accepted), "no such key"]),
-            next_step=HF_FOLDER,
-        )
-
-    def text(self, key: str, default: str) -> str:
-        """Return the text of a key."""
-        value = self.file.value(f"{self.architecture}.{key}")
-        return default if value is None else self._usable(key, value, isinstance(value, str), "a text")
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """Return a whole number; the file may hold it as a list with the same number for each layer."""
-        value = self.file.value(f"{self.architecture}.{key}")
-        value = default if value is None else value
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        usable = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
-        return found
-
-    def flags(self, key: str, layers: int, period: int) -> list[bool]:
-        """Return a flag for each layer: those of a key, or of its period, after which the one layer without it comes.
-
-        Args:
-            key: The key.
-            layers: Number of layers.
-            period: What llama.cpp assumes where there is no such key.
-        """
-        value = self.file.value(f"{self.architecture}.{key}")
-        if isinstance(value, list):
-            usable = len(value) >= layers and all(isinstance(flag, bool) for flag in value)
-            return list(self._usable(key, value, usable, "a flag for each layer")[:layers])
-        period = self.whole(key, period)
-        return [period == 0 or layer % period < period - 1 for layer in range(layers)]
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number, as the shortest decimal of its float32."""
-        value = self.file.value(f"{self.architecture}.{key}")
-        value = default if value is None else value
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        return float(str(np.float32(self._usable(key, value, usable, "a finite number"))))
-
-    def _usable(self, key: str, value: Any, usable: bool, expected: str) -> Any:
-        if not usable:
-            raise InputError(
-                f"the GGUF file has no usable '{self.architecture}.{key}'",
-                where=self.file.path,
-                got=_shown(value),
-                expected=expected,
-            )
-        return value
-
-
 def _require_known(header: Header, keys: Keys) -> None:
     """Reject unknown keys, and values that would change the model."""
     prefix = f"{header.architecture}."
@@ -167,7 +92,7 @@ def _require_known(header: Header, keys: Keys) -> None:
             raise InputError(
                 f"the key {name!r} is not known to change nothing",
                 where=header.file.path,
-                got=_shown(header.file.value(name)),
+                got=shown_value(header.file.value(name)),
                 expected="no such key",
                 next_step=HF_FOLDER,
             )
@@ -321,11 +246,3 @@ def used_tensors(file: GgufFile, names: Mapping[str, str], needed: Iterable[str]
             next_step=HF_FOLDER,
         )
     return used
-
-
-def _equal(value: Any, accepted: Any) -> bool:
-    return isinstance(value, bool) is isinstance(accepted, bool) and value == accepted
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(value)

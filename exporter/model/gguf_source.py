@@ -15,8 +15,9 @@ from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import InputError
 from exporter.model.decoder import HEAD, Decoder
-from exporter.model.gguf_config import HF_FOLDER, read_config, used_tensors
+from exporter.model.gguf_config import read_config, used_tensors
 from exporter.model.gguf_file import GgufFile, grid_warning, open_whole, whole_name
+from exporter.model.gguf_header import HF_FOLDER
 from exporter.model.gguf_names import gguf_names, in_source_order, row_order
 from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer

@@ -16,8 +16,8 @@ from exporter.model.adapter_settings import AdapterSettings, read_adapter_settin
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, code_notes, load_config, multimodal_form, read_config
 from exporter.model.decoder import HEAD, Decoder
-from exporter.model.demos import DEMOS
 from exporter.model.gguf_file import whole_name
+from exporter.model.gguf_packages import DEMOS
 from exporter.model.gguf_source import open_gguf_model
 from exporter.model.licences import PATTERNS as LICENCES
 from exporter.model.licences import licence_files

@@ -20,7 +20,7 @@ OWNERS = re.compile(
 ALLOWED: dict[str, tuple[str, tuple[str, ...]]] = {
     "exporter.cli.job_options": (
         "help on the names that a user may type",
-        ("A Hugging Face folder, a hub id, a .gguf file", "gguf, onnx, onnx-qdq, or auto"),
+        ("A folder, a hub id, a .gguf file", "gguf, onnx, onnx-qdq, or auto"),
     ),
     "exporter.cli.predict": ("help on the names that a user may type", ("Runtime, such as llama.cpp",)),
     "exporter.cli.main": (

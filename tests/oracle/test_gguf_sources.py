@@ -227,7 +227,7 @@ UNSUPPORTED = "changes what the model computes, in a way that is not supported"
         ({"llama.rope.freq_base": 0.5}, "rope.freq_base' is not usable; got 0.5"),
         ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "no usable 'llama.attention.layer_norm_rms_epsilon'"),
         ({"general.type": "adapter"}, rf"general.type {UNSUPPORTED}; got 'adapter', expected 'model' or no such key"),
-        ({"general.architecture": "gemma3"}, "the GGUF architecture 'gemma3' is not supported; expected one of llama"),
+        ({"general.architecture": "gemma2"}, "the GGUF architecture 'gemma2' is not supported; expected one of gemma3"),
     ],
 )  # fmt: skip
 def test_a_key_that_cannot_be_honoured_is_refused(

@@ -17,7 +17,7 @@ from exporter.model.family import Family, GgufDeclaration, HeaderValue, Multimod
 from exporter.model.shape import Shape
 
 if TYPE_CHECKING:
-    from exporter.model.gguf_config import Header
+    from exporter.model.gguf_header import Header
 
 # llama.cpp takes the attention scale from the width of a head, but for the model of 27 billion parameters, which it
 # knows by its depth.

@@ -8,7 +8,7 @@ import pytest
 
 from exporter.bundle.write import write_licences
 from exporter.foundation.errors import InputError, MissingDependencyError
-from exporter.model.demos import DEMOS, Demo
+from exporter.model.gguf_packages import DEMOS, Demo
 from exporter.model.licences import MAX_BYTES, licence_files
 from exporter.model.sources import open_model
 from tests.models import tiny_model
