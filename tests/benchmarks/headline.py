@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from exporter.calibrate.statistics import Statistics, collect
+from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows, file_windows, read_text, spread_windows
 from exporter.compress.effort import effort
 from exporter.formats.format import Float32
@@ -95,7 +95,7 @@ class Headline:
         statistics = collect(self._model, self._calibration, SEED, silent)
         found = {}
         for name, groups in gguf_matrices(self._model.decoder).items():
-            parts = [_importance(statistics, group.site) for group in groups]
+            parts = [statistics.importance(group.site) for group in groups]
             if parts[0] is not None:
                 # Matrices whose rows are stacked have one input.
                 found[name] = np.concatenate(parts) if groups[0].expert is not None else parts[0]
@@ -175,10 +175,6 @@ class Headline:
         axis = Axis.bits(self._model.decoder.parameters)
         (self._output / "headline.svg").write_text(picture(self.rows, axis), "utf-8")
         return made
-
-
-def _importance(statistics: Statistics, site: str) -> Any:
-    return statistics.importance(site)
 
 
 def report(rows: list[Row]) -> str:

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from exporter.foundation.errors import RequestError
 from exporter.model.family import families
@@ -14,6 +12,7 @@ from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued
 from tests.models import MORE_KINDS, tiny_model
 
 LENGTH, GENERATED = 96, 40
@@ -38,10 +37,7 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, family: str, target: str,
         artifact = load_target(target).write_float(model, tmp_path / "artifact")
         reference = Reference.of(model, TOKENS)
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = whole.generate(
-        torch.tensor([prompt]), max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )[0, len(prompt) :].tolist()
+    expected = continued(folder, prompt, GENERATED)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
         made = opened.generate(prompt, GENERATED)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
@@ -15,6 +14,7 @@ from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued, in_float32
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
 
@@ -48,12 +48,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_model(place, "gemma3_text", layers=layers, tied=tied, changes=rest)
 
 
-def in_float32(folder: Path, target: str, made: Path) -> Artifact:
-    made.mkdir()
-    with open_model(str(folder)) as model:
-        return load_target(target).write_float(model, made)
-
-
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_float_artifact_is_the_model_beyond_its_window(tmp_path: Path, folder: Path, target: str) -> None:
     artifact = in_float32(folder, target, tmp_path / "artifact")
@@ -67,14 +61,12 @@ def test_a_float_artifact_is_the_model_beyond_its_window(tmp_path: Path, folder:
 def test_tokens_generated_one_at_a_time_are_the_models(tmp_path: Path, folder: Path, target: str) -> None:
     artifact = in_float32(folder, target, tmp_path / "artifact")
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = torch.tensor([prompt])
-    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = continued(folder, prompt, GENERATED)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         made = opened.generate(prompt, GENERATED)
-    assert made == expected[0, len(prompt) :].tolist()[: len(made)]
+    assert made == expected[: len(made)]
     # A random model may choose its end token, after which runtimes stop.
-    assert len(made) == GENERATED or 1 in expected[0, len(prompt) :].tolist()
+    assert len(made) == GENERATED or 1 in expected
 
 
 def test_a_gguf_file_is_the_model_again(tmp_path: Path, folder: Path) -> None:

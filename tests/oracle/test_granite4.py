@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from exporter.foundation.errors import InputError
 from exporter.model.folder import save_folder
@@ -17,6 +17,7 @@ from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued, logits_by_transformers
 from tests.folders import edit
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
@@ -46,10 +47,7 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, target: str, changes: dic
     with open_model(str(folder)) as model:
         artifact, reference = load_target(target).write_float(model, tmp_path / "artifact"), Reference.of(model, TOKENS)
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = torch.tensor([prompt])
-    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    expected = expected[0, len(prompt) :].tolist()
+    expected = continued(folder, prompt, GENERATED)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
         generated = opened.generate(prompt, GENERATED)
@@ -85,13 +83,7 @@ def test_layers_of_several_widths(tmp_path: Path, target: str) -> None:
         artifact = lowered.write_float(lowered.as_stored(pruned).model, tmp_path / "artifact")
         reference = Reference.of(pruned, TOKENS)
         save_folder(pruned, tmp_path / "saved")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-
-    def logits(tokens: list[int], first: int) -> np.ndarray:
-        with torch.inference_mode():
-            return whole(torch.tensor([tokens])).logits[0, first:].numpy()
-
-    assert distance(reference, logits).kl_mean < 1e-9
+    assert distance(reference, logits_by_transformers(tmp_path / "saved")).kl_mean < 1e-9
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
@@ -28,6 +27,7 @@ from exporter.targets.contract import load_target, low_rank, lower, shape_of
 from exporter.targets.onnx.intake import INTAKE
 from exporter.targets.onnx.settings import CONFIGURATION
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued, in_float32, logits_by_transformers
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
 from tests.reference import plain_texts
@@ -66,12 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return edited(made, **dict.fromkeys(DROPPED), **PUBLISHED)
 
 
-def in_float32(folder: Path, target: str, made: Path) -> Artifact:
-    made.mkdir()
-    with open_model(str(folder)) as model:
-        return load_target(target).write_float(model, made)
-
-
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
 def test_a_float_artifact_is_the_model(tmp_path: Path, folder: Path, target: str) -> None:
     artifact = in_float32(folder, target, tmp_path / "artifact")
@@ -80,20 +74,13 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, folder: Path, target: str
         assert model.decoder.convolutions == (3, None, 3, 3, None, 3)
         reference = Reference.of(model, TOKENS)
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = torch.tensor([prompt])
-    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
-
-    def logits(tokens: list[int], first: int) -> np.ndarray:
-        with torch.inference_mode():
-            return whole(torch.tensor([tokens])).logits[0, first:].numpy()
-
-    assert distance(reference, logits).kl_mean < 1e-9
+    expected = continued(folder, prompt, GENERATED)
+    assert distance(reference, logits_by_transformers(folder)).kl_mean < 1e-9
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
         made = opened.generate(prompt, GENERATED)
-    assert made == expected[0, len(prompt) :].tolist()[: len(made)]
-    assert len(made) == GENERATED or 1 in expected[0, len(prompt) :]
+    assert made == expected[: len(made)]
+    assert len(made) == GENERATED or 1 in expected
 
 
 def test_what_a_convolution_is_made_of_matters(tmp_path: Path, folder: Path) -> None:

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from exporter.foundation.errors import ExporterError, InputError, RequestError
 from exporter.model.sources import open_model
@@ -16,6 +14,7 @@ from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued, in_float32
 from tests.folders import edit
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
@@ -34,12 +33,6 @@ def made(folder: Path, layers: int = 3, **rope: Any) -> Path:
     return edit(tiny_model(folder, "ministral3", layers=layers), rope_parameters=ROPE | rope)
 
 
-def in_float32(folder: Path, target: str, scratch: Path) -> Artifact:
-    scratch.mkdir()
-    with open_model(str(folder)) as model:
-        return load_target(target).write_float(model, scratch)
-
-
 def reference_of(folder: Path, tokens: np.ndarray = TOKENS) -> Reference:
     with open_model(str(folder)) as model:
         return Reference.of(model, tokens)
@@ -50,10 +43,7 @@ def test_queries_grow_in_llama_cpp_as_in_the_model(tmp_path: Path, rope: dict[st
     folder = made(tmp_path / "model", **rope)
     artifact, reference = in_float32(folder, "gguf", tmp_path / "artifact"), reference_of(folder)
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = torch.tensor([prompt])
-    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    expected = expected[0, len(prompt) :].tolist()
+    expected = continued(folder, prompt, GENERATED)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
         generated = opened.generate(prompt, GENERATED)

@@ -23,6 +23,7 @@ from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import budgeted, load_target, low_rank, lower
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import continued, in_float32, logits_by_transformers
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
 
@@ -60,19 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phi_4(tmp_path_factory.mktemp("phi") / "model")
 
 
-def in_float32(folder: Path, target: str, made: Path) -> Artifact:
-    made.mkdir()
-    with open_model(str(folder)) as model:
-        return load_target(target).write_float(model, made)
-
-
 def expected_of(folder: Path) -> tuple[list[int], list[int]]:
     """Return a prompt and what transformers continues it with."""
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = torch.tensor([prompt])
-    made = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    return prompt, made[0, len(prompt) :].tolist()
+    return prompt, continued(folder, prompt, GENERATED)
 
 
 @pytest.mark.parametrize("target", ["gguf", "onnx"])
@@ -83,13 +75,7 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, folder: Path, target: str
         assert any("code of its own" in note for note in model.warnings)
         assert any(f"the artifact is made for {ORIGINAL}" in note for note in model.warnings)
         reference = Reference.of(model, TOKENS)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def logits(tokens: list[int], first: int) -> np.ndarray:
-        with torch.inference_mode():
-            return whole(torch.tensor([tokens])).logits[0, first:].numpy()
-
-    assert distance(reference, logits).kl_mean < 1e-9
+    assert distance(reference, logits_by_transformers(folder)).kl_mean < 1e-9
     prompt, expected = expected_of(folder)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
