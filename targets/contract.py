@@ -197,6 +197,7 @@ def shape_of(decoder: Decoder) -> ModelShape:
         kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim,
         vocab=decoder.vocab,
+        keys=decoder.key_channels,
     )
 
 

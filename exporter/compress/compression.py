@@ -130,14 +130,17 @@ def compress(
 
 def _compressed(compression: Compression) -> Iterator[CompressedMatrix]:
     encoder, decoder, tokens = _Encoder(compression), compression.model.decoder, compression.propagation_text
-    embedding = encoder.compressed(decoder.embedding)
-    embedded = None if tokens is None else embedding.encoded.planned[tokens]
-    yield embedding
-    del embedding
-    if tokens is None or embedded is None:
+    looked_up: list[Float32] = []
+    for group in decoder.tables:
+        table = encoder.compressed(group)
+        if tokens is not None:
+            looked_up.append(table.encoded.planned[np.unique(tokens)])
+        yield table
+        del table
+    if tokens is None:
         yield from (encoder.compressed(one.group) for site in decoder.sites.values() for one in site.linears)
     else:
-        yield from _compensating(encoder, propagated_errors(compression.model, tokens, embedded))
+        yield from _compensating(encoder, propagated_errors(compression.model, tokens, looked_up))
     if not decoder.tied:
         yield encoder.compressed(decoder.head)
 

@@ -54,7 +54,7 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
         part = "head" if group.layer is None else group.part
         squares += np.float32(variance) * statistics.sensitivity(group.layer, part)
     if "embedding" in group.uses:
-        frequencies, columns = statistics.lookups()
+        frequencies, columns = statistics.lookups(group.role)
         squares += frequencies * columns.mean()
     roots: Float32 = np.sqrt(squares + LEAST_SENSITIVITY * squares.mean() + np.float32(1e-30))
     return roots

@@ -16,6 +16,8 @@ def gguf_names(decoder: Decoder) -> dict[str, str]:
     """
     tensors, final_norm = decoder.family.gguf.tensors, decoder.family.gguf.final_norm
     pairs = {decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: final_norm, HEAD: HEAD_NAME}
+    for one in (*decoder.tables[1:], *decoder.before_layers):
+        pairs[one.name] = decoder.family.gguf.outside[one.role]
     for block in decoder.blocks:
         named = {linear.group.name: linear.group.role for linear in block.linears.values()}
         named |= {vector.name: vector.role for vector in block.vectors}
@@ -51,7 +53,9 @@ def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:
 
 
 def gguf_shape(vector: Vector) -> tuple[int, ...]:
-    """Return the shape of a vector in files: [width], or [width, positions] for the kernel of a convolution."""
+    """Return the shape of a vector in files: [width], or [width, positions] for a convolution, [rows, width] for a projection."""
+    if vector.rows is not None:
+        return vector.shape
     return (vector.width,) if vector.kernel is None else (vector.width, vector.kernel)
 
 

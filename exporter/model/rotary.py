@@ -17,6 +17,10 @@ from exporter.model.attention_windows import FULL, SLIDING
 from exporter.model.limits import MAX_POSITIONS
 
 
+# Pairs have the frequencies of a whole head; those beyond a part of it stay as they are.
+PROPORTIONAL = "proportional"
+
+
 def rope_parameters(config: PretrainedConfig, attention: str = FULL) -> Mapping[str, Any]:
     """Return the parameters of the rotary embeddings of layers with a kind of attention."""
     parameters: Mapping[str, Any] = config.rope_parameters
@@ -46,14 +50,21 @@ def rotary_frequencies(config: PretrainedConfig, attention: str = FULL) -> tuple
 
 def plain_frequencies(config: PretrainedConfig, attention: str = FULL) -> torch.Tensor:
     """Return the unscaled frequencies, float32 [rotary width / 2]."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # transformers has a config for each kind of layers where these differ.
+    own = config.per_layer_config[attention] if config.is_heterogeneous else config
+    head_dim = getattr(own, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = rotary_width(config, head_dim, attention)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return torch.as_tensor(1.0 / (rope_parameters(config, attention)["rope_theta"] ** exponents))
 
 
 def rotary_width(config: PretrainedConfig, head_dim: int, attention: str = FULL) -> int:
-    """Return the number of a head's channels that are turned; the first ones are."""
+    """Return the number of a head's channels that are turned; the first ones are.
+
+    `proportional` turns all, many of them by an angle of zero.
+    """
+    if rotary_kind(config, attention) == PROPORTIONAL:
+        return head_dim
     return int(head_dim * (rope_parameters(config, attention).get("partial_rotary_factor") or 1.0))
 
 
@@ -101,7 +112,8 @@ def _check_rotary(config: PretrainedConfig, attention: str, where: object) -> No
         frequencies, factor = rotary_frequencies(config, attention)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise InputError("the rotary embeddings cannot be computed", where=where, got=repr(error)) from error
-    if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and 0 < factor < np.inf):
+    turned = frequencies[frequencies != 0] if rotary_kind(config, attention) == PROPORTIONAL else frequencies
+    if not (turned.size and np.isfinite(turned).all() and (turned > 0).all() and 0 < factor < np.inf):
         raise InputError(
             "the rotary embeddings cannot be computed",
             where=where,
