@@ -124,6 +124,8 @@ class GgufDeclaration:
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
         refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
+        most_lowering_kl: How far a file in float32 may be from the model, in nats, where the graph rounds more than
+            sums in another order do; None where it does not.
     """
 
     architecture: str
@@ -137,6 +139,7 @@ class GgufDeclaration:
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
     refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
+    most_lowering_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def padded(model: Model) -> Model:
     In most families, all layers are then as wide as the widest.
     """
     factors = model.decoder.width_factors
-    base = _stated(model.decoder)
+    base = stated_width(model.decoder)
     widths = [times * base for times in factors]
 
     def read(name: str, layer: int, axis: int) -> Float32:
@@ -64,7 +64,7 @@ def padded(model: Model) -> Model:
     return _rewidened(model, widths, read, changes)
 
 
-def _stated(decoder: Decoder) -> int:
+def stated_width(decoder: Decoder) -> int:
     """Return the least width for config.json with which no layer is wider than it says."""
     return max(-(-width // times) for width, times in zip(decoder.intermediate, decoder.width_factors, strict=True))
 
@@ -77,7 +77,7 @@ def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -
     decoder = model.decoder.with_widths(widths)
     config = model.own_config()
     # transformers has one width for all layers: see `exporter.model.module`.
-    setattr(config, decoder.family.width_key, _stated(decoder))
+    setattr(config, decoder.family.width_key, stated_width(decoder))
     places = {
         name: (block.layer, axis)
         for block in decoder.blocks
