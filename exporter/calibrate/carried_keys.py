@@ -45,7 +45,7 @@ class CarriedKeys:
         if SHARED not in arguments:
             return module(state, **arguments)
         before, after = self.shape.carried(self.layer), self.shape.carried(self.layer + 1)
-        hidden, *parts = state.split([self.shape.hidden, *map(self._channels, before)], -1)
+        hidden, *parts = torch.split(state, [self.shape.hidden, *map(self._channels, before)], -1)
         carried = dict(zip(before, parts, strict=True))
         other = self.shape.key_layers[self.layer]
         shared = _Shared(None if other is None else self._unpacked(carried[other], other))
@@ -65,12 +65,13 @@ class CarriedKeys:
 
     def _unpacked(self, channels: torch.Tensor, layer: int) -> _Pair:
         """Return the keys and the values of a layer, each [windows, heads, length, width]."""
-        keys, values = channels.unflatten(-1, (2, self.shape.kv_heads, self.shape.head_dims[layer])).unbind(2)
+        split = channels.reshape(*channels.shape[:2], 2, self.shape.kv_heads, self.shape.head_dims[layer])
+        keys, values = split.unbind(2)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def state_width(shape: Shape, layer: int) -> int:
-    """Return the number of channels of the state that a layer takes, or, of the number of layers, that the last makes."""
+    """Return the channels of the state that a layer takes; of the number of layers, those of what the last makes."""
     return shape.hidden if layer == 0 else CarriedKeys(shape, layer - 1).width_after
 
 
@@ -79,7 +80,8 @@ class _Shared(UserDict[str, _Pair]):
 
     def __init__(self, given: _Pair | None) -> None:
         super().__init__()
-        self._given, self.made = given, None
+        self._given = given
+        self.made: _Pair | None = None
 
     def __getitem__(self, kind: str) -> _Pair:
         """Return the keys and values that the layer attends to."""
@@ -89,4 +91,4 @@ class _Shared(UserDict[str, _Pair]):
 
     def __setitem__(self, kind: str, made: _Pair) -> None:
         """Take the layer's own."""
-        self.made: _Pair | None = made
+        self.made = made

@@ -179,7 +179,7 @@ class LayerStream:
             at_inputs: Gradients at each layer's own inputs, float32 [windows, length, width]; empty for none.
         """
         shape = self._model.decoder
-        sums = [torch.zeros(table.columns) for table in shape.tables]
+        sums: list[torch.Tensor | float] = [0.0] * len(shape.tables)
         with self._maker.loaded() if at_inputs else nullcontext():
             for tokens, at_first, number in zip(windows, at_embedding, range(len(windows)), strict=True):
                 gradients = [at_first]
@@ -191,10 +191,9 @@ class LayerStream:
                     at_made = torch.stack([torch.from_numpy(one[number]) for one in at_inputs], 1)
                     through, at_rows = torch.autograd.grad(made, by, at_made)
                     gradients = [at_first + through, at_rows]
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total += gradient.square().sum(0)
+                sums = [total + one.square().sum(0) for total, one in zip(sums, gradients, strict=True)]
         sums[0] *= shape.embedding_scale**2
-        return [(total / windows.size).numpy() for total in sums]
+        return [np.asarray(total / windows.size, np.float32) for total in sums]
 
     @contextmanager
     def layer(self, index: int, like: LoadedLayer | None = None) -> Iterator[LoadedLayer]:

@@ -48,7 +48,17 @@ from exporter.calibrate.second_moments import Moments, Site, load_power, load_si
 from exporter.calibrate.windows import Windows
 from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder, locked, require_space
-from exporter.foundation.cache_entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, require_whole, save
+from exporter.foundation.cache_entries import (
+    ARRAY,
+    VECTORS,
+    DamagedEntryError,
+    Filling,
+    filling,
+    is_whole,
+    load,
+    require_whole,
+    save,
+)
 from exporter.model import blocks
 from exporter.model.decoder import HEAD_SITE, TOKENS
 from exporter.model.model import Model
@@ -265,7 +275,9 @@ def _go_on(model: Model, stream: LayerStream, windows: Windows, seed: int, folde
             for after in (index, index + 1):
                 (folder / _inputs(after)).unlink(missing_ok=True)
         counts = np.bincount(windows.tokens.reshape(-1), minlength=model.decoder.vocab) / windows.tokens.size
-        at_inputs = [_mapped(folder, _own_gradient(layer)) for layer in range(stream.layers)] if own.rows is not None else []
+        at_inputs = (
+            [_mapped(folder, _own_gradient(layer)) for layer in range(stream.layers)] if own.rows is not None else []
+        )
         squares = stream.table_gradients(windows.tokens, _kept(folder, _gradient(-1)), at_inputs)
     looked_up = {table.role: found for table, found in zip(model.decoder.tables, squares, strict=True)}
     save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), **looked_up})

@@ -61,9 +61,7 @@ class SiteErrors:
         self._compressed.replace(linear, planned)
 
 
-def propagated_errors(
-    model: Model, tokens: Tokens, looked_up: Sequence[Float32]
-) -> Iterator[tuple[Site, SiteErrors]]:
+def propagated_errors(model: Model, tokens: Tokens, looked_up: Sequence[Float32]) -> Iterator[tuple[Site, SiteErrors]]:
     """Run the source and the compressed model through the layers side by side; yield each site when both reach it.
 
     Args:

@@ -53,12 +53,14 @@ def one_head_width(config: PretrainedConfig, where: object) -> tuple[int, ...]:
     """Return the width of a head, the same for each layer."""
     heads = whole_number(config, "num_attention_heads", where)
     width = whole_number(config, "head_dim", where, default=whole_number(config, "hidden_size", where) // heads)
-    return (width,) * config.num_hidden_layers
+    layers: int = config.num_hidden_layers
+    return (width,) * layers
 
 
 def own_keys(config: PretrainedConfig, where: object) -> tuple[int | None, ...]:
     """Return None for each layer: all attend to keys and values of their own."""
-    return (None,) * config.num_hidden_layers
+    layers: int = config.num_hidden_layers
+    return (None,) * layers
 
 
 def no_layer_inputs(config: PretrainedConfig, where: object) -> int:

@@ -58,7 +58,7 @@ class LayerInputMaker:
 
 @contextmanager
 def zero_inputs(shape: Decoder, module: nn.Module, length: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield arguments for a run of a decoder without weights, in which layers have inputs of zeros if they have some."""
+    """Yield arguments for a run of a decoder without weights, in which the inputs of layers, if any, are zeros."""
     if not shape.layer_input_width:
         yield {}
         return

@@ -50,7 +50,7 @@ class ModelShape:
     """The dimensions of a decoder that determine its memory; see `exporter.model.shape.Shape`.
 
     The states of short convolutions are not among them: they hold a few positions, however long the context is.
-    `keys` is the number of channels of the keys of all layers, None if each layer of attention has its own of one width.
+    `keys` is the number of channels of the keys of all layers; None if all layers of attention have own ones, alike.
     """
 
     attention_layers: int

@@ -42,8 +42,9 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, family: str, target: str,
     expected = whole.generate(
         torch.tensor([prompt]), max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0
     )[0, len(prompt) :].tolist()
+    most = load_target(target).most_lowering_kl(model.decoder.family)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
-        assert distance(reference, opened.logits).kl_mean < 1e-6
+        assert distance(reference, opened.logits).kl_mean < most
         made = opened.generate(prompt, GENERATED)
     assert made == expected[: len(made)]
     assert len(made) == GENERATED or 1 in expected

@@ -109,8 +109,8 @@ def test_they_are_those_of_the_whole_model(
             assert site.share == pytest.approx(float(weights[held].sum() / weights.sum()), rel=1e-4)
             close(site.squares, inputs.square().mean((0, 1)).numpy())
             np.testing.assert_array_equal(found.importance(f"layers.{layer}.{name}"), site.squares)
-            for block, peaks in site.peaks.items():
-                largest = inputs.abs().unflatten(-1, (-1, block)).amax(-1).square()
+            for width, peaks in site.peaks.items():
+                largest = inputs.abs().unflatten(-1, (-1, width)).amax(-1).square()
                 close(peaks, ((largest * weights[..., None]).sum((0, 1)) / weights.sum()).numpy())
     variance = (whole.p - whole.p * whole.p) * whole.slope**2
     close(found.sensitivity(None, "head"), variance.mean((0, 1)).numpy())

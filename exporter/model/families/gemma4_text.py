@@ -1,7 +1,7 @@
 """Gemma 4 E2B and E4B, text: Gemma 3's norms with plain gains, and inputs of each layer's own, made of the token.
 
 Layers without a window have wider heads, of which rotary embeddings turn a part. The last layers have no keys and
-values: they attend to those of the last layer of their kind that has, and their feed-forward parts may be twice as wide.
+values: they attend to those of the last layer of their kind that has some, and their feed-forward parts may be wider.
 Queries, keys and values are normalised, the last without a gain; nothing else scales the attention. Each layer ends by
 multiplying the stream by a number, and a cap bends the logits. The larger models of the series, which lack the layers'
 own inputs or have experts, are refused. onnxruntime-genai's model builder knows only those.
@@ -21,6 +21,7 @@ from exporter.model.blocks import Block
 from exporter.model.families.llama import GGUF_TENSORS, MODULES, BlockParts
 from exporter.model.family import VISION, Family, GgufDeclaration, HeaderValue, Multimodal, Refusal
 from exporter.model.limits import whole_number
+from exporter.model.rotary import head_width
 from exporter.model.shape import Shape
 
 # ggml looks GELU up in a table of float16, and attention without a scale is sharp. Random models of five layers, which
@@ -81,12 +82,12 @@ def head_dims(config: PretrainedConfig, where: object) -> tuple[int, ...]:
         InputError: layers of one kind have several.
     """
     widths = tuple(whole_number(one, "head_dim", where) for one in config.per_layer_config)
-    for kind in (FULL, SLIDING):
-        some = {width for width, own in zip(widths, config.layer_types, strict=True) if own == kind}
-        if len(some) > 1:
-            raise InputError(
-                f"the layers of {kind} have heads of several widths", where=where, got=sorted(some), expected="one width"
-            )
+    by_kind = set(zip(config.layer_types, widths, strict=True))
+    if len(by_kind) > len(set(config.layer_types)):
+        raise InputError(
+            "layers of one kind have heads of several widths", where=where,
+            got=", ".join(f"{kind} {width}" for kind, width in sorted(by_kind)), expected="one width for each kind",
+        )  # fmt: skip
     return widths
 
 
@@ -156,7 +157,7 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
 
     Widths without a suffix are those of layers without a window. Without the key, llama.cpp caps logits at 30.
     """
-    narrow = config.per_layer_config[SLIDING].head_dim
+    narrow = head_width(config, SLIDING)
     return {
         "final_logit_softcapping": float(shape.logits_cap or 0),
         "attention.sliding_window": config.sliding_window,
@@ -182,7 +183,7 @@ def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
     if len(own) < len(kinds) and own[-2:] != [SLIDING, FULL]:
         last = f"{SLIDING}, {FULL} as the last two layers with keys and values of their own"
         return Refusal("layer_types", ", ".join(own[-2:]), last)
-    wide, narrow = (config.per_layer_config[kind].head_dim for kind in (FULL, SLIDING))
+    wide, narrow = (head_width(config, kind) for kind in (FULL, SLIDING))
     return Refusal("global_head_dim", wide, f"head_dim, {narrow}, or more") if wide < narrow else None
 
 

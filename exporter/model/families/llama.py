@@ -117,7 +117,9 @@ class BlockParts:
         width, own = shape.head_dims[self._layer], shape.key_layers[self._layer] is None
         query, key = shape.heads * width, shape.kv_heads * width
         rows = (("q", query, shape.heads), *((("k", key, shape.kv_heads), ("v", key, 0)) if own else ()))
-        given = [self._linear(role, count, shape.hidden, "attention_in", heads, stored_in) for role, count, heads in rows]
+        given = [
+            self._linear(role, count, shape.hidden, "attention_in", heads, stored_in) for role, count, heads in rows
+        ]
         o = self._linear("o", shape.hidden, query, "attention_out")
         values = None if values_normed or not own else Producer(tuple(v_biases), given[-1], by_heads=True)
         sites = (
