@@ -163,7 +163,7 @@ class LayerStream:
         if not shape.layer_input_width:
             return LayerInputs()
         tokens, places = np.unique(windows, return_inverse=True)
-        embedded, rows = looked_up or [self._model.read_rows(table.name, tokens) for table in shape.tables]
+        embedded, rows = looked_up or self._model.looked_up(tokens)
         with self._maker.loaded(), torch.no_grad():
             made = self._maker.made(self.scaled(embedded.copy()), torch.from_numpy(rows))
         return LayerInputs(made, torch.from_numpy(places.reshape(windows.shape)))
@@ -171,7 +171,7 @@ class LayerStream:
     def table_gradients(
         self, windows: NDArray[np.int64], at_embedding: torch.Tensor, at_inputs: Sequence[NDArray[np.float32]]
     ) -> list[Float32]:
-        """Return E[g^2] of the columns of the rows that are looked up in each of the decoder's tables, [columns].
+        """Return E[g^2] of each column of the rows that are looked up in each of the tables, float32 [columns].
 
         Args:
             windows: The tokens, int64 [windows, length].
@@ -179,14 +179,15 @@ class LayerStream:
             at_inputs: Gradients at each layer's own inputs, float32 [windows, length, width]; empty for none.
         """
         shape = self._model.decoder
-        sums: list[torch.Tensor | float] = [0.0] * len(shape.tables)
+        sums: list[torch.Tensor | float] = [0.0] * (2 if at_inputs else 1)
         with self._maker.loaded() if at_inputs else nullcontext():
             for tokens, at_first, number in zip(windows, at_embedding, range(len(windows)), strict=True):
                 gradients = [at_first]
                 if at_inputs:
-                    given = [torch.from_numpy(self._model.read_rows(table.name, tokens)) for table in shape.tables]
+                    known, places = np.unique(tokens, return_inverse=True)
+                    embedded, rows = (found[places] for found in self._model.looked_up(known))
+                    by = [self.scaled(embedded).requires_grad_(), torch.from_numpy(rows).requires_grad_()]
                     with torch.enable_grad():
-                        by = [self.scaled(given[0].numpy()).requires_grad_(), given[1].requires_grad_()]
                         made = self._maker.made(*by)
                     at_made = torch.stack([torch.from_numpy(one[number]) for one in at_inputs], 1)
                     through, at_rows = torch.autograd.grad(made, by, at_made)

@@ -279,7 +279,8 @@ def _go_on(model: Model, stream: LayerStream, windows: Windows, seed: int, folde
             [_mapped(folder, _own_gradient(layer)) for layer in range(stream.layers)] if own.rows is not None else []
         )
         squares = stream.table_gradients(windows.tokens, _kept(folder, _gradient(-1)), at_inputs)
-    looked_up = {table.role: found for table, found in zip(model.decoder.tables, squares, strict=True)}
+    roles = dict.fromkeys(table.role for table in model.decoder.tables)
+    looked_up = dict(zip(roles, squares, strict=True))
     save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), **looked_up})
     progress(2 * stream.layers, 2 * stream.layers)
 

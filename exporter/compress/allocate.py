@@ -215,7 +215,7 @@ def _sampled(
         rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.part), chosen)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups(group.role)
-        lookups = _scaled_up(frequencies, chosen)
+        lookups = _scaled_up(frequencies[group.first_row :][: group.rows], chosen)
     site = statistics.site(group.site)
     if low_rank is not None and site is not None:
         whole = model.read(group.name)

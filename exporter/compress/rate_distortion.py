@@ -55,7 +55,7 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
         squares += np.float32(variance) * statistics.sensitivity(group.layer, part)
     if "embedding" in group.uses:
         frequencies, columns = statistics.lookups(group.role)
-        squares += frequencies * columns.mean()
+        squares += frequencies[group.first_row :][: group.rows] * columns.mean()
     roots: Float32 = np.sqrt(squares + LEAST_SENSITIVITY * squares.mean() + np.float32(1e-30))
     return roots
 

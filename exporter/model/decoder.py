@@ -24,6 +24,8 @@ LAYER_PROJECTION, LAYER_PROJECTION_NORM = (
 HEAD_SITE = "head_in"
 # The place of the inputs of a table that is only looked up, which are tokens.
 TOKENS = "tokens"
+# A table of inputs of layers is compressed in parts of so many rows: as a whole it may be half of a model.
+ROWS_OF_A_PART = 16384
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
 
 
@@ -115,12 +117,17 @@ class Decoder(Shape):
         return WeightGroup(EMBEDDING, "embedding", None, self.vocab, self.hidden, uses, site)
 
     @cached_property
-    def layer_embedding(self) -> WeightGroup | None:
-        """The table with the inputs that a token has in each layer, one after the other; None for none."""
-        if not self.layer_input_width:
-            return None
+    def layer_embedding(self) -> tuple[WeightGroup, ...]:
+        """The parts of the table with the inputs that a token has in each layer, side by side; empty for none."""
         width = self.layers * self.layer_input_width
-        return WeightGroup(LAYER_EMBEDDING, "layer_embedding", None, self.vocab, width, ("embedding",), TOKENS)
+        firsts = range(0, self.vocab if width else 0, ROWS_OF_A_PART)
+        return tuple(
+            WeightGroup(
+                LAYER_EMBEDDING if len(firsts) == 1 else f"{LAYER_EMBEDDING}.{first}", "layer_embedding", None,
+                min(ROWS_OF_A_PART, self.vocab - first), width, ("embedding",), TOKENS, first_row=first,
+            )
+            for first in firsts
+        )  # fmt: skip
 
     @cached_property
     def before_layers(self) -> tuple[Vector, ...]:
@@ -174,8 +181,8 @@ class Decoder(Shape):
 
     @property
     def tables(self) -> tuple[WeightGroup, ...]:
-        """The matrices whose rows are looked up by token."""
-        return (self.embedding, *([] if self.layer_embedding is None else [self.layer_embedding]))
+        """The matrices whose rows are looked up by token; those of a role are parts of one table."""
+        return (self.embedding, *self.layer_embedding)
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices in the order of the forward pass; the tables are first, an untied head last."""
@@ -200,7 +207,8 @@ class Decoder(Shape):
         found: dict[str, tuple[WeightGroup, ...]] = {}
         for group in self.groups():
             linear = self.linear(group)
-            name = group.name if linear is None or linear.stored_in is None else linear.stored_in
+            stored_in = None if linear is None else linear.stored_in
+            name = LAYER_EMBEDDING if group in self.layer_embedding else stored_in or group.name
             found[name] = (*found.get(name, ()), group)
         return found
 

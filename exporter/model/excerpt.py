@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from exporter.formats.format import Float32
-from exporter.model.decoder import LAYER_EMBEDDING, LAYER_PROJECTION, Decoder
+from exporter.model.decoder import LAYER_PROJECTION, Decoder
 from exporter.model.model import Model
 from exporter.model.widths import stated_width
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Tensors outside the layers in which each layer has a part, and the axis of these parts.
-PARTS_BY_LAYER = {LAYER_EMBEDDING: 1, LAYER_PROJECTION: 0}
 # Models with more weights are not run in full in float32.
 WHOLE_PARAMETERS = 1_000_000_000
 OfLayer = TypeVar("OfLayer")
@@ -104,6 +102,7 @@ class _Excerpt:
 
     def __init__(self, model: Model, kept: Sequence[int]) -> None:
         self._source, self._kept, self._layers = model.tensors, kept, model.decoder.layers
+        self._axes = {table.name: 1 for table in model.decoder.layer_embedding} | {LAYER_PROJECTION: 0}
         self.files = model.tensors.files
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,8 +110,8 @@ class _Excerpt:
         found = {}
         for name, shape in self._source.shapes().items():
             layer = LAYER.fullmatch(name)
-            if name in PARTS_BY_LAYER:
-                axis = PARTS_BY_LAYER[name]
+            if name in self._axes:
+                axis = self._axes[name]
                 one = shape[axis] // self._layers
                 found[name] = (*shape[:axis], one * len(self._kept), *shape[axis + 1 :])
             elif layer is None:
@@ -131,8 +130,8 @@ class _Excerpt:
 
     def _cut(self, name: str, values: Float32) -> Float32:
         """Return a tensor with the parts that belong to the layers of the excerpt."""
-        if name not in PARTS_BY_LAYER:
+        if name not in self._axes:
             return values
-        axis = PARTS_BY_LAYER[name]
+        axis = self._axes[name]
         parts = np.split(values, self._layers, axis)
         return np.concatenate([parts[layer] for layer in self._kept], axis)

@@ -36,7 +36,7 @@ def gguf_matrices(decoder: Decoder) -> dict[str, tuple[WeightGroup, ...]]:
 def first_row(decoder: Decoder, group: WeightGroup) -> int:
     """Return the row of its tensor at which a matrix begins."""
     if group.layer is None:
-        return 0
+        return group.first_row
     tensors = decoder.family.gguf.tensors
     before = 0
     for linear in decoder.blocks[group.layer].linears.values():

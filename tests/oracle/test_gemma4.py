@@ -13,6 +13,10 @@ from transformers import AutoModelForCausalLM, Gemma4VisionConfig
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
+from exporter.compress.allocate import predicted_choices
+from exporter.compress.compression import Compression
+from exporter.compress.effort import EFFORTS
+from exporter.compress.method import load_method
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.excerpt import excerpt, excerpt_layers
 from exporter.model.folder import save_folder
@@ -21,13 +25,13 @@ from exporter.model.sources import open_model
 from exporter.model.widths import outlined
 from exporter.pipeline import build
 from exporter.planning.job import Job
-from exporter.prove.accuracy import Reference, distance, divergence
+from exporter.prove.accuracy import Reference, dequantised, distance, divergence
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import load_target, shape_of
+from exporter.targets.contract import budgeted, load_target, lower, shape_of
 from exporter.targets.opened import OpenedArtifact
 from tests.folders import edit, rewrite
 from tests.gguf_files import edited_gguf
-from tests.models import VOCAB, tiny_model
+from tests.models import VOCAB, tensor_digests, tiny_model
 from tests.reference import plain_texts
 
 LENGTH, GENERATED = 96, 40
@@ -200,6 +204,36 @@ def test_the_divergence_that_a_change_of_a_table_causes_is_predicted(
         frequencies, columns = statistics.lookups(table.role)
         predicted = 0.5 * float(frequencies @ (change.numpy() ** 2 @ columns))
         assert predicted == pytest.approx(measured, rel=0.25), table.role
+
+
+def with_rows_of_a_part(rows: int, folder: Path, made: Path, patch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
+    """Return the tensors of a compressed model, and the divergence predicted for each format of the layers' table."""
+    patch.setattr("exporter.model.decoder.ROWS_OF_A_PART", rows)
+    made.mkdir()
+    target, windows = load_target("gguf"), Windows.of(TOKENS[:, :64], "file", 0)
+    with open_model(str(folder)) as model:
+        assert len(model.decoder.layer_embedding) == -(-VOCAB // rows)
+        decisions = target.decide(model, "Q5_0", "ldlq")
+        rewritten = target.rewritten(model, collect(model, windows, 0, silent), decisions)
+        compression = Compression(
+            rewritten.model, decisions, rewritten.statistics, propagation_text=windows.tokens, source=model
+        )
+        artifact = lower(target, compression, "Q5_0", made).artifact
+        read = target.read_back(artifact, rewritten.model)
+        assert kl(Reference.of(dequantised(rewritten.model, read), TOKENS), artifact.weights[0]) < 0.1
+        table = [one for one in budgeted(target).storages(model) if one.groups[0].role == "layer_embedding"]
+        method = load_method("ldlq", EFFORTS["fast"])
+        choices = predicted_choices(model, table, method, rewritten.statistics, silent)
+    return tensor_digests(artifact.weights[0]), [choice.kl for choice in choices[0]]
+
+
+def test_a_table_is_compressed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    folder = tiny_model(tmp_path / "model", "gemma4_text", layers=3)
+    whole, as_whole = with_rows_of_a_part(VOCAB, folder, tmp_path / "whole", monkeypatch)
+    parts, in_parts = with_rows_of_a_part(128, folder, tmp_path / "parts", monkeypatch)
+    assert parts == whole
+    assert in_parts == pytest.approx(as_whole, rel=1e-4)
 
 
 def test_a_budget_from_the_source_to_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
