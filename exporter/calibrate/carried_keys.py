@@ -75,6 +75,11 @@ def state_width(shape: Shape, layer: int) -> int:
     return shape.hidden if layer == 0 else CarriedKeys(shape, layer - 1).width_after
 
 
+def widest_state(shape: Shape) -> int:
+    """Return the most channels that a state has."""
+    return max(state_width(shape, layer) for layer in range(shape.layers + 1))
+
+
 class _Shared(UserDict[str, _Pair]):
     """What transformers' layer looks keys and values up in, or puts its own into; it names them by their kind."""
 

@@ -8,8 +8,11 @@ al. 2025, GuidedQuant, eq. 8), then
 
     KL = 1/2 sum_i s_i (D H D^T)_ii,    s_i = E[g_i^2],    H = E[w x x^T],    w = |g|^2 / E|g|^2,
 
-so a row's error is weighted by its sensitivity s_i, and a token by its weight w. Rows of the embedding are weighted by
-how often they are looked up.
+so a row's error is weighted by its sensitivity s_i, and a token by its weight w. Rows of a table are weighted by how
+often they are looked up.
+
+Gradients are those of the whole model, also where layers attend to keys and values of earlier ones
+(`exporter.calibrate.carried_keys`) and have inputs that follow from the embedding (`LayerStream.table_gradients`).
 
 The model runs forwards once, storing every layer's inputs on disk, then backwards from the head to the embedding.
 """
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
-from exporter.calibrate.carried_keys import state_width
+from exporter.calibrate.carried_keys import state_width, widest_state
 from exporter.calibrate.layer_stream import (
     LayerInputs,
     LayerStream,
@@ -147,8 +150,8 @@ def site_columns(model: Model) -> dict[str, int]:
 def disk_bytes(model: Model, tokens: int) -> int:
     """Return the disk space needed to collect the statistics: moments, every layer's inputs, gradients."""
     shape = model.decoder
-    widths = [state_width(shape, layer) for layer in range(shape.layers + 1)]
-    channels = sum(widths) + 2 * max(widths) + shape.layers * shape.layer_input_width
+    states = sum(state_width(shape, layer) for layer in range(shape.layers + 1))
+    channels = states + 2 * widest_state(shape) + shape.layers * shape.layer_input_width
     return 4 * (sum(columns**2 for columns in site_columns(model).values()) + tokens * channels)
 
 

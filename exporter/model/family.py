@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -194,6 +195,10 @@ class Multimodal:
     text_key: str = "text_config"
     prefixes: Mapping[str, str] = field(default_factory=lambda: TEXT_PREFIXES)
     left_out: Sequence[str] = VISION
+
+    def leaves_out(self, name: str) -> bool:
+        """Return whether a tensor is of what is left out."""
+        return any(fnmatchcase(name, pattern) for pattern in self.left_out)
 
 
 @dataclass(frozen=True)

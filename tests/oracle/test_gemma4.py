@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma4VisionConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4AudioConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4VisionConfig,
+)
 
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
@@ -47,28 +53,23 @@ FAMILY: dict[str, Any] = {"layer_types": KINDS, "num_kv_shared_layers": 3}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a multimodal model with the keys and the tensors of published ones."""
     folder = tiny_model(tmp_path_factory.mktemp("gemma4") / "model", "gemma4_text", layers=LAYERS, changes=FAMILY)
-    own = json.loads((folder / "config.json").read_text("utf-8"))
-    del own["per_layer_config"], own["architectures"]
-    text = own | {
+    text, decoder = json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
+    encoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = Gemma4VisionConfig(**encoder, num_key_value_heads=2, head_dim=16, intermediate_size=48)
+    config = Gemma4Config(text_config=text, vision_config=vision, audio_config=Gemma4AudioConfig(**encoder))
+    whole = Gemma4ForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(
+        {name.removeprefix("model."): values for name, values in decoder.items()}
+    )
+    whole.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text("utf-8"))
+    text = {key: value for key, value in written["text_config"].items() if key != "per_layer_config"} | {
         "global_head_dim": 32, "num_global_key_value_heads": None, "expert_intermediate_size": None,
         "use_bidirectional_attention": None, "dtype": "bfloat16",
     }  # fmt: skip
-    whole = {
-        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "text_config": text,
-        "vision_config": Gemma4VisionConfig().to_dict(), "audio_config": None, "tie_word_embeddings": True,
-        "boa_token_id": 300, "boi_token_id": 301, "eoa_token_id": 302, "eoi_token_id": 303, "image_token_id": 304,
-        "audio_token_id": 305, "video_token_id": 306, "vision_soft_tokens_per_image": 280, "eos_token_id": [1, 106],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(whole), "utf-8")
-    left = ("vision_tower.encoder", "audio_tower.layers", "embed_vision.embedding", "embed_audio.embedding")
-    unused = [f"layers.5.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
-
-    def published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found = {name.replace("model.", "model.language_model.", 1): values for name, values in tensors.items()}
-        found |= {f"model.language_model.{name}": torch.ones(32, 64) for name in unused}
-        return found | {f"model.{name}.weight": torch.ones(4) for name in left}
-
-    rewrite(folder, published)
+    edit(folder, text_config=text, eos_token_id=[1, 106], vision_soft_tokens_per_image=280, eoa_token_id=258883)
+    unused = [f"model.language_model.layers.5.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")]
+    rewrite(folder, lambda tensors: tensors | {name: torch.ones(32, 64) for name in unused})
     return folder
 
 
@@ -76,6 +77,17 @@ def in_float32(folder: Path, made: Path) -> Path:
     made.mkdir()
     with open_model(str(folder)) as model:
         return load_target("gguf").write_float(model, made).weights[0]
+
+
+def logits_of(module: torch.nn.Module) -> Any:
+    """Return a function that gives a module's logits from a position on."""
+
+    def logits(tokens: list[int], first: int) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = module(input_ids=torch.tensor([tokens])).logits[0, first:].numpy()
+        return found
+
+    return logits
 
 
 def kl(reference: Reference, path: Path) -> float:
@@ -93,17 +105,13 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, folder: Path) -> None:
         assert shape_of(decoder).cache_bytes(100, 2) == 2 * 2 * 100 * 2 * (16 + 16 + 32)
         reference = Reference.of(model, TOKENS)
         save_folder(model, tmp_path / "saved")
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-
-    def logits(tokens: list[int], first: int) -> np.ndarray:
-        with torch.inference_mode():
-            found: np.ndarray = whole(torch.tensor([tokens])).logits[0, first:].numpy()
-        return found
-
-    assert distance(reference, logits).kl_mean < 1e-9
+    whole = Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    for one in (whole, alone):
+        assert distance(reference, logits_of(one)).kl_mean < 1e-9
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
     given = torch.tensor([prompt])
-    expected = whole.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = alone.generate(given, max_new_tokens=GENERATED, do_sample=False, eos_token_id=-1, pad_token_id=0)
     with OpenedArtifact(Artifact("gguf", path.parent, (path,)), LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < MOST_KL
         made = opened.generate(prompt, GENERATED)
@@ -175,12 +183,8 @@ def test_layers_of_other_widths(tmp_path: Path, folder: Path) -> None:
     assert kl(reference, artifact.weights[0]) < MOST_KL
     with open_model(str(tmp_path / "saved")) as padded:
         assert padded.decoder.intermediate == model.decoder.intermediate
-        assert distance(reference, lambda tokens, first: _logits(padded, tokens, first)).kl_mean < 1e-9
-
-
-def _logits(model: Any, tokens: list[int], first: int) -> np.ndarray:
-    found: np.ndarray = Reference.of(model, np.array([tokens])).logits(0, slice(first, None)).numpy()
-    return found
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert distance(reference, logits_of(whole)).kl_mean < 1e-9
 
 
 def test_the_divergence_that_a_change_of_a_table_causes_is_predicted(
