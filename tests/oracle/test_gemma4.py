@@ -20,6 +20,7 @@ from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.allocate import predicted_choices
+from exporter.compress.checks import with_factors
 from exporter.compress.compression import Compression
 from exporter.compress.effort import EFFORTS
 from exporter.compress.method import load_method
@@ -33,7 +34,7 @@ from exporter.pipeline import build
 from exporter.planning.job import Job
 from exporter.prove.accuracy import Reference, dequantised, distance, divergence
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import budgeted, load_target, lower, shape_of
+from exporter.targets.contract import budgeted, load_target, low_rank, lower, shape_of
 from exporter.targets.opened import OpenedArtifact
 from tests.folders import edit, rewrite
 from tests.gguf_files import edited_gguf
@@ -208,6 +209,41 @@ def test_the_divergence_that_a_change_of_a_table_causes_is_predicted(
         frequencies, columns = statistics.lookups(table.role)
         predicted = 0.5 * float(frequencies @ (change.numpy() ** 2 @ columns))
         assert predicted == pytest.approx(measured, rel=0.25), table.role
+
+
+def test_interrupted_statistics_go_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers hand to later ones, and gradients at their own inputs, are there again."""
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 2:
+            raise KeyboardInterrupt
+
+    windows = Windows.of(TOKENS[:, :40], "file", 0)
+    with open_model(str(tiny_model(tmp_path / "model", "gemma4_text", layers=5))) as model:
+        monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "resumed"))
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, windows, 0, stop)
+        collect(model, windows, 0, silent)
+        monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "straight"))
+        collect(model, windows, 0, silent)
+    resumed, straight = (sorted((tmp_path / name).rglob("*.np*")) for name in ("resumed", "straight"))
+    assert [path.name for path in resumed] == [path.name for path in straight]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(resumed, straight, strict=True))
+    assert not [path.name for path in straight if path.name.startswith(("inputs", "own", "gradient"))]
+
+
+def test_factors_beside_each_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "artifact").mkdir()
+    target, windows = load_target("gguf"), Windows.of(TOKENS[:, :64], "file", 0)
+    with open_model(str(tiny_model(tmp_path / "model", "gemma4_text", layers=3))) as model:
+        decisions = with_factors(target.decide(model, "Q4_0", "rtn"), low_rank(target, 32, 8), None)
+        compression = Compression(model, decisions, collect(model, windows, 0, silent))
+        artifact = lower(target, compression, "Q4_0", tmp_path / "artifact").artifact
+        own = Reference.of(dequantised(model, target.read_back(artifact, model)), TOKENS[:1, :48])
+    with OpenedArtifact(artifact, 48, 1, exact=True) as opened:
+        assert distance(own, opened.logits).kl_mean < 2e-3
+    assert kl(own, artifact.weights[0]) > 2e-2
 
 
 def with_rows_of_a_part(rows: int, folder: Path, made: Path, patch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
