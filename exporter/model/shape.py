@@ -98,6 +98,11 @@ class Shape:
         return tuple(sorted({one for one in self.key_layers[layer:] if one is not None and one < layer}))
 
     @property
+    def one_width(self) -> bool:
+        """Whether all layers have the same feed-forward width."""
+        return len(set(self.intermediate)) == 1
+
+    @property
     def even(self) -> bool:
         """Whether the feed-forward widths are those of a model that config.json can describe."""
         return len({width / times for width, times in zip(self.intermediate, self.width_factors, strict=True)}) == 1

@@ -21,7 +21,7 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
     writer.add_context_length(decoder.context_length)
     writer.add_embedding_length(decoder.hidden)
     widths = decoder.intermediate
-    writer.add_feed_forward_length(widths[0] if len(set(widths)) == 1 else widths)
+    writer.add_feed_forward_length(widths[0] if decoder.one_width else widths)
     writer.add_head_count(decoder.heads)
     writer.add_head_count_kv(_key_value_heads(decoder))
     writer.add_key_length(decoder.head_dim)
