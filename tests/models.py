@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -57,6 +59,7 @@ KINDS = {
 FAMILIES = tuple(KINDS)
 # Families that only one target builds, or that differ from one above in little: not every test runs on them.
 MORE_KINDS = {
+    "gemma4_text": (Gemma4TextConfig, Gemma4ForCausalLM),
     "granite": (GraniteConfig, GraniteForCausalLM),
     "granitemoehybrid": (GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM),
@@ -133,6 +136,9 @@ def tiny_model(
             # Larger than the usual start, so that logits differ enough for an oracle to see a fault.
             gain = 0.0 if family == "gemma3_text" else 1.0
             parameter.normal_(gain if "norm" in name else 0.0, 0.1 if "norm" in name else 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.7, 1.3)
     size = "200KB" if shards > 1 else "5GB"
     model.save_pretrained(folder, max_shard_size=size)
     _tokenizer().save_pretrained(folder)
@@ -151,6 +157,15 @@ def own_keys(family: str, head: int, layers: int) -> dict[str, object]:
             "query_pre_attn_scalar": head,
             "sliding_window": 16,
             "layer_types": [("sliding_attention", "full_attention")[layer % 2] for layer in range(layers)],
+        },
+        # Up to half of the layers have no keys and values; the last two that have are of both kinds.
+        "gemma4_text": {
+            "global_head_dim": 2 * head, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": (layers - 1) // 2, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0,
+            "sliding_window": 16,
+            "layer_types": [
+                ("sliding_attention", "full_attention")[layer in (layers // 2, layers - 1)] for layer in range(layers)
+            ],
         },
         "granite": granite,
         "granitemoehybrid": granite | {

@@ -70,9 +70,9 @@ class EvaluationStatistics(Statistics):
         """Return E[g^2] of each output on the evaluation text, float32 [rows]."""
         return self._evaluated.sensitivity(layer, role)
 
-    def lookups(self) -> tuple[Float32, Float32]:
+    def lookups(self, table: str = "embedding") -> tuple[Float32, Float32]:
         """Return the token lookups of the evaluation text; see `Statistics.lookups`."""
-        return self._evaluated.lookups()
+        return self._evaluated.lookups(table)
 
     def ranges(self, place: str) -> ChannelRanges | None:
         """Return the ranges on the calibration text, to which codes and scales are fitted."""

@@ -13,7 +13,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from exporter.calibrate.layer_stream import LoadedLayer, as_windows
+from exporter.calibrate.layer_stream import LayerInputs, LoadedLayer, as_windows
 from exporter.formats.format import Float32
 from exporter.model.blocks import Linear
 
@@ -25,13 +25,14 @@ class PausedLayer:
 
     Attributes:
         parts: The slices of windows that are batches.
-        hidden: Hidden states, float32 [windows, length, hidden]: before the layer, and after it at its end.
+        hidden: Hidden states, float32 [windows, length, channels]: before the layer, and after it at its end.
         inputs: Inputs of the current site, by the first window of each batch, float32 [windows, length, columns].
         stream: The residual stream at the entrance of the current sublayer, likewise.
     """
 
-    def __init__(self, layer: LoadedLayer, hidden: torch.Tensor) -> None:
-        self._layer, self.hidden = layer, hidden
+    def __init__(self, layer: LoadedLayer, hidden: torch.Tensor, own: LayerInputs) -> None:
+        self._layer, self._before, self._own = layer, hidden, own
+        self.hidden = layer.room(hidden)
         self.inputs: dict[int, torch.Tensor] = {}
         self.stream: dict[int, torch.Tensor] = {}
         self._current = slice(0)
@@ -47,7 +48,7 @@ class PausedLayer:
         return module.register_forward_pre_hook(lambda _, given: see(given[0]))
 
     def _forward(self, part: slice) -> None:
-        self.hidden[part] = self._layer.output(self.hidden[part])
+        self.hidden[part] = self._layer.output(self._before[part], self._own.of(self._layer.block.layer, part))
 
     def _see_stream(self, given: torch.Tensor) -> None:
         self.stream[self._current.start] = given

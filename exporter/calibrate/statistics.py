@@ -8,8 +8,11 @@ al. 2025, GuidedQuant, eq. 8), then
 
     KL = 1/2 sum_i s_i (D H D^T)_ii,    s_i = E[g_i^2],    H = E[w x x^T],    w = |g|^2 / E|g|^2,
 
-so a row's error is weighted by its sensitivity s_i, and a token by its weight w. Rows of the embedding are weighted by
-how often they are looked up.
+so a row's error is weighted by its sensitivity s_i, and a token by its weight w. Rows of a table are weighted by how
+often they are looked up.
+
+Gradients are those of the whole model, also where layers attend to keys and values of earlier ones
+(`exporter.calibrate.carried_keys`) and have inputs that follow from the embedding (`LayerStream.table_gradients`).
 
 The model runs forwards once, storing every layer's inputs on disk, then backwards from the head to the embedding.
 """
@@ -24,12 +27,15 @@ import numpy as np
 import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
+from exporter.calibrate.carried_keys import state_width, widest_state
 from exporter.calibrate.layer_stream import (
+    LayerInputs,
     LayerStream,
     LoadedLayer,
     Outputs,
     Progress,
     as_windows,
+    capped,
     check_finite,
     first_output,
 )
@@ -45,12 +51,22 @@ from exporter.calibrate.second_moments import Moments, Site, load_power, load_si
 from exporter.calibrate.windows import Windows
 from exporter.formats.format import Float32
 from exporter.foundation.cache import cache_folder, locked, require_space
-from exporter.foundation.cache_entries import ARRAY, VECTORS, DamagedEntryError, Filling, filling, is_whole, load, save
+from exporter.foundation.cache_entries import (
+    ARRAY,
+    VECTORS,
+    DamagedEntryError,
+    Filling,
+    filling,
+    is_whole,
+    load,
+    require_whole,
+    save,
+)
 from exporter.model import blocks
 from exporter.model.decoder import HEAD_SITE, TOKENS
 from exporter.model.model import Model
 
-VERSION = 6
+VERSION = 7
 # Written after all other files.
 LAST = "lookups.npz"
 POSITIONS_AT_ONCE = 512
@@ -100,10 +116,17 @@ class Statistics:
         """
         return load(self._folder / f"{_gradients(layer)}.npz", VECTORS)[part]
 
-    def lookups(self) -> tuple[Float32, Float32]:
-        """Return the frequency of each token, float32 [vocab], and E[g^2] of the embedded tokens, [hidden]."""
+    def lookups(self, table: str = "embedding") -> tuple[Float32, Float32]:
+        """Return how often each row of a table is looked up, and how sensitive its columns are.
+
+        Args:
+            table: The role of the table.
+
+        Returns:
+            The frequency of each token, float32 [vocab], and E[g^2] of the rows looked up, [columns].
+        """
         found = load(self._folder / LAST, VECTORS)
-        return found["tokens"], found["embedding"]
+        return found["tokens"], found[table]
 
     def ranges(self, place: str) -> ChannelRanges | None:
         """Return the ranges of a site or of an `exporter.calibrate.ranges.output_place`; None if not observed."""
@@ -127,9 +150,9 @@ def site_columns(model: Model) -> dict[str, int]:
 def disk_bytes(model: Model, tokens: int) -> int:
     """Return the disk space needed to collect the statistics: moments, every layer's inputs, gradients."""
     shape = model.decoder
-    return 4 * (
-        sum(columns**2 for columns in site_columns(model).values()) + tokens * shape.hidden * (shape.layers + 3)
-    )
+    states = sum(state_width(shape, layer) for layer in range(shape.layers + 1))
+    channels = states + 2 * widest_state(shape) + shape.layers * shape.layer_input_width
+    return 4 * (sum(columns**2 for columns in site_columns(model).values()) + tokens * channels)
 
 
 def collect(model: Model, windows: Windows, seed: int, progress: Progress) -> Statistics:
@@ -208,7 +231,7 @@ def _collection(
                     yield from _go_on(model, stream(), windows, seed, folder, progress)
     if not _whole(folder, model):
         raise DamagedEntryError(folder)
-    for kind in ("inputs", "gradient"):
+    for kind in ("inputs", "own", "gradient"):
         for number in _numbers(folder, kind):
             (folder / f"{kind}.{number}.npy").unlink(missing_ok=True)
 
@@ -236,27 +259,32 @@ def _go_on(model: Model, stream: LayerStream, windows: Windows, seed: int, folde
             path.unlink()
     there_bytes = sum(path.stat().st_size for path in folder.iterdir())
     require_space(folder, disk_bytes(model, windows.tokens.size) - there_bytes, NO_SPACE)
+    own = stream.layer_inputs(windows.tokens)
     with filling(folder) as files:
         if not _numbers(folder, "gradient"):
-            hidden = yield from _forwards(stream, windows, files, progress)
+            hidden = yield from _forwards(stream, windows, own, files, progress)
             # The head needs room: let the last layer go.
             yield None
-            _keep(files, _gradient(stream.layers - 1), _head(stream, hidden, seed, files))
+            _keep(files, _gradient(stream.layers - 1), _head(model, stream, hidden, seed, files))
         while (index := max(_numbers(folder, "gradient"))) >= 0:
             progress(2 * stream.layers - 1 - index, 2 * stream.layers)
             layer = yield index
             assert layer is not None
-            before = _backwards(layer, _kept(folder, _inputs(index)), _kept(folder, _gradient(index)), files)
+            before = _backwards(layer, _kept(folder, _inputs(index)), own, _kept(folder, _gradient(index)), files)
             check_finite(before, f"gradient of layer {index}")
             _keep(files, _gradient(index - 1), before)
             # Delete the gradient first: while it exists, a resumed run starts with this layer and needs its inputs.
             (folder / _gradient(index)).unlink()
             for after in (index, index + 1):
                 (folder / _inputs(after)).unlink(missing_ok=True)
-        at_embedding = _kept(folder, _gradient(-1)).numpy()
         counts = np.bincount(windows.tokens.reshape(-1), minlength=model.decoder.vocab) / windows.tokens.size
-        squares = np.square(at_embedding).mean(axis=(0, 1))
-    save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), "embedding": squares})
+        at_inputs = (
+            [_mapped(folder, _own_gradient(layer)) for layer in range(stream.layers)] if own.rows is not None else []
+        )
+        squares = stream.table_gradients(windows.tokens, _kept(folder, _gradient(-1)), at_inputs)
+    roles = dict.fromkeys(table.role for table in model.decoder.tables)
+    looked_up = dict(zip(roles, squares, strict=True))
+    save(folder / LAST, VECTORS, {"tokens": counts.astype(np.float32), **looked_up})
     progress(2 * stream.layers, 2 * stream.layers)
 
 
@@ -267,6 +295,11 @@ def _inputs(layer: int) -> str:
 def _gradient(layer: int) -> str:
     """Return the file name of the gradient at a layer's outputs; layer -1 is the embedding."""
     return f"gradient.{layer}.npy"
+
+
+def _own_gradient(layer: int) -> str:
+    """Return the file name of the gradient at a layer's own inputs."""
+    return f"own.{layer}.npy"
 
 
 def _numbers(folder: Path, kind: str) -> list[int]:
@@ -282,9 +315,16 @@ def _kept(folder: Path, name: str) -> torch.Tensor:
     return torch.from_numpy(load(folder / name, ARRAY))
 
 
+def _mapped(folder: Path, name: str) -> Float32:
+    """Return an array of which only the parts that are used are read."""
+    require_whole(folder / name)
+    values: Float32 = np.load(folder / name, mmap_mode="c", allow_pickle=False)
+    return values
+
+
 @torch.inference_mode()
 def _forwards(
-    stream: LayerStream, windows: Windows, files: Filling, progress: Progress
+    stream: LayerStream, windows: Windows, own: LayerInputs, files: Filling, progress: Progress
 ) -> Generator[int | None, LoadedLayer | None, torch.Tensor]:
     """Save every layer's inputs and return the last layer's outputs, float32 [windows, length, hidden]."""
     first = max(_numbers(files.path, "inputs"), default=None)
@@ -299,14 +339,15 @@ def _forwards(
         layer = yield index
         assert layer is not None
         with observed_ranges(layer, files):
-            layer.run(hidden)
+            hidden = layer.run(hidden, own)
         check_finite(hidden, f"layer {index}")
         _keep(files, _inputs(index + 1), hidden)
     return hidden
 
 
-def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) -> torch.Tensor:
+def _head(model: Model, stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) -> torch.Tensor:
     """Draw a token at every position; save the head's statistics and return the gradient at the last layer."""
+    divisor, cap = model.decoder.logits_divisor, model.decoder.logits_cap
     chance = torch.Generator().manual_seed(seed)
     head = stream.head()
     with torch.no_grad():
@@ -321,19 +362,24 @@ def _head(stream: LayerStream, hidden: torch.Tensor, seed: int, files: Filling) 
         at_normalised, weights = torch.empty(normalised.shape), torch.empty(len(normalised))
         for first in range(0, len(normalised), POSITIONS_AT_ONCE):
             part = slice(first, first + POSITIONS_AT_ONCE)
-            p = (normalised[part].detach() / stream.logits_divisor @ head.T).softmax(-1)
+            logits = capped(normalised[part].detach() / divisor @ head.T, cap)
+            # The derivative of c tanh(x / c) is 1 - tanh(x / c)^2.
+            slope = None if cap is None else 1 - (logits / cap).square_()
+            p = logits.softmax(-1)
             # The exact expectation of g^2 over drawn tokens.
             variance = torch.addcmul(p, p, p, value=-1)
+            if slope is not None:
+                variance *= slope.square()
             total += variance.sum(0)
             weights[part] = variance.sum(-1)
             drawn = _drawn(p, torch.rand(len(p), 1, generator=chance))
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
-            at_normalised[part] = p @ head / stream.logits_divisor
+            at_normalised[part] = (p if slope is None else p.mul_(slope)) @ head / divisor
         (gradient[window],) = torch.autograd.grad(normalised, outputs, at_normalised)
         moments.add(normalised.detach()[None], weights[None], window)
     moments.save(files, HEAD_SITE)
-    # Of the head's outputs, before they are divided.
-    means = total / (hidden[..., 0].numel() * stream.logits_divisor**2)
+    # Of the head's outputs, before they are divided and capped.
+    means = total / (hidden[..., 0].numel() * divisor**2)
     files.save(f"{_gradients(None)}.npz", VECTORS, {"head": means.float().numpy()})
     return gradient
 
@@ -347,14 +393,18 @@ def _drawn(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, draws * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
-def _backwards(layer: LoadedLayer, inputs: torch.Tensor, gradient: torch.Tensor, files: Filling) -> torch.Tensor:
-    """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, hidden]."""
-    before, block = torch.empty_like(gradient), layer.block
+def _backwards(
+    layer: LoadedLayer, inputs: torch.Tensor, own: LayerInputs, gradient: torch.Tensor, files: Filling
+) -> torch.Tensor:
+    """Save one layer's statistics and return the gradient at its inputs, float32 [windows, length, channels]."""
+    before, block = torch.empty_like(inputs), layer.block
+    at_own: list[torch.Tensor] = []
     sums: dict[str, torch.Tensor] = {}
     with _observed(layer) as (seen, gradients):
         moments = {site.name: Moments(site.columns) for site in block.sites}
-        for part, outputs, given in layer.differentiable(inputs):
-            (before[part],) = torch.autograd.grad(outputs, given, gradient[part])
+        for part, outputs, given in layer.differentiable(inputs, own):
+            before[part], *more = torch.autograd.grad(outputs, given, gradient[part])
+            at_own += more
             # No token of these windows may have reached an expert.
             tokens = {name: _squares(gradients.pop(name), name, sums) for name in block.linears if name in gradients}
             for site in block.sites:
@@ -371,6 +421,8 @@ def _backwards(layer: LoadedLayer, inputs: torch.Tensor, gradient: torch.Tensor,
         name: (sums.get(name, torch.zeros(linear.group.rows)) / count).numpy() for name, linear in block.linears.items()
     }
     files.save(f"{_gradients(block.layer)}.npz", VECTORS, squares)
+    if at_own:
+        _keep(files, _own_gradient(block.layer), torch.cat(at_own))
     return before
 
 

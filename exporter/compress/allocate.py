@@ -214,8 +214,8 @@ def _sampled(
     if group.site != TOKENS:
         rows = _scaled_up(statistics.sensitivity(group.layer, "head" if group.layer is None else group.part), chosen)
     if "embedding" in group.uses:
-        frequencies, columns = statistics.lookups()
-        lookups = _scaled_up(frequencies, chosen)
+        frequencies, columns = statistics.lookups(group.role)
+        lookups = _scaled_up(frequencies[group.first_row :][: group.rows], chosen)
     site = statistics.site(group.site)
     if low_rank is not None and site is not None:
         whole = model.read(group.name)

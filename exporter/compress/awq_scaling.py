@@ -330,9 +330,9 @@ class _ScaledStatistics(Statistics):
         given, factor = self._source.sensitivity(layer, role), self._factors.get(output_place(layer, role))
         return given if factor is None else given * factor**2
 
-    def lookups(self) -> tuple[Float32, Float32]:
-        """Return the values of the source: the embedding stays as it is."""
-        return self._source.lookups()
+    def lookups(self, table: str = "embedding") -> tuple[Float32, Float32]:
+        """Return the values of the source: tables stay as they are."""
+        return self._source.lookups(table)
 
     def ranges(self, place: str) -> ChannelRanges | None:
         """Return the ranges of a place in the new coordinates."""

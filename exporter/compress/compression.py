@@ -21,7 +21,7 @@ from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.allocator import give_back_freed_memory
 from exporter.foundation.errors import RequestError
 from exporter.model.blocks import Site
-from exporter.model.model import Model
+from exporter.model.model import Model, tokens_of
 
 DIGESTED_ROWS_AT_ONCE = 1024
 # The method that gives factors their codes, whatever gives the matrices theirs.
@@ -130,14 +130,19 @@ def compress(
 
 def _compressed(compression: Compression) -> Iterator[CompressedMatrix]:
     encoder, decoder, tokens = _Encoder(compression), compression.model.decoder, compression.propagation_text
-    embedding = encoder.compressed(decoder.embedding)
-    embedded = None if tokens is None else embedding.encoded.planned[tokens]
-    yield embedding
-    del embedding
-    if tokens is None or embedded is None:
+    looked_up: dict[str, list[Float32]] = {}
+    for part in decoder.tables:
+        table = encoder.compressed(part)
+        if tokens is not None:
+            rows = table.encoded.planned[tokens_of(part, np.unique(tokens))]
+            looked_up.setdefault(part.role, []).append(rows)
+        yield table
+        del table
+    if tokens is None:
         yield from (encoder.compressed(one.group) for site in decoder.sites.values() for one in site.linears)
     else:
-        yield from _compensating(encoder, propagated_errors(compression.model, tokens, embedded))
+        rows_of_tables = [np.concatenate(parts) for parts in looked_up.values()]
+        yield from _compensating(encoder, propagated_errors(compression.model, tokens, rows_of_tables))
     if not decoder.tied:
         yield encoder.compressed(decoder.head)
 

@@ -13,8 +13,9 @@ of W.
 Both models run side by side on the calibration text, a layer at a time, and stop at each site.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from exporter.calibrate.bf16_matmul import quick_products
@@ -60,13 +61,14 @@ class SiteErrors:
         self._compressed.replace(linear, planned)
 
 
-def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterator[tuple[Site, SiteErrors]]:
+def propagated_errors(model: Model, tokens: Tokens, looked_up: Sequence[Float32]) -> Iterator[tuple[Site, SiteErrors]]:
     """Run the source and the compressed model through the layers side by side; yield each site when both reach it.
 
     Args:
         model: The source.
         tokens: Windows of the calibration text, int64 [windows, length].
-        embedded: The compressed embeddings of the tokens, float32 [windows, length, hidden]; changed.
+        looked_up: The compressed rows of each of the decoder's tables, for each token of the text in ascending order,
+            float32 [tokens, columns].
 
     Yields:
         The sites in the order of computation. `follow` must be called for every matrix of one before the next.
@@ -75,15 +77,17 @@ def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterat
         InputError: activations are not finite (named by layer).
     """
     streams = LayerStream(model), LayerStream(model)
-    hidden = streams[0].embed(tokens), streams[1].scaled(embedded)
+    places = np.unique(tokens, return_inverse=True)[1].reshape(tokens.shape)
+    hidden = streams[0].embed(tokens), streams[1].scaled(looked_up[0][places])
+    inputs = streams[0].layer_inputs(tokens), streams[1].layer_inputs(tokens, looked_up)
     for block in model.decoder.blocks:
         for one in hidden:
             check_finite(one, f"inputs of layer {block.layer}")
         with (
             streams[0].layer(block.layer) as source_layer,
             streams[1].layer(block.layer, like=source_layer) as compressed_layer,
-            PausedLayer(source_layer, hidden[0]) as source,
-            PausedLayer(compressed_layer, hidden[1]) as compressed,
+            PausedLayer(source_layer, hidden[0], inputs[0]) as source,
+            PausedLayer(compressed_layer, hidden[1], inputs[1]) as compressed,
         ):
             for sublayer in block.sublayers:
                 for site in sublayer.sites:
@@ -92,6 +96,7 @@ def propagated_errors(model: Model, tokens: Tokens, embedded: Float32) -> Iterat
                         _advance(source, compressed)
                     yield site, SiteErrors(source, compressed, site, _weight_in_the_stream(sublayer, site))
             _advance(source, compressed)
+            hidden = source.hidden, compressed.hidden
 
 
 def _weight_in_the_stream(sublayer: Sublayer, site: Site) -> float:
@@ -120,7 +125,7 @@ class _Difference:
         moment, self._inputs = torch.zeros(columns, columns), torch.zeros(columns, columns)
         self._stream: torch.Tensor | None = None
         if onto_the_stream:
-            self._stream = torch.zeros(compressed.hidden.shape[-1], columns)
+            self._stream = torch.zeros(compressed.stream[0].shape[-1], columns)
         for part in compressed.parts:
             given = compressed.inputs[part.start].flatten(0, 1)
             add_products(moment, given, 1 / tokens)

@@ -54,8 +54,8 @@ def roots_of(statistics: Statistics, group: WeightGroup, variance: float) -> Flo
         part = "head" if group.layer is None else group.part
         squares += np.float32(variance) * statistics.sensitivity(group.layer, part)
     if "embedding" in group.uses:
-        frequencies, columns = statistics.lookups()
-        squares += frequencies * columns.mean()
+        frequencies, columns = statistics.lookups(group.role)
+        squares += frequencies[group.first_row :][: group.rows] * columns.mean()
     roots: Float32 = np.sqrt(squares + LEAST_SENSITIVITY * squares.mean() + np.float32(1e-30))
     return roots
 

@@ -20,6 +20,7 @@ class WeightGroup:
         expert: Number of the expert that it belongs to; None outside of experts.
         share: Share of the tokens that are multiplied by it.
         exact: It is kept in float32, whatever the type of the model: it chooses the experts.
+        first_row: Row of the whole table at which it begins, if it is a part of one.
     """
 
     name: str
@@ -32,6 +33,7 @@ class WeightGroup:
     expert: int | None = None
     share: float = 1.0
     exact: bool = False
+    first_row: int = 0
 
     @property
     def part(self) -> str:

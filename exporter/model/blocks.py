@@ -13,14 +13,16 @@ from exporter.formats.group import WeightGroup
 
 @dataclass(frozen=True)
 class Vector:
-    """The gain of a norm, a bias, or the kernel of a depthwise convolution; every target stores it in float32.
+    """A gain, a bias, a convolution's kernel, or a small projection; every target stores it in float32.
 
     Attributes:
         role: Role in the block, such as `attention_norm` or `q_bias`.
         name: Name in the checkpoint.
         width: Number of channels.
         offset: Added to what the checkpoint stores: Gemma's norms multiply by 1 + w.
-        kernel: Number of positions that a convolution sees; None for a gain or a bias, one number for each channel.
+        kernel: Number of positions that a depthwise convolution sees; None for a gain or a bias, one number for each
+            channel.
+        rows: Outputs of a projection, of which the channels are the inputs; None for anything else.
     """
 
     role: str
@@ -28,10 +30,13 @@ class Vector:
     width: int
     offset: float = 0.0
     kernel: int | None = None
+    rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in a checkpoint; a convolution has one input for each of its outputs."""
+        if self.rows is not None:
+            return (self.rows, self.width)
         return (self.width,) if self.kernel is None else (self.width, 1, self.kernel)
 
 
@@ -163,11 +168,13 @@ class Block:
         layer: Its index.
         sublayers: In the order of computation.
         vectors: Its norms and biases, in the order in which files hold them.
+        scale: The one of them by which the stream is multiplied at the end of the layer; None for none.
     """
 
     layer: int
     sublayers: tuple[Sublayer, ...]
     vectors: tuple[Vector, ...]
+    scale: Vector | None = None
 
     @property
     def sites(self) -> Iterator[Site]:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ class Checkpoint:
         Raises:
             InputError: a tensor is neither the decoder's nor known to be of what is left out, or two have one name.
         """
-        left = {name for name in self.tensors if any(fnmatchcase(name, pattern) for pattern in form.left_out)}
+        left = set(filter(form.leaves_out, self.tensors))
         names = {name: _name_by(name, form.prefixes) for name in self.tensors if name not in left}
         strange = sorted(name for name, given in names.items() if given is None)
         if strange:

@@ -165,6 +165,13 @@ def _is_numbers(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MAX_WIDTH and all(map(_is_positive, value))
 
 
+def _is_widths_of_heads(value: object) -> bool:
+    fits, _ = KINDS["width"]
+    return isinstance(value, dict) and all(
+        isinstance(own, dict) and own.keys() == {"head_dim"} and fits(own["head_dim"]) for own in value.values()
+    )
+
+
 def _is_layer_numbers(value: object) -> bool:
     fits, _ = KINDS["whole"]
     return isinstance(value, list) and len(value) <= MAX_LAYERS and all(map(fits, value))
@@ -196,4 +203,5 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "table": (lambda value: isinstance(value, dict), "an object"),
     "whole": _whole(0, MAX_POSITIONS),
     "width": _whole(1, MAX_WIDTH),
+    "widths of heads": (_is_widths_of_heads, "an object that gives layers a head_dim and nothing else"),
 }

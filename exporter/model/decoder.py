@@ -16,9 +16,16 @@ from exporter.model.shape import Shape
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# What makes a layer's own inputs of a token: a table that is looked up, and a projection of the embedding with a norm.
+LAYER_EMBEDDING = "model.embed_tokens_per_layer.weight"
+LAYER_PROJECTION, LAYER_PROJECTION_NORM = (
+    f"model.{name}.weight" for name in ("per_layer_model_projection", "per_layer_projection_norm")
+)
 HEAD_SITE = "head_in"
-# The place of an untied embedding's inputs, which are tokens.
+# The place of the inputs of a table that is only looked up, which are tokens.
 TOKENS = "tokens"
+# A table of inputs of layers is compressed in parts of so many rows: as a whole it may be half of a model.
+ROWS_OF_A_PART = 16384
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
 
 
@@ -52,16 +59,19 @@ class Decoder(Shape):
         windows = family.windows(config, where)
         if len(windows) != layers:
             raise InputError("layer_types does not name each layer", where=where, got=len(windows), expected=layers)
-        head_dim = whole_number(config, "head_dim", where, default=hidden // heads)
+        width, factors = whole_number(config, family.width_key, where), family.width_factors(config, where)
+        head_dims = family.head_dims(config, where)
         decoder = cls(
             family=family,
             layers=layers,
             hidden=hidden,
-            intermediate=(whole_number(config, family.width_key, where),) * layers,
+            intermediate=tuple(times * width for times in factors),
+            width_factors=factors,
             heads=heads,
             kv_heads=whole_number(config, "num_key_value_heads", where, default=heads),
-            head_dim=head_dim,
-            rotary_width=rotary_width(config, head_dim),
+            head_dims=head_dims,
+            key_layers=family.key_layers(config, where),
+            rotary_width=rotary_width(config, max(head_dims)),
             vocab=whole_number(config, "vocab_size", where),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
             positions=positions,
@@ -70,14 +80,16 @@ class Decoder(Shape):
             embedding_scale=family.embedding_scale(config),
             residual_scale=family.residual_scale(config),
             logits_divisor=family.logits_divisor(config),
+            logits_cap=family.logits_cap(config),
+            layer_input_width=family.layer_input_width(config, where),
             activation="silu" if family.activation_key is None else getattr(config, family.activation_key),
             experts=family.experts(config, where),
         )
-        if heads % decoder.kv_heads or head_dim % 2 or decoder.rotary_width % 2:
+        if heads % decoder.kv_heads or any(one % 2 for one in (*head_dims, decoder.rotary_width)):
             raise InputError(
                 "the heads do not divide evenly",
                 where=where,
-                got=f"{heads} heads, {decoder.kv_heads} key-value heads, head width {head_dim}, "
+                got=f"{heads} heads, {decoder.kv_heads} key-value heads, head width {decoder.head_dim}, "
                 f"of which rotary embeddings turn {decoder.rotary_width}",
                 expected="key-value heads that divide the heads, and even widths",
             )
@@ -105,6 +117,30 @@ class Decoder(Shape):
         return WeightGroup(EMBEDDING, "embedding", None, self.vocab, self.hidden, uses, site)
 
     @cached_property
+    def layer_embedding(self) -> tuple[WeightGroup, ...]:
+        """The parts of the table with the inputs that a token has in each layer, side by side; empty for none."""
+        width = self.layers * self.layer_input_width
+        firsts = range(0, self.vocab if width else 0, ROWS_OF_A_PART)
+        return tuple(
+            WeightGroup(
+                LAYER_EMBEDDING if len(firsts) == 1 else f"{LAYER_EMBEDDING}.{first}", "layer_embedding", None,
+                min(ROWS_OF_A_PART, self.vocab - first), width, ("embedding",), TOKENS, first_row=first,
+            )
+            for first in firsts
+        )  # fmt: skip
+
+    @cached_property
+    def before_layers(self) -> tuple[Vector, ...]:
+        """The projection of the embedding to inputs of layers, and its norm; empty where layers have none."""
+        width = self.layer_input_width
+        if not width:
+            return ()
+        return (
+            Vector("layer_projection", LAYER_PROJECTION, self.hidden, rows=self.layers * width),
+            Vector("layer_projection_norm", LAYER_PROJECTION_NORM, width),
+        )
+
+    @cached_property
     def head(self) -> WeightGroup:
         """The matrix that makes the logits."""
         if self.tied:
@@ -130,7 +166,7 @@ class Decoder(Shape):
         return frozenset(site.name for site in ends if not site.routed)
 
     def linear(self, group: WeightGroup) -> Linear | None:
-        """Return the matrix of a group; None for embedding and head."""
+        """Return the matrix of a group; None for tables and the head."""
         return None if group.layer is None else self.blocks[group.layer].linears[group.part]
 
     @property
@@ -143,21 +179,26 @@ class Decoder(Shape):
         """Number of weights that a token is computed with, on average; a token reaches some of the experts only."""
         return self.parameters - round(sum((1 - group.share) * group.size for group in self.groups()))
 
+    @property
+    def tables(self) -> tuple[WeightGroup, ...]:
+        """The matrices whose rows are looked up by token; those of a role are parts of one table."""
+        return (self.embedding, *self.layer_embedding)
+
     def groups(self) -> list[WeightGroup]:
-        """Return the matrices in the order of the forward pass; the embedding is first, an untied head last."""
+        """Return the matrices in the order of the forward pass; the tables are first, an untied head last."""
         inside = [linear.group for block in self.blocks for linear in block.linears.values()]
-        return [self.embedding, *inside, *([] if self.tied else [self.head])]
+        return [*self.tables, *inside, *([] if self.tied else [self.head])]
 
     def all_vectors(self) -> list[Vector]:
-        """Return norms, biases and kernels in the order in which files hold them."""
-        return [*(vector for block in self.blocks for vector in block.vectors), self.final_norm]
+        """Return the tensors kept in float32 in the order in which files hold them."""
+        return [*self.before_layers, *(vector for block in self.blocks for vector in block.vectors), self.final_norm]
 
     def vectors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of the tensors kept in float32: norms, biases and kernels."""
+        """Return name -> shape of the tensors kept in float32."""
         return {vector.name: vector.shape for vector in self.all_vectors()}
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of all tensors: matrices, norms, biases and kernels."""
+        """Return name -> shape of all tensors: matrices, and those kept in float32."""
         return {group.name: (group.rows, group.columns) for group in self.groups()} | self.vectors()
 
     @cached_property
@@ -166,7 +207,8 @@ class Decoder(Shape):
         found: dict[str, tuple[WeightGroup, ...]] = {}
         for group in self.groups():
             linear = self.linear(group)
-            name = group.name if linear is None or linear.stored_in is None else linear.stored_in
+            stored_in = None if linear is None else linear.stored_in
+            name = LAYER_EMBEDDING if group in self.layer_embedding else stored_in or group.name
             found[name] = (*found.get(name, ()), group)
         return found
 
@@ -200,7 +242,8 @@ class Decoder(Shape):
                     expected=list(shape),
                     next_step="check that config.json belongs to these weights",
                 )
-        extra = sorted(name for name in set(held) - set(needed) - {HEAD} if not name.endswith(IGNORED_SUFFIXES))
+        known = {*needed, *self.family.unused(self), HEAD}
+        extra = sorted(name for name in set(held) - known if not name.endswith(IGNORED_SUFFIXES))
         if extra:
             raise InputError(
                 f"the model holds a tensor that a {self.family.architecture} does not use: {extra[0]}",

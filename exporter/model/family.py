@@ -1,7 +1,8 @@
 """What a family of decoders declares: its blocks, the keys of its config.json, and what targets need to know of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig
 from exporter.foundation.registry import load, names
 from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
-from exporter.model.limits import MAX_POSITIONS
+from exporter.model.limits import MAX_POSITIONS, whole_number
 from exporter.model.shape import Experts, Shape
 
 if TYPE_CHECKING:
@@ -44,6 +45,40 @@ def attention_only(config: PretrainedConfig, where: object) -> tuple[int | None,
     """Return None for each layer: none has a convolution."""
     layers: int = config.num_hidden_layers
     return (None,) * layers
+
+
+def one_width(config: PretrainedConfig, where: object) -> tuple[int, ...]:
+    """Return 1 for each layer: all feed-forward parts are as wide as config.json states."""
+    layers: int = config.num_hidden_layers
+    return (1,) * layers
+
+
+def one_head_width(config: PretrainedConfig, where: object) -> tuple[int, ...]:
+    """Return the width of a head, the same for each layer."""
+    heads = whole_number(config, "num_attention_heads", where)
+    width = whole_number(config, "head_dim", where, default=whole_number(config, "hidden_size", where) // heads)
+    layers: int = config.num_hidden_layers
+    return (width,) * layers
+
+
+def own_keys(config: PretrainedConfig, where: object) -> tuple[int | None, ...]:
+    """Return None for each layer: all attend to keys and values of their own."""
+    layers: int = config.num_hidden_layers
+    return (None,) * layers
+
+
+def no_layer_inputs(config: PretrainedConfig, where: object) -> int:
+    """Return 0."""
+    return 0
+
+
+def nothing_unused(shape: Shape) -> Collection[str]:
+    """Return no names."""
+    return ()
+
+
+def no_cap(config: PretrainedConfig) -> float | None:
+    """Return None."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +130,12 @@ class GgufDeclaration:
         rotary: Kinds of rotary embedding that its graph computes.
         square_queries: Its heads must together be as wide as the residual stream.
         final_norm: Name of the gain of the norm before the head.
+        outside: Role -> name, of the table and the projection that make inputs of layers.
         with_widths: An architecture that computes the same, with a feed-forward width for each layer; None for none.
         keys: Returns the keys of the header besides those of every decoder, without the architecture's prefix.
         refusal: Returns what its graph has built in that this model has otherwise; None for nothing.
+        most_lowering_kl: How far a file in float32 may be from the model, in nats, where the graph rounds more than
+            sums in another order do; None where it does not.
         config: Changes the config.json that the header of a file gives, where the family has other keys than Llama.
     """
 
@@ -108,10 +146,12 @@ class GgufDeclaration:
     rotary: Sequence[str] = ("default", "linear", "dynamic", "yarn")
     square_queries: bool = False
     final_norm: str = "output_norm.weight"
+    outside: Mapping[str, str] = field(default_factory=dict)
     with_widths: str | None = None
     keys: Callable[[Shape, PretrainedConfig], Mapping[str, HeaderValue]] = no_keys
     refusal: Callable[[Shape, PretrainedConfig], Refusal | None] = nothing_refused
     config: Callable[[dict[str, Any], "Header"], None] = as_it_is
+    most_lowering_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +205,10 @@ class Multimodal:
     prefixes: Mapping[str, str] = field(default_factory=lambda: TEXT_PREFIXES)
     left_out: Sequence[str] = VISION
 
+    def leaves_out(self, name: str) -> bool:
+        """Return whether a tensor is of what is left out."""
+        return any(fnmatchcase(name, pattern) for pattern in self.left_out)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -184,10 +228,18 @@ class Family:
         embedding_scale: Returns the factor of embeddings before the first block.
         residual_scale: Returns the factor of what sublayers add to the residual stream.
         logits_divisor: Returns what the head's outputs are divided by.
+        logits_cap: Returns the cap of logits, or None; see `Shape.logits_cap`.
         experts: Returns the experts of each layer, or None; it raises an `InputError` as `windows` does.
         rotates: Returns whether queries and keys have rotary embeddings.
         convolutions: Returns the kernel, in positions, of the short convolution that a layer has in place of attention,
             None for a layer of attention; it raises an `InputError` as `windows` does.
+        head_dims: Returns the width of a head in each layer; it raises an `InputError` as `windows` does.
+        key_layers: Returns the layer whose keys and values each layer attends to, None for its own; it raises an
+            `InputError` as `windows` does.
+        width_factors: Returns the feed-forward width of each layer as a multiple of the one that config.json states; it
+            raises an `InputError` as `windows` does.
+        layer_input_width: Returns the width of what each layer is given of a token besides the residual stream; it
+            raises an `InputError` as `windows` does.
         normalise: Changes a config that was just read so that `intermediate_size` is the width of the feed-forward
             parts, where it follows from several keys.
         final_norm: Path, within the base model, of the norm before the head.
@@ -204,6 +256,7 @@ class Family:
         inert: Names and patterns of keys that change nothing, whatever their value, besides those of every family.
         multimodal: A form in which models of the family are published beside an encoder of images; None for none.
         adopted_code: Values of `auto_map` in published models, whose code or tokenizer transformers has built in since.
+        unused: Returns the names of tensors that a checkpoint may hold although the model computes nothing with them.
     """
 
     model_type: str
@@ -217,9 +270,14 @@ class Family:
     embedding_scale: Callable[[PretrainedConfig], float] = no_scale
     residual_scale: Callable[[PretrainedConfig], float] = no_scale
     logits_divisor: Callable[[PretrainedConfig], float] = no_scale
+    logits_cap: Callable[[PretrainedConfig], float | None] = no_cap
     experts: Callable[[PretrainedConfig, object], Experts | None] = no_experts
     rotates: Callable[[PretrainedConfig], bool] = always
     convolutions: Callable[[PretrainedConfig, object], tuple[int | None, ...]] = attention_only
+    head_dims: Callable[[PretrainedConfig, object], tuple[int, ...]] = one_head_width
+    key_layers: Callable[[PretrainedConfig, object], tuple[int | None, ...]] = own_keys
+    width_factors: Callable[[PretrainedConfig, object], tuple[int, ...]] = one_width
+    layer_input_width: Callable[[PretrainedConfig, object], int] = no_layer_inputs
     normalise: Callable[[PretrainedConfig], None] = as_read
     final_norm: str = "norm"
     rotary_kinds: Sequence[str] = (FULL,)
@@ -234,6 +292,7 @@ class Family:
     inert: Sequence[str] = ()
     multimodal: Multimodal | None = None
     adopted_code: Sequence[str] = ()
+    unused: Callable[[Shape], Collection[str]] = nothing_unused
 
     @property
     def usable_context(self) -> str:

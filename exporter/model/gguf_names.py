@@ -16,6 +16,8 @@ def gguf_names(decoder: Decoder) -> dict[str, str]:
     """
     tensors, final_norm = decoder.family.gguf.tensors, decoder.family.gguf.final_norm
     pairs = {decoder.embedding.name: EMBEDDING_NAME, decoder.final_norm.name: final_norm, HEAD: HEAD_NAME}
+    outside = {one.name: one.role for one in decoder.tables[1:]} | {one.name: one.role for one in decoder.before_layers}
+    pairs |= {name: decoder.family.gguf.outside[role] for name, role in outside.items()}
     for block in decoder.blocks:
         named = {linear.group.name: linear.group.role for linear in block.linears.values()}
         named |= {vector.name: vector.role for vector in block.vectors}
@@ -34,7 +36,7 @@ def gguf_matrices(decoder: Decoder) -> dict[str, tuple[WeightGroup, ...]]:
 def first_row(decoder: Decoder, group: WeightGroup) -> int:
     """Return the row of its tensor at which a matrix begins."""
     if group.layer is None:
-        return 0
+        return group.first_row
     tensors = decoder.family.gguf.tensors
     before = 0
     for linear in decoder.blocks[group.layer].linears.values():
@@ -51,7 +53,9 @@ def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:
 
 
 def gguf_shape(vector: Vector) -> tuple[int, ...]:
-    """Return the shape of a vector in files: [width], or [width, positions] for the kernel of a convolution."""
+    """Return the shape of a vector in files: [width], [width, positions] or, of a projection, [rows, width]."""
+    if vector.rows is not None:
+        return vector.shape
     return (vector.width,) if vector.kernel is None else (vector.width, vector.kernel)
 
 

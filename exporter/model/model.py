@@ -120,6 +120,19 @@ class Model:
         """
         return self.tensors.read_rows(name, rows)
 
+    def looked_up(self, tokens: NDArray[np.int64]) -> list[Float32]:
+        """Return the rows of each table of the decoder for ascending tokens, float32 [tokens, columns].
+
+        Raises:
+            InputError: they hold NaN or infinity.
+        """
+        found: dict[str, list[Float32]] = {}
+        for part in self.decoder.tables:
+            rows = tokens_of(part, tokens)
+            if len(rows):
+                found.setdefault(part.role, []).append(self.read_rows(part.name, rows))
+        return [np.concatenate(parts) for parts in found.values()]
+
     def read_stored(self, name: str) -> Float32:
         """Return one tensor of `Decoder.stored_tensors` as float32, finite: in it, several matrices may be stacked.
 
@@ -164,6 +177,12 @@ class Model:
         """SHA-256 over everything a result depends on: config.json, tokenizer files, weight files and changes."""
         files = digest_files([*metadata_files(self.folder), *self.tensors.files])
         return hashlib.sha256(f"{files}:{self.changes}".encode()).hexdigest() if self.changes else files
+
+
+def tokens_of(part: WeightGroup, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the rows of a part of a table for those of some tokens that it holds."""
+    rows = tokens - part.first_row
+    return rows[(rows >= 0) & (rows < part.rows)]
 
 
 def digest_files(paths: Sequence[Path]) -> str:

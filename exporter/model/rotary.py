@@ -16,6 +16,9 @@ from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import FULL, SLIDING
 from exporter.model.limits import MAX_POSITIONS
 
+# Pairs have the frequencies of a whole head; those beyond a part of it stay as they are.
+PROPORTIONAL = "proportional"
+
 
 def rope_parameters(config: PretrainedConfig, attention: str = FULL) -> Mapping[str, Any]:
     """Return the parameters of the rotary embeddings of layers with a kind of attention."""
@@ -46,14 +49,26 @@ def rotary_frequencies(config: PretrainedConfig, attention: str = FULL) -> tuple
 
 def plain_frequencies(config: PretrainedConfig, attention: str = FULL) -> torch.Tensor:
     """Return the unscaled frequencies, float32 [rotary width / 2]."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = rotary_width(config, head_dim, attention)
+    width = rotary_width(config, head_width(config, attention), attention)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return torch.as_tensor(1.0 / (rope_parameters(config, attention)["rope_theta"] ** exponents))
 
 
+def head_width(config: PretrainedConfig, attention: str) -> int:
+    """Return the width of a head in layers with a kind of attention."""
+    # transformers has a config for each layer where these differ.
+    own = config.per_layer_config[config.layer_types.index(attention)] if config.is_heterogeneous else config
+    width: int = getattr(own, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
 def rotary_width(config: PretrainedConfig, head_dim: int, attention: str = FULL) -> int:
-    """Return the number of a head's channels that are turned; the first ones are."""
+    """Return the number of a head's channels that are turned; the first ones are.
+
+    `proportional` turns all, many of them by an angle of zero.
+    """
+    if rotary_kind(config, attention) == PROPORTIONAL:
+        return head_dim
     return int(head_dim * (rope_parameters(config, attention).get("partial_rotary_factor") or 1.0))
 
 
@@ -92,16 +107,20 @@ def check_rotary(config: PretrainedConfig, where: object) -> None:
     Raises:
         InputError: see above.
     """
-    for attention in (FULL, SLIDING) if FULL in config.rope_parameters else (FULL,):
-        _check_rotary(config, attention, where)
+    kinds = (FULL, SLIDING) if FULL in config.rope_parameters else (FULL,)
+    for attention in kinds:
+        # transformers has no widths of heads for a kind without layers.
+        if not config.is_heterogeneous or attention in config.layer_types:
+            _check_rotary(config, attention, where)
 
 
 def _check_rotary(config: PretrainedConfig, attention: str, where: object) -> None:
     try:
         frequencies, factor = rotary_frequencies(config, attention)
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError("the rotary embeddings cannot be computed", where=where, got=repr(error)) from error
-    if not (np.isfinite(frequencies).all() and (frequencies > 0).all() and 0 < factor < np.inf):
+    turned = frequencies[frequencies != 0] if rotary_kind(config, attention) == PROPORTIONAL else frequencies
+    if not (turned.size and np.isfinite(turned).all() and (turned > 0).all() and 0 < factor < np.inf):
         raise InputError(
             "the rotary embeddings cannot be computed",
             where=where,

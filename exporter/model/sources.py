@@ -129,8 +129,10 @@ def _read_folder(folder: Path) -> _Read:
     config = checked_config(raw, folder / CONFIG)
     decoder = Decoder.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
-    refuse_quantised_tensors(folder, {name: held.dtype for name, held in checkpoint.tensors.items()})
     form = multimodal_form(raw)
+    # Scales of an encoder that is left out say nothing of the decoder.
+    types = {name: held.dtype for name, held in checkpoint.tensors.items() if form is None or not form.leaves_out(name)}
+    refuse_quantised_tensors(folder, types)
     if form is None:
         checkpoint = checkpoint.named_for({*decoder.stored_tensors(), HEAD})
     else:

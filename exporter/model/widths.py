@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
+from exporter.model.decoder import Decoder
 from exporter.model.model import Model, digest_files
 
 Channels = NDArray[np.int64]
@@ -45,17 +46,27 @@ def outlined(model: Model, widths: Sequence[int]) -> Model:
 
 
 def padded(model: Model) -> Model:
-    """Return the model with zero channels added, so that all layers are as wide as the widest; outputs stay equal."""
-    widest = max(model.decoder.intermediate)
+    """Return the model with zero channels added, so that config.json can state the widths; outputs stay equal.
+
+    In most families, all layers are then as wide as the widest.
+    """
+    factors = model.decoder.width_factors
+    base = stated_width(model.decoder)
+    widths = [times * base for times in factors]
 
     def read(name: str, layer: int, axis: int) -> Float32:
         values = model.read(name)
         more = [(0, 0), (0, 0)]
-        more[axis] = 0, widest - values.shape[axis]
+        more[axis] = 0, widths[layer] - values.shape[axis]
         return np.pad(values, more)
 
     changes = hashlib.sha256(f"{model.changes}:padded".encode()).hexdigest()
-    return _rewidened(model, [widest] * model.decoder.layers, read, changes)
+    return _rewidened(model, widths, read, changes)
+
+
+def stated_width(decoder: Decoder) -> int:
+    """Return the least width for config.json with which no layer is wider than it says."""
+    return max(-(-width // times) for width, times in zip(decoder.intermediate, decoder.width_factors, strict=True))
 
 
 # Reads a feed-forward tensor: name, layer, and the axis of its channels.
@@ -66,7 +77,7 @@ def _rewidened(model: Model, widths: Sequence[int], read: _Read, changes: str) -
     decoder = model.decoder.with_widths(widths)
     config = model.own_config()
     # transformers has one width for all layers: see `exporter.model.module`.
-    setattr(config, decoder.family.width_key, max(widths))
+    setattr(config, decoder.family.width_key, stated_width(decoder))
     places = {
         name: (block.layer, axis)
         for block in decoder.blocks

@@ -6,6 +6,7 @@ stage.
 
 from collections.abc import Sequence
 
+from exporter.calibrate.carried_keys import widest_state
 from exporter.calibrate.layer_stream import TOKENS_AT_ONCE
 from exporter.calibrate.statistics import disk_bytes, site_columns
 from exporter.compress.compression import propagates_errors
@@ -71,15 +72,22 @@ def float_copy_bytes(model: Model) -> int:
 
 
 def _statistics_bytes(model: Model, job: Job, effort: Effort) -> int:
-    """Return a layer's weights, two sums for each of its sites, what its derivative keeps, and all hidden states."""
+    """Return a layer's weights, two sums for each site, what its derivative keeps, hidden states and layer inputs."""
     shape = model.decoder
     layer = _largest_layer(model)
     weights = 4 * sum(group.size for group in layer)
     moments = 2 * 4 * sum(columns**2 for columns in {group.site: group.columns for group in layer}.values())
     tokens = max(TOKENS_AT_ONCE, job.window)
     derivative = 4 * tokens * (HIDDEN_COPIES * shape.hidden + INTERMEDIATE_COPIES * max(shape.intermediate))
-    hidden = 3 * 4 * effort.calibration_windows * job.window * shape.hidden
-    return weights + moments + derivative + hidden
+    text = effort.calibration_windows * job.window
+    hidden = 3 * 4 * text * widest_state(shape)
+    return weights + moments + derivative + hidden + _layer_inputs_bytes(model, text)
+
+
+def _layer_inputs_bytes(model: Model, tokens: int) -> int:
+    """Return the inputs that layers have of the tokens of a text, and the rows of the table that they are made of."""
+    shape = model.decoder
+    return 2 * 4 * min(shape.vocab, tokens) * shape.layers * shape.layer_input_width
 
 
 def _largest_layer(model: Model) -> list[WeightGroup]:
@@ -96,7 +104,7 @@ def _propagation_bytes(model: Model, job: Job, effort: Effort, decisions: Sequen
     tokens = effort.calibration_windows * job.window
     weights = 4 * sum(group.size for group in _largest_layer(model))
     last = max(group.columns for group in model.groups() if group.site in shape.last_sites)
-    hidden = 4 * tokens * (shape.hidden + last)
+    hidden = 4 * tokens * (widest_state(shape) + last) + _layer_inputs_bytes(model, tokens)
     return 2 * (weights + hidden) + 4 * 4 * max(site_columns(model).values()) ** 2
 
 

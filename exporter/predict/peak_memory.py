@@ -50,6 +50,7 @@ class ModelShape:
     """The dimensions of a decoder that determine its memory; see `exporter.model.shape.Shape`.
 
     The states of short convolutions are not among them: they hold a few positions, however long the context is.
+    `keys` is the number of channels of the keys of all layers; None if all layers of attention have own ones, alike.
     """
 
     attention_layers: int
@@ -59,10 +60,12 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    keys: int | None = None
 
     def cache_bytes(self, tokens: int, bytes_a_value: int) -> int:
         """Return the size of the keys and values of `tokens` tokens."""
-        return 2 * bytes_a_value * tokens * self.attention_layers * self.kv_heads * self.head_dim
+        channels = self.attention_layers * self.kv_heads * self.head_dim if self.keys is None else self.keys
+        return 2 * bytes_a_value * tokens * channels
 
     def token_bytes(self, overhead: Overhead) -> float:
         """Return the buffer size of one prompt token."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporter.calibrate.layer_stream import LayerStream, Progress, hidden_states, silent
+from exporter.calibrate.layer_stream import LayerStream, Progress, capped, hidden_states, silent
 from exporter.calibrate.windows import Tokens
 from exporter.formats.format import Float32
 from exporter.formats.group import WeightGroup
@@ -36,12 +36,14 @@ class Reference:
         hidden: float32 [windows, length, hidden].
         head: float32 [vocab, hidden].
         divisor: What the head's outputs are divided by.
+        cap: The cap of logits; see `exporter.model.shape.Shape.logits_cap`.
     """
 
     tokens: Tokens
     hidden: torch.Tensor
     head: torch.Tensor
     divisor: float = 1.0
+    cap: float | None = None
 
     @classmethod
     def of(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
@@ -53,7 +55,7 @@ class Reference:
             progress: Called with layers done and their total.
         """
         stream = LayerStream(model)
-        return cls(tokens, hidden_states(stream, tokens, progress), stream.head(), stream.logits_divisor)
+        return cls._ending(model, stream, tokens, hidden_states(stream, tokens, progress))
 
     @classmethod
     def of_original(cls, model: Model, tokens: Tokens, progress: Progress = silent) -> "Reference":
@@ -63,11 +65,15 @@ class Reference:
         path = cache_folder("references") / f"{key}.npy"
         stream = LayerStream(model)
         hidden = kept(path, ARRAY, lambda: hidden_states(stream, tokens, progress).numpy())
-        return cls(tokens, torch.from_numpy(hidden), stream.head(), stream.logits_divisor)
+        return cls._ending(model, stream, tokens, torch.from_numpy(hidden))
+
+    @classmethod
+    def _ending(cls, model: Model, stream: LayerStream, tokens: Tokens, hidden: torch.Tensor) -> "Reference":
+        return cls(tokens, hidden, stream.head(), model.decoder.logits_divisor, model.decoder.logits_cap)
 
     def logits(self, window: int, positions: slice) -> torch.Tensor:
         """Return logits of some positions of a window, float32 [positions, vocab]."""
-        return self.hidden[window, positions] / self.divisor @ self.head.T
+        return capped(self.hidden[window, positions] / self.divisor @ self.head.T, self.cap)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from exporter.report.data import TensorRow
 
 ROLE_TITLES = {
     "embedding": "Embedding",
+    "layer_embedding": "Inputs of layers",
     "head": "Head",
     "q": "Query",
     "k": "Key",
@@ -23,6 +24,8 @@ ROLE_TITLES = {
     "gate": "Gate",
     "up": "Up",
     "down": "Down",
+    "input_gate": "Gate of a layer's input",
+    "input_projection": "Projection of a layer's input",
 }
 EXPERT_TITLES = {
     "router": "Router",

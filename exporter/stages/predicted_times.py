@@ -110,7 +110,8 @@ def _rewriting(resolved: ResolvedJob, statistics_s: float, flops_per_s: float) -
 def _token_flops(model: Model, window: int) -> float:
     """Return the arithmetic of one token of a window: its matrices, and on average half a window of keys and values."""
     shape = model.decoder
-    attention = 4 * shape.attention_layers * shape.heads * shape.head_dim * window / 2
+    attending = (width for width, kernel in zip(shape.head_dims, shape.convolutions, strict=True) if kernel is None)
+    attention = 4 * shape.heads * sum(attending) * window / 2
     return 2.0 * shape.parameters + attention
 
 

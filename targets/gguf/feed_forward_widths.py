@@ -27,7 +27,7 @@ class FeedForwardStorage:
 def feed_forward_storage(decoder: Decoder) -> FeedForwardStorage:
     """Return how a GGUF file stores the feed-forward widths of a model."""
     own, with_widths = decoder.family.gguf.architecture, decoder.family.gguf.with_widths
-    if decoder.even:
+    if decoder.one_width:
         return FeedForwardStorage(own, False, f"all layers are {decoder.intermediate[0]} wide")
     if with_widths is not None:
         return FeedForwardStorage(with_widths, False, f"written as {with_widths!r}, which reads a width for each layer")

@@ -9,7 +9,10 @@ from transformers import PretrainedConfig
 from exporter.formats.format import Float32
 from exporter.model.decoder import Decoder
 from exporter.model.family import HeaderValue
-from exporter.model.rotary import rope_parameters, rotary_frequencies, rotary_kind
+from exporter.model.rotary import PROPORTIONAL, rope_parameters, rotary_frequencies, rotary_kind
+
+# What llama.cpp divides a frequency by so that no position turns the pair.
+STILL = np.float32(1e30)
 
 
 def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedConfig) -> None:
@@ -18,7 +21,7 @@ def write_header(writer: gguf.GGUFWriter, decoder: Decoder, config: PretrainedCo
     writer.add_context_length(decoder.context_length)
     writer.add_embedding_length(decoder.hidden)
     widths = decoder.intermediate
-    writer.add_feed_forward_length(widths[0] if decoder.even else widths)
+    writer.add_feed_forward_length(widths[0] if decoder.one_width else widths)
     writer.add_head_count(decoder.heads)
     writer.add_head_count_kv(_key_value_heads(decoder))
     writer.add_key_length(decoder.head_dim)
@@ -86,6 +89,9 @@ def frequency_factors(config: PretrainedConfig, width: int) -> dict[str, Float32
             f"rope_factors_{length}.weight": np.asarray(parameters[f"{length}_factor"], np.float32)
             for length in ("long", "short")
         }
+    if kind == PROPORTIONAL:
+        turned, _ = rotary_frequencies(config)
+        return {"rope_freqs.weight": np.where(turned > 0, np.float32(1), STILL)}
     if kind != "llama3":
         return {}
     scaled, _ = rotary_frequencies(config)

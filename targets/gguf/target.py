@@ -26,6 +26,7 @@ from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Vector
 from exporter.model.decoder import TOKENS
 from exporter.model.ends import special_ids
+from exporter.model.family import Family
 from exporter.model.gguf_ends import KEY, ends_written
 from exporter.model.gguf_names import (
     first_row,
@@ -95,6 +96,10 @@ class Gguf(Target):
     def __init__(self, features: Collection[str] | None = None) -> None:
         self._features = host_features() if features is None else features
         self._speeds = speeds_on("exporter.targets.gguf", self._features)
+
+    def most_lowering_kl(self, family: Family) -> float:
+        """Return what a family declares where llama.cpp's own rounding exceeds that of sums in another order."""
+        return family.gguf.most_lowering_kl or super().most_lowering_kl(family)
 
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with llama.cpp's kernels for a device's instruction set."""

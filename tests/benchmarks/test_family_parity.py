@@ -55,6 +55,6 @@ def test_float32_artifacts_are_the_model(tmp_path: Path) -> None:
             if load_target(target).lacks(family) is None:
                 kl = max(measured(tmp_path, family.model_type, target, seed) for seed in range(SEEDS))
                 print(f"{family.model_type} {target}: {kl:.1e}")
-                assert kl < 1e-6
+                assert kl < load_target(target).most_lowering_kl(family)
                 text += f"{family.model_type} = {kl:.1e}\n"
     FILE.write_text(text, "utf-8")

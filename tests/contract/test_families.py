@@ -99,8 +99,11 @@ def test_the_stream_grows_by_what_the_last_site_or_its_norm_makes(model: Model) 
     module = loaded(model)
     streams: list[torch.Tensor] = []
     made: list[torch.Tensor] = []
+    scales: list[float] = []
     for block in model.decoder.blocks:
         layer = module.get_submodule(f"model.layers.{block.layer}")
+        at_end = 1.0 if block.scale is None else float(model.read(block.scale.name)[0])
+        scales += [*[1.0] * (len(block.sublayers) - 1), at_end]
         for sublayer in block.sublayers:
             linear = sublayer.sites[-1].linears[-1]
             last = linear.module if linear.stacked_in is None else linear.stacked_in
@@ -118,8 +121,8 @@ def test_the_stream_grows_by_what_the_last_site_or_its_norm_makes(model: Model) 
     with torch.inference_mode():
         module(TOKENS)
     assert len(made) == len(streams) - 1
-    for before, added, after in zip(streams, made, streams[1:], strict=False):
-        torch.testing.assert_close(before + added, after)
+    for before, added, scale, after in zip(streams, made, scales, streams[1:], strict=False):
+        torch.testing.assert_close(scale * (before + added), after)
 
 
 def rescaled_at(model: Model, kind: str) -> Model:

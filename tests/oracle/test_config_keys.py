@@ -21,6 +21,7 @@ ORIGINAL = 40
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 LEGACY = {"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
 
@@ -44,6 +45,7 @@ def made(folder: Path, family: str, changes: dict[str, Any]) -> Path:
         ("qwen2", {"rope_parameters": LLAMA3}, ("onnx",)),
         ("qwen3", {"rope_parameters": LINEAR}, ("gguf", "onnx")),
         ("qwen2", {"rope_parameters": DYNAMIC}, ("gguf", "onnx")),
+        ("qwen3", {"rope_parameters": PROPORTIONAL}, ("onnx",)),
         ("llama", {"hidden_act": "relu"}, ("onnx",)),
         ("mistral", {"hidden_act": "relu2"}, ("onnx",)),
         ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, ("onnx",)),
@@ -103,7 +105,8 @@ def test_what_a_runtime_lacks_is_refused_at_plan(
         ({"transformers_weights": "other.safetensors"}, "sets 'transformers_weights'"),
         ({"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "sets 'per_layer_config'"),
         ({"hidden_act": "fatrelu"}, "no usable 'hidden_act'; got 'fatrelu', expected an activation that a target"),
-        ({"rope_scaling": {"type": "proportional", "factor": 4.0}}, "type 'proportional' are not supported"),
+        ({"rope_scaling": {"type": "mrope", "factor": 4.0}}, "type 'mrope' are not supported"),
+        ({"rope_scaling": {"type": "proportional", "factor": 4.0}}, "'factor' in rope_scaling, .* got 4.0"),
         ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "'factor' in rope_parameters, .* got 8.0"),
         ({"rope_parameters": LINEAR | {"attention_factor": 0.5}}, "'attention_factor' in rope_parameters"),
         ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "'long_factor' in rope_parameters"),

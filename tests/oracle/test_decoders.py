@@ -38,8 +38,9 @@ def test_a_float_artifact_is_the_model(tmp_path: Path, family: str, target: str,
         reference = Reference.of(model, TOKENS)
     prompt = TOKENS[0, : LENGTH - GENERATED].tolist()
     expected = continued(folder, prompt, GENERATED)
+    most = load_target(target).most_lowering_kl(model.decoder.family)
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
-        assert distance(reference, opened.logits).kl_mean < 1e-6
+        assert distance(reference, opened.logits).kl_mean < most
         made = opened.generate(prompt, GENERATED)
     assert made == expected[: len(made)]
     assert len(made) == GENERATED or 1 in expected

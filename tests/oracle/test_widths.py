@@ -125,7 +125,7 @@ def decoded_digests(artifact: Artifact, model: Model) -> dict[str, str]:
 def test_deci_computes_what_llama_does(tmp_path: Path, source: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned = with_widths(source, WIDTHS["even"])
     plain = logits(made_of(pruned, tmp_path / "plain", "gguf", "F32").artifact)
-    monkeypatch.setattr(type(pruned.decoder), "even", property(lambda self: False))
+    monkeypatch.setattr(type(pruned.decoder), "one_width", property(lambda self: False))
     as_deci = made_of(pruned, tmp_path / "deci", "gguf", "F32").artifact
     assert b"deci.feed_forward_length" in as_deci.weights[0].read_bytes()
     np.testing.assert_array_equal(logits(as_deci), plain)

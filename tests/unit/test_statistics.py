@@ -14,14 +14,13 @@ from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
 from exporter.foundation.errors import InputError, RequestError
+from exporter.model.decoder import Decoder
 from exporter.model.sources import open_model
 from tests.damage import left_over
-from tests.llama_names import LINEARS
 from tests.models import tiny_model
 
 TOKENS = np.random.default_rng(1).integers(2, 200, (6, 40))
 WINDOWS = Windows.of(TOKENS, "file", 0)
-SITES = {"attention_in": "qkv", "attention_out": ["o"], "mlp_in": ["gate", "up"], "mlp_out": ["down"]}
 
 
 @pytest.fixture
@@ -36,9 +35,12 @@ def draw(p: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 class Whole:
-    """Inputs, and gradients at the outputs, of all matrices of a whole model, float64 [windows, length, width]."""
+    """Inputs, and gradients at the outputs, of all matrices of a whole model, float64 [windows, length, width].
 
-    def __init__(self, folder: Path, tokens: np.ndarray, seed: int) -> None:
+    Those of the head are its outputs before they are capped.
+    """
+
+    def __init__(self, folder: Path, decoder: Decoder, tokens: np.ndarray, seed: int) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.inputs: dict[str, torch.Tensor] = {}
         outputs: dict[str, torch.Tensor] = {}
@@ -50,15 +52,18 @@ class Whole:
         def watch(name: str, module: nn.Module) -> None:
             module.register_forward_hook(lambda _, given, output: keep(name, given[0], output))
 
-        for layer in range(2):
-            for role, (path, _) in LINEARS.items():
-                watch(f"{layer}.{role}", model.model.layers[layer].get_submodule(path))
-        watch("embedding", model.model.embed_tokens)
+        for block in decoder.blocks:
+            for role, linear in block.linears.items():
+                watch(f"{block.layer}.{role}", model.model.layers[block.layer].get_submodule(linear.module))
+        for table in decoder.tables:
+            watch(table.role, model.get_submodule(table.name.removesuffix(".weight")))
         watch("head", model.lm_head)
         logits = model(torch.from_numpy(tokens)).logits
         # The same draws: window by window, from one generator.
         chance = torch.Generator().manual_seed(seed)
         self.p = logits.detach().softmax(-1)
+        cap = decoder.logits_cap
+        self.slope = torch.ones(()) if cap is None else 1 - (logits.detach() / cap).square()
         drawn = torch.stack([draw(window, torch.rand(len(window), 1, generator=chance)) for window in self.p])
         logits.log_softmax(-1).gather(-1, drawn).sum().backward()
         self.gradients = {name: output.grad.double() for name, output in outputs.items() if output.grad is not None}
@@ -75,16 +80,23 @@ def close(found: np.ndarray | None, expected: np.ndarray) -> None:
 
 
 @pytest.mark.usefixtures("float32_products")
-def test_they_are_those_of_the_whole_model(folder: Path) -> None:
+@pytest.mark.parametrize(("family", "layers"), [("qwen2", 2), ("gemma3_text", 2), ("gemma4_text", 5)])
+def test_they_are_those_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layers: int
+) -> None:
+    """Gemma scales its embeddings; in Gemma 4, layers share keys and values, and have inputs that are looked up."""
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    folder = tiny_model(tmp_path / "model", family, tied=False, layers=layers)
     with open_model(str(folder)) as model:
-        found = collect(model, WINDOWS, 3, silent)
-    whole = Whole(folder, TOKENS, 3)
+        decoder, found = model.decoder, collect(model, WINDOWS, 3, silent)
+    whole = Whole(folder, decoder, TOKENS, 3)
     held = np.arange(6) % 4 == 3
-    for layer in range(2):
-        for role in LINEARS:
+    for block in decoder.blocks:
+        layer = block.layer
+        for role in block.linears:
             squares = whole.gradients[f"{layer}.{role}"].square()
             close(found.sensitivity(layer, role), squares.mean((0, 1)).numpy())
-        for name, roles in SITES.items():
+        for name, roles in {site.kind: [one.part for one in site.linears] for site in block.sites}.items():
             energies = [whole.gradients[f"{layer}.{role}"].square().sum(-1) for role in roles]
             weights = torch.stack([energy / energy.mean() for energy in energies]).mean(0)
             inputs = whole.inputs[f"{layer}.{roles[0]}"]
@@ -97,17 +109,18 @@ def test_they_are_those_of_the_whole_model(folder: Path) -> None:
             assert site.share == pytest.approx(float(weights[held].sum() / weights.sum()), rel=1e-4)
             close(site.squares, inputs.square().mean((0, 1)).numpy())
             np.testing.assert_array_equal(found.importance(f"layers.{layer}.{name}"), site.squares)
-            for block, peaks in site.peaks.items():
-                largest = inputs.abs().unflatten(-1, (-1, block)).amax(-1).square()
+            for width, peaks in site.peaks.items():
+                largest = inputs.abs().unflatten(-1, (-1, width)).amax(-1).square()
                 close(peaks, ((largest * weights[..., None]).sum((0, 1)) / weights.sum()).numpy())
-    variance = whole.p - whole.p * whole.p
+    variance = (whole.p - whole.p * whole.p) * whole.slope**2
     close(found.sensitivity(None, "head"), variance.mean((0, 1)).numpy())
     site = found.site("head_in")
     assert site is not None
     close(site.second_moment, weighted(whole.inputs["head"], variance.sum(-1).double()))
-    looked_up, embedding = found.lookups()
-    close(embedding, whole.gradients["embedding"].square().mean((0, 1)).numpy())
-    close(looked_up, np.bincount(TOKENS.reshape(-1), minlength=320) / TOKENS.size)
+    for table, scale in zip(decoder.tables, (decoder.embedding_scale, decoder.layer_input_width**0.5), strict=False):
+        looked_up, columns = found.lookups(table.role)
+        close(columns, scale**2 * whole.gradients[table.role].square().mean((0, 1)).numpy())
+        close(looked_up, np.bincount(TOKENS.reshape(-1), minlength=320) / TOKENS.size)
     assert found.site("tokens") is None and found.importance("tokens") is None and found.power("tokens") is None
 
 

@@ -99,8 +99,11 @@ class BlockParts:
         after: Vector | None = None,
         v_biases: "tuple[Vector, ...] | list[Vector]" = (),
         stored_in: str | None = None,
+        values_normed: bool = False,
     ) -> Sublayer:
         """Return the attention: queries, keys and values of one input, then the output projection.
+
+        A layer that attends to the keys and values of another has queries alone.
 
         Args:
             entrance: See `Sublayer`.
@@ -108,17 +111,20 @@ class BlockParts:
             after: The norm after it.
             v_biases: The biases of the values.
             stored_in: Module that holds queries, keys and values together; None if each has its own.
+            values_normed: Values are normalised, so that nothing may absorb a division of the attention's outputs.
         """
         shape = self._shape
-        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        q, k, v = (
-            self._linear(role, rows, shape.hidden, "attention_in", heads, stored_in)
-            for role, rows, heads in (("q", query, shape.heads), ("k", key, shape.kv_heads), ("v", key, 0))
-        )
+        width, own = shape.head_dims[self._layer], shape.key_layers[self._layer] is None
+        query, key = shape.heads * width, shape.kv_heads * width
+        rows = (("q", query, shape.heads), *((("k", key, shape.kv_heads), ("v", key, 0)) if own else ()))
+        given = [
+            self._linear(role, count, shape.hidden, "attention_in", heads, stored_in) for role, count, heads in rows
+        ]
         o = self._linear("o", shape.hidden, query, "attention_out")
+        values = None if values_normed or not own else Producer(tuple(v_biases), given[-1], by_heads=True)
         sites = (
-            self._site("attention_in", (q, k, v), _norm_as_producer(before)),
-            self._site("attention_out", (o,), Producer(tuple(v_biases), v, by_heads=True)),
+            self._site("attention_in", tuple(given), _norm_as_producer(before)),
+            self._site("attention_out", (o,), values),
         )
         return Sublayer(entrance, sites, before, after, residual_scale=shape.residual_scale)
 
@@ -150,6 +156,14 @@ class BlockParts:
             self._site("conv_out", (leaving,), Producer((kernel,))),
         )
         return Sublayer(entrance, sites, before, residual_scale=self._shape.residual_scale)
+
+    def layer_input(self, entrance: str, after: Vector) -> Sublayer:
+        """Return what adds a layer's own input of the token: projection(act(gate x) * input)."""
+        hidden, width = self._shape.hidden, self._shape.layer_input_width
+        gate = self._linear("input_gate", width, hidden, "layer_input_in")
+        projection = self._linear("input_projection", hidden, width, "layer_input_out")
+        sites = (self._site("layer_input_in", (gate,), None), self._site("layer_input_out", (projection,), None))
+        return Sublayer(entrance, sites, norm_after=after)
 
     def experts(self, entrance: str, before: Vector) -> Sublayer:
         """Return experts, each a gated feed-forward part, and the router that chooses some of them for each token.
