@@ -1,6 +1,5 @@
 """A device's profile with a measurement on it, as a user's own TOML file."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ from exporter.bench.measurement import BenchOutcome
 from exporter.device.profile import DeviceProfile, device_names, load_device
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import RequestError
+from exporter.planning.expected import format_of
 from exporter.predict import measured_runs
-from exporter.predict.workload import is_known_format
-from exporter.report.data import Report
 
 SOURCE = "edge-exporter bench"
 
@@ -48,24 +46,14 @@ def base_of(outcome: BenchOutcome, device: str | None) -> DeviceProfile:
     return load_device(name)
 
 
-def format_of(report: Report) -> str:
-    """Return the format that predicts a bundle's speed: its scheme, or the format with most of the model's bytes."""
-    scheme = report.recipe.scheme
-    if is_known_format(scheme):
-        return scheme
-    taken: Counter[str] = Counter()
-    for row in report.tensors:
-        taken[row.format.partition("+")[0]] += row.stored_bytes
-    return taken.most_common(1)[0][0] if taken else scheme
-
-
 def _run(outcome: BenchOutcome) -> dict[str, Any]:
-    measured, head = outcome.measured, outcome.row_head
+    measured, head, report = outcome.measured, outcome.row_head, outcome.subject.report
+    stored = ((one.format, one.stored_bytes) for one in report.tensors)
     row = {
         "backend": "cpu",
         "runtime": measured.runtime,
-        "model": outcome.subject.report.model.name,
-        "format": format_of(outcome.subject.report),
+        "model": report.model.name,
+        "format": format_of(report.recipe.scheme, stored),
         "file_bytes": head.size_bytes,
         "parameters": head.parameters,
         "decode_tokens_per_s": measured.decode.tokens_per_s,

@@ -9,7 +9,7 @@ import numpy as np
 from exporter.bundle.manifest import SELFTEST
 from exporter.bundle.opening import UNPACK, opened_bundle, shipped
 from exporter.bundle.reading import read_document, read_manifest
-from exporter.device.profile import load_device
+from exporter.device.memory_size import device_with
 from exporter.emulate.sandbox.limits import ProcessLimits, device_limits
 from exporter.foundation.errors import RequestError, RuntimeCrashError
 from exporter.foundation.progress import Progress, silent
@@ -128,6 +128,7 @@ def self_test(bundle: Path, threads: int) -> Check:
 def emulate_bundle(
     bundle: Path,
     device: str,
+    ram_bytes: int | None,
     memory_bytes: int | None,
     cores: int | None,
     cpu_share: float,
@@ -140,6 +141,7 @@ def emulate_bundle(
     Args:
         bundle: The bundle's folder.
         device: A profile's name, or the path of a user's own TOML.
+        ram_bytes: Installed memory of the device; None for the profile's own.
         memory_bytes: Most memory, in place of the device's limit for one app.
         cores: Cores, in place of the device's.
         cpu_share: Share of the time of these cores.
@@ -150,7 +152,7 @@ def emulate_bundle(
     Raises:
         RequestError: a limit is impossible.
     """
-    profile = load_device(device)
+    profile = device_with(device, ram_bytes)
     with opened_bundle(bundle) as artifact:
         granted = device_limits(profile, artifact.file_bytes)
         limits = ProcessLimits(

@@ -12,8 +12,20 @@ from exporter.foundation.errors import CheckError, InputError, RequestError
 if TYPE_CHECKING:
     from exporter.foundation.quantities import Check
 
+
+def _memory(text: str) -> int:
+    """Return the bytes of a memory size."""
+    from exporter.device.memory_size import ram_bytes
+
+    return ram_bytes(text)
+
+
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 DeviceOption = Annotated[str, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")]
+RamOption = Annotated[
+    int | None,
+    typer.Option("--ram", parser=_memory, help="Memory of the device, such as 8GB: one of the sizes it is sold with."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 NoCheckOption = Annotated[
     bool, typer.Option("--no-check", help="Load the model's files without comparing them with the manifest.")

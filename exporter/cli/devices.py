@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from typer.core import TyperGroup
 
-from exporter.cli.arguments import JsonOption
+from exporter.cli.arguments import JsonOption, RamOption
 from exporter.foundation.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ def list_devices(
 @app.command("show", epilog="Example: edge-exporter devices show my-board.toml --json")
 def show_device(
     device: Annotated[str, typer.Argument(metavar="NAME_OR_TOML", help="Device name, or path of a TOML profile.")],
+    ram: RamOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show and check a profile; each number has its basis and source."""
     from exporter.cli import show
-    from exporter.device.profile import load_device
+    from exporter.device.memory_size import device_with
 
-    profile = load_device(device)
+    profile = device_with(device, ram)
     facts = profile.model_dump(mode="json", exclude_none=True)
     show.document(facts, as_json, lambda: _show(profile))
 
@@ -85,7 +86,7 @@ def _show(profile: "DeviceProfile") -> None:
 
     from exporter.cli import show
 
-    title, *rest = map(show.plain, (profile.title, profile.name, profile.soc, profile.os))
+    title, *rest = map(show.plain, (profile.full_title, profile.name, profile.soc, profile.os))
     show.console.print(f"[bold]{title}[/] ({rest[0]}), {', '.join(rest[1:])}")
     table = Table("fact", "value", "basis", "source", box=None)
     for name, value, basis, source in _facts(profile):

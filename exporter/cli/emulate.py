@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, fail_on
+from exporter.cli.arguments import BundleArgument, DeviceOption, JsonOption, RamOption, fail_on
 
 app = typer.Typer(help="Run a bundle on this machine under a device's limits.", no_args_is_help=True)
 
@@ -13,6 +13,7 @@ app = typer.Typer(help="Run a bundle on this machine under a device's limits.", 
 def run(
     bundle: BundleArgument,
     device: DeviceOption,
+    ram: RamOption = None,
     memory_bytes: Annotated[
         int | None, typer.Option("--memory-bytes", help="Memory limit; by default what one app may use.")
     ] = None,
@@ -30,7 +31,7 @@ def run(
     from exporter.cli import show
 
     with show.progress(enabled=not as_json) as progress:
-        found = emulate_bundle(bundle, device, memory_bytes, cores, cpu_share, timeout, context, progress)
+        found = emulate_bundle(bundle, device, ram, memory_bytes, cores, cpu_share, timeout, context, progress)
     quantities = {name: quantity.model_dump(mode="json") for name, quantity in found.quantities.items()}
     facts = {"emulation": quantities, **show.checks_facts(found.checks)}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from exporter.cli.arguments import RamOption
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError
 
@@ -20,8 +21,8 @@ ThreadsOption = Annotated[
 ]
 # Those that a plan decides.
 DECIDED = (
-    "target", "type", "method", "recipe", "transport", "max_file_bytes", "bits", "min_decode", "min_prefill", "prefer",
-    "effort", "seed", "context",
+    "ram", "target", "type", "method", "recipe", "transport", "max_file_bytes", "bits", "min_decode", "min_prefill",
+    "prefer", "effort", "seed", "context",
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def job_of(
     device: Annotated[
         str | None, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")
     ] = None,
+    ram: RamOption = None,
     target: Annotated[
         str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto: the one that the device prefers.")
     ] = "auto",
@@ -128,7 +130,7 @@ def job_of(
         model, device, target, type, method, None, calibration, evaluation, seed, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, transport=transport,
-        base=base,
+        base=base, ram_bytes=ram,
     )  # fmt: skip
 
 

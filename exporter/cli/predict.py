@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exporter.cli.arguments import DeviceOption, JsonOption
+from exporter.cli.arguments import DeviceOption, JsonOption, RamOption
 from exporter.cli.devices import app as devices_app
 
 if TYPE_CHECKING:
@@ -16,16 +16,6 @@ MEASURED_HELP = (
     "A run measured on this device: decode=TOKENS/S,file-bytes=N, optionally prefill=TOKENS/S, and what differs from "
     "the request: format=, parameters=, backend=, context=, threads=, runtime=. Can be given several times."
 )
-TITLES = {
-    "decode_tokens_per_s": "decode",
-    "sustained_decode_tokens_per_s": "decode, sustained",
-    "prefill_tokens_per_s": "prefill",
-    "time_to_first_token_ms": "time to first token",
-    "peak_bytes": "peak memory",
-    "load_ms": "first load",
-    "energy_per_token_joules": "energy",
-}
-
 app = typer.Typer()
 MeasuredOption = Annotated[list[str] | None, typer.Option("--measured", help=MEASURED_HELP)]
 EXAMPLE = "--file-bytes 4920000000 --params 8030000000 --format Q4_K_M --backend cpu"
@@ -57,19 +47,20 @@ def predict(
         int | None,
         typer.Option("--prompt", help="Length of the prompt in tokens; by default 512, or the context if less."),
     ] = None,
+    ram: RamOption = None,
     runtime: Annotated[str, typer.Option("--runtime", help="Runtime, such as llama.cpp, Ollama or ExecuTorch.")] = "",
     measured: MeasuredOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict speed, memory and energy of a model file on a device; no model is needed."""
     from exporter.cli import show
-    from exporter.device.profile import load_device
+    from exporter.device.memory_size import device_with
     from exporter.predict.measured_runs import calibrated, measured_run
     from exporter.predict.prediction import predict as run_predict
     from exporter.predict.request import Request, checked_request
     from exporter.targets.memory import memory_of
 
-    profile = load_device(device)
+    profile = device_with(device, ram)
     length = min(context, 512) if prompt is None else prompt
     request = checked_request(Request(file_bytes, parameters, format, backend, context, length, runtime), profile)
     runs = [measured_run(text, request) for text in measured or []]
@@ -85,15 +76,16 @@ def calibrate(
     device: DeviceOption,
     measured: Annotated[list[str], typer.Option("--measured", help=MEASURED_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Path of the new profile; must not exist.")],
+    ram: RamOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a profile of your own device: a named one plus your measurements, which narrow all predictions."""
     from exporter.cli import show
-    from exporter.device.profile import load_device
+    from exporter.device.memory_size import device_with
     from exporter.predict.measured_runs import calibrated, measured_run, write_profile
 
     runs = [measured_run(text) for text in measured]
-    profile = calibrated(load_device(device), runs, output.name.removesuffix(".toml"))
+    profile = calibrated(device_with(device, ram), runs, output.name.removesuffix(".toml"))
     write_profile(profile, output)
     facts = {"profile": str(output), "device": profile.name, "measured": len(profile.measured)}
     show.document(
@@ -105,11 +97,12 @@ def _show(prediction: "Prediction") -> None:
     from rich.table import Table
 
     from exporter.cli import show
+    from exporter.report.figures import ESTIMATES
 
     title = f"{prediction.format} on {prediction.device}, {prediction.backend}"
     show.console.print(f"[bold]{show.plain(title)}[/]: predicted, each with an interval of 80 %")
     table = Table("", "value", "low", "high", "unit", "basis", "how", box=None)
-    for key, name in TITLES.items():
+    for key, name in ESTIMATES.items():
         estimate: Estimate | None = getattr(prediction, key)
         if estimate is not None:
             table.add_row(name, *_numbers(estimate), estimate.basis, f"[dim]{show.plain(estimate.how)}[/]")
@@ -126,7 +119,7 @@ def _numbers(estimate: "Estimate") -> list[str]:
 
 
 def _sentences(prediction: "Prediction") -> list[str]:
-    lines = [f"{prediction.residence.status}: {prediction.residence.detail}"]
+    lines = [prediction.residence.sentence]
     slow: Any = prediction.residence.decode_from_storage
     if slow is not None:
         lines.append(f"from storage it decodes {slow.value:.2g} tokens/s ({slow.low:.2g} to {slow.high:.2g})")

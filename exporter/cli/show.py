@@ -20,8 +20,9 @@ from exporter.bundle.manifest import MEASUREMENTS, REPORT, REPORT_PAGE
 from exporter.bundle.reading import read_document, read_manifest
 from exporter.foundation.errors import InputError, printable
 from exporter.foundation.quantities import Check, Pruning, Quantity
+from exporter.predict.prediction import Prediction
 from exporter.report.data import Measurements, Report, merged
-from exporter.report.figures import pruned
+from exporter.report.figures import ESTIMATES, interval, pruned
 from exporter.report.figures import text as figure
 
 if TYPE_CHECKING:  # they bring torch along, which most commands do without
@@ -44,10 +45,13 @@ FIGURES = (
     ("accuracy.perplexity_ratio", "perplexity ratio"),
     ("accuracy.predicted_kl", "of it the formats, as predicted"),
     ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
-    ("speed.prefill_tokens_per_s", "prefill, on the host"),
-    ("speed.decode_tokens_per_s", "decode, on the host"),
-    ("speed.time_to_first_token_ms", "time to first token, on the host"),
-    ("memory.peak_bytes", "peak memory, on the host"),
+)
+# What the machine that built it measured.
+HOST_FIGURES = (
+    ("speed.prefill_tokens_per_s", "prefill"),
+    ("speed.decode_tokens_per_s", "decode"),
+    ("speed.time_to_first_token_ms", "time to first token"),
+    ("memory.peak_bytes", "peak memory"),
     ("emulation.peak_bytes", "peak memory, under the device's limits"),
 )
 
@@ -149,12 +153,11 @@ def bundle(path: Path) -> None:
         f"{facts['target']}, {facts['recipe']['scheme']} by {facts['recipe']['method']} ({facts['recipe']['effort']})"
     )
     console.print(f"[bold]{plain(facts['model']['name'])}[/] for {plain(facts['device_title'])}: {plain(recipe)}")
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for key, title in FIGURES:
-        quantity = _at(facts, key)
-        if quantity is not None:
-            table.add_row(title, _figure(quantity), f"[dim]{plain(quantity['basis'])}[/]")
-    console.print(table)
+    if facts["expected"] is not None:
+        _expected(Prediction.model_validate_json(json.dumps(facts["expected"])), facts["device_title"])
+    _figures(facts, FIGURES)
+    console.print(f"on the machine that built it, {plain(facts['host']['cpu'])}:")
+    _figures(facts, HOST_FIGURES)
     removed = facts["pruning"]
     _pruning(None if removed is None else Pruning.model_validate(removed, strict=False))
     _notes((*facts["model"]["warnings"], *facts["recipe"]["remarks"]))
@@ -163,6 +166,31 @@ def bundle(path: Path) -> None:
         f"content {facts['content_digest'][:16]}, evidence {(facts['evidence_digest'] or 'without a digest')[:16]}"
     )
     console.print(f"bundle [bold]{plain(path)}[/], {plain(digests)}, report {plain(path / REPORT_PAGE)}")
+
+
+def _expected(made: "Prediction", device: str) -> None:
+    """Print what is expected on the device: the first lines of all that is said of a bundle."""
+    console.print(
+        f"expected on {plain(device)}, {plain(made.backend)}, with a context of {made.context:,} tokens "
+        f"(a prompt of {made.prompt:,} before the first token):"
+    )
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, title in ESTIMATES.items():
+        one = getattr(made, key)
+        if one is not None:
+            between = interval(one.low, one.high, one.unit)
+            table.add_row(title, figure(one.value, one.unit), between, f"[dim]{one.basis}[/]")
+    console.print(table)
+    console.print(plain(made.residence.sentence))
+
+
+def _figures(facts: dict[str, Any], figures: Iterable[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, title in figures:
+        quantity = _at(facts, key)
+        if quantity is not None:
+            table.add_row(title, _figure(quantity), f"[dim]{plain(quantity['basis'])}[/]")
+    console.print(table)
 
 
 def _figure(quantity: dict[str, Any]) -> str:
@@ -237,7 +265,7 @@ def comparison(facts: list[dict[str, Any]]) -> None:
     """Print bundles in columns; a difference of the evaluation text is said, since KLs then do not compare."""
     titles = (f"{plain(one['path'])}\n{plain(one['target'] + ' ' + one['recipe']['scheme'])}" for one in facts)
     table = Table("", *titles, box=None)
-    for key, title in FIGURES:
+    for key, title in (*FIGURES, *((key, f"{title}, on its build machine") for key, title in HOST_FIGURES)):
         found = [_at(one, key) for one in facts]
         if any(found):
             table.add_row(title, *(_figure(one) if one else "" for one in found))

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from exporter.device.backend import Backend, BackendName, InstructionSet, Measured
 from exporter.device.provenance import (
+    GIB,
     AppMemory,
     Bandwidth,
     Clock,
@@ -65,7 +66,8 @@ class DeviceProfile(Document):
     Attributes:
         name: File name without `.toml`: the name on the command line.
         clusters: Cores by kind, fastest first.
-        ram_bytes: Installed memory.
+        title: What people call it, without its memory.
+        ram_bytes: Installed memory: the size that is most common, where several are sold.
         ram_options_bytes: The memory sizes it is sold with; `ram_bytes` is one of them.
         app_memory_limit_bytes: Memory limit of one app; on laptops and boards, the usable share of the memory.
         app_memory_limit_with_entitlement_bytes: The same for an app with the system's entitlement for more.
@@ -106,6 +108,12 @@ class DeviceProfile(Document):
     def digest(self) -> str:
         """SHA-256 over all that the profile says."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def full_title(self) -> str:
+        """The title and the memory, such as `Raspberry Pi 5 (8 GB)`."""
+        size = f"{self.ram_bytes.value / GIB:g} GB"
+        return f"{self.title[:-1]}, {size})" if self.title.endswith(")") else f"{self.title} ({size})"
 
     @property
     def cores(self) -> int:

@@ -43,6 +43,7 @@ class Job:
         emulate: Run the artifact on this machine under the device's limits as well.
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
+        ram_bytes: Installed memory of the device, among the sizes that it is sold with; None for its most common one.
         base: Folder or hub id of an adapter's base; None for the one that the adapter names.
     """
 
@@ -72,12 +73,14 @@ class Job:
     emulate: bool = False
     repeats: Plan | None = None
     base: str | None = None
+    ram_bytes: int | None = None
 
     def repeating(self, plan: Plan) -> Self:
         """Return the job that does what a plan says, with this one's source, texts, output and machine."""
         return replace(
             self,
             device=self.device or plan.device,
+            ram_bytes=plan.ram_bytes,
             target=plan.target,
             seed=plan.seed,
             window=plan.window,

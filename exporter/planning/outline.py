@@ -105,7 +105,7 @@ def outline(resolved: ResolvedJob, draft: Draft, needs: BuildNeeds, seconds: Map
         model=resolved.original.name,
         warnings=resolved.original.warnings,
         device=resolved.device.name,
-        device_title=resolved.device.title,
+        device_title=resolved.device.full_title,
         target=resolved.target.name,
         recipe=resolved.recipe.document,
         scheme=resolved.scheme(draft),

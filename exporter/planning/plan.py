@@ -124,6 +124,7 @@ class Plan(Document):
         model_digest: SHA-256 over the source's files.
         device: Name of the device profile.
         device_digest: SHA-256 over the profile's content.
+        ram_bytes: Installed memory of the device; None where the plan takes the profile's own.
         target: Name of the target.
         recipe: The steps with every option, and the effort.
         seed: Seed of everything random.
@@ -140,6 +141,7 @@ class Plan(Document):
     model_digest: Sha256
     device: Annotated[str, Field(max_length=255)]
     device_digest: Sha256
+    ram_bytes: Annotated[int | None, Field(ge=1, le=1 << 50, exclude_if=lambda size: size is None)] = None
     target: Word
     recipe: RecipeDocument
     seed: Count

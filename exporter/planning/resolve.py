@@ -8,7 +8,8 @@ from exporter.calibrate.windows import Windows
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.checks import check_methods
 from exporter.compress.effort import DEFAULT, Effort, effort
-from exporter.device.profile import DeviceProfile, load_device
+from exporter.device.memory_size import device_with
+from exporter.device.profile import DeviceProfile
 from exporter.formats.group import Decision
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Basis, Check
@@ -118,6 +119,7 @@ class ResolvedJob:
             model_digest=self.original.digest,
             device=self.device.name,
             device_digest=self.device.digest,
+            ram_bytes=self.job.ram_bytes,
             target=self.target.name,
             recipe=self.recipe.document,
             seed=self.job.seed,
@@ -150,7 +152,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
     _require_in_context(job.context, model.decoder.context_length, "the model's")
     if job.device is None:
         raise RequestError("no device is named", next_step="name one with --device; edge-exporter devices lists them")
-    device = load_device(job.device)
+    device = device_with(job.device, job.ram_bytes)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
     longest = target.context_length(model)
     _require_in_context(job.context, longest, f"the target {target.name} computes for this model")

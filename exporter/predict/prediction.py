@@ -6,6 +6,7 @@ from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Document
 from exporter.predict.estimate import EIGHTY_PERCENT, Estimate, lognormal
 from exporter.predict.memory_from_size import Memory
+from exporter.predict.peak_memory import Peak
 from exporter.predict.process_memory import held_bytes, peak_bytes
 from exporter.predict.rates import rates
 from exporter.predict.request import Request, checked_request
@@ -23,6 +24,8 @@ class Prediction(Document):
         device: The profile's name.
         backend: The backend.
         format: Format of the weights.
+        context: Tokens in the cache.
+        prompt: Tokens of the prompt.
         decode_tokens_per_s: Decode speed with a full context; from storage if weights will not stay in memory.
         sustained_decode_tokens_per_s: The same after minutes of load; absent if the profile gives no slowdown.
         prefill_tokens_per_s: Prefill speed.
@@ -38,6 +41,8 @@ class Prediction(Document):
     device: str
     backend: str
     format: str
+    context: int
+    prompt: int
     decode_tokens_per_s: Estimate
     sustained_decode_tokens_per_s: Estimate | None = None
     prefill_tokens_per_s: Estimate
@@ -50,19 +55,19 @@ class Prediction(Document):
     notes: tuple[str, ...] = ()
 
 
-def predict(profile: DeviceProfile, request: Request, memory: Memory | None) -> Prediction:
+def predict(profile: DeviceProfile, request: Request, memory: Memory | Peak | None) -> Prediction:
     """Predict the performance of a model's file on a device.
 
     Args:
         profile: The device; runs in its profile are used as measured points.
         request: The model's file and how it is run.
-        memory: The memory model of its runtime; None if it has none.
+        memory: The memory of its runtime for this model, or a model of it; None if it has none.
 
     Raises:
         RequestError: a number is out of bounds, or the backend or the format is unknown.
     """
     request = checked_request(request, profile)
-    speeds, held = rates(profile, request), held_bytes(request)
+    speeds, held = rates(profile, request), held_bytes(request, memory)
     place = residence(profile, held)
     decode = speeds.decode
     if place.status != "fits":
@@ -73,6 +78,8 @@ def predict(profile: DeviceProfile, request: Request, memory: Memory | None) -> 
         device=profile.name,
         backend=request.backend,
         format=request.format,
+        context=request.context,
+        prompt=request.prompt,
         decode_tokens_per_s=decode,
         sustained_decode_tokens_per_s=_sustained(profile, decode),
         prefill_tokens_per_s=speeds.prefill,

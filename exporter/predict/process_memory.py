@@ -3,8 +3,8 @@
 from exporter.device.fit import UNIT
 from exporter.device.profile import DeviceProfile
 from exporter.predict.estimate import Estimate
-from exporter.predict.memory_from_size import Memory, predicted_peak
-from exporter.predict.peak_memory import SizedModel
+from exporter.predict.memory_from_size import ERROR, Memory, predicted_peak
+from exporter.predict.peak_memory import Peak, SizedModel
 from exporter.predict.request import Request
 from exporter.predict.token_cost import kv_bytes
 
@@ -17,8 +17,16 @@ PROCESS_BYTES, BUFFERS_BYTES, BUFFERS_TOKENS, BUFFERS_POWER = 95e6, 69e6, 512, 0
 LEAST_SHARE, MOST_SHARE = 0.97, 1.15
 
 
-def held_bytes(request: Request) -> Estimate:
-    """Estimate the memory of a runtime while running: the weights once, the cache and the buffers."""
+def held_bytes(request: Request, memory: Memory | Peak | None = None) -> Estimate:
+    """Estimate the memory of a runtime while running: the weights once, the cache and the buffers.
+
+    Args:
+        request: The request.
+        memory: The memory of the process, where the model is known.
+    """
+    if isinstance(memory, Peak):
+        held = request.file_bytes + memory.process_bytes + memory.cache_bytes + memory.buffer_bytes
+        return _of_known_shape(held, "the file, the process, the cache and the buffers of this model")
     cache = kv_bytes(request.parameters, request.context)
     tokens = min(request.context, BUFFERS_TOKENS) / BUFFERS_TOKENS
     buffers = PROCESS_BYTES + BUFFERS_BYTES * tokens * (request.parameters / 1e9) ** BUFFERS_POWER
@@ -31,20 +39,32 @@ def held_bytes(request: Request) -> Estimate:
     )
 
 
-def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile, memory: Memory | None) -> Estimate:
+def peak_bytes(held: Estimate, request: Request, profile: DeviceProfile, memory: Memory | Peak | None) -> Estimate:
     """Estimate the peak resident memory, including pages of the mapped file, which can be dropped.
 
     Args:
         held: Memory while running.
         request: The request.
         profile: The device.
-        memory: The memory model of the runtime; None if it has none.
+        memory: The memory of the runtime for this model, or a model of it; None if it has none.
     """
     if request.backend != "cpu" or memory is None:
         return held
+    if isinstance(memory, Peak):
+        how = "the process, this model's weights as the runtime loads and packs them, cache and buffers"
+        return _within_ram(_of_known_shape(memory.bytes, how), profile)
     model = SizedModel(request.file_bytes, request.parameters, request.format.strip())
     found = predicted_peak(memory, model, request.context, profile.isa.features)
-    # Mapped pages are dropped before the resident memory exceeds the RAM.
-    value, low, high = (min(float(size), profile.ram_bytes.value) for size in (found.value, found.low, found.high))
     how = "the process, weights as the runtime loads and packs them, cache and buffers of models of that size"
-    return Estimate(value=value, low=low, high=high, unit=UNIT, how=how)
+    estimated = Estimate(value=float(found.value), low=float(found.low), high=float(found.high), unit=UNIT, how=how)
+    return _within_ram(estimated, profile)
+
+
+def _of_known_shape(size: int, how: str) -> Estimate:
+    return Estimate(value=float(size), low=(1 - ERROR) * size, high=(1 + ERROR) * size, unit=UNIT, how=how)
+
+
+def _within_ram(peak: Estimate, profile: DeviceProfile) -> Estimate:
+    """Return the peak of the resident memory: mapped pages are dropped before it exceeds the RAM."""
+    value, low, high = (min(size, profile.ram_bytes.value) for size in (peak.value, peak.low, peak.high))
+    return peak.model_copy(update={"value": value, "low": low, "high": high})

@@ -56,8 +56,8 @@ def workload(profile: DeviceProfile, request: Request) -> Workload:
         products_per_s=cpu_of(profile).products_per_s,
         has_integer_dot=bool(INTEGER_DOT & set(profile.isa.features)),
         format=request.format,
-        file_bytes=request.file_bytes,
-        parameters=request.parameters,
+        file_bytes=request.active * request.file_bytes,
+        parameters=request.active * request.parameters,
         context=request.context,
         runtime=request.runtime,
         peak_operations_per_s=operations.value if operations else 0.0,
@@ -84,7 +84,7 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
 
 def at_length(usual: Estimate, request: Request) -> Estimate:
     """Return the prefill speed at the requested prompt length, from that at the usual 512 tokens."""
-    slower = _slower(request.parameters, request.prompt)
+    slower = _slower(request.active * request.parameters, request.prompt)
     if slower == 1:
         return usual
     wider = slower**SAG_DEVIATION

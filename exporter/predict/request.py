@@ -18,13 +18,14 @@ class Request:
     """A model's file and how it is run.
 
     Attributes:
-        file_bytes: Bytes of the weights; all are assumed to be read for each token (a dense model).
+        file_bytes: Bytes of the weights.
         parameters: Weights of the model.
         format: Format as named by the runtime.
         backend: Processor and interface; see `exporter.predict.workload.backend_name`.
         context: Tokens in the cache, which determine its memory and the bytes that each token reads.
         prompt: Prompt tokens, for the time to the first token.
         runtime: Name of the runtime; empty for llama.cpp or a similar one.
+        active: Share of the weights that a token uses: less than 1 for a model with experts.
     """
 
     file_bytes: int
@@ -34,6 +35,7 @@ class Request:
     context: int = 512
     prompt: int = 512
     runtime: str = ""
+    active: float = 1.0
 
 
 def checked_request(request: Request, profile: DeviceProfile) -> Request:

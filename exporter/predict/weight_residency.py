@@ -11,10 +11,13 @@ from typing import Literal
 
 from exporter.device.fit import reserved_bytes
 from exporter.device.profile import DeviceClass, DeviceProfile
-from exporter.foundation.quantities import Document
+from exporter.foundation.quantities import Basis, Document
 from exporter.predict.estimate import Estimate
 
 Status = Literal["fits", "uncertain", "pages", "ended"]
+VERDICTS: Mapping[Status, str] = {
+    "fits": "It fits", "uncertain": "It may not fit", "pages": "It does not stay in memory", "ended": "It does not fit",
+}  # fmt: skip
 GB = 1e9
 # Sequential read speed of a class's storage, if the profile has none: SD cards, UFS 3, NVMe.
 USUAL_STORAGE: Mapping[DeviceClass, float] = {"board": 90e6, "phone": 2.5e9, "tablet": 2.5e9, "laptop": 2.5e9}
@@ -40,26 +43,37 @@ class Residence(Document):
     decode_in_memory: Estimate | None = None
     decode_from_storage: Estimate | None = None
 
+    @property
+    def sentence(self) -> str:
+        """Whether it fits, and how sure that is, in one sentence."""
+        return f"{VERDICTS[self.status]}: {self.detail}."
+
 
 def residence(profile: DeviceProfile, held: Estimate) -> Residence:
     """Compare the memory of a running model with a device's limit for one app."""
     reserve = reserved_bytes(profile)
     limit, what = profile.ram_bytes.value - reserve, "what the RAM leaves beside the system"
-    app = profile.app_memory_limit_bytes.value
+    basis: Basis = "estimated"
+    known = profile.app_memory_limit_bytes
+    app = known.value
     if app < limit:
-        limit, what = app, "what one app may use"
+        limit, what, basis = app, "what one app may use", known.basis
     ends = app == limit and profile.device_class in ("phone", "tablet")
     # Systems give up part of their reserve before they page: files of up to 8.5 GB ran on a board of 8 GiB.
     beyond = held.value > limit if ends else held.low > limit + reserve / 2
     status: Status = "fits" if held.high <= limit else "uncertain"
     if beyond:
         status = "ended" if ends else "pages"
-    numbers = f"it holds {held.value / GB:.2f} GB ({held.low / GB:.2f} to {held.high / GB:.2f}), which"
-    return Residence(status=status, limit_bytes=limit, detail=_sentence(status, numbers, what, limit, profile))
+    interval = f"{held.low / GB:.2f} to {held.high / GB:.2f}"
+    numbers = f"it holds {held.value / GB:.2f} GB ({interval} in 80 % of cases), which"
+    return Residence(
+        status=status,
+        limit_bytes=limit,
+        detail=_sentence(status, numbers, f"{what}, {limit / GB:.2f} GB ({basis})", profile),
+    )
 
 
-def _sentence(status: Status, numbers: str, what: str, limit: float, profile: DeviceProfile) -> str:
-    against = f"{what}, {limit / GB:.2f} GB"
+def _sentence(status: Status, numbers: str, against: str, profile: DeviceProfile) -> str:
     if status == "fits":
         return f"{numbers} is within {against}"
     if status == "uncertain":

@@ -12,6 +12,7 @@ from pydantic import AliasChoices, FailFast, Field, model_validator
 from exporter.coding.profiles import Profile
 from exporter.foundation.quantities import Check, Count, Document, Pruning, Quantity, Status
 from exporter.planning.plan import Plan, TextFacts
+from exporter.predict.prediction import Prediction
 
 Sentences = Annotated[tuple[str, ...], FailFast()]
 # Left out where there is none, as in version 0.1.0.
@@ -177,6 +178,8 @@ class Report(Document):
 
     Attributes:
         schema_version: 1 is that of version 0.1.0, which has no `device_checks`.
+        expected: What it is expected to do on the device; None for a model too small for a prediction, and in reports
+            of earlier versions.
         device_checks: The checks of measurements.json, so that the content digest covers how they ended.
     """
 
@@ -184,6 +187,7 @@ class Report(Document):
     model: ModelFacts
     device: str
     device_title: str
+    expected: Annotated[Prediction | None, Field(exclude_if=lambda made: made is None)] = None
     target: str
     recipe: RecipeFacts
     pruning: Pruning | None = None
@@ -300,9 +304,12 @@ def _planned(row: TensorRow) -> tuple[object, ...]:
 def merged(report: Report, measurements: Measurements) -> dict[str, object]:
     """Return both documents as one JSON-able object, with the checks of both and the verdict over them."""
     checks = report.checks + measurements.checks
+    told = report.model_dump(mode="json")
     return {
+        "device_title": report.device_title,
+        "expected": told.get("expected"),
         **measurements.model_dump(mode="json"),
-        **report.model_dump(mode="json"),
+        **told,
         "checks": [check.model_dump(mode="json") for check in checks],
         "verdict": verdict(checks),
     }

@@ -2,6 +2,16 @@
 
 from exporter.foundation.quantities import Pruning
 
+# What is expected on a device: field of a prediction -> title.
+ESTIMATES = {
+    "decode_tokens_per_s": "decode",
+    "sustained_decode_tokens_per_s": "decode, sustained",
+    "prefill_tokens_per_s": "prefill",
+    "time_to_first_token_ms": "time to first token",
+    "peak_bytes": "peak memory",
+    "load_ms": "first load",
+    "energy_per_token_joules": "energy",
+}
 BYTE_UNITS = ("kB", "MB", "GB", "TB")
 
 
@@ -42,6 +52,13 @@ def text(value: float, unit: str) -> str:
     """Return `amount` as one text."""
     number, shown = amount(value, unit)
     return f"{number} {shown}".rstrip()
+
+
+def interval(low: float, high: float, unit: str) -> str:
+    """Return an interval, its ends with the unit of the higher one: `28 to 60 tokens/s`."""
+    least, most = text(low, unit), text(high, unit)
+    number, _, shown = least.rpartition(" ")
+    return f"{number} to {most}" if shown and most.endswith(f" {shown}") else f"{least} to {most}"
 
 
 def pruned(pruning: Pruning) -> str:

@@ -16,6 +16,7 @@ from exporter.device.fit import FILE_SIZE, check_fit
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.quantities import Basis, Check, Quantity
 from exporter.model.model import Model
+from exporter.planning.expected import expected
 from exporter.planning.job import Job
 from exporter.planning.outline import pruning
 from exporter.planning.plan import Plan
@@ -94,7 +95,8 @@ def describe(
     report = Report(
         model=_model_facts(model),
         device=plan.device,
-        device_title=resolved.device.title,
+        device_title=resolved.device.full_title,
+        expected=expected(resolved, scheme, list(lowered.compression.decided), artifact.file_bytes),
         target=plan.target,
         recipe=recipe,
         pruning=pruning(resolved, list(lowered.compression.decided)),

@@ -120,7 +120,7 @@ def test_more_to_read_is_slower(pixel: DeviceProfile) -> None:
     # Unpacking binds: no quicker for being smaller than 4 bits, and slower where codes are looked up in a table.
     small = {"file_bytes": 780_000_000}
     assert decode(pixel) > decode(pixel, format="Q2_K", **small) > decode(pixel, format="IQ3_XXS", **small)
-    assert decode(bare("raspberry-pi-4")) < decode(bare("raspberry-pi-5-8gb")) < decode(bare("macbook-air-m2"))
+    assert decode(bare("raspberry-pi-4")) < decode(bare("raspberry-pi-5")) < decode(bare("macbook-air-m2"))
 
 
 def test_a_small_neural_processor_reads_prompts_within_its_data_sheet() -> None:
@@ -189,7 +189,7 @@ def test_a_calibrated_profile_is_a_file_that_reads_back(tmp_path: Path, pixel: D
 
 
 def test_the_peak_is_while_the_cpu_s_copy_is_made() -> None:
-    pi, mac = load_device("raspberry-pi-5-8gb"), load_device("macbook-air-m2")
+    pi, mac = load_device("raspberry-pi-5"), load_device("macbook-air-m2")
     asked = Request(2_000_000_000, 3_210_000_000, "Q4_K_M", "cpu")
     copied = predict(pi, asked).peak_bytes
     assert 1.7 * 2e9 < copied.low < copied.value < copied.high < 2.5 * 2e9
@@ -201,8 +201,8 @@ def test_the_peak_is_while_the_cpu_s_copy_is_made() -> None:
 
 
 def test_no_more_is_resident_than_there_is_memory() -> None:
-    made = predict(load_device("raspberry-pi-5-8gb"), Request(6_000_000_000, 10_000_000_000, "Q4_K_M", "cpu"))
-    assert made.peak_bytes.value == load_device("raspberry-pi-5-8gb").ram_bytes.value
+    made = predict(load_device("raspberry-pi-5"), Request(6_000_000_000, 10_000_000_000, "Q4_K_M", "cpu"))
+    assert made.peak_bytes.value == load_device("raspberry-pi-5").ram_bytes.value
 
 
 def test_a_longer_context_takes_more_memory(pixel: DeviceProfile) -> None:
@@ -227,7 +227,7 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     [(9.64, 9.077, "Q8_0", 0.027), (9.38, 8.829, "Q8_0", 0.019), (8.98, 14.77, "Q4_K_M", 0.018)],
 )
 def test_what_does_not_fit_is_read_from_storage(file_gb: float, billions: float, format: str, published: float) -> None:
-    pi = load_device("raspberry-pi-5-8gb")
+    pi = load_device("raspberry-pi-5")
     made = predict(pi, Request(round(file_gb * 1e9), round(billions * 1e9), format, "cpu"))
     assert made.residence.status == "pages" and "each token waits for storage" in made.residence.detail
     assert made.decode_tokens_per_s.low < published < made.decode_tokens_per_s.high
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_read_from_storage(file_gb: float, billions: float,
     [(8.22, 7.738, 1.238, "uncertain"), (8.53, 8.03, 0.922, "uncertain"), (4.06, 3.821, 2.423, "fits")],
 )
 def test_what_just_fits_is_read_from_memory(file_gb: float, billions: float, published: float, status: str) -> None:
-    pi = load_device("raspberry-pi-5-8gb")
+    pi = load_device("raspberry-pi-5")
     made = predict(pi, Request(round(file_gb * 1e9), round(billions * 1e9), "Q8_0", "cpu"))
     assert made.residence.status == status
     assert made.decode_tokens_per_s.value == pytest.approx(published, rel=0.35)
