@@ -7,6 +7,8 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from exporter.foundation.quantities import Check, Quantity
+from exporter.predict.estimate import Estimate
+from exporter.predict.prediction import Prediction
 from exporter.report import charts, figures
 from exporter.report.data import Measurements, Report, TensorRow, verdict
 
@@ -15,7 +17,7 @@ VERDICT_TITLES = {"passed": "Passed", "failed": "Failed", "incomplete": "Incompl
 STATUS_MARKS = {"passed": "✓", "failed": "✕", "not run": "–"}
 STATUS_ORDER = ("failed", "not run", "passed")
 BASES = {
-    "measured": "on the host named below",
+    "measured": "on the machine that built it",
     "emulated": "under the device's limits or instruction set",
     "estimated": "computed by a model of the device",
     "published": "stated by others",
@@ -31,6 +33,13 @@ class Figure:
     unit: str
     basis: str
     meaning: str
+
+    @classmethod
+    def expected(cls, title: str, estimate: Estimate, meaning: str) -> "Figure":
+        """Return an estimate, with its interval before what it means."""
+        number, unit = figures.amount(estimate.value, estimate.unit)
+        between = figures.interval(estimate.low, estimate.high, estimate.unit)
+        return cls(title, number, unit, estimate.basis, f"{between}; {meaning}")
 
     @classmethod
     def of(cls, title: str, quantity: Quantity, meaning: str) -> "Figure":
@@ -61,7 +70,7 @@ def render_html(report: Report, measurements: Measurements) -> str:
         percent=lambda fraction: figures.text(fraction, "fraction"),
         role=charts.role_title,
     )
-    environment.globals.update(amount=figures.text, pruned=figures.pruned)
+    environment.globals.update(amount=figures.text, interval=figures.interval, pruned=figures.pruned)
     template = environment.from_string((files("exporter.report") / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(_view(report, measurements))
 
@@ -79,7 +88,9 @@ def _view(report: Report, measurements: Measurements) -> dict[str, object]:
         "marks": STATUS_MARKS,
         "bases": BASES,
         "smaller": _times_smaller(report),
-        "cards": _cards(report, measurements),
+        "expected": [] if report.expected is None else _expected(report.expected),
+        "cards": _cards(report),
+        "host": _host(measurements),
         "accuracy": _accuracy(report),
         "shares": parts,
         "bar": charts.stacked_bar(parts),
@@ -107,9 +118,37 @@ def _times_smaller(report: Report) -> str:
     return figures.significant(2 * report.model.parameters / size) if size else "–"
 
 
-def _cards(report: Report, measurements: Measurements) -> list[Figure]:
-    size, accuracy, speed, memory = report.size, report.accuracy, measurements.speed, measurements.memory
+def _expected(made: Prediction) -> list[Figure]:
+    """Return the cards on the device: how fast it answers, and what it takes."""
+    cards = [
+        Figure.expected("Writing", made.decode_tokens_per_s, "one token at a time"),
+        Figure.expected("Reading", made.prefill_tokens_per_s, "the prompt at once"),
+        Figure.expected("First token after", made.time_to_first_token_ms, f"for a prompt of {made.prompt:,} tokens"),
+        Figure.expected("Peak memory", made.peak_bytes, f"with a context of {made.context:,} tokens"),
+        Figure.expected("First load", made.load_ms, "of the model files from storage"),
+    ]
+    if made.sustained_decode_tokens_per_s is not None:
+        cards.append(Figure.expected("Writing, sustained", made.sustained_decode_tokens_per_s, "after minutes of load"))
+    if made.energy_per_token_joules is not None:
+        cards.append(Figure.expected("Energy", made.energy_per_token_joules, "of the whole device"))
+    return cards
+
+
+def _host(measurements: Measurements) -> list[Figure]:
+    """Return the cards on the machine that built the bundle."""
+    speed, memory = measurements.speed, measurements.memory
     before = figures.text(memory.interpreter_bytes.value, memory.interpreter_bytes.unit)
+    return [
+        Figure.of("Writing", speed.decode_tokens_per_s, "decode, one token at a time"),
+        Figure.of("Reading", speed.prefill_tokens_per_s, "prefill, the prompt at once"),
+        Figure.of("First token after", speed.time_to_first_token_ms, "from prompt to first answer"),
+        Figure.of("Peak memory", memory.peak_bytes, f"of the process; {before} of it before the model"),
+    ]
+
+
+def _cards(report: Report) -> list[Figure]:
+    """Return the cards on the model: its size, and what it lost."""
+    size, accuracy = report.size, report.accuracy
     coded = []
     if size.coded_bytes is not None and size.coded_bits_per_weight is not None:
         bits = figures.text(size.coded_bits_per_weight.value, size.coded_bits_per_weight.unit)
@@ -120,10 +159,6 @@ def _cards(report: Report, measurements: Measurements) -> list[Figure]:
         Figure.of("Bits per weight", size.bits_per_weight, "of the original; scales and padding included"),
         Figure.of("Same next token", accuracy.top1_agreement, "as the original model's first choice"),
         Figure.of("Divergence (KL)", accuracy.kl_mean, "a token, on average; 0 is identical"),
-        Figure.of("Writing", speed.decode_tokens_per_s, "decode, one token at a time"),
-        Figure.of("Reading", speed.prefill_tokens_per_s, "prefill, the prompt at once"),
-        Figure.of("First token after", speed.time_to_first_token_ms, "from prompt to first answer"),
-        Figure.of("Peak memory", memory.peak_bytes, f"of the process; {before} of it before the model"),
     ]
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from exporter.device.profile import load_device
 from exporter.foundation.quantities import Check, from_json
-from exporter.report import charts
+from exporter.predict.prediction import predict
+from exporter.predict.request import Request
+from exporter.report import charts, figures
 from exporter.report.data import Measurements, Report
 from exporter.report.html import BASES, render_html
 
@@ -19,7 +22,9 @@ VOID = {"meta", "br", "rect"}
 
 @pytest.fixture
 def report() -> Report:
-    return from_json(Report, (DATA / "report.json").read_bytes(), "report.json")
+    report = from_json(Report, (DATA / "report.json").read_bytes(), "report.json")
+    request = Request(round(report.size.file_bytes.value), report.model.parameters, "Q4_K_M", "cpu", 2048)
+    return report.model_copy(update={"expected": predict(load_device("iphone-15-pro"), request, None)})
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def test_warnings_and_remarks_stand_at_the_top(report: Report, measurements: Mea
     model = report.model.model_copy(update={"warnings": ("it was quantised before",)})
     recipe = report.recipe.model_copy(update={"remarks": ("speed has its price",)})
     page = render_html(report.model_copy(update={"model": model, "recipe": recipe}), measurements)
-    notice = re.search(r'<ul class="notice">\n(.*?)</ul>\n<div class="cards">', page, re.DOTALL)
+    notice = re.search(r'<ul class="notice">\n(.*?)</ul>\n<h2 class="over">On iPhone 15 Pro', page, re.DOTALL)
     assert notice is not None
     assert notice[1].split("\n")[:-1] == ["<li>it was quantised before</li>", "<li>speed has its price</li>"]
 
@@ -110,17 +115,33 @@ def test_every_check_and_basis_is_there(report: Report, measurements: Measuremen
 
 def test_each_card_says_its_own_basis(report: Report, measurements: Measurements) -> None:
     cards = re.findall(r'<div class="card">.*?</div>\n</div>', render_html(report, measurements), re.DOTALL)
-    found = {}
+    found = []
     for card in cards:
         title = re.search(r'class="title">([^<]*)<', card)
         basis = re.search(r"basis-(\w+)", card)
         assert title is not None
         assert basis is not None
-        found[title[1]] = basis[1]
-    assert len(found) == 8
-    assert found["Writing"] == measurements.speed.decode_tokens_per_s.basis == "estimated"
-    assert found["First token after"] == "emulated"
-    assert found["Peak memory"] == "measured"
+        found.append((title[1], basis[1]))
+    speeds = ["Writing", "Reading", "First token after", "Peak memory"]
+    assert found[:4] == [(title, "estimated") for title in speeds]
+    assert found[-4:] == list(zip(speeds, ["estimated", "measured", "emulated", "measured"], strict=True))
+    assert ("Divergence (KL)", "measured") in found and ("Model files", "measured") in found
+
+
+def test_what_is_expected_on_the_device_comes_first(report: Report, measurements: Measurements) -> None:
+    page = render_html(report, measurements)
+    assert report.expected is not None
+    told = [report.expected.residence.sentence, "is expected to write", "same next token"]
+    places = [page.index(html.escape(words)) for words in told]
+    assert max(places) < page.index('<div class="cards">')
+    made = report.expected.decode_tokens_per_s
+    assert f"{figures.text(made.value, made.unit)} ({figures.interval(made.low, made.high, made.unit)})" in page
+    assert page.index("On iPhone 15 Pro") < page.index("On the machine that built it")
+
+
+def test_a_model_too_small_for_a_prediction_has_a_page_without(report: Report, measurements: Measurements) -> None:
+    page = render_html(report.model_copy(update={"expected": None}), measurements)
+    assert "is expected to write" not in page and "On the machine that built it" in page
 
 
 @pytest.mark.parametrize(
