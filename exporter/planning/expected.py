@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from exporter.formats.group import Decision
 from exporter.planning.resolve import ResolvedJob
 from exporter.predict.prediction import Prediction, predict
-from exporter.predict.request import LEAST_BYTES, LEAST_PARAMETERS, Request
+from exporter.predict.request import Request, is_predictable
 from exporter.predict.workload import is_known_format
 from exporter.targets.facts import facts_of
 
@@ -15,7 +15,7 @@ PROMPT_TOKENS = 512
 
 
 def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file_bytes: int) -> Prediction | None:
-    """Return what is expected on the job's device; None for a model smaller than any that a prediction is fitted to.
+    """Return what is expected on the job's device; None for a model smaller than those that predictions are made for.
 
     Args:
         resolved: The job.
@@ -24,7 +24,7 @@ def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file
         file_bytes: Bytes of the model files.
     """
     decoder, context = resolved.model.decoder, resolved.job.context
-    if file_bytes < LEAST_BYTES or decoder.parameters < LEAST_PARAMETERS:
+    if not is_predictable(file_bytes, decoder.parameters):
         return None
     request = Request(
         file_bytes=file_bytes,

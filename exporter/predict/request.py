@@ -38,6 +38,12 @@ class Request:
     active: float = 1.0
 
 
+def is_predictable(file_bytes: int, parameters: int) -> bool:
+    """Return whether a model's file is of a size that predictions are made for; see `checked_request`."""
+    sizes = LEAST_BYTES <= file_bytes <= MOST_BYTES and LEAST_PARAMETERS <= parameters <= MOST_PARAMETERS
+    return sizes and LEAST_BITS <= 8 * file_bytes / parameters <= MOST_BITS
+
+
 def checked_request(request: Request, profile: DeviceProfile) -> Request:
     """Return the request with its backend's profile name; plain `gpu` or `npu` selects the device's first.
 

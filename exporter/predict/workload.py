@@ -29,7 +29,7 @@ FORMATS: tuple[tuple[str, Family, str], ...] = (
     (r"(B?F16|F32|FP16|FP32)\b", "float", "F32, F16, BF16"),
     (r"(Q8_|INT8\b|Q8\b|8-BIT|FP8|A(8|16)W8|W8A(8|16))", "eight", "Q8_0, int8, fp8, a8w8, a16w8"),
     (r"(UD-)?(Q[456]_K|IQ4_)", "k", "Q4_K, Q5_K, Q6_K and their mixes (_S, _M, _L), IQ4_NL, IQ4_XS"),
-    (r"(UD-)?(Q[23]_K|IQ[123]_|TQ[12]_|Q[123]_0)", "low", "Q2_K, Q3_K, IQ1_S to IQ3_M, TQ1_0, TQ2_0"),
+    (r"(UD-)?(Q[23]_K|IQ[123]_|TQ[12]_|Q[123]_0|INT[23]\b)", "low", "Q2_K, Q3_K, IQ1_S to IQ3_M, TQ1_0, TQ2_0, int2"),
     (r"(Q[45]_[01]|INT4\b|W4A(8|16)|A(8|16)W4|8DA4W|MXFP4|NVFP4|Q4F16|4-BIT|Q4\b|AWQ|GPTQ|SPINQUANT)", "four",
      "Q4_0, Q4_1, Q5_0, Q5_1, int4, w4a16, 8da4w, MXFP4"),
 )  # fmt: skip

@@ -22,9 +22,7 @@ def test_a_size_is_written_as_shops_do(text: str) -> None:
     assert ram_bytes(text) == 8 * GIB
 
 
-@pytest.mark.parametrize(
-    "text", ["", "8", "GB", "8TB", "8 GBs", "-8GB", "1e9GB", "8,5GB", "8GB\n9GB"]
-)
+@pytest.mark.parametrize("text", ["", "8", "GB", "8TB", "8 GBs", "-8GB", "1e9GB", "8,5GB", "8GB\n9GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match=r"--ram: this is no size of memory; .*expected a size such as 8GB"):
         ram_bytes(text)
