@@ -21,8 +21,8 @@ ThreadsOption = Annotated[
 ]
 # Those that a plan decides.
 DECIDED = (
-    "ram", "target", "type", "method", "recipe", "transport", "max_file_bytes", "bits", "min_decode", "min_prefill",
-    "prefer", "effort", "seed", "context",
+    "ram", "backend", "target", "type", "method", "recipe", "transport", "max_file_bytes", "bits", "min_decode",
+    "min_prefill", "prefer", "effort", "seed", "context",
 )  # fmt: skip
 
 
@@ -38,6 +38,12 @@ def job_of(
         str | None, typer.Option("--device", "-d", help="Device name, or path of a TOML profile.")
     ] = None,
     ram: RamOption = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", help="What computes on the device, such as npu:htp: only formats that it computes are chosen."
+        ),
+    ] = None,
     target: Annotated[
         str, typer.Option("--target", "-t", help="gguf, onnx, onnx-qdq, or auto: the one that the device prefers.")
     ] = "auto",
@@ -130,7 +136,7 @@ def job_of(
         model, device, target, type, method, None, calibration, evaluation, seed, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, transport=transport,
-        base=base, ram_bytes=ram,
+        base=base, ram_bytes=ram, backend=backend,
     )  # fmt: skip
 
 

@@ -47,9 +47,10 @@ class Cluster(Document):
 
 
 class PreferredTarget(Document):
-    """The target that `auto` selects on this device, and why."""
+    """The target that `auto` selects on this device, why, and the backend that computes unless another is named."""
 
     target: Annotated[str, Field(pattern="^[a-z0-9]+(-[a-z0-9]+)*$", max_length=32)]
+    backend: BackendName = "cpu"
     reason: Text
 
 
@@ -127,7 +128,7 @@ class DeviceProfile(Document):
         assert usable is not None, "checked as the profile was made"
         return usable
 
-    def backend(self, name: BackendName) -> Backend:
+    def backend(self, name: str) -> Backend:
         """Return a backend of the device.
 
         Raises:
@@ -191,6 +192,10 @@ class DeviceProfile(Document):
 
     def _require_possible_backends(self) -> None:
         given = [backend.name for backend in self.backends]
+        if self.preferred.backend not in given:
+            raise impossible(
+                "preferred.backend is none of the backends", self.preferred.backend, f"one of {', '.join(given)}"
+            )
         if len(set(given)) < len(given):
             raise impossible("a backend is listed twice", ", ".join(given), "each backend once")
         cpu = next((backend for backend in self.backends if backend.name == "cpu"), None)

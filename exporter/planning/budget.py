@@ -7,6 +7,7 @@ from functools import cached_property
 from operator import attrgetter
 
 from exporter.compress.allocate import Choice, Limits, Storage, allocate, stored_bytes
+from exporter.device.backend import BackendName
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision, WeightGroup
@@ -96,10 +97,13 @@ class Budget:
         ]
 
 
-def cpu_as_predicted(target: Budgeted, model: Model, storages: Sequence[Storage], device: DeviceProfile) -> Cpu:
-    """Return a device's CPU on which a model of 4 bits takes as long as `predict` says.
+def cpu_as_predicted(
+    target: Budgeted, model: Model, storages: Sequence[Storage], device: DeviceProfile, backend: BackendName = "cpu"
+) -> Cpu:
+    """Return a device's CPU on which a model of 4 bits takes as long as `predict` says for a backend.
 
-    Kernel speeds tell how formats differ on one device, predictions how fast the device is.
+    Kernel speeds tell how formats differ on one device, predictions how fast the device is. How formats differ on a GPU
+    or a neural processor is not known, so it is taken from the CPU.
     """
     plain, read, decode_s, prefill_s = cpu_of(device), 0.0, 0.0, 0.0
     formats: Counter[str] = Counter()
@@ -115,7 +119,7 @@ def cpu_as_predicted(target: Budgeted, model: Model, storages: Sequence[Storage]
     active = model.decoder.active_parameters
     scale = max(1.0, LEAST_PARAMETERS / active, LEAST_BYTES / read)
     (usual, _) = formats.most_common(1)[0]
-    request = Request(int(scale * read) + 1, int(scale * active) + 1, usual, "cpu")
+    request = Request(int(scale * read) + 1, int(scale * active) + 1, usual, backend)
     predicted = rates(device, checked_request(request, device))
     return replace(
         plain,

@@ -30,7 +30,7 @@ def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file
         file_bytes=file_bytes,
         parameters=decoder.parameters,
         format=format_of(scheme, ((one.format.name, one.stored_bytes) for one in decisions)),
-        backend="cpu",
+        backend=resolved.backend.name,
         context=context,
         prompt=min(context, PROMPT_TOKENS),
         runtime=facts_of(resolved.target.name).runtime,

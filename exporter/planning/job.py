@@ -43,6 +43,7 @@ class Job:
         emulate: Run the artifact on this machine under the device's limits as well.
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
+        backend: The processor and interface that computes on the device; None for the one that its profile prefers.
         ram_bytes: Installed memory of the device, among the sizes that it is sold with; None for its most common one.
         base: Folder or hub id of an adapter's base; None for the one that the adapter names.
     """
@@ -73,6 +74,7 @@ class Job:
     emulate: bool = False
     repeats: Plan | None = None
     base: str | None = None
+    backend: str | None = None
     ram_bytes: int | None = None
 
     def repeating(self, plan: Plan) -> Self:
@@ -81,6 +83,7 @@ class Job:
             self,
             device=self.device or plan.device,
             ram_bytes=plan.ram_bytes,
+            backend=plan.backend,
             target=plan.target,
             seed=plan.seed,
             window=plan.window,

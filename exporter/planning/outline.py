@@ -118,7 +118,11 @@ def outline(resolved: ResolvedJob, draft: Draft, needs: BuildNeeds, seconds: Map
         cache_bytes=_estimated(needs.cache, "bytes"),
         build_seconds=_estimated(sum(seconds.values()), "s"),
         stage_seconds={stage: _estimated(taken, "s") for stage, taken in seconds.items()},
-        checks=(*resolved.text_checks, *check_fit(resolved.device, needs.file, peak, "estimated")),
+        checks=(
+            *resolved.text_checks,
+            *resolved.backend.check(draft.decisions),
+            *check_fit(resolved.device, needs.file, peak, "estimated"),
+        ),
         decisions=tuple(
             OutlinedMatrix(
                 name=one.group.name,

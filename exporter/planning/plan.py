@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import FailFast, Field
 
 from exporter.compress.effort import Effort
+from exporter.device.backend import BackendName
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
 from exporter.foundation.quantities import Count, Document, Sha256, from_json
@@ -125,6 +126,7 @@ class Plan(Document):
         device: Name of the device profile.
         device_digest: SHA-256 over the profile's content.
         ram_bytes: Installed memory of the device; None where the plan takes the profile's own.
+        backend: The processor and interface that computes on the device; None in plans of earlier versions: the CPU.
         target: Name of the target.
         recipe: The steps with every option, and the effort.
         seed: Seed of everything random.
@@ -142,6 +144,7 @@ class Plan(Document):
     device: Annotated[str, Field(max_length=255)]
     device_digest: Sha256
     ram_bytes: Annotated[int | None, Field(ge=1, le=1 << 50, exclude_if=lambda size: size is None)] = None
+    backend: Annotated[BackendName | None, Field(exclude_if=lambda name: name is None)] = None
     target: Word
     recipe: RecipeDocument
     seed: Count

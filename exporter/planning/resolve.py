@@ -19,6 +19,7 @@ from exporter.planning.plan import Plan, PlannedMatrix, TextFacts
 from exporter.planning.recipe import Recipe, Table, load_recipe, step_of
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.steps.transport import Transport
+from exporter.targets.backends import BackendFormats, formats_on
 from exporter.targets.contract import AsStored, Target, load_target
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
@@ -39,6 +40,7 @@ class ResolvedJob:
         stored: `pruned` as the target's files can hold it.
         device: The profile.
         target: The target, on that device.
+        backend: What computes there, and the formats that it computes as they are.
         text_checks: How the runtime treats the tokenizer and the chat template.
     """
 
@@ -50,6 +52,7 @@ class ResolvedJob:
     stored: AsStored
     device: DeviceProfile
     target: Target
+    backend: BackendFormats
     text_checks: tuple[Check, ...] = ()
 
     @property
@@ -81,7 +84,9 @@ class ResolvedJob:
             RequestError: the target or the model cannot hold what the recipe asks for.
             InputError: the plan that is repeated does not fit its own recipe.
         """
-        draft = self.encoding.draft(EncodingTask(self.original, self.model, self.device, self.target, self.effort))
+        task = EncodingTask(self.original, self.model, self.device, self.target, self.backend, self.effort)
+        draft = self.encoding.draft(task)
+        self.backend.require(draft.decisions, self.target, self.model)
         check_methods(draft.decisions, self.model)
         if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
             _repeated(self.job.repeats, draft)
@@ -120,6 +125,7 @@ class ResolvedJob:
             device=self.device.name,
             device_digest=self.device.digest,
             ram_bytes=self.job.ram_bytes,
+            backend=self.backend.name,
             target=self.target.name,
             recipe=self.recipe.document,
             seed=self.job.seed,
@@ -154,6 +160,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
         raise RequestError("no device is named", next_step="name one with --device; edge-exporter devices lists them")
     device = device_with(job.device, job.ram_bytes)
     target = load_target(device.preferred.target if job.target == "auto" else job.target).on(device)
+    backend = formats_on(device.backend(job.backend or device.preferred.backend).name, target.name)
     longest = target.context_length(model)
     _require_in_context(job.context, longest, f"the target {target.name} computes for this model")
     job, model = replace(job, window=min(job.window, longest)), for_context(model, job.context, longest)
@@ -163,7 +170,7 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
         _require_same(job.repeats, model, device)
         recipe = Recipe.of(job.repeats.recipe)
     pruned = recipe.outlined(model)
-    return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target)
+    return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target, backend)
 
 
 def _require_in_context(context: int, longest: int, whose: str) -> None:

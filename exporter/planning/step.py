@@ -26,6 +26,7 @@ from exporter.foundation.quantities import Document
 from exporter.model.decoder import Decoder
 from exporter.model.model import Model
 from exporter.model.widths import outlined
+from exporter.targets.backends import BackendFormats
 from exporter.targets.contract import Target, by_bits
 
 # The second moment of a layer's channels, its inverse, and products of them, in double precision.
@@ -118,6 +119,7 @@ class EncodingTask:
         model: The model to encode: the source, or what the rewriting steps leave of it, in the target's shape.
         device: The device's profile.
         target: The target, on that device.
+        backend: The formats that may be chosen for what computes there.
         effort: How much work goes into a smaller loss.
     """
 
@@ -125,6 +127,7 @@ class EncodingTask:
     model: Model
     device: DeviceProfile
     target: Target
+    backend: BackendFormats
     effort: Effort
 
 

@@ -102,7 +102,7 @@ def describe(
         pruning=pruning(resolved, list(lowered.compression.decided)),
         size=_size(artifact, coded, model),
         accuracy=_accuracy(proof, plan),
-        checks=proof.checks,
+        checks=proof.checks + resolved.backend.check(lowered.compression.decided),
         device_checks=tuple(
             DeviceCheck.of(check, exact=check.name == FILE_SIZE)
             for check in measurements.checks

@@ -1,17 +1,19 @@
 """The step `allocate`: each matrix gets the format that keeps behaviour best within limits of bytes and speed."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from exporter.calibrate.layer_stream import Progress
-from exporter.compress.allocate import Choice, Limits, predicted_choices, stored_bytes
+from exporter.compress.allocate import Choice, Limits, Storage, predicted_choices, stored_bytes
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.effort import Effort
 from exporter.compress.method import load_method
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
+from exporter.foundation.errors import RequestError
 from exporter.planning.budget import (
     Budget,
     chosen,
@@ -23,6 +25,7 @@ from exporter.planning.budget import (
 )
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.steps.named_type import Name
+from exporter.targets.backends import BackendFormats
 from exporter.targets.contract import Target, budgeted
 
 Rate = Annotated[float, Field(gt=0, le=1e12)]
@@ -96,8 +99,8 @@ class Allocate(EncodingStep):
         target, model, most = budgeted(task.target), task.model, self._most_bytes(task)
         fixed = target.fixed_bytes(model)
         limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
-        storages = target.storages(model)
-        cpu = cpu_as_predicted(target, model, storages, task.device)
+        storages = _computed(target.storages(model), task.backend)
+        cpu = cpu_as_predicted(target, model, storages, task.device, task.backend.name)
         stock = [] if most is None else stock_of_that_size(target, model, most - fixed)
         return Budget(limits, fixed, storages, self.prefer, target, cpu, stock)
 
@@ -134,6 +137,24 @@ class _Allocation(Draft):
         best = chosen(budget, choices)
         decisions = decisions_of(budget, best, given.model, self.codes, "the least predicted loss within the limits")
         return decisions, cost_of_speed(budget, choices, best)
+
+
+def _computed(storages: Sequence[Storage], backend: BackendFormats) -> list[Storage]:
+    """Return the storages with the formats that the backend computes as they are.
+
+    Raises:
+        RequestError: it computes none of a matrix.
+    """
+    made = []
+    for storage in storages:
+        formats = tuple(one for one in storage.formats if backend.computes(one.name))
+        if not formats:
+            raise RequestError(
+                f"{backend.name} computes no format that this matrix can have", where=storage.groups[0].name,
+                got=", ".join(one.name for one in storage.formats), next_step="choose another backend or target",
+            )  # fmt: skip
+        made.append(replace(storage, formats=formats))
+    return made
 
 
 STEP = Allocate

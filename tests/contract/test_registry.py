@@ -24,6 +24,7 @@ from exporter.planning.resolve import recipe_for, resolve
 from exporter.planning.step import EncodingStep, EncodingTask, RewritingStep
 from exporter.steps.transport import Transport
 from exporter.targets.artifact import target_names
+from exporter.targets.backends import BackendFormats
 from exporter.targets.contract import Budgeted, FormatsByBits, Target, load_target
 from exporter.targets.facts import facts_of, libraries, settings_files
 from tests.models import FAMILIES as TINY
@@ -119,7 +120,7 @@ def test_a_step(name: str, model: Model) -> None:
     if isinstance(step, EncodingStep):
         for target_name in target_names():
             target = load_target(target_name)
-            task = EncodingTask(model, model, load_device(DEVICE), target, EFFORTS["fast"])
+            task = EncodingTask(model, model, load_device(DEVICE), target, BackendFormats("cpu", None), EFFORTS["fast"])
             try:
                 draft = step.resolved(target).draft(task)
             except ExporterError as error:

@@ -24,6 +24,7 @@ from exporter.planning.recipe import load_recipe, recipe_names
 from exporter.planning.resolve import ResolvedJob
 from exporter.planning.step import Draft, EncodingTask
 from exporter.report import figures
+from exporter.targets.backends import BackendFormats
 from exporter.targets.contract import load_target
 from tests.models import tiny_model
 
@@ -103,7 +104,9 @@ def test_matrices_get_the_fewest_bits_and_factors_and_the_embedding_eight(tmp_pa
     made = load_recipe(str(recipe(tmp_path, GOOD)))
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         assert made.encoding is not None
-        task = EncodingTask(model, model, load_device("galaxy-s24-ultra"), load_target(target), made.spends)
+        task = EncodingTask(
+            model, model, load_device("galaxy-s24-ultra"), load_target(target), BackendFormats("cpu", None), made.spends
+        )
         decisions = made.encoding.draft(task).decisions
         outer = {one.stored_as for one in decisions if one.group.layer is None}
         inner = {one.stored_as for one in decisions if one.group.layer is not None}

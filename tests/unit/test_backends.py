@@ -1,0 +1,117 @@
+"""What a backend computes as the file holds it, and the formats that are chosen for it."""
+
+import re
+from pathlib import Path
+
+import gguf
+import pytest
+
+from exporter.device.profile import DeviceProfile, load_device
+from exporter.formats.group import Decision
+from exporter.foundation.config_files import read_document
+from exporter.foundation.errors import RequestError
+from exporter.model.model import Model
+from exporter.model.sources import open_model
+from exporter.pipeline import plan
+from exporter.planning.job import Job
+from exporter.planning.resolve import ResolvedJob, resolve
+from exporter.targets.artifact import target_names
+from exporter.targets.backends import FILE, ComputedFile, formats_on
+from tests.models import tiny_model
+
+PHONE = "galaxy-s24-ultra"
+FILES = sorted(Path(__file__).parents[2].glob(f"targets/gguf/{FILE}"))
+
+
+def asked(folder: Path, **options: object) -> Job:
+    return Job(str(folder), PHONE, "gguf", context=64, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "model", hidden=256, intermediate=512)
+
+
+def drafted(job: Job) -> tuple[ResolvedJob, list[Decision], Model]:
+    with open_model(job.source) as model:
+        resolved = resolve(job, model)
+        return resolved, resolved.draft().decisions, model
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.parent.name for file in FILES])
+def test_the_files_name_formats_of_their_target(file: Path) -> None:
+    found = read_document(file, ComputedFile, "file").backends
+    assert len({one.name for one in found}) == len(found)
+    for one in found:
+        assert {*one.computes, *one.rounds} <= set(gguf.GGMLQuantizationType.__members__)
+        assert not set(one.computes) & set(one.rounds)
+        assert (one.source and "version" in one.runtime) or "backend" in one.runtime
+
+
+def test_the_cpu_computes_every_format_of_every_target() -> None:
+    for target in target_names():
+        cpu = formats_on("cpu", target)
+        assert cpu.computes("anything") and cpu.check([]) == ()
+
+
+@pytest.mark.parametrize("prefer", ["accuracy", "balanced", "speed"])
+def test_a_budget_chooses_only_formats_that_the_backend_computes(folder: Path, prefer: str) -> None:
+    known = formats_on("npu:htp", "gguf").known
+    assert known is not None
+    resolved, decisions, _ = drafted(asked(folder, bits=6.0, backend="npu:htp", prefer=prefer))
+    assert {one.format.name for one in decisions} <= set(known.computes)
+    _, freely, _ = drafted(asked(folder, bits=6.0, prefer=prefer))
+    assert {one.format.name for one in freely} - set(known.computes)
+    (check,) = resolved.backend.check(decisions)
+    assert check.status == "passed" and known.source in check.detail
+
+
+def test_a_type_that_it_does_not_take_is_refused_with_the_nearest_that_it_does(folder: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        drafted(asked(folder, type="Q4_K_M", backend="npu:htp"))
+    told = str(refused.value)
+    assert "npu:htp does not compute these formats as they are; got Q4_K (left to the CPU), Q6_K (left to" in told
+    advised = re.search(r"take --max-file-bytes (\d+), which chooses among those, or --type (\w+)\.", told)
+    assert advised is not None
+    resolved, usual, model = drafted(asked(folder, type="Q4_K_M"))
+    assert int(advised[1]) == resolved.target.estimated_file_bytes(model, usual)
+    _, chosen, _ = drafted(asked(folder, max_file_bytes=int(advised[1]), backend="npu:htp"))
+    _, named, _ = drafted(asked(folder, type=advised[2], backend="npu:htp"))
+    # The smallest whose head is in a type that the backend takes, too.
+    assert sum(one.stored_bytes for one in chosen) <= sum(one.stored_bytes for one in usual)
+    assert {one.format.name for one in named} == {"Q8_0"}
+
+
+def test_what_it_rounds_again_is_named(folder: Path) -> None:
+    with pytest.raises(RequestError, match=r"Q6_K \(rounded again to 4 bits in blocks of 128"):
+        drafted(Job(str(folder), "core-ultra-155h", "gguf", "Q6_K", context=64, backend="npu:openvino"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"target": "onnx", "backend": "npu:htp"},
+            r"not known what npu:htp computes of the target onnx",
+        ),
+        ({"backend": "npu:ane"}, r"galaxy-s24-ultra: the device has no backend 'npu:ane'; known: cpu, gpu:opencl"),
+        ({"backend": "x\n"}, r"has no backend"),
+    ],
+)
+def test_a_backend_of_which_nothing_is_known_is_refused(folder: Path, options: dict[str, str], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        drafted(Job(str(folder), PHONE, **{"target": "gguf", "context": 64, **options}))  # type: ignore[arg-type]
+
+
+def test_what_is_expected_is_that_of_the_backend(folder: Path) -> None:
+    made = plan(asked(folder, bits=6.0, backend="npu:htp"))
+    assert any(check.name == "device.backend" for check in made.checks)
+
+
+def test_a_preferred_backend_is_one_of_the_device() -> None:
+    table = load_device(PHONE).model_dump()
+    table["preferred"]["backend"] = "npu:htp"
+    assert DeviceProfile.model_validate(table).preferred.backend == "npu:htp"
+    table["preferred"]["backend"] = "npu:ane"
+    with pytest.raises(ValueError, match=r"preferred.backend is none of the backends"):
+        DeviceProfile.model_validate(table)
