@@ -77,6 +77,7 @@ class FamilyRow:
 
     Attributes:
         model_type: `model_type` in config.json.
+        multimodal_type: `model_type` of models with an encoder of images, of which the decoder is built; None for none.
         title: Names of its models.
         architecture: Class name in config.json's `architectures`.
         context: The longest text that artifacts compute as the model does.
@@ -84,6 +85,7 @@ class FamilyRow:
     """
 
     model_type: str
+    multimodal_type: str | None
     title: str
     architecture: str
     context: str
@@ -92,8 +94,16 @@ class FamilyRow:
     @property
     def contexts(self) -> str:
         """The usable context in words, that of single targets too."""
-        own = [f"{one.target}: up to {one.limited_by}" for one in self.targets if one.limited_by]
-        return "; ".join([self.context, *own])
+        named: dict[str, list[str]] = {}
+        for one in self.targets:
+            if one.limited_by:
+                named.setdefault(one.limited_by, []).append(one.target)
+        return "; ".join([self.context, *(f"{', '.join(names)}: at most {limit}" for limit, names in named.items())])
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The values of `model_type` that its models have."""
+        return (self.model_type,) if self.multimodal_type is None else (self.model_type, self.multimodal_type)
 
 
 def family_rows(targets: list[str]) -> list[FamilyRow]:
@@ -103,6 +113,7 @@ def family_rows(targets: list[str]) -> list[FamilyRow]:
     return [
         FamilyRow(
             family.model_type,
+            None if family.multimodal is None else family.multimodal.model_type,
             family.title,
             family.architecture,
             family.usable_context,

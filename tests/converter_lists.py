@@ -34,7 +34,7 @@ LEFT_OUT = ("GGUF.", "tokenizer.", "general.")
 COMPUTED = "rope_freqs.weight"
 UNTIED_ONLY = ("olmo2", "olmo3")
 # Enough for a layer of each kind.
-LAYERS = {"lfm2": 3, "olmo3": 4, "smollm3": 4}
+LAYERS = {"gemma4_text": 5, "lfm2": 3, "olmo3": 4, "smollm3": 4}
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,22 @@ def _steps(tensor: gguf.ReaderTensor) -> np.ndarray:
 
 def plain_texts(folder: Path) -> tuple[Path, Path]:
     """Write English prose that comes with Python into a folder: a text to calibrate on and another to measure on."""
-    topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    whole = "\n\n".join(topics[name] for name in sorted(topics))
+    whole = _prose()
     half = len(whole) // 2
     calibration, evaluation = folder / "calibration.txt", folder / "evaluation.txt"
     calibration.write_text(whole[:half], encoding="utf-8")
     evaluation.write_text(whole[half : half + EVALUATION_CHARACTERS], encoding="utf-8")
     return calibration, evaluation
+
+
+def unseen_text(folder: Path) -> Path:
+    """Write the end of that prose into a folder; no setting of the exporter was chosen by what it loses there."""
+    whole = _prose()
+    path = folder / "unseen.txt"
+    path.write_text(whole[len(whole) // 2 + EVALUATION_CHARACTERS :], encoding="utf-8")
+    return path
+
+
+def _prose() -> str:
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    return "\n\n".join(topics[name] for name in sorted(topics))

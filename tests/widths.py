@@ -25,13 +25,19 @@ from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.targets.contract import load_target
 from tests.llama_names import LINEARS, NORMS, layer_tensor
-from tests.models import KINDS, TEMPLATE, own_keys
+from tests.models import KINDS, MORE_KINDS, TEMPLATE, own_keys
 from tests.reference import reference_model
 
 FINAL_NORM = "model.norm.weight"
 BLOCK = 256
 VOCAB = 2048
 WINDOW, BATCH = 256, 4
+# What `own_keys` has for smaller models.
+WIDER: dict[str, dict[str, object]] = {
+    "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
+    "granitemoehybrid": {"shared_intermediate_size": 768},
+    "qwen3_moe": {"moe_intermediate_size": 256},
+}
 RATE, WARM_UP, CLIP = 3e-3, 20, 1.0
 
 
@@ -130,22 +136,22 @@ def trained(folder: Path, text: str, steps: int, seed: int, family: str) -> Path
     tokenizer = _tokenizer(text)
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     torch.manual_seed(seed)
-    config_class, model_class = KINDS[family]
-    config = config_class(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=VOCAB,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-        **own_keys(family, 64, 4),
-    )
+    config_class, model_class = (KINDS | MORE_KINDS)[family]
+    usual: dict[str, object] = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = config_class(**usual | own_keys(family, 64, 4) | WIDER.get(family, {}))
     model = model_class(config)
     _train(model, tokens, steps, seed)
     model.save_pretrained(folder)

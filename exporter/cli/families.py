@@ -42,16 +42,21 @@ def _list(rows: "list[FamilyRow]", targets: list[str]) -> None:
 
     table = Table("models", "model_type", *targets, "usable context", box=None)
     for row in rows:
-        table.add_row(*map(show.plain, (row.title, row.model_type, *map(_cell, row.targets), row.contexts)))
+        table.add_row(*map(show.plain, (row.title, ", ".join(row.model_types), *map(_cell, row.targets), row.contexts)))
     show.console.print(table)
     about = parity()
-    show.line(
-        f"Figures: mean KL divergence, in nats, of float32 artifacts from transformers ({about.basis}, {about.on}, "
-        f"{about.date}). Measure again: {about.command}"
-    )
+    for meaning in (
+        "model_type: as in config.json; of a model with an encoder of images, the decoder is built",
+        "a number: the target builds the family; mean KL divergence, in nats a token, of a float32 artifact from "
+        f"transformers ({about.basis}, {about.on}, {about.date}; measure again: {about.command})",
+        "builds: the target builds it and rounds activations, so that it has no float32 artifact to measure",
+        "no: the target refuses it; --json says why",
+        "usable context: the longest text that an artifact computes as the model does; full is max_position_embeddings",
+    ):
+        show.line(meaning)
 
 
 def _cell(built: "BuiltBy") -> str:
     if built.lacks is not None:
         return "no"
-    return "builds, not measured" if built.kl is None else f"{built.kl:.0e}"
+    return "builds" if built.kl is None else f"{built.kl:.0e}"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.second_moments import Site
 from exporter.calibrate.statistics import Statistics
-from exporter.compress.method import AS_STORED, method_kind
+from exporter.compress.method import method_kind
 from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
@@ -109,7 +109,8 @@ def scaled_if_fitted(model: Model, statistics: Statistics, decisions: Collection
         method_kind(one.method).supports_error_propagation and one.format.stored_bytes(1, 256) < 2 * 256
         for one in decisions
     ):
-        return scaled_channels(model, statistics, kept=[one.group.name for one in decisions if one.method == AS_STORED])
+        kept = [one.group.name for one in decisions if method_kind(one.method).keeps_codes]
+        return scaled_channels(model, statistics, kept=kept)
     return Rewritten(model, statistics)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from exporter.compress.effort import EFFORTS
-from exporter.compress.method import AS_STORED, load_method
+from exporter.compress.method import load_method, method_kind
 from exporter.formats.format import LowRank, WeightFormat
 from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
@@ -42,7 +42,7 @@ def check_methods(decisions: list[Decision], model: Model) -> None:
         load_method(name, EFFORTS["balanced"]).require(format)
     for one in decisions:
         held = model.stored_type(one.group.name)
-        if one.method == AS_STORED and held != one.format.name:
+        if method_kind(one.method).keeps_codes and held != one.format.name:
             raise RequestError(
                 f"the source holds no codes of the type {one.format.name}", where=one.group.name,
                 got=held or "floats", next_step="choose another method, or a type that it holds",

@@ -14,7 +14,7 @@ from exporter.calibrate.windows import Tokens, Windows
 from exporter.compress.caldera import ALTERNATION, Alternation, encode_with_factors
 from exporter.compress.effort import EFFORTS, Effort
 from exporter.compress.error_propagation import SiteErrors, propagated_errors
-from exporter.compress.method import AS_STORED, Method, load_method, method_kind, relative_error
+from exporter.compress.method import Method, load_method, method_kind, relative_error
 from exporter.compress.methods.as_stored import AsStored
 from exporter.formats.format import EncodedMatrix, Float32
 from exporter.formats.group import Decision, WeightGroup
@@ -169,7 +169,7 @@ class _Encoder:
 
     def takes_codes(self, group: WeightGroup) -> bool:
         """Say whether a matrix takes the codes of the source."""
-        return self._compression.decisions[group.name].method == AS_STORED
+        return self._methods[self._compression.decisions[group.name].method].keeps_codes
 
     def compressed(
         self, group: WeightGroup, weight: Float32 | None = None, wanted: Float32 | None = None
@@ -199,7 +199,7 @@ class _Encoder:
 
     def _encoded(self, decision: Decision, weight: Float32, site: SiteStatistics | None) -> EncodedMatrix:
         method = self._compression.methods.get(decision.group.name, self._methods[decision.method])
-        if decision.method == AS_STORED:
+        if self.takes_codes(decision.group):
             method = AsStored(self._compression.model, decision.group.name)
         if decision.low_rank is None:
             return method.encode(weight, decision.format, site)
@@ -222,12 +222,10 @@ def propagates_errors(effort: Effort, decisions: Sequence[Decision]) -> bool:
 
     They are where every one has codes that are fitted to its inputs and no factors, and some have less than 16 bits.
     """
-    fitted = all(
-        method_kind(one.method).supports_error_propagation and one.low_rank is None
-        for one in decisions
-        if one.method != AS_STORED
-    )
-    rounded = any(one.method != AS_STORED and one.format.stored_bytes(1, 256) < 2 * 256 for one in decisions)
+    chosen = [(one, method_kind(one.method)) for one in decisions]
+    encoded = [(one, method) for one, method in chosen if not method.keeps_codes]
+    fitted = all(method.supports_error_propagation and one.low_rank is None for one, method in encoded)
+    rounded = any(one.format.stored_bytes(1, 256) < 2 * 256 for one, _ in encoded)
     return effort.propagates_errors and fitted and rounded
 
 

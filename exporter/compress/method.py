@@ -12,7 +12,7 @@ from exporter.formats.format import EncodedMatrix, Float32, WeightFormat
 from exporter.foundation.registry import load, names
 
 METHODS = "exporter.compress.methods"
-# The method of matrices whose codes are the source's: they are neither scaled nor compensated for.
+# The method whose codes are the source's.
 AS_STORED = "as-stored"
 # More rows at a time would only take more memory.
 ROWS_AT_ONCE = 2048
@@ -39,11 +39,14 @@ class Method(Protocol):
         error_feedback: The rounding error of a column is corrected in later columns, by the inputs' second moments.
         supports_error_propagation: The method encodes whatever target it is given, by the inputs of that matrix. Scaled
             channels and error propagation lower the loss of such a method.
+        keeps_codes: The codes are the source's, so that its matrices are neither scaled nor compensated for, and take
+            no time to encode.
     """
 
     name: str
     error_feedback: bool
     supports_error_propagation: bool
+    keeps_codes: bool
 
     def require(self, format: WeightFormat) -> None:
         """Refuse a format that the method does not support.

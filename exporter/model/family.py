@@ -302,7 +302,7 @@ class Family:
             limits.append("attention window")
         if "longrope" in self.gguf.rotary:
             limits.append("longrope's original context")
-        return f"up to the model's {' or '.join(limits)}, if it has one" if limits else "all positions of the model"
+        return f"full, or the {' or '.join(limits)} if the model has one" if limits else "full"
 
     @property
     def base_model(self) -> str:

@@ -18,7 +18,7 @@ from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.caldera import ALTERNATION, Alternation
 from exporter.compress.effort import Effort
-from exporter.compress.method import AS_STORED, MatrixMethod
+from exporter.compress.method import MatrixMethod, method_kind
 from exporter.compress.prune import planned_widths
 from exporter.device.profile import DeviceProfile
 from exporter.formats.group import Decision
@@ -156,7 +156,7 @@ class Draft:
             given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
             progress: Called with matrices done and their total.
         """
-        kept = sum(one.method == AS_STORED for one in self.decisions)
+        kept = sum(method_kind(one.method).keeps_codes for one in self.decisions)
         note = f"{kept} of {len(self.decisions)} matrices keep the codes that the source holds in the same type"
         return self.decisions, (note,) if kept else ()
 

@@ -17,7 +17,7 @@ from exporter.calibrate.statistics import site_columns
 from exporter.compress.allocate import SAMPLED_ROWS, SAMPLED_TABLE_ROWS, Storage
 from exporter.compress.compression import propagates_errors, weights_digest
 from exporter.compress.effort import Effort
-from exporter.compress.method import AS_STORED, load_method, method_kind, relative_error
+from exporter.compress.method import load_method, method_kind, relative_error
 from exporter.formats.floats import FLOAT32
 from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision
@@ -146,12 +146,11 @@ def _prediction(storages: Sequence[Storage], effort: Effort, flops_per_s: float)
 
 def _encoding(decisions: list[Decision], effort: Effort, flops_per_s: float) -> float:
     """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
-    kinds = {(decision.method, decision.format.name): decision for decision in decisions}
+    encoded = [decision for decision in decisions if not method_kind(decision.method).keeps_codes]
+    kinds = {(decision.method, decision.format.name): decision for decision in encoded}
     speeds = {kind: _encode_nanoseconds(decision.method, decision.format, effort) for kind, decision in kinds.items()}
     seconds = 0.0
-    for decision in decisions:
-        if decision.method == AS_STORED:
-            continue
+    for decision in encoded:
         size, columns = decision.group.size, decision.group.columns
         feedback = method_kind(decision.method).error_feedback
         sweeps = effort.sweeps if feedback else 0

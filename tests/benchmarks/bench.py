@@ -1,17 +1,12 @@
 """One model and one text to measure on: rows of the opponents, kept from run to run, and of ours."""
 
-import re
-import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from exporter.calibrate.windows import Windows, file_windows, spread_windows
@@ -21,9 +16,9 @@ from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Reference
 from exporter.targets.artifact import Artifact
 from tests.benchmarks import llama_opponents, onnx_opponents
-from tests.benchmarks.measured import WINDOW, measured
+from tests.benchmarks.measured import WINDOW, identity, measured, removed
 from tests.benchmarks.ours import Exporter
-from tests.benchmarks.rows import BENCHMARKS, Published, Row
+from tests.benchmarks.rows import BENCHMARKS, KeptRows, Published, Row
 from tests.reference import plain_texts
 
 PUBLISHED = Published(BENCHMARKS / "quality.json")
@@ -54,41 +49,30 @@ class Bench:
         self._prose, self._tokenizer = prose, load_tokenizer(model.folder)
         self._stock_calibration = self._calibration(STOCK_WINDOWS)
         self._evaluation = file_windows(evaluation, self._tokenizer, EVALUATION_WINDOWS, WINDOW)
-        self._known = PUBLISHED.rows(conditions.name, self.identity)
-        self.rows: list[Row] = []
+        made_of = identity(model, self._stock_calibration, self._evaluation, TOOLS)
+        self._kept = KeptRows(PUBLISHED, conditions.name, made_of)
         print(f"\n{conditions.name}: {self._evaluation.tokens.shape[0]} windows of {WINDOW} tokens", flush=True)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What the opponents' figures depend on."""
-        return {
-            "model": self.model.digest,
-            "calibration": self._stock_calibration.digest,
-            "evaluation": self._evaluation.digest,
-            "machine": instructions(),
-            "versions": {name: version(name) for name in TOOLS},
-        }
 
     @cached_property
     def original(self) -> Reference:
         return Reference.of_original(self.model, self._evaluation.tokens)
 
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """Give the name of a folder that does not exist and is removed in the end."""
-        path = self._scratch / "artifact"
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of this run."""
+        return self._kept.rows
+
+    def _folder(self, name: str = "artifact") -> AbstractContextManager[Path]:
+        return removed(self._scratch / name)
 
     def opponent(self, name: str, kind: str, target: str, make: Callable[[Path], Artifact]) -> Row:
         """Return an opponent's row, from the file if it is there."""
-        for row in self._known:
-            if (row.name, row.kind, row.target) == (name, kind, target):
-                return self._kept(row)
-        with self.folder() as folder:
-            return self._kept(measured(self.original, make(folder), name, kind))
+
+        def measure() -> Row:
+            with self._folder() as folder:
+                return measured(self.original, make(folder), name, kind)
+
+        return self._kept.row(name, kind, target, measure)
 
     def _calibration(self, windows: int) -> Windows:
         return spread_windows(self._prose, self._tokenizer, windows, WINDOW)
@@ -100,31 +84,23 @@ class Bench:
 
     def ours(self, exporter: Exporter, name: str, max_file_bytes: int, embedding: str | None = None) -> Row:
         """Make and measure ours within a budget."""
-        with self.folder() as folder:
+        with self._folder() as folder:
             made = exporter.made(max_file_bytes, folder, embedding)
-            return self._kept(measured(self.original, made.artifact, name, "ours", made.predicted))
+            return self._kept.keep(measured(self.original, made.artifact, name, "ours", made.predicted))
 
     def alike(self, exporter: Exporter, name: str, embedding: str) -> Row:
         """Make and measure ours with one format for the embedding and another for all other matrices."""
-        with self.folder() as folder:
+        with self._folder() as folder:
             made = exporter.alike(name, embedding, folder)
-            return self._kept(measured(self.original, made.artifact, name, "ours", made.predicted))
+            return self._kept.keep(measured(self.original, made.artifact, name, "ours", made.predicted))
 
     def packed(self, artifact: Artifact, name: str) -> Row:
         """Measure what the command line made."""
-        return self._kept(measured(self.original, artifact, name, "ours"))
-
-    def _kept(self, row: Row) -> Row:
-        self.rows.append(row)
-        # What else is known stays, so that an interrupted run loses nothing.
-        names = {(kept.name, kept.kind, kept.target) for kept in self.rows}
-        rest = [known for known in self._known if (known.name, known.kind, known.target) not in names]
-        PUBLISHED.keep(self.conditions.name, self.identity, [*self.rows, *rest])
-        return row
+        return self._kept.keep(measured(self.original, artifact, name, "ours"))
 
     def finish(self) -> None:
         """Drop rows that are no longer measured."""
-        PUBLISHED.keep(self.conditions.name, self.identity, self.rows)
+        self._kept.finish()
 
     @cached_property
     def _importance(self) -> dict[str, np.ndarray]:
@@ -151,7 +127,7 @@ class Bench:
         """Measure the builder's setting with float16 scales."""
 
         def make(to: Path) -> Artifact:
-            with self._beside("base") as base:
+            with self._folder("base") as base:
                 return onnx_opponents.with_float16_scales(self._built(name, base), to)
 
         return self.opponent(f"{name}; float16 scales", "hand-made", "onnx", make)
@@ -160,26 +136,12 @@ class Bench:
         """Measure onnxruntime's own GPTQ or HQQ, with embedding and head as the builder's setting makes them."""
 
         def make(to: Path) -> Artifact:
-            with self._beside("base") as base, self._beside("fp32") as floats:
+            with self._folder("base") as base, self._folder("fp32") as floats:
                 onnx_opponents.built(self.model.folder, floats, "shared_embeddings=false", precision="fp32")
                 given = self._built(name, base), to, algorithm, self._stock_calibration.tokens
                 return onnx_opponents.with_own_quantiser(floats / "model.onnx", *given)
 
         return self.opponent(f"{algorithm}; embedding and head: {name}", "hand-made", "onnx", make)
-
-    @contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        path = self._scratch / name
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def instructions() -> str:
-    """Return the instructions that llama.cpp was compiled for here: its kernels round otherwise with others."""
-    described: bytes = llama_cpp.llama_print_system_info()
-    return " ".join(found for found, held in re.findall(r"(\w+) = (\d)", described.decode()) if held == "1")
 
 
 def source_code(folder: Path) -> Path:

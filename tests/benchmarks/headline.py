@@ -8,15 +8,11 @@ everything is measured on another.
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,15 +25,14 @@ from exporter.model.gguf_names import gguf_matrices
 from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.model.tokenizer import ModelTokenizer, load_tokenizer, token_ids
-from exporter.prove.accuracy import Reference, distance
+from exporter.prove.accuracy import Reference
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
 from tests.benchmarks import llama_opponents
-from tests.benchmarks.bench import instructions
-from tests.benchmarks.measured import THREADS, WINDOW
+from tests.benchmarks.measured import WINDOW, identity, measured, removed
 from tests.benchmarks.ours import SEED, Exporter, silent
 from tests.benchmarks.picture import Axis, picture
-from tests.benchmarks.rows import Published, Row
+from tests.benchmarks.rows import KeptRows, Published, Row
 from tests.benchmarks.tables import table
 from tests.reference import plain_texts
 
@@ -67,19 +62,8 @@ class Headline:
         self._calibration: Windows = spread_windows(calibration, self._tokenizer, windows, length)
         self._evaluation: Windows = file_windows(evaluation, self._tokenizer, EVALUATION_WINDOWS, length)
         self._text = read_text(evaluation)[:COMPARED_CHARACTERS]
-        self._published = Published(output / "rows.json")
-        self._known = self._published.rows(model.name, self._identity)
-        self.rows: list[Row] = []
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "model": self._model.digest,
-            "calibration": self._calibration.digest,
-            "evaluation": self._evaluation.digest,
-            "machine": instructions(),
-            "versions": {name: version(name) for name in TOOLS},
-        }
+        made_of = identity(model, self._calibration, self._evaluation, TOOLS)
+        self._kept = KeptRows(Published(output / "rows.json"), model.name, made_of)
 
     @cached_property
     def _original(self) -> Reference:
@@ -105,40 +89,15 @@ class Headline:
     def _floats(self) -> Path:
         return llama_opponents.floats(self._model, self._scratch / "floats")
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        path = self._scratch / "artifact"
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
     def _row(self, name: str, kind: str, make: Callable[[Path], tuple[Artifact, float | None]]) -> Row:
         """Return a row, measured unless it is known."""
-        for row in self._known:
-            if (row.name, row.kind) == (name, kind):
-                return self._kept(row)
-        with self._folder() as folder:
-            artifact, predicted = make(folder)
-            with OpenedArtifact(artifact, self._original.tokens.shape[1], THREADS) as opened:
-                found = distance(self._original, opened.logits)
-            measured = Row(
-                name, kind, "gguf", artifact.file_bytes, found.kl_mean, found.top1_agreement, predicted,
-                kl_p99=found.kl_p99, kl_p999=found.kl_p999,
-            )  # fmt: skip
-        return self._kept(measured)
 
-    def _kept(self, row: Row) -> Row:
-        self.rows.append(row)
-        names = {(one.name, one.kind) for one in self.rows}
-        rest = [one for one in self._known if (one.name, one.kind) not in names]
-        self._published.keep(self._model.name, self._identity, [*self.rows, *rest])
-        print(
-            f"  {row.kind:6} {row.file_bytes:13,} bytes  KL {row.kl_mean:.4f}  99 % {row.kl_p99:.3f}  "
-            f"99.9 % {row.kl_p999:.3f}  same token {row.top1:.1%}  {row.name}",
-            flush=True,
-        )
-        return row
+        def measure() -> Row:
+            with removed(self._scratch / "artifact") as folder:
+                artifact, predicted = make(folder)
+                return measured(self._original, artifact, name, kind, predicted)
+
+        return self._kept.row(name, kind, "gguf", measure)
 
     def stock(self, mix: str) -> Row:
         """Measure what llama.cpp's quantiser makes with importance."""
@@ -170,10 +129,10 @@ class Headline:
 
     def written(self) -> str:
         """Write table and picture, and return the table."""
-        made = report(self.rows)
+        made = report(self._kept.rows)
         (self._output / "headline.md").write_text(f"# {self._model.name}\n\n{made}\n", "utf-8")
         axis = Axis.bits(self._model.decoder.parameters)
-        (self._output / "headline.svg").write_text(picture(self.rows, axis), "utf-8")
+        (self._output / "headline.svg").write_text(picture(self._kept.rows, axis), "utf-8")
         return made
 
 

@@ -1,6 +1,7 @@
 """Rows of measurements, in JSON files that are kept beside the benchmarks. Light to import: tables are made of them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ class Row:
     kl_p99: float | None = None
     kl_p999: float | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from the other rows of its conditions."""
+        return self.name, self.kind, self.target
+
 
 @dataclass(frozen=True)
 class Published:
@@ -71,3 +77,35 @@ class Published:
     def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
         return found
+
+
+class KeptRows:
+    """The rows of one set of conditions, kept as soon as they are there, so that an interrupted run loses nothing.
+
+    Attributes:
+        rows: Those of this run.
+    """
+
+    def __init__(self, published: Published, conditions: str, identity: dict[str, Any]) -> None:
+        self._published, self._conditions, self._identity = published, conditions, identity
+        self._known = {row.key: row for row in published.rows(conditions, identity)}
+        self.rows: list[Row] = []
+
+    def row(self, name: str, kind: str, target: str, measure: Callable[[], Row]) -> Row:
+        """Return a row, measured unless an earlier run has kept it."""
+        known = self._known.get((name, kind, target))
+        return self.keep(measure() if known is None else known)
+
+    def keep(self, row: Row) -> Row:
+        """Keep a row beside what earlier runs have kept, and return it."""
+        self.rows.append(row)
+        done = {one.key for one in self.rows}
+        self._write([*self.rows, *(one for key, one in self._known.items() if key not in done)])
+        return row
+
+    def finish(self) -> None:
+        """Drop rows that are no longer measured."""
+        self._write(self.rows)
+
+    def _write(self, rows: list[Row]) -> None:
+        self._published.keep(self._conditions, self._identity, rows)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 from exporter.targets.artifact import target_names
 from exporter.targets.parity import family_rows
@@ -29,6 +30,7 @@ from tests.benchmarks.scores import (
 ROOT = BENCHMARKS.parents[1]
 QUALITY = Published(BENCHMARKS / "quality.json")
 RECIPES = Published(BENCHMARKS / "recipes.json")
+FAMILIES = Published(BENCHMARKS / "families.json")
 UNTUNED, BUDGETS, WIDE, QWEN3 = (
     "seed 1, source code", "seed 0, source code", "seed 0 in width 768, prose", "Qwen3 trained from seed 0, prose",
 )  # fmt: skip
@@ -36,6 +38,12 @@ BUILDER = "onnxruntime-genai's builder, {}"
 NAMED_RECIPES = ("caldera", "double", "rate", "low-rank-rate", "prune-rate", "prune-closed-form", "prunenet")
 EIGHT_BITS = {"gguf": "Q8_0", "onnx": "int8"}
 OTHER_SIZES = ("rate 2", "rate 2.5", "rate 3.5", "rate 4.83", "double 3", "double 4.83", "Q4_0, ldlq, coded")
+# The seeds and families of test_families.py, by target.
+SEEDS = (0, 1, 2)
+TRAINED = {
+    "gguf": ("gemma3_text", "granite", "lfm2", "llama", "olmo2", "phi3", "qwen3", "qwen3_moe"),
+    "onnx": ("gemma3_text", "qwen3"),
+}
 MARKED = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
 
 
@@ -102,6 +110,35 @@ def quality_qwen3() -> str:
     return table(["type", "bytes", "ours: mean KL", "llama.cpp's", "ratio"], rows, numbers_from=1)
 
 
+def quality_families() -> str:
+    """Return ours and round to nearest of equal bytes, on models of families trained from several seeds."""
+    rows = []
+    for target, model_types in TRAINED.items():
+        for model_type in model_types:
+            pairs = family_pairs(model_type, target)
+            if not pairs:
+                continue
+            ratios = [ours.kl_mean / nearest.kl_mean for nearest, ours in pairs]
+            losses = (median(row.kl_mean for row in kind) for kind in zip(*pairs, strict=True))
+            rows.append([
+                f"`{model_type}`", f"`{target}`, {pairs[0][0].name}", str(len(pairs)), _bytes(pairs[0][0]),
+                *(f"{kl:.2g}" for kl in losses), f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}",
+            ])  # fmt: skip
+    head = ["`model_type`", "target, type", "seeds", "bytes", "round to nearest", "ours", "ratio", "lowest to highest"]
+    return table(head, rows, numbers_from=2)
+
+
+def family_pairs(model_type: str, target: str) -> list[list[Row]]:
+    """Return round to nearest and ours on the models of a family, a pair for each seed that was measured."""
+    found = (FAMILIES.latest(seeded(model_type, target, seed)) for seed in SEEDS)
+    return [pair for pair in found if pair]
+
+
+def seeded(model_type: str, target: str, seed: int) -> str:
+    """Return the conditions of a model of a family that is trained from a seed."""
+    return f"{model_type}, {target}, seed {seed}"
+
+
 def predicted_kl() -> str:
     """Return predicted over measured KL of budgets at effort `fast`."""
     rows = []
@@ -155,7 +192,7 @@ def families() -> str:
         cells = [
             f"{one.kl:.0e}" if one.kl is not None else "builds" if one.lacks is None else "no" for one in row.targets
         ]
-        rows.append([row.title, f"`{row.model_type}`", *cells, row.contexts])
+        rows.append([row.title, ", ".join(f"`{one}`" for one in row.model_types), *cells, row.contexts])
     return table(["models", "`model_type`", *(f"`{name}`" for name in names), "usable context"], rows, numbers_from=6)
 
 
@@ -166,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-onnx-second": quality_onnx_second,
     "quality-width-768": quality_width_768,
     "quality-qwen3": quality_qwen3,
+    "quality-families": quality_families,
     "predicted-kl": predicted_kl,
     "recipes": recipes,
     "recipes-other-sizes": recipes_other_sizes,

@@ -29,8 +29,8 @@ from exporter.prove.proof import ROUNDING_SHARE, Proof, prove
 from exporter.report.data import Report
 from exporter.targets.contract import Lowered, Target, lower
 from exporter.targets.opened import OpenedArtifact
-from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, instructions, source_code
-from tests.benchmarks.measured import THREADS, WINDOW
+from tests.benchmarks.bench import EVALUATION_WINDOWS, PUBLISHED, source_code
+from tests.benchmarks.measured import THREADS, WINDOW, instructions
 from tests.benchmarks.picture import Axis, picture
 from tests.benchmarks.rows import BENCHMARKS, PARAMETERS, PICTURES, Published, Row
 from tests.benchmarks.test_quality import UNTUNED

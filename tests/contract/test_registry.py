@@ -11,7 +11,7 @@ from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
 from exporter.calibrate.windows import Windows
 from exporter.compress.effort import EFFORTS
-from exporter.compress.method import AS_STORED, load_method, method_names
+from exporter.compress.method import AS_STORED, load_method, method_kind, method_names
 from exporter.device.profile import load_device
 from exporter.foundation.errors import ExporterError
 from exporter.foundation.registry import load
@@ -144,7 +144,7 @@ def test_a_recipe(name: str, target: str, drafted: Callable[..., list[str]]) -> 
         assert sentence(error), error
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if name != AS_STORED])
+@pytest.mark.parametrize("name", [name for name in method_names() if not method_kind(name).keeps_codes])
 def test_a_method(name: str, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path))
     tokens = np.random.default_rng(0).integers(2, 200, (4, 32))

@@ -15,6 +15,7 @@ from exporter.compress.compression import Compression, propagates_errors
 from exporter.compress.effort import EFFORTS
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
+from exporter.pipeline import plan
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
 from exporter.targets.contract import load_target, lower
@@ -102,3 +103,8 @@ def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
         _, notes = draft.decided(Rewritten(model, Statistics(tmp_path)), silent)
         count = len(model.groups())
     assert notes == (f"{count} of {count} matrices keep the codes that the source holds in the same type",)
+
+
+def test_a_plan_predicts_the_time_of_a_build_that_encodes_nothing(source: Path) -> None:
+    made = plan(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64))
+    assert {one.method for one in made.decisions} == {"as-stored"}

@@ -36,6 +36,7 @@ from exporter.prove.accuracy import Reference, dequantised, distance, divergence
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import budgeted, load_target, low_rank, lower, shape_of
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import in_float32
 from tests.folders import edit, rewrite
 from tests.gguf_files import edited_gguf
 from tests.models import VOCAB, tensor_digests, tiny_model
@@ -74,12 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_float32(folder: Path, made: Path) -> Path:
-    made.mkdir()
-    with open_model(str(folder)) as model:
-        return load_target("gguf").write_float(model, made).weights[0]
-
-
 def logits_of(module: torch.nn.Module) -> Any:
     """Return a function that gives a module's logits from a position on."""
 
@@ -97,7 +92,7 @@ def kl(reference: Reference, path: Path) -> float:
 
 
 def test_a_float_artifact_is_the_model(tmp_path: Path, folder: Path) -> None:
-    path = in_float32(folder, tmp_path / "artifact")
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
     with open_model(str(folder)) as model:
         decoder = model.decoder
         assert decoder.key_layers == (None, None, None, 1, 1, 2)
@@ -127,14 +122,14 @@ def test_only_the_rounding_of_gelu_differs(tmp_path: Path, cap: float | None) ->
     folder = tiny_model(tmp_path / "model", "gemma4_text", layers=LAYERS, changes=changes)
     gates = ("mlp.gate_proj.weight", "per_layer_input_gate.weight")
     rewrite(folder, lambda held: {name: 0 * one if name.endswith(gates) else one for name, one in held.items()})
-    path = in_float32(folder, tmp_path / "artifact")
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
     with open_model(str(folder)) as model:
         assert kl(Reference.of(model, TOKENS), path) < 1e-10
 
 
 def test_each_part_matters(tmp_path: Path, folder: Path) -> None:
     """What the first test would miss if llama.cpp took its defaults, or took tensors for others."""
-    path = in_float32(folder, tmp_path / "artifact")
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
     held = {tensor.name: np.array(tensor.data) for tensor in open_gguf(path).tensors}
     with open_model(str(folder)) as model:
         reference = Reference.of(model, TOKENS)

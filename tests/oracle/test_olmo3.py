@@ -12,6 +12,7 @@ from exporter.prove.accuracy import Reference, distance
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import in_float32
 from tests.folders import edit
 from tests.gguf_files import edited_gguf
 from tests.models import OLMO3_ROPE, tiny_model
@@ -42,26 +43,26 @@ def made(folder: Path, changes: dict[str, Any]) -> Path:
     return edit(tiny_model(folder, "olmo3", layers=4, tied=False), **changes)
 
 
-def in_float32(folder: Path, scratch: Path) -> tuple[Artifact, Reference]:
-    scratch.mkdir()
+def reference(folder: Path) -> Reference:
     with open_model(str(folder)) as model:
-        return load_target("gguf").write_float(model, scratch), Reference.of(model, TOKENS)
+        return Reference.of(model, TOKENS)
 
 
-def kl(artifact: Artifact, reference: Reference) -> float:
+def kl(artifact: Artifact, original: Reference) -> float:
     with OpenedArtifact(artifact, LENGTH, 1, exact=True) as opened:
-        return distance(reference, opened.logits).kl_mean
+        return distance(original, opened.logits).kl_mean
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_float_artifact_is_the_model_beyond_its_window(tmp_path: Path, kind: str) -> None:
-    artifact, reference = in_float32(made(tmp_path / "model", KINDS[kind]), tmp_path / "artifact")
-    assert kl(artifact, reference) < 1e-6
+    folder = made(tmp_path / "model", KINDS[kind])
+    assert kl(in_float32(folder, "gguf", tmp_path / "artifact"), reference(folder)) < 1e-6
 
 
 def test_windows_and_the_scaling_matter(tmp_path: Path) -> None:
     """What the test above would miss if llama.cpp took its defaults instead of the keys."""
-    artifact, reference = in_float32(made(tmp_path / "model", KINDS["no period"]), tmp_path / "artifact")
+    folder = made(tmp_path / "model", KINDS["no period"])
+    artifact, original = in_float32(folder, "gguf", tmp_path / "artifact"), reference(folder)
     wrong = {
         "olmo2.attention.sliding_window_pattern": None,
         "olmo2.attention.sliding_window": 64,
@@ -71,7 +72,7 @@ def test_windows_and_the_scaling_matter(tmp_path: Path) -> None:
     }
     for number, (key, value) in enumerate(wrong.items()):
         edited = edited_gguf(artifact.weights[0], tmp_path / f"{number}.gguf", {key: value})
-        assert kl(Artifact("gguf", tmp_path, (edited,)), reference) > 1e-4, key
+        assert kl(Artifact("gguf", tmp_path, (edited,)), original) > 1e-4, key
 
 
 @pytest.mark.parametrize(

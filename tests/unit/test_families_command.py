@@ -48,9 +48,23 @@ def test_with_a_target_it_lists_what_that_builds() -> None:
 
 def test_usable_contexts_are_those_of_the_descriptions() -> None:
     contexts = {row.model_type: row.context for row in family_rows([])}
-    assert contexts["llama"] == contexts["gemma3_text"] == "all positions of the model"
-    assert contexts["mistral"] == "up to the model's attention window, if it has one"
+    assert contexts["llama"] == contexts["gemma3_text"] == "full"
+    assert contexts["mistral"] == "full, or the attention window if the model has one"
     assert "longrope" in contexts["phi3"]
+
+
+def test_limits_of_targets_are_named_once() -> None:
+    (ministral,) = (row for row in family_rows(list(target_names())) if row.model_type == "ministral3")
+    assert ministral.contexts == (
+        "full, or the attention window if the model has one; "
+        "onnx, onnx-qdq: at most the original context of its rotary embeddings"
+    )
+
+
+def test_a_model_with_an_encoder_is_found_by_its_model_type() -> None:
+    rows = {row.model_type: row.model_types for row in family_rows([])}
+    assert rows["gemma4_text"] == ("gemma4_text", "gemma4")
+    assert rows["llama"] == ("llama",)
 
 
 def test_an_unknown_target_is_refused() -> None:

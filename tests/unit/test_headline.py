@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.headline import main, report
-from tests.benchmarks.rows import Row
+from tests.benchmarks.rows import KeptRows, Published, Row
 
 
 def test_each_file_stands_beside_ours_of_no_more_bytes() -> None:
@@ -21,3 +21,20 @@ def test_each_file_stands_beside_ours_of_no_more_bytes() -> None:
 def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing.gguf"), "--output", str(tmp_path / "out")]) == 2
     assert "there is no such GGUF file" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    file = Published(tmp_path / "rows.json")
+    first, second = (Row(name, "stock", "gguf", 2000, 0.5, 0.7) for name in ("Q4_K_M", "Q5_K_M"))
+    before = KeptRows(file, "a model", {"machine": "one"})
+    before.keep(first)
+    before.keep(second)
+
+    after = KeptRows(file, "a model", {"machine": "one"})
+    assert after.row(*second.key, measure=lambda: pytest.fail("it is known")) == second
+    assert file.latest("a model") == [second, first]
+    after.finish()
+    assert file.latest("a model") == after.rows == [second]
+
+    elsewhere = KeptRows(file, "a model", {"machine": "another"})
+    assert elsewhere.row(*second.key, measure=lambda: first) == first

@@ -26,6 +26,7 @@ class AsStored:
     name = AS_STORED
     error_feedback = False
     supports_error_propagation = False
+    keeps_codes = True
 
     def require(self, format: WeightFormat) -> None:
         """Accept every format: whether the source holds it is decided with the format."""

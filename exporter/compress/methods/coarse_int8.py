@@ -55,6 +55,7 @@ class CoarseInt8:
     name = "coarse-int8"
     supports_error_propagation = False
     error_feedback = False
+    keeps_codes = False
 
     def of_rows(self, rows: NDArray[np.int64]) -> "CoarseInt8":
         """Return the method for some rows of its matrix."""

@@ -59,6 +59,7 @@ class EntropyConstrainedInt8:
     name = "entropy-constrained-int8"
     supports_error_propagation = False
     error_feedback = True
+    keeps_codes = False
 
     def of_rows(self, rows: NDArray[np.int64]) -> "EntropyConstrainedInt8":
         """Return the method for some rows of its matrix."""

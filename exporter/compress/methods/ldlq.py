@@ -47,6 +47,7 @@ class Ldlq:
     name = "ldlq"
     supports_error_propagation = True
     error_feedback = True
+    keeps_codes = False
 
     def __init__(self, damping: float = DAMPING, sweeps: int = SWEEPS) -> None:
         self._damping = damping

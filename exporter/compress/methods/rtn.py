@@ -14,6 +14,7 @@ class RoundToNearest:
     name = "rtn"
     supports_error_propagation = False
     error_feedback = False
+    keeps_codes = False
 
     def require(self, format: WeightFormat) -> None:
         """Accept every format."""
