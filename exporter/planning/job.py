@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from exporter.coding.profiles import Profile
+from exporter.model.adapter_settings import AdapterUse
 from exporter.planning.plan import Plan
 
 
@@ -44,6 +45,7 @@ class Job:
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
         base: Folder or hub id of an adapter's base; None for the one that the adapter names.
+        adapter: `merge` an adapter into its base, or `keep` it beside the base.
     """
 
     source: str
@@ -72,6 +74,7 @@ class Job:
     emulate: bool = False
     repeats: Plan | None = None
     base: str | None = None
+    adapter: AdapterUse = "merge"
 
     def repeating(self, plan: Plan) -> Self:
         """Return the job that does what a plan says, with this one's source, texts, output and machine."""
@@ -83,5 +86,6 @@ class Job:
             window=plan.window,
             context=plan.context,
             evaluation_windows=plan.evaluation_windows,
+            adapter=plan.adapter or "merge",
             repeats=plan,
         )

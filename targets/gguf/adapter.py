@@ -1,7 +1,7 @@
-"""The file of a GGUF model's low-rank factors: a LoRA adapter, which llama.cpp applies at load.
+"""The file of a GGUF model's low-rank factors, fitted or of an adapter: llama.cpp applies it as a LoRA adapter.
 
 For a matrix NAME, `NAME.lora_a` is R and `NAME.lora_b` is L. llama.cpp multiplies their product by alpha / rank, or by
-1 if alpha is 0. With alpha 0, every matrix can have its own rank.
+1 if alpha is 0. With alpha 0, every matrix can have its own rank and a scaling of its own, which is in L.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import numpy as np
 
 from exporter.formats.format import EncodedFactors, Float32, LowRank
 from exporter.formats.group import Decision, WeightGroup
+from exporter.model.decoder import Decoder
 from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
@@ -27,20 +28,21 @@ class AdapterWriter:
 
     Args:
         path: Path of the file.
-        model: The model.
+        decoder: The model's.
+        name: Name of the model.
         decisions: Decisions with factors, in the order in which `add` is called.
     """
 
-    def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
-        self._writer = gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)
+    def __init__(self, path: Path, decoder: Decoder, name: str, decisions: Iterable[Decision]) -> None:
+        self._writer = gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
-        self._writer.add_name(model.name)
+        self._writer.add_name(name)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-        names = gguf_names(model.decoder)
+        names = gguf_names(decoder)
         for decision in decisions:
-            assert decision.low_rank is not None
-            format, rank = decision.low_rank.format, decision.low_rank.rank
+            assert decision.beside is not None
+            format, rank = decision.beside.format, decision.beside.rank
             kind = gguf.GGMLQuantizationType[format.name]
             group = decision.group
             for part, rows, columns in ((RIGHT, rank, group.columns), (LEFT, group.rows, rank)):

@@ -43,7 +43,7 @@ from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, lower, shape_of
+from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
@@ -214,6 +214,23 @@ class Gguf(Target):
         weights = held_weights(decisions, file_bytes, self._features)
         return process_peak(shape_of(model.decoder), weights, context)
 
+    def adapter_format(self, model: Model, group: WeightGroup) -> WeightFormat | None:
+        """Return F32 for a matrix that is a tensor by itself and is multiplied by."""
+        alone = len(gguf_matrices(model.decoder)[gguf_names(model.decoder)[group.name]]) == 1
+        return EXACT if alone and "embedding" not in group.uses else None
+
+    def adapter_bytes(self, model: Model) -> int:
+        """Return the size of the adapter's file."""
+        decisions = [one for one in with_adapter(self, model, self._single(model, "F32", "rtn")) if one.adapter]
+        if not decisions:
+            return 0
+        with scratch_folder() as scratch:
+            path = scratch / ADAPTER_FILE
+            AdapterWriter(path, model.decoder, model.name, decisions).close()
+            # Each tensor may be followed by padding.
+            alignment = 2 * len(decisions) * gguf.GGUF_DEFAULT_ALIGNMENT
+            return path.stat().st_size + alignment + sum(one.stored_bytes - one.base_bytes for one in decisions)
+
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""
         return scaled_if_fitted(model, statistics, decisions)
@@ -232,12 +249,12 @@ class Gguf(Target):
         self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
     ) -> Artifact:
         """Write the GGUF file tensor by tensor, with the adapter if there are factors, then the Modelfile."""
-        with_factors = [one for one in compression.decided if one.low_rank is not None]
+        with_factors = [one for one in compression.decided if one.beside is not None]
         with ExitStack() as opened:
             adapter = None
             if with_factors:
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(AdapterWriter(partial, compression.model, with_factors)))
+                adapter = opened.enter_context(closing(_adapter_writer(partial, compression, with_factors)))
             path = opened.enter_context(replacing(folder / MODEL_FILE))
             _write_gguf(path, compression, matrices, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
@@ -245,8 +262,9 @@ class Gguf(Target):
         return Artifact(self.name, folder, tuple(folder / file for file in files))
 
     def write_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32: matrices in F32, any factors added to them."""
-        return lower(self, Compression(model, self.decide(model, "F32", "rtn")), "F32", folder).artifact
+        """Write a model in float32: matrices in F32, an adapter beside them if the model has one."""
+        decisions = with_adapter(self, model, self.decide(model, "F32", "rtn"))
+        return lower(self, Compression(model, decisions), "F32", folder).artifact
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, including its factors."""
@@ -306,6 +324,10 @@ def _adapter(artifact: Artifact, model: Model) -> Adapter:
     return Adapter(next((path for path in artifact.weights if path.name == ADAPTER_FILE), None), model)
 
 
+def _adapter_writer(path: Path, compression: Compression, decisions: Sequence[Decision]) -> AdapterWriter:
+    return AdapterWriter(path, compression.model.decoder, compression.original.name, decisions)
+
+
 def _write_gguf(
     path: Path,
     compression: Compression,
@@ -349,7 +371,7 @@ def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decisi
         RequestError: they were decided on differently, or one has factors.
     """
     one = decisions[0]
-    kinds = {decision.format.name + (" with factors" if decision.low_rank else "") for decision in decisions}
+    kinds = {decision.format.name + (" with factors" if decision.beside else "") for decision in decisions}
     if len(decisions) > 1 and kinds != {one.format.name}:
         roles = ", ".join(dict.fromkeys(decision.group.role for decision in decisions))
         raise RequestError(
@@ -368,7 +390,7 @@ def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decisi
 def _stored_rows(model: Model, matrix: CompressedMatrix, adapter: AdapterWriter | None) -> Bytes:
     """Return a matrix's rows in the file's order; its factors are added to the adapter."""
     order = row_order(model.decoder, matrix.decision.group)
-    data, factors = matrix.encoded.data, matrix.encoded.factors
+    data, factors = matrix.encoded.data, matrix.factors
     if adapter is not None and factors is not None:
         adapter.add(factors, order)
     return data if order is None else data[order]
