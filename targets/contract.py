@@ -132,7 +132,7 @@ class Target(Protocol):
         return None
 
     def adapter_bytes(self, model: Model) -> int:
-        """Return the most bytes that the adapter takes that a model has beside it; 0 without one."""
+        """Return the most bytes that the file of an adapter takes that a model keeps beside its base; 0 without one."""
         return 0
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:

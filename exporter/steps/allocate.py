@@ -94,7 +94,7 @@ class Allocate(EncodingStep):
         rates = {"decode_s": self.min_decode, "prefill_s": self.min_prefill}
         seconds = {name: 1 / rate for name, rate in rates.items() if rate is not None}
         target, model, most = budgeted(task.target), task.model, self._most_bytes(task)
-        fixed = target.fixed_bytes(model) + target.adapter_bytes(model)
+        fixed = target.fixed_bytes(model) + target.adapter_bytes(task.original)
         limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
         storages = target.storages(model)
         cpu = cpu_as_predicted(target, model, storages, task.device)
@@ -110,7 +110,7 @@ class Allocate(EncodingStep):
             return None
         target, model = task.target, task.model
         decisions = target.decide(model, target.default_type, target.default_method)
-        return target.estimated_file_bytes(model, decisions) + target.adapter_bytes(model)
+        return target.estimated_file_bytes(model, decisions) + target.adapter_bytes(task.original)
 
 
 @dataclass(frozen=True)

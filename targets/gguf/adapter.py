@@ -16,6 +16,7 @@ from exporter.model.decoder import Decoder
 from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
+from exporter.targets.gguf.adapter_text import AdapterText, add_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import decoded, ggml_format
 from exporter.targets.gguf.header import finish_header
@@ -31,12 +32,17 @@ class AdapterWriter:
         decoder: The model's.
         name: Name of the model.
         decisions: Decisions with factors, in the order in which `add` is called.
+        text: Chat template and end tokens of a fine-tune; None if those of the model count.
     """
 
-    def __init__(self, path: Path, decoder: Decoder, name: str, decisions: Iterable[Decision]) -> None:
+    def __init__(
+        self, path: Path, decoder: Decoder, name: str, decisions: Iterable[Decision], text: AdapterText | None = None
+    ) -> None:
         self._writer = gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
         self._writer.add_name(name)
+        if text is not None:
+            add_text(self._writer, text)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
         names = gguf_names(decoder)

@@ -45,6 +45,7 @@ from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
+from exporter.targets.gguf.adapter_text import adapter_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
@@ -58,6 +59,8 @@ from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.kernel_speeds import speeds_on
 
 MODEL_FILE = "model.gguf"
+# For llama.cpp's own tools, which read no chat template from an adapter.
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 # The types from which `storages` chooses: those that llama.cpp computes quickly, from 2 to 8 bits.
@@ -220,16 +223,17 @@ class Gguf(Target):
         return EXACT if alone and "embedding" not in group.uses else None
 
     def adapter_bytes(self, model: Model) -> int:
-        """Return the size of the adapter's file."""
-        decisions = [one for one in with_adapter(self, model, self._single(model, "F32", "rtn")) if one.adapter]
-        if not decisions:
+        """Return the size of the adapter's file, plus the most that the alignment of its tensors takes."""
+        if model.base is None:
             return 0
+        decided = with_adapter(self, model.base, self._single(model.base, "F32", "rtn"))
+        decisions = [one for one in decided if one.adapter is not None]
         with scratch_folder() as scratch:
             path = scratch / ADAPTER_FILE
-            AdapterWriter(path, model.decoder, model.name, decisions).close()
-            # Each tensor may be followed by padding.
-            alignment = 2 * len(decisions) * gguf.GGUF_DEFAULT_ALIGNMENT
-            return path.stat().st_size + alignment + sum(one.stored_bytes - one.base_bytes for one in decisions)
+            AdapterWriter(path, model.decoder, model.name, decisions, adapter_text(model)).close()
+            header = path.stat().st_size
+        factors = sum(one.stored_bytes - one.base_bytes for one in decisions)
+        return header + factors + 2 * len(decisions) * gguf.GGUF_DEFAULT_ALIGNMENT
 
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""
@@ -239,22 +243,30 @@ class Gguf(Target):
         """Write only the vocabulary; return None for a GGUF source, whose vocabulary is copied and needs no check."""
         if model.single_file:
             return None
-        path = folder / MODEL_FILE
+        path, base = folder / MODEL_FILE, model.base or model
         with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
-            write_vocabulary(writer, model.folder, model.decoder.vocab)
+            write_vocabulary(writer, base.folder, model.decoder.vocab)
             finish_header(writer)
-        return Artifact(self.name, folder, (path,))
+        if model.base is None:
+            return Artifact(self.name, folder, (path,))
+        AdapterWriter(folder / ADAPTER_FILE, model.decoder, model.name, [], adapter_text(model)).close()
+        return Artifact(self.name, folder, (path, folder / ADAPTER_FILE))
 
     def write(
         self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
     ) -> Artifact:
         """Write the GGUF file tensor by tensor, with the adapter if there are factors, then the Modelfile."""
         with_factors = [one for one in compression.decided if one.beside is not None]
+        model, original = compression.model, compression.original
         with ExitStack() as opened:
             adapter = None
             if with_factors:
+                text = None if original.base is None else adapter_text(original)
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(_adapter_writer(partial, compression, with_factors)))
+                writer = AdapterWriter(partial, model.decoder, original.name, with_factors, text)
+                adapter = opened.enter_context(closing(writer))
+                if text is not None and text.template is not None:
+                    (folder / TEMPLATE_FILE).write_text(text.template, encoding="utf-8")
             path = opened.enter_context(replacing(folder / MODEL_FILE))
             _write_gguf(path, compression, matrices, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
@@ -322,10 +334,6 @@ def _model_file(artifact: Artifact) -> Path:
 
 def _adapter(artifact: Artifact, model: Model) -> Adapter:
     return Adapter(next((path for path in artifact.weights if path.name == ADAPTER_FILE), None), model)
-
-
-def _adapter_writer(path: Path, compression: Compression, decisions: Sequence[Decision]) -> AdapterWriter:
-    return AdapterWriter(path, compression.model.decoder, compression.original.name, decisions)
 
 
 def _write_gguf(
