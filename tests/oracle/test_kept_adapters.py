@@ -229,9 +229,10 @@ def other_tokens(folder: Path) -> Path:
     return adapter
 
 
+FACTORS = 'title = "factors"\n[[step]]\nmethod = "caldera"\nrank = 32\n'
 REFUSALS = {
     "another vocabulary": (another_vocabulary, {}, "the adapter replaces whole tensors of the base"),
-    "caldera": (of_family("llama"), {"recipe": "caldera"}, "low-rank factors and an adapter cannot both be kept"),
+    "caldera": (of_family("llama"), {"recipe": FACTORS}, "low-rank factors and an adapter cannot both be kept"),
     "experts": (of_family("qwen3_moe"), {}, "the target gguf cannot keep factors of an adapter beside this matrix"),
     "fused matrices": (of_family("phi3"), {}, "factors of a tensor that is not one matrix here"),
     "onnx": (of_family("llama"), {"target": "onnx"}, "the target onnx cannot keep factors of an adapter beside"),
@@ -245,6 +246,9 @@ REFUSALS = {
 @pytest.mark.parametrize("name", sorted(REFUSALS))
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, name: str) -> None:
     make, options, message = REFUSALS[name]
+    if options.get("recipe") == FACTORS:
+        options = {"recipe": str(tmp_path / "factors.toml")}
+        (tmp_path / "factors.toml").write_text(FACTORS)
     usual = {"device": "raspberry-pi-5", "target": "gguf", "context": 64, "adapter": "keep"}
     with pytest.raises(RequestError, match=message) as caught:
         pipeline.plan(Job(str(make(tmp_path)), **usual | options))  # type: ignore[arg-type]
