@@ -94,7 +94,7 @@ def plan(job: Job) -> Outline:
     Raises:
         ExporterError: what `build` would refuse; see `exporter.foundation.errors`.
     """
-    with open_model(job.source, job.base) as model:
+    with open_model(job.source, job.base, job.adapter) as model:
         resolved, draft = drafted(job, model)
         needs = needs_of(resolved, draft.decisions)
         return outline(resolved, draft, needs, stage_seconds(resolved, draft, needs.file))
@@ -129,7 +129,7 @@ def build(job: Job, progress: Progress = silent) -> Bundle:
     stage = Stages()
     with ExitStack() as opened:
         opened.enter_context(telling(partial(progress, "wait for another job", 0, 1)))
-        model = stage("open", opened.enter_context, open_model(job.source, job.base))
+        model = stage("open", opened.enter_context, open_model(job.source, job.base, job.adapter))
         resolved, draft = stage("plan", drafted, job, model)
         folder = opened.enter_context(staging_folder(output, needs_of(resolved, draft.decisions).disk))
         texts = stage("calibration text", texts_of, resolved, progress)
@@ -172,16 +172,19 @@ def texts_of(resolved: ResolvedJob, progress: Progress) -> Texts:
     Raises:
         InputError: the job repeats a plan that was made on another text.
     """
-    job, model, windows = resolved.job, resolved.original, resolved.effort.calibration_windows
-    tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
-    calibration = evaluation = None
+    job, windows = resolved.job, resolved.effort.calibration_windows
+    # Of an adapter that is kept, the base is encoded without knowing of it, and both are measured together.
+    encoded, measured = resolved.unrewritten, resolved.original
+    tokenizer = load_tokenizer(encoded.folder, encoded.decoder.vocab)
     if job.calibration is not None:
         calibration = spread_windows(job.calibration, tokenizer, windows, job.window)
+    else:
+        calibration = sampled_windows(job, windows, encoded, tokenizer, progress)[0]
+    tokenizer = load_tokenizer(measured.folder, measured.decoder.vocab)
     if job.evaluation is not None:
         evaluation = file_windows(job.evaluation, tokenizer, job.evaluation_windows, job.window)
-    if calibration is None or evaluation is None:
-        sampled = sampled_windows(job, windows, model, tokenizer, progress)
-        calibration, evaluation = calibration or sampled[0], evaluation or sampled[1]
+    else:
+        evaluation = sampled_windows(job, windows, measured, tokenizer, progress)[1]
     if job.repeats is not None:
         job.repeats.require_text("calibration", calibration)
         job.repeats.require_text("evaluation", evaluation)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
 
@@ -17,6 +17,7 @@ from exporter.foundation.errors import RequestError
 from exporter.foundation.registry import load
 from exporter.model.decoder import Decoder
 from exporter.model.family import Family
+from exporter.model.lora import MERGE_INSTEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak, Weights
 from exporter.predict.roofline import Throughput
@@ -125,6 +126,14 @@ class Target(Protocol):
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return an equivalent model in the coordinates that suit the target and decisions like these."""
         return Rewritten(model, statistics)
+
+    def adapter_format(self, model: Model, group: WeightGroup) -> WeightFormat | None:
+        """Return the format of factors of an adapter beside a matrix; None if the files have no place for them."""
+        return None
+
+    def adapter_bytes(self, model: Model) -> int:
+        """Return the most bytes that the file of an adapter takes that a model keeps beside its base; 0 without one."""
+        return 0
 
     def lower_text(self, model: Model, folder: Path) -> Artifact | None:
         """Write the artifact's tokenizer and chat template into an empty folder, for `open_text`.
@@ -291,6 +300,36 @@ def _lacking(target: Target, what: str) -> RequestError:
         f"the target {target.name} {what}", expected="a type for all matrices",
         next_step=f"name one with --type, such as {target.default_type}, or choose another target",
     )  # fmt: skip
+
+
+def with_adapter(target: Target, model: Model, decisions: list[Decision]) -> list[Decision]:
+    """Return decisions with the factors of the adapter that a model has beside it; the same ones without an adapter.
+
+    Raises:
+        RequestError: the target has no place for them, or matrices have other factors.
+    """
+    ranks, changed = model.ranks(), []
+    for one in decisions:
+        rank = ranks.get(one.group.name)
+        if one.low_rank is not None and ranks:
+            raise RequestError(
+                "low-rank factors and an adapter cannot both be kept beside the matrices", where=one.group.name,
+                next_step=f"choose a recipe without factors, or {MERGE_INSTEAD}",
+            )  # fmt: skip
+        if rank is None:
+            changed.append(one)
+            continue
+        format = target.adapter_format(model, one.group)
+        if format is None:
+            raise RequestError(
+                f"the target {target.name} cannot keep factors of an adapter beside this matrix", where=one.group.name,
+                expected="matrices that a file of the target gguf holds one by one", next_step=MERGE_INSTEAD,
+            )  # fmt: skip
+        adapter = LowRank(rank, format)
+        changed.append(
+            replace(one, adapter=adapter, reason=f"{one.reason}; an adapter's factors {adapter.name} beside it")
+        )
+    return changed
 
 
 def low_rank(target: Target, rank: int, bits: int) -> LowRank:

@@ -22,7 +22,7 @@ ThreadsOption = Annotated[
 # Those that a plan decides.
 DECIDED = (
     "ram", "backend", "target", "type", "method", "recipe", "transport", "max_file_bytes", "bits", "min_decode",
-    "min_prefill", "prefer", "effort", "seed", "context",
+    "min_prefill", "prefer", "effort", "seed", "context", "adapter",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def job_of(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A folder, a hub id, a .gguf file, demo or demo-gemma. A LoRA adapter is merged into its base.",
+            help="A folder, a hub id, a .gguf file, demo or demo-gemma. A folder may hold a LoRA adapter.",
         ),
     ],
     device: Annotated[
@@ -110,6 +110,12 @@ def job_of(
         str | None,
         typer.Option("--base", help="Folder or hub id of a LoRA adapter's base, if not the one that it names."),
     ] = None,
+    adapter: Annotated[
+        Literal["merge", "keep"],
+        typer.Option(
+            "--adapter", help="Merge a LoRA adapter into its base, or keep it beside the base in its own file."
+        ),
+    ] = "merge",
 ) -> "Job":
     """Return the job that the options ask for.
 
@@ -136,7 +142,7 @@ def job_of(
         model, device, target, type, method, None, calibration, evaluation, seed, context=context,
         max_file_bytes=max_file_bytes, bits=bits, min_decode_tokens_per_s=min_decode,
         min_prefill_tokens_per_s=min_prefill, prefer=prefer, effort=effort, recipe=recipe, transport=transport,
-        base=base, ram_bytes=ram, backend=backend,
+        base=base, adapter=adapter, ram_bytes=ram, backend=backend,
     )  # fmt: skip
 
 

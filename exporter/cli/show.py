@@ -55,6 +55,11 @@ HOST_FIGURES = (
     ("emulation.peak_bytes", "peak memory, under the device's limits"),
 )
 
+OUTLINED = (
+    "file_bytes", "adapter_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes",
+    "build_seconds",
+)  # fmt: skip
+
 
 @contextmanager
 def progress(enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
@@ -238,8 +243,10 @@ def outline(made: "Outline") -> None:
         f"{plain(made.scheme)} by {plain(made.method)}"
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name in ("file_bytes", "runtime_peak_bytes", "build_peak_bytes", "disk_bytes", "cache_bytes", "build_seconds"):
-        quantity: Quantity = getattr(made, name)
+    for name in OUTLINED:
+        quantity: Quantity | None = getattr(made, name)
+        if quantity is None:
+            continue
         table.add_row(name.replace("_", " "), figure(quantity.value, quantity.unit), "[dim]estimated[/]")
     for stage, quantity in made.stage_seconds.items():
         table.add_row(f"[dim]  {stage}[/]", f"[dim]{figure(quantity.value, 's')}[/]", "")

@@ -33,7 +33,7 @@ from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Producer
 from exporter.model.decoder import HEAD_SITE
 from exporter.model.model import Model
-from exporter.model.tensors import HoldsCodes
+from exporter.model.tensors import HoldsCodes, HoldsFactors
 
 # Clip the factors: scaling a rarely active channel further would only make its weights harder to quantise.
 MOST_FACTOR = np.float32(1e4)
@@ -264,6 +264,20 @@ class _Scaled:
         """Return the encoded rows of a matrix that is not rewritten."""
         assert isinstance(self._source, HoldsCodes)
         return self._source.codes(name)
+
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of the factors of each matrix that an adapter is kept beside, by its name."""
+        return self._source.ranks() if isinstance(self._source, HoldsFactors) else {}
+
+    def factors(self, name: str) -> tuple[Float32, Float32]:
+        """Return L and R of a matrix in the new coordinates: L has its rows, R its columns."""
+        assert isinstance(self._source, HoldsFactors)
+        left, right = self._source.factors(name)
+        if name in self._columns:
+            right = right * self._columns[name]
+        if name in self._rows:
+            left = left / self._rows[name][:, None]
+        return left, right
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix of the source in the new coordinates."""

@@ -16,7 +16,7 @@ from exporter.compress.effort import EFFORTS, Effort
 from exporter.compress.error_propagation import SiteErrors, propagated_errors
 from exporter.compress.method import Method, load_method, method_kind, relative_error
 from exporter.compress.methods.as_stored import AsStored
-from exporter.formats.format import EncodedMatrix, Float32
+from exporter.formats.format import EncodedFactors, EncodedMatrix, Float32, LowRank
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.allocator import give_back_freed_memory
 from exporter.foundation.errors import RequestError
@@ -33,7 +33,8 @@ class MatrixOutcome:
     """The result of compressing one matrix.
 
     Attributes:
-        planned_sha256: SHA-256 of the planned weights, float32, rows in the source's order.
+        planned_sha256: SHA-256 of the planned weights, factors of an adapter included, float32, rows in the source's
+            order.
         output_error: Relative squared error of the outputs on the calibration text (of the weights where the
             inputs were not observed); None where the outputs are all zero.
     """
@@ -48,13 +49,20 @@ class CompressedMatrix:
 
     Attributes:
         decision: What was decided on it.
-        encoded: Its codes, its planned weights, and its factors if it has some.
+        encoded: Its codes, its planned weights, and its factors if some were fitted.
         outcome: What the report says of it.
+        adapter: Factors of an adapter beside it; None for none. The planned weights are those without it.
     """
 
     decision: Decision
     encoded: EncodedMatrix
     outcome: MatrixOutcome
+    adapter: EncodedFactors | None = None
+
+    @property
+    def factors(self) -> EncodedFactors | None:
+        """The factors that are stored with it, fitted or given; None for none."""
+        return self.encoded.factors or self.adapter
 
     @property
     def name(self) -> str:
@@ -75,7 +83,8 @@ class Compression:
         methods: Methods of single matrices, by name, instead of the one that the decision names.
         propagation_text: Windows, int64 [windows, length], on which matrices compensate for the errors of earlier
             ones; None if they do not.
-        source: The model before it was rewritten; None if it was not.
+        source: The model that the result is compared with: before it was rewritten, or with an adapter merged that is
+            kept beside `model`. None for `model`.
     """
 
     model: Model
@@ -195,7 +204,15 @@ class _Encoder:
             )
         second_moment = None if site is None else site.second_moment
         error = relative_error(weight, encoded.planned, second_moment)
-        return CompressedMatrix(decision, encoded, MatrixOutcome(weights_digest(encoded.planned), error))
+        adapter = None if decision.adapter is None else self._given(group, decision.adapter)
+        whole = encoded.planned if adapter is None else adapter.added_to(encoded.planned)
+        return CompressedMatrix(decision, encoded, MatrixOutcome(weights_digest(whole), error), adapter)
+
+    def _given(self, group: WeightGroup, stored: LowRank) -> EncodedFactors:
+        """Return the factors of an adapter beside a matrix."""
+        left, right = self._compression.model.factors(group.name)
+        encode = stored.format.encode_rows
+        return EncodedFactors(stored, encode(left, None), encode(right, None))
 
     def _encoded(self, decision: Decision, weight: Float32, site: SiteStatistics | None) -> EncodedMatrix:
         method = self._compression.methods.get(decision.group.name, self._methods[decision.method])

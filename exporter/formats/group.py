@@ -58,7 +58,9 @@ class Decision:
         predicted_kl: Predicted increase of the KL divergence per token on the evaluation text, in nats; None before
             statistics.
         calibration_kl: The same on the calibration text.
-        low_rank: Factors that are stored with it; None for no factors.
+        low_rank: Factors that are fitted to what the format loses, and stored with it; None for no such factors.
+        adapter: Factors of an adapter that are stored beside it as they are given; None for none. A matrix has factors
+            of one kind at most.
     """
 
     group: WeightGroup
@@ -68,11 +70,17 @@ class Decision:
     predicted_kl: float | None = None
     calibration_kl: float | None = None
     low_rank: LowRank | None = None
+    adapter: LowRank | None = None
+
+    @property
+    def beside(self) -> LowRank | None:
+        """The factors that are stored with it, fitted or given; None for none."""
+        return self.low_rank or self.adapter
 
     @property
     def stored_as(self) -> str:
         """The format's name, with rank and format of any factors: `Q4_0+r32-Q8_0`."""
-        return self.format.name if self.low_rank is None else f"{self.format.name}+{self.low_rank.name}"
+        return self.format.name if self.beside is None else f"{self.format.name}+{self.beside.name}"
 
     @property
     def base_bytes(self) -> int:
@@ -82,5 +90,5 @@ class Decision:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the group in the model files."""
-        beside = self.low_rank.stored_bytes(self.group.rows, self.group.columns) if self.low_rank else 0
+        beside = self.beside.stored_bytes(self.group.rows, self.group.columns) if self.beside else 0
         return self.base_bytes + beside

@@ -5,13 +5,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import ADAPTER
 
+# What becomes of an adapter: it is merged into its base, or kept beside it.
+AdapterUse = Literal["merge", "keep"]
 # A rank and an alpha for each of 18,000 matrices, by its full name, take 3 MB.
 MAX_CONFIG_BYTES = 4 << 20
 MAX_RANK = 1 << 16

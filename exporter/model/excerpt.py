@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from exporter.formats.format import Float32
 from exporter.model.decoder import LAYER_PROJECTION, Decoder
 from exporter.model.model import Model
+from exporter.model.tensors import HoldsFactors
 from exporter.model.widths import stated_width
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -127,6 +128,17 @@ class _Excerpt:
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix as float32, finite; of the projection to layers' inputs none are asked for."""
         return self._cut(name, self._source.read_rows(source_name(name, self._kept), rows))
+
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of the factors of each matrix that an adapter is kept beside, by its name."""
+        given = self._source.ranks() if isinstance(self._source, HoldsFactors) else {}
+        places = {name: source_name(name, self._kept) for name in self.shapes()}
+        return {name: given[place] for name, place in places.items() if place in given}
+
+    def factors(self, name: str) -> tuple[Float32, Float32]:
+        """Return L and R of a matrix of `ranks`."""
+        assert isinstance(self._source, HoldsFactors)
+        return self._source.factors(source_name(name, self._kept))
 
     def _cut(self, name: str, values: Float32) -> Float32:
         """Return a tensor with the parts that belong to the layers of the excerpt."""

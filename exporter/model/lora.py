@@ -7,7 +7,7 @@ by them, A is [rank, rows], B is [columns, rank], and the product is transposed.
 that take the place of the base's. All formulas are PEFT's (`peft.tuners.lora`, 0.21).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Float32
-from exporter.foundation.errors import InputError
+from exporter.foundation.errors import InputError, RequestError
 from exporter.model.adapter_settings import AdapterSettings
 from exporter.model.checkpoint import Checkpoint, open_file
 from exporter.model.decoder import EMBEDDING, HEAD, Decoder
@@ -36,6 +36,8 @@ WEIGHT = ".weight"
 BASE_LAYER = ".base_layer.weight"
 ENDS = {EMBEDDING, HEAD}
 OTHER_BASE = "check that the adapter belongs to this base"
+# What to do where an adapter cannot be kept beside its base.
+MERGE_INSTEAD = "merge it: --adapter merge"
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,18 @@ class Adapter:
         return self.settings.path, *self.tensors.files
 
     @property
-    def note(self) -> str:
-        """A sentence for the report on what it changes."""
+    def merged_note(self) -> str:
+        """A sentence for the report on what it changes, merged."""
         copied = f", and {len(self.copies)} tensors are its own" if self.copies else ""
         return f"a LoRA adapter is merged into the base in float32: it changes {len(self.factors)} matrices{copied}"
+
+    @property
+    def kept_note(self) -> str:
+        """A sentence for the report on what it changes, kept beside the base."""
+        return (
+            f"a LoRA adapter is kept beside the base, whose matrices are encoded without it: it changes "
+            f"{len(self.factors)} matrices, and accuracy is that of both together against the merged model"
+        )
 
 
 def open_adapter(settings: AdapterSettings, decoder: Decoder) -> Adapter:
@@ -285,3 +295,64 @@ class Merged:
         """Return where a tensor without its factors is, and its name there."""
         copy = self._adapter.copies.get(name)
         return (self._base, name) if copy is None else (self._adapter.tensors, copy)
+
+
+class Kept:
+    """The tensors of a base with an adapter's factors beside them: a `TensorSource` that `HoldsFactors`.
+
+    Args:
+        base: The base, with single matrices in place of the tensors that hold several.
+        adapter: The adapter; see `require_factors_alone`.
+    """
+
+    def __init__(self, base: TensorSource, adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+        self.files = base.files
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the base by name; reads no weights."""
+        return self._base.shapes()
+
+    def read(self, name: str) -> Float32:
+        """Return one tensor of the base as float32, finite."""
+        return self._base.read(name)
+
+    def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
+        """Return some rows of a matrix of the base as float32, finite."""
+        return self._base.read_rows(name, rows)
+
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of the factors of each matrix that has some, by its name."""
+        settings = self._adapter.settings
+        return {name: settings.rank_of(name.removesuffix(WEIGHT)) for name in self._adapter.factors}
+
+    def factors(self, name: str) -> tuple[Float32, Float32]:
+        """Return L, float32 [rows, rank], and R, float32 [rank, columns], of a matrix; the scaling is in L."""
+        left, right = self._adapter.factors[name].read(self._adapter.tensors)
+        return require_finite(left, name), right
+
+
+def require_factors_alone(adapter: Adapter) -> None:
+    """Refuse an adapter that cannot be kept beside its base: it has more than factors of single matrices.
+
+    Raises:
+        RequestError: see above.
+    """
+    path = adapter.tensors.files[0]
+    if adapter.copies:
+        raise RequestError(
+            "the adapter replaces whole tensors of the base, so it cannot be kept beside it", where=path,
+            got=_some(adapter.copies), expected="factors of matrices alone", next_step=MERGE_INSTEAD,
+        )  # fmt: skip
+    single = {group.name for group in adapter.decoder.groups()}
+    others = [name for name in adapter.factors if name not in single]
+    if others:
+        raise RequestError(
+            "the adapter has factors of a tensor that is not one matrix here, so it cannot be kept beside the base",
+            where=path, got=_some(others), expected="factors of single matrices", next_step=MERGE_INSTEAD,
+        )  # fmt: skip
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)
+    return first[0] + (f" and {len(first) - 1} more" if len(first) > 1 else "")

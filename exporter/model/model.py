@@ -1,7 +1,7 @@
 """The pipeline's model: decoder, lazy tensors, and a folder with config and tokenizer."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from exporter.formats.group import WeightGroup
 from exporter.foundation.cache_entries import Identity, identity
 from exporter.foundation.errors import InputError
 from exporter.model.decoder import Decoder
-from exporter.model.tensors import INDEX, HoldsCodes, TensorSource
+from exporter.model.tensors import INDEX, HoldsCodes, HoldsFactors, TensorSource
 
 # All files besides the weights that a transformers tokenizer or this package may read.
 METADATA = (
@@ -86,6 +86,8 @@ class Model:
         changes: Digest of the changes to shape or weights since reading; empty for none.
         licences: Files that state the terms it is under.
         source: Snapshot of its source files from when it was opened; None if they do not matter.
+        base: The base of an adapter that is kept beside it, with the adapter's factors; this model is both merged. None
+            for any other model.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Model:
     changes: str = ""
     licences: tuple[Path, ...] = ()
     source: SourceFiles | None = None
+    base: "Model | None" = None
 
     def groups(self) -> list[WeightGroup]:
         """Return the matrices in the order of the forward pass."""
@@ -151,6 +154,15 @@ class Model:
         if isinstance(self.tensors, HoldsCodes) and self.tensors.stored_type(name) == format:
             return self.tensors.codes(name)
         return None
+
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of the factors of each matrix that an adapter is kept beside, by its name."""
+        return self.tensors.ranks() if isinstance(self.tensors, HoldsFactors) else {}
+
+    def factors(self, name: str) -> tuple[Float32, Float32]:
+        """Return L, float32 [rows, rank], and R, float32 [rank, columns], of a matrix of `ranks`."""
+        assert isinstance(self.tensors, HoldsFactors)
+        return self.tensors.factors(name)
 
     def noting(self, notes: Iterable[str]) -> "Model":
         """Return the model with more warnings, without duplicates."""

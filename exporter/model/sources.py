@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError, RequestError
 from exporter.model.adapter_folder import adapted_folder, tokenizer_note
-from exporter.model.adapter_settings import AdapterSettings, read_adapter_settings
+from exporter.model.adapter_settings import AdapterSettings, AdapterUse, read_adapter_settings
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.config import CONFIG, checked_config, code_notes, load_config, multimodal_form, read_config
 from exporter.model.decoder import HEAD, Decoder
@@ -21,7 +21,7 @@ from exporter.model.gguf_packages import DEMOS
 from exporter.model.gguf_source import open_gguf_model
 from exporter.model.licences import PATTERNS as LICENCES
 from exporter.model.licences import licence_files
-from exporter.model.lora import Merged, open_adapter
+from exporter.model.lora import Adapter, Kept, Merged, open_adapter, require_factors_alone
 from exporter.model.model import METADATA, Model, SourceFiles, metadata_files
 from exporter.model.recognised import ADAPTER, is_adapter, refuse_quantised, refuse_quantised_tensors
 from exporter.model.rotary import rotary_notes
@@ -36,37 +36,42 @@ UNTIED = (
 
 
 @contextmanager
-def open_model(source: str, base: str | None = None) -> Iterator[Model]:
+def open_model(source: str, base: str | None = None, adapter: AdapterUse = "merge") -> Iterator[Model]:
     """Open a model; the config and tokenizer of a GGUF file, and of an adapter, are unpacked into the cache.
 
     Args:
         source: A folder, a `.gguf` file, `demo`, or a hub id such as `Qwen/Qwen3-0.6B`. A folder may hold a LoRA
-            adapter, which is merged into its base.
+            adapter.
         base: The base of an adapter, a folder or a hub id; None for the one that the adapter names.
+        adapter: `merge` gives the base with the adapter merged into it. `keep` gives the same, and in `Model.base` the
+            base with the adapter's factors beside it.
 
     Raises:
-        RequestError: there is no such model, or the adapter's base is not at hand.
+        RequestError: there is no such model, the adapter's base is not at hand, or the adapter cannot be kept beside
+            it.
         InputError: the model is damaged or of an unsupported kind.
     """
     path = Path(source)
     if source in DEMOS or source.endswith(".gguf"):
-        if base is not None:
-            raise _no_adapter(source)
+        _require_no_adapter_options(source, base, adapter)
         yield _open_gguf(source)
         return
     folder, name = (path, path.resolve().name) if path.is_dir() else (_hub_folder(source), _hub_name(source))
     if is_adapter(folder):
-        yield _open_adapter(folder, name, base)
-    elif base is not None:
-        raise _no_adapter(source)
+        yield _open_adapter(folder, name, base, adapter)
     else:
+        _require_no_adapter_options(source, base, adapter)
         yield _open_folder(folder, name)
 
 
-def _no_adapter(source: str) -> RequestError:
-    return RequestError(
-        "a base was named, but the model is no adapter", where=source, expected=f"a folder with {ADAPTER}",
-        next_step="leave out --base",
+def _require_no_adapter_options(source: str, base: str | None, adapter: AdapterUse) -> None:
+    """Refuse options that only an adapter has."""
+    if base is None and adapter == "merge":
+        return
+    what, option = ("a base was named", "--base") if base is not None else ("an adapter is to be kept", "--adapter")
+    raise RequestError(
+        f"{what}, but the model is no adapter", where=source, expected=f"a folder with {ADAPTER}",
+        next_step=f"leave out {option}",
     )  # fmt: skip
 
 
@@ -148,22 +153,32 @@ def _read_folder(folder: Path) -> _Read:
     return _Read(raw, config, decoder, checkpoint, (*checkpoint.notes, *code_notes(raw), *rotary_notes(config)))
 
 
-def _open_adapter(folder: Path, name: str, named: str | None) -> Model:
+def _open_adapter(folder: Path, name: str, named: str | None, use: AdapterUse) -> Model:
     settings = read_adapter_settings(folder)
     base, base_name = _base_of(folder, settings, named)
     source = SourceFiles(lambda: [*_files(base), *_files(folder)])
     read = _read_folder(base)
     adapter = open_adapter(settings, read.decoder)
+    kept = _with_adapter_beside(base, base_name, read, adapter) if use == "keep" else None
     config, decoder = read.config, adapter.decoder
     config.vocab_size, config.tie_word_embeddings = decoder.vocab, decoder.tied
     changed = {"vocab_size": decoder.vocab, "tie_word_embeddings": decoder.tied}
     metadata = adapted_folder(base, folder, read.raw | changed)
     tensors = sliced(Merged(read.checkpoint, adapter), decoder.stored_matrices)
-    origin = f"LoRA adapter {name}, merged into Hugging Face folder {base_name}"
-    notes = (*read.notes, adapter.note, tokenizer_note(base, folder))
+    how = "merged into" if kept is None else "kept beside"
+    origin = f"LoRA adapter {name}, {how} Hugging Face folder {base_name}"
+    notes = (*read.notes, adapter.merged_note if kept is None else adapter.kept_note, tokenizer_note(base, folder))
     return Model(
-        name, origin, metadata, None, config, decoder, tensors, notes, source=source, licences=licence_files(metadata)
-    )
+        name, origin, metadata, None, config, decoder, tensors, notes, source=source,
+        licences=licence_files(metadata), base=kept,
+    )  # fmt: skip
+
+
+def _with_adapter_beside(folder: Path, name: str, read: _Read, adapter: Adapter) -> Model:
+    require_factors_alone(adapter)
+    tensors = Kept(sliced(read.checkpoint, read.decoder.stored_matrices), adapter)
+    origin = f"Hugging Face folder {name}"
+    return Model(name, origin, folder, None, read.config, read.decoder, tensors, read.notes)
 
 
 def _base_of(folder: Path, settings: AdapterSettings, named: str | None) -> tuple[Path, str]:

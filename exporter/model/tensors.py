@@ -92,6 +92,17 @@ class HoldsCodes(Protocol):
         """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""
 
 
+@runtime_checkable
+class HoldsFactors(Protocol):
+    """A source that holds factors of an adapter beside matrices: what runs is W + L R."""
+
+    def ranks(self) -> Mapping[str, int]:
+        """Return the rank of the factors of each matrix that has some, by its name."""
+
+    def factors(self, name: str) -> tuple[Float32, Float32]:
+        """Return L, float32 [rows, rank], and R, float32 [rank, columns], of a matrix of `ranks`."""
+
+
 def require_finite(values: Float32, name: str) -> Float32:
     """Return `values` if all are finite."""
     # The sum is finite if all elements are, unless it overflows. This needs one pass and no mask.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from exporter.coding.profiles import Profile
+from exporter.model.adapter_settings import AdapterUse
 from exporter.planning.plan import Plan
 
 
@@ -46,6 +47,7 @@ class Job:
         backend: The processor and interface that computes on the device; None for the one that its profile prefers.
         ram_bytes: Installed memory of the device, among the sizes that it is sold with; None for its most common one.
         base: Folder or hub id of an adapter's base; None for the one that the adapter names.
+        adapter: `merge` an adapter into its base, or `keep` it beside the base.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Job:
     emulate: bool = False
     repeats: Plan | None = None
     base: str | None = None
+    adapter: AdapterUse = "merge"
     backend: str | None = None
     ram_bytes: int | None = None
 
@@ -89,5 +92,6 @@ class Job:
             window=plan.window,
             context=plan.context,
             evaluation_windows=plan.evaluation_windows,
+            adapter=plan.adapter or "merge",
             repeats=plan,
         )

@@ -59,7 +59,8 @@ class Outline(Document):
         scheme: The recipe's name and the formats, in words.
         method: How codes are chosen.
         pruning: What a step removes from feed-forward parts; None for nothing.
-        file_bytes: The model files.
+        file_bytes: The model files, with any adapter.
+        adapter_bytes: Of them the adapter that is kept beside its base; None for none.
         runtime_peak_bytes: Peak memory of the runtime at the job's context.
         build_peak_bytes: Peak memory of the build on this machine.
         disk_bytes: Disk space that it needs where the bundle is written.
@@ -81,6 +82,7 @@ class Outline(Document):
     method: str
     pruning: Pruning | None
     file_bytes: Quantity
+    adapter_bytes: Quantity | None
     runtime_peak_bytes: Quantity
     build_peak_bytes: Quantity
     disk_bytes: Quantity
@@ -101,6 +103,7 @@ def outline(resolved: ResolvedJob, draft: Draft, needs: BuildNeeds, seconds: Map
         seconds: Stage -> estimated seconds.
     """
     peak = _estimated(needs.runtime_peak, "bytes")
+    adapter = resolved.target.adapter_bytes(resolved.original)
     return Outline(
         model=resolved.original.name,
         warnings=resolved.original.warnings,
@@ -112,6 +115,7 @@ def outline(resolved: ResolvedJob, draft: Draft, needs: BuildNeeds, seconds: Map
         method=resolved.encoding.chooses_codes_by,
         pruning=pruning(resolved, draft.decisions),
         file_bytes=_estimated(needs.file, "bytes"),
+        adapter_bytes=_estimated(adapter, "bytes") if adapter else None,
         runtime_peak_bytes=peak,
         build_peak_bytes=_estimated(needs.build_peak, "bytes"),
         disk_bytes=_estimated(needs.disk, "bytes"),

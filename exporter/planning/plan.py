@@ -84,7 +84,7 @@ class PlannedMatrix(Document):
     Attributes:
         name: Tensor name in the source model.
         format: The weight format's name.
-        factors: Low-rank factors beside it; None for none.
+        factors: Low-rank factors beside it, or those of an adapter; None for none.
         method: The method that chooses codes.
         reason: Why this format, for people.
         calibration_kl: KL divergence a token, in nats, that it is predicted to add on the calibration text.
@@ -110,7 +110,7 @@ class PlannedMatrix(Document):
         return cls(
             name=decision.group.name,
             format=decision.format.name,
-            factors=Factors.of(decision.low_rank),
+            factors=Factors.of(decision.beside),
             method=decision.method,
             reason=decision.reason,
             calibration_kl=decision.calibration_kl or 0.0,
@@ -137,6 +137,7 @@ class Plan(Document):
         evaluation_windows: Its windows.
         matrices: A decision for each weight group, in the model's order.
         notes: Sentences on what other options would give.
+        adapter: `keep` for an adapter that is kept beside its base; None for any other model.
     """
 
     schema_version: Literal[1] = 1
@@ -155,6 +156,7 @@ class Plan(Document):
     evaluation_windows: Annotated[int, Field(ge=1, le=1 << 16)]
     matrices: Annotated[tuple[PlannedMatrix, ...], FailFast(), Field(min_length=1, max_length=1 << 16)]
     notes: Annotated[tuple[Sentence, ...], Field(max_length=100)] = ()
+    adapter: Annotated[Literal["keep"] | None, Field(exclude_if=lambda use: use is None)] = None
 
     def decisions(self, draft: "Draft") -> "list[Decision]":
         """Return the decisions for the weight groups that the plan's recipe was drafted for.
@@ -170,7 +172,7 @@ class Plan(Document):
             formats |= {group.name: {one.name: one for one in storage.formats} for group in storage.groups}
         decided = []
         for one, drafted in zip(self.matrices, draft.decisions, strict=True):
-            factors = Factors.of(drafted.low_rank)
+            factors = Factors.of(drafted.beside)
             if one.format not in formats[one.name] or (one.factors, one.method) != (factors, drafted.method):
                 raise InputError(
                     "the plan decides what its own recipe cannot",

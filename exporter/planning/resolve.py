@@ -13,6 +13,7 @@ from exporter.device.profile import DeviceProfile
 from exporter.formats.group import Decision
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.quantities import Basis, Check
+from exporter.model.lora import MERGE_INSTEAD
 from exporter.model.model import Model
 from exporter.planning.job import Job
 from exporter.planning.plan import Plan, PlannedMatrix, TextFacts
@@ -20,7 +21,7 @@ from exporter.planning.recipe import Recipe, Table, load_recipe, step_of
 from exporter.planning.step import Draft, EncodingStep, EncodingTask
 from exporter.steps.transport import Transport
 from exporter.targets.backends import BackendFormats, formats_on
-from exporter.targets.contract import AsStored, Target, load_target
+from exporter.targets.contract import AsStored, Target, load_target, with_adapter
 
 # The context of Llama 3.1 to 3.3: what most models for long texts were made for.
 MOST_POSITIONS_UNASKED = 131_072
@@ -34,8 +35,9 @@ class ResolvedJob:
     Attributes:
         job: What is asked for, with windows no longer than the model's context.
         recipe: The steps, with one that gives matrices their formats, and every option.
-        original: The source.
-        pruned: What the rewriting steps leave of it: only its shape, until they were run.
+        original: The source, with any adapter merged: what the artifact is compared with.
+        pruned: What the rewriting steps leave of it: only its shape, until they were run. Of an adapter that is kept,
+            the base with the adapter beside it.
         shape: How the shape of `pruned` is known.
         stored: `pruned` as the target's files can hold it.
         device: The profile.
@@ -66,6 +68,11 @@ class ResolvedJob:
         return self.stored.model
 
     @property
+    def unrewritten(self) -> Model:
+        """The model whose matrices are encoded, before any rewriting: the source, or the base of an adapter kept."""
+        return self.original.base or self.original
+
+    @property
     def prediction_windows(self) -> int:
         """Windows of the evaluation text that the loss of formats is predicted on."""
         return min(self.job.evaluation_windows, self.effort.prediction_windows)
@@ -86,6 +93,7 @@ class ResolvedJob:
         """
         task = EncodingTask(self.original, self.model, self.device, self.target, self.backend, self.effort)
         draft = self.encoding.draft(task)
+        draft = draft.with_adapter(with_adapter(self.target, self.model, draft.decisions))
         self.backend.require(draft.decisions, self.target, self.model)
         check_methods(draft.decisions, self.model)
         if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
@@ -101,7 +109,8 @@ class ResolvedJob:
             progress: Called with matrices done and their total.
         """
         if self.job.repeats is None:
-            return draft.decided(given, progress)
+            decisions, notes = draft.decided(given, progress)
+            return with_adapter(self.target, given.model, decisions), notes
         return _repeated(self.job.repeats, draft), self.job.repeats.notes
 
     def scheme(self, draft: Draft) -> str:
@@ -136,6 +145,7 @@ class ResolvedJob:
             evaluation_windows=self.job.evaluation_windows,
             matrices=tuple(map(PlannedMatrix.of, decisions)),
             notes=tuple(dict.fromkeys(notes)),
+            adapter=None if self.original.base is None else "keep",
         )
 
     def with_text(self, checks: Sequence[Check], notes: Iterable[str]) -> "ResolvedJob":
@@ -169,8 +179,22 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
     else:
         _require_same(job.repeats, model, device)
         recipe = Recipe.of(job.repeats.recipe)
-    pruned = recipe.outlined(model)
+    pruned = recipe.outlined(model) if model.base is None else _beside_adapter(model.base, recipe)
     return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target, backend)
+
+
+def _beside_adapter(base: Model, recipe: Recipe) -> Model:
+    """Return the base of an adapter that is kept beside it.
+
+    Raises:
+        RequestError: a step of the recipe would change the base's shape or weights, which the adapter was made for.
+    """
+    if recipe.rewriting:
+        raise RequestError(
+            f"the step {recipe.rewriting[0].method} changes the base, which the adapter beside it was made for",
+            expected="a recipe without such a step", next_step=f"choose another recipe, or {MERGE_INSTEAD}",
+        )  # fmt: skip
+    return base
 
 
 def _require_in_context(context: int, longest: int, whose: str) -> None:
@@ -193,7 +217,8 @@ def for_context(model: Model, context: int, longest: int) -> Model:
     why = "--context asks for more" if usual < longest else "this target computes no more of them as the model does"
     note = f"the artifact is made for {bounded:,} of the model's {known:,} positions; {why}"
     decoder = replace(model.decoder, positions=bounded)
-    return replace(model, decoder=decoder, warnings=(*model.warnings, note))
+    base = None if model.base is None else replace(model.base, decoder=decoder)
+    return replace(model, decoder=decoder, base=base, warnings=(*model.warnings, note))
 
 
 def recipe_for(job: Job, target: Target) -> Recipe:

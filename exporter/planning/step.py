@@ -149,6 +149,11 @@ class Draft:
     most_file_bytes: float = inf
     most_matrix_bytes: float = inf
 
+    def with_adapter(self, decisions: list[Decision]) -> Self:
+        """Return the draft with these decisions in place of its own, which lack the factors of an adapter."""
+        more = sum(one.stored_bytes for one in decisions) - sum(one.stored_bytes for one in self.decisions)
+        return replace(self, decisions=decisions, most_matrix_bytes=self.most_matrix_bytes + more)
+
     def decided(self, given: Rewritten, progress: Progress) -> tuple[list[Decision], tuple[str, ...]]:
         """Return the final decisions, and sentences on what other options would give.
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from exporter.calibrate.layer_stream import LayerStream, Progress, capped, hidden_states, silent
 from exporter.calibrate.windows import Tokens
-from exporter.formats.format import Float32
+from exporter.formats.format import Float32, plus
 from exporter.formats.group import WeightGroup
 from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import ARRAY, kept
@@ -204,3 +204,14 @@ class _Replaced:
 def dequantised(model: Model, read: Callable[[WeightGroup], Float32]) -> Model:
     """Return the float model with the matrices that the runtime decodes from the artifact."""
     return replace(model, tensors=_Replaced(model, read))
+
+
+def merged(model: Model) -> Model:
+    """Return the float model with the adapter merged that it has beside it; the same one without an adapter."""
+    ranks = model.ranks()
+
+    def read(group: WeightGroup) -> Float32:
+        weight = model.read(group.name)
+        return plus(weight, *model.factors(group.name)) if group.name in ranks else weight
+
+    return dequantised(model, read) if ranks else model

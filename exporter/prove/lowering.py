@@ -19,7 +19,7 @@ from exporter.foundation.progress import Progress, silent
 from exporter.foundation.quantities import Check
 from exporter.model.excerpt import excerpt_if_large
 from exporter.model.model import Model
-from exporter.prove.accuracy import Distance, Reference, dequantised, distance
+from exporter.prove.accuracy import Distance, Reference, dequantised, distance, merged
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
@@ -43,16 +43,21 @@ class Decoded:
 class FloatCopy:
     """The weights of an artifact, written in float32 for the same runtime.
 
+    With an adapter beside it, these are the weights of the base and the adapter before they were encoded: the artifact
+    decodes to sums, of which the runtime has to be given the parts.
+
     Attributes:
         artifact: The copy, or the artifact itself if it is in float32 already.
-        model: The float model that it must compute, with matrices as the runtime decodes them from the artifact.
+        model: The float model that it must compute, any adapter merged.
         whole: Whether it holds every layer, not only those of an excerpt.
+        decoded: Whether the model has the matrices as the runtime decodes them from the artifact.
         most_kl: How far the runtime may be from that model, in nats.
     """
 
     artifact: Artifact
     model: Model
     whole: bool
+    decoded: bool
     most_kl: float
 
 
@@ -70,14 +75,16 @@ def float_copy(target: Target, lowered: Lowered, decoded: Decoded) -> Iterator[F
         lowered: The artifact, and what it was made of.
         decoded: Returns the matrices as the runtime decodes them from the artifact.
     """
-    model = dequantised(lowered.compression.model, decoded)
-    artifact, most_kl = lowered.artifact, target.most_lowering_kl(model.decoder.family)
+    given = lowered.compression.model
+    artifact, most_kl = lowered.artifact, target.most_lowering_kl(given.decoder.family)
     if in_float32(lowered.compression.decided):
-        yield FloatCopy(artifact, model, True, most_kl)
+        yield FloatCopy(artifact, dequantised(given, decoded), True, True, most_kl)
         return
-    part = excerpt_if_large(model)
+    parts = given if given.ranks() else dequantised(given, decoded)
+    some = excerpt_if_large(parts)
     with TemporaryDirectory(prefix=".float-", dir=artifact.folder.parent) as scratch:
-        yield FloatCopy(target.write_float(part, Path(scratch)), part, part is model, most_kl)
+        copy = target.write_float(some, Path(scratch))
+        yield FloatCopy(copy, merged(some), some is parts, parts is not given, most_kl)
 
 
 def check_lowering(copy: FloatCopy, expected: Reference, threads: int, progress: Progress = silent) -> Check:

@@ -102,7 +102,7 @@ def _lowered(
     layers = partial(progress, "prove: layers of the artifact")
     with float_copy(target, lowered, decoded) as copy:
         expected = Reference.of(copy.model, some, layers)
-        own = expected if copy.whole else Reference.of(dequantised(model, decoded), some, layers)
+        own = expected if copy.whole and copy.decoded else Reference.of(dequantised(model, decoded), some, layers)
         checks = [
             check_weights(decoded.digests, lowered),
             check_stored_types(target, lowered),

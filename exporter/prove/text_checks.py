@@ -58,7 +58,8 @@ def preview_text(model: Model, target: Target) -> TextPreview:
 
 def _key(model: Model, target: Target) -> str:
     """Return a digest of all that the answer depends on; of the model's configuration, only the special tokens."""
-    found = [path for path in metadata_files(model.folder) if path.name not in ENDS_FILES]
+    folders = [one.folder for one in (model, model.base) if one is not None]
+    found = [path for folder in folders for path in metadata_files(folder) if path.name not in ENDS_FILES]
     special = special_ids(model.folder, {}, model.decoder.vocab)
     kind, rows = model.decoder.family.model_type, model.decoder.vocab
     decisive = (VERSION, target.name, kind, rows, model.single_file is None, digest_files(found), special)
@@ -85,7 +86,8 @@ def _preview(model: Model, target: Target, scratch: Path) -> TextPreview:
         checks = check_text(child, tokenizer)
     special = special_ids(model.folder, tokenizer.roles, model.decoder.vocab)
     ends = _ends_notes(child.title, tokenizer, special.ends, by_itself)
-    return TextPreview(checks=tuple(checks), notes=(*tokenizer.notes, *special.notes, *ends))
+    template = _template_notes(child.title, tokenizer, model)
+    return TextPreview(checks=tuple(checks), notes=(*tokenizer.notes, *special.notes, *ends, *template))
 
 
 def _opened(artifact: Artifact, model: Model) -> Child:
@@ -115,6 +117,14 @@ def _ends_notes(
     return tuple(
         f"{what}: {named(ids)}; edge-exporter run ends as the model does" for what, ids in found.items() if ids
     )
+
+
+def _template_notes(runtime: str, tokenizer: ModelTokenizer, model: Model) -> tuple[str, ...]:
+    """Say if a runtime itself takes the base's chat template where a fine-tune that is kept beside it has another."""
+    base = None if model.base is None else load_tokenizer(model.base.folder, model.decoder.vocab)
+    if base is None or base.template == tokenizer.template:
+        return ()
+    return (f"{runtime} by itself takes the base's chat template; edge-exporter run takes the adapter's",)
 
 
 def check_text(child: Child, tokenizer: ModelTokenizer) -> list[Check]:

@@ -97,7 +97,7 @@ class Allocate(EncodingStep):
         rates = {"decode_s": self.min_decode, "prefill_s": self.min_prefill}
         seconds = {name: 1 / rate for name, rate in rates.items() if rate is not None}
         target, model, most = budgeted(task.target), task.model, self._most_bytes(task)
-        fixed = target.fixed_bytes(model)
+        fixed = target.fixed_bytes(model) + target.adapter_bytes(task.original)
         limits = Limits(**seconds) if most is None else Limits(bytes=most - fixed, **seconds)
         storages = _computed(target.storages(model), task.backend)
         cpu = cpu_as_predicted(target, model, storages, task.device, task.backend.name)
@@ -112,7 +112,8 @@ class Allocate(EncodingStep):
         if self.min_decode is not None or self.min_prefill is not None:
             return None
         target, model = task.target, task.model
-        return target.estimated_file_bytes(model, target.decide(model, target.default_type, target.default_method))
+        decisions = target.decide(model, target.default_type, target.default_method)
+        return target.estimated_file_bytes(model, decisions) + target.adapter_bytes(task.original)
 
 
 @dataclass(frozen=True)

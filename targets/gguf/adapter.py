@@ -1,7 +1,7 @@
-"""The file of a GGUF model's low-rank factors: a LoRA adapter, which llama.cpp applies at load.
+"""The file of a GGUF model's low-rank factors, fitted or of an adapter: llama.cpp applies it as a LoRA adapter.
 
 For a matrix NAME, `NAME.lora_a` is R and `NAME.lora_b` is L. llama.cpp multiplies their product by alpha / rank, or by
-1 if alpha is 0. With alpha 0, every matrix can have its own rank.
+1 if alpha is 0. With alpha 0, every matrix can have its own rank and a scaling of its own, which is in L.
 """
 
 from collections.abc import Iterable
@@ -12,9 +12,11 @@ import numpy as np
 
 from exporter.formats.format import EncodedFactors, Float32, LowRank
 from exporter.formats.group import Decision, WeightGroup
+from exporter.model.decoder import Decoder
 from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
+from exporter.targets.gguf.adapter_text import AdapterText, add_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import decoded, ggml_format
 from exporter.targets.gguf.header import finish_header
@@ -27,20 +29,26 @@ class AdapterWriter:
 
     Args:
         path: Path of the file.
-        model: The model.
+        decoder: The model's.
+        name: Name of the model.
         decisions: Decisions with factors, in the order in which `add` is called.
+        text: Chat template and end tokens of a fine-tune; None if those of the model count.
     """
 
-    def __init__(self, path: Path, model: Model, decisions: Iterable[Decision]) -> None:
-        self._writer = gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)
+    def __init__(
+        self, path: Path, decoder: Decoder, name: str, decisions: Iterable[Decision], text: AdapterText | None = None
+    ) -> None:
+        self._writer = gguf.GGUFWriter(path, feed_forward_storage(decoder).architecture)
         self._writer.add_type(gguf.GGUFType.ADAPTER)
-        self._writer.add_name(model.name)
+        self._writer.add_name(name)
+        if text is not None:
+            add_text(self._writer, text)
         self._writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-        names = gguf_names(model.decoder)
+        names = gguf_names(decoder)
         for decision in decisions:
-            assert decision.low_rank is not None
-            format, rank = decision.low_rank.format, decision.low_rank.rank
+            assert decision.beside is not None
+            format, rank = decision.beside.format, decision.beside.rank
             kind = gguf.GGMLQuantizationType[format.name]
             group = decision.group
             for part, rows, columns in ((RIGHT, rank, group.columns), (LEFT, group.rows, rank)):

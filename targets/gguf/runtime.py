@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -13,8 +14,9 @@ from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
 from exporter.targets.artifact import Artifact
+from exporter.targets.gguf.adapter_text import read_adapter_text
 from exporter.targets.gguf.ends import read_end_tokens
-from exporter.targets.gguf.session import BATCH, FailedError, NotLoadedError, Session
+from exporter.targets.gguf.session import ADAPTER_FILE, BATCH, FailedError, NotLoadedError, Session
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
 
 # See WITHOUT_AMX in the Makefile.
@@ -58,7 +60,7 @@ class LlamaCpp:
         except NotLoadedError as error:
             raise InputError(str(error), where=error.path) from error
         self._context_size = context
-        self._ends = read_end_tokens(self._session.model)
+        self._ends = _end_tokens(artifact, self._session.model)
         self._load_s = time.perf_counter() - started
         if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
             # One of the last lines of the log, which are reported if the process dies.
@@ -152,6 +154,15 @@ class LlamaCpp:
             if -found <= size:
                 return buffer.raw[: max(found, 0)]
             size = -found
+
+
+def _end_tokens(artifact: Artifact, model: Any) -> frozenset[int] | None:
+    """Return the ids that end a text: those of a fine-tune that is kept beside its base, or else those of the model."""
+    for path in artifact.weights:
+        text = read_adapter_text(path) if path.name == ADAPTER_FILE else None
+        if text is not None:
+            return frozenset(text.ends)
+    return read_end_tokens(model)
 
 
 def _drawn(logits: Float32, chance: float) -> int:

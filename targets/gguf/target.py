@@ -43,8 +43,9 @@ from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, lower, shape_of
+from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
+from exporter.targets.gguf.adapter_text import adapter_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import GgmlFormat, decoded, ggml_format, ggml_formats
 from exporter.targets.gguf.header import finish_header, frequency_factors, write_header
@@ -58,6 +59,8 @@ from exporter.targets.gguf.vocabulary import copy_vocabulary
 from exporter.targets.kernel_speeds import speeds_on
 
 MODEL_FILE = "model.gguf"
+# For llama.cpp's own tools, which read no chat template from an adapter.
+TEMPLATE_FILE = "chat_template.jinja"
 
 
 # The types from which `storages` chooses: those that llama.cpp computes quickly, from 2 to 8 bits.
@@ -214,6 +217,24 @@ class Gguf(Target):
         weights = held_weights(decisions, file_bytes, self._features)
         return process_peak(shape_of(model.decoder), weights, context)
 
+    def adapter_format(self, model: Model, group: WeightGroup) -> WeightFormat | None:
+        """Return F32 for a matrix that is a tensor by itself and is multiplied by."""
+        alone = len(gguf_matrices(model.decoder)[gguf_names(model.decoder)[group.name]]) == 1
+        return EXACT if alone and "embedding" not in group.uses else None
+
+    def adapter_bytes(self, model: Model) -> int:
+        """Return the size of the adapter's file, plus the most that the alignment of its tensors takes."""
+        if model.base is None:
+            return 0
+        decided = with_adapter(self, model.base, self._single(model.base, "F32", "rtn"))
+        decisions = [one for one in decided if one.adapter is not None]
+        with scratch_folder() as scratch:
+            path = scratch / ADAPTER_FILE
+            AdapterWriter(path, model.decoder, model.name, decisions, adapter_text(model)).close()
+            header = path.stat().st_size
+        factors = sum(one.stored_bytes - one.base_bytes for one in decisions)
+        return header + factors + 2 * len(decisions) * gguf.GGUF_DEFAULT_ALIGNMENT
+
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with scaled channels, if codes are fitted to them."""
         return scaled_if_fitted(model, statistics, decisions)
@@ -222,22 +243,30 @@ class Gguf(Target):
         """Write only the vocabulary; return None for a GGUF source, whose vocabulary is copied and needs no check."""
         if model.single_file:
             return None
-        path = folder / MODEL_FILE
+        path, base = folder / MODEL_FILE, model.base or model
         with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
-            write_vocabulary(writer, model.folder, model.decoder.vocab)
+            write_vocabulary(writer, base.folder, model.decoder.vocab)
             finish_header(writer)
-        return Artifact(self.name, folder, (path,))
+        if model.base is None:
+            return Artifact(self.name, folder, (path,))
+        AdapterWriter(folder / ADAPTER_FILE, model.decoder, model.name, [], adapter_text(model)).close()
+        return Artifact(self.name, folder, (path, folder / ADAPTER_FILE))
 
     def write(
         self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
     ) -> Artifact:
         """Write the GGUF file tensor by tensor, with the adapter if there are factors, then the Modelfile."""
-        with_factors = [one for one in compression.decided if one.low_rank is not None]
+        with_factors = [one for one in compression.decided if one.beside is not None]
+        model, original = compression.model, compression.original
         with ExitStack() as opened:
             adapter = None
             if with_factors:
+                text = None if original.base is None else adapter_text(original)
                 partial = opened.enter_context(replacing(folder / ADAPTER_FILE))
-                adapter = opened.enter_context(closing(AdapterWriter(partial, compression.model, with_factors)))
+                writer = AdapterWriter(partial, model.decoder, original.name, with_factors, text)
+                adapter = opened.enter_context(closing(writer))
+                if text is not None and text.template is not None:
+                    (folder / TEMPLATE_FILE).write_text(text.template, encoding="utf-8")
             path = opened.enter_context(replacing(folder / MODEL_FILE))
             _write_gguf(path, compression, matrices, type, adapter)
         files = [MODEL_FILE, *([ADAPTER_FILE] if with_factors else [])]
@@ -245,8 +274,9 @@ class Gguf(Target):
         return Artifact(self.name, folder, tuple(folder / file for file in files))
 
     def write_float(self, model: Model, folder: Path) -> Artifact:
-        """Write a model in float32: matrices in F32, any factors added to them."""
-        return lower(self, Compression(model, self.decide(model, "F32", "rtn")), "F32", folder).artifact
+        """Write a model in float32: matrices in F32, an adapter beside them if the model has one."""
+        decisions = with_adapter(self, model, self.decide(model, "F32", "rtn"))
+        return lower(self, Compression(model, decisions), "F32", folder).artifact
 
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, including its factors."""
@@ -349,7 +379,7 @@ def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decisi
         RequestError: they were decided on differently, or one has factors.
     """
     one = decisions[0]
-    kinds = {decision.format.name + (" with factors" if decision.low_rank else "") for decision in decisions}
+    kinds = {decision.format.name + (" with factors" if decision.beside else "") for decision in decisions}
     if len(decisions) > 1 and kinds != {one.format.name}:
         roles = ", ".join(dict.fromkeys(decision.group.role for decision in decisions))
         raise RequestError(
@@ -368,7 +398,7 @@ def _add_matrices(writer: gguf.GGUFWriter, name: str, decisions: Sequence[Decisi
 def _stored_rows(model: Model, matrix: CompressedMatrix, adapter: AdapterWriter | None) -> Bytes:
     """Return a matrix's rows in the file's order; its factors are added to the adapter."""
     order = row_order(model.decoder, matrix.decision.group)
-    data, factors = matrix.encoded.data, matrix.encoded.factors
+    data, factors = matrix.encoded.data, matrix.factors
     if adapter is not None and factors is not None:
         adapter.add(factors, order)
     return data if order is None else data[order]

@@ -31,20 +31,26 @@ def llama_render_chat(model: Any, chat: Chat, prompt: bool) -> Rendered:
         RequestError: the file holds no chat template.
     """
     template = llama_cpp.llama_model_chat_template(model, None)
+    eos = llama_cpp.llama_vocab_eos(llama_cpp.llama_model_get_vocab(model))
+    return render_with(template.decode() if template else None, eos, model, chat, prompt)
+
+
+def render_with(template: str | None, eos: int | None, model: Any, chat: Chat, prompt: bool) -> Rendered:
+    """Return a chat as llama-cpp-python renders it from a template and an end token; see `llama_render_chat`."""
     if not template:
         raise RequestError("the GGUF file holds no chat template")
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     bos = _token_text(vocabulary, llama_cpp.llama_vocab_bos(vocabulary))
-    eos = _token_text(vocabulary, llama_cpp.llama_vocab_eos(vocabulary))
+    end = _token_text(vocabulary, -1 if eos is None else eos)
     try:
-        formatter = Jinja2ChatFormatter(template.decode(), eos, bos, add_generation_prompt=prompt)
+        formatter = Jinja2ChatFormatter(template, end, bos, add_generation_prompt=prompt)
         return Rendered(formatter(messages=chat).prompt)  # type: ignore[arg-type]
     except Exception as error:  # a template may raise any exception
         return Rendered.refused(error)
 
 
 def _token_text(vocabulary: Any, token: int) -> str:
-    if token < 0:
+    if not 0 <= token < llama_cpp.llama_vocab_n_tokens(vocabulary):
         return ""
     text: bytes = llama_cpp.llama_vocab_get_text(vocabulary, token)
     return text.decode(errors="replace")
