@@ -26,7 +26,7 @@ MEASURED_NOISE, PUBLISHED_NOISE = 0.05, 0.12
 # The same for a profile's own rates: bandwidth fitted to several runs, and kernels that may differ from those used.
 BANDWIDTH_NOISE, KERNEL_NOISE, CARRIED_OVER_NOISE = 0.15, 0.3, 0.5
 # The same for kernels timed on the device: a token takes more than its products.
-TIMED_NOISE = 0.1
+TIMED_NOISE = 0.05
 # A mix holds more bits than the type that it is named after; the others are mostly of this type (llama.cpp).
 BESIDE = "Q6_K"
 # Kernel family of a profile -> format family.

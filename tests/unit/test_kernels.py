@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from exporter.bench import kernels
@@ -40,17 +39,19 @@ NAMES = KERNELS.formats
 SHAPES = ((512, 512, 1), (2048, 1024, 1), (4096, 4096, 1), (2048, 2048, 256))
 PI = "raspberry-pi-5"
 HOME = Line("/tmp")
+# Floats take longer to read.
+FLOATS = {"F16": 200.0, "F32": 500.0}
 CPUINFO = "Linux\naarch64\n\nprocessor : 0\nprocessor : 1\nprocessor : 2\nprocessor : 3\nFeatures : asimd asimddp\n"
 
 
 def times(changes: Sequence[tuple[int, dict[str, Any]]] = (), **picoseconds: float) -> str:
-    """Return the answer of a device that takes 5 µs for a product and 500 ps for a weight, but for some types."""
+    """Return the answer of a device that takes 5 µs for a product and 100 ps for a weight, but for some types."""
     products = []
     for rows, columns, tokens in SHAPES:
         for name in NAMES:
-            per_weight = picoseconds.get(name, 500.0) * (0.1 if tokens > 1 else 1)
+            per_weight = picoseconds.get(name, FLOATS.get(name, 100.0)) * (0.1 if tokens > 1 else 1)
             ns = int(5_000 * (tokens == 1) + rows * columns * tokens * per_weight / 1e3)
-            reference = int(5_000 * (tokens == 1) + rows * columns * tokens * 0.5 * (0.1 if tokens > 1 else 1))
+            reference = int(5_000 * (tokens == 1) + rows * columns * tokens * 0.1 * (0.1 if tokens > 1 else 1))
             # The machine is half as fast in one turn.
             products.append(
                 {
@@ -78,12 +79,12 @@ def timed(folder: Path, **picoseconds: float) -> DeviceProfile:
 
 
 def test_a_product_takes_a_constant_and_a_time_for_each_weight() -> None:
-    found = bench(times(Q6_K=800.0)).speeds
+    found = bench(times(Q6_K=160.0)).speeds
     assert set(found) == set(NAMES)
-    assert found["Q4_0"].decode_weights_per_s == pytest.approx(2e9, rel=0.01)
-    assert found["Q6_K"].decode_weights_per_s == pytest.approx(1.25e9, rel=0.01)
+    assert found["Q4_0"].decode_weights_per_s == pytest.approx(1e10, rel=0.01)
+    assert found["Q6_K"].decode_weights_per_s == pytest.approx(6.25e9, rel=0.01)
     assert found["Q6_K"].product_seconds == pytest.approx(5e-6, rel=0.05)
-    assert found["Q6_K"].prefill_weights_per_s == pytest.approx(1.25e10, rel=0.01)
+    assert found["Q6_K"].prefill_weights_per_s == pytest.approx(6.25e10, rel=0.01)
     assert found["Q6_K"].bits == 6.5625
     assert bench(times()).spread == pytest.approx(0.25)
 
@@ -106,10 +107,10 @@ def test_a_profile_with_kernel_speeds_reads_back(tmp_path: Path) -> None:
     assert (known.basis, known.threads, known.runtime) == ("measured", 4, KERNELS.runtime)
     assert known.source == "edge-exporter bench --kernels, 2026-11-29T12:00:00Z, A board"
     # Timed again, the new speeds take the place of the old ones.
-    write_profile(bench(times(Q4_0=400.0)), str(tmp_path / "mine.toml"), tmp_path / "again.toml")
+    write_profile(bench(times(Q4_0=80.0)), str(tmp_path / "mine.toml"), tmp_path / "again.toml")
     again = load_device(str(tmp_path / "again.toml"))
     (only,) = again.backend("cpu").timed_kernels
-    assert only.speeds["Q4_0"].decode_weights_per_s == pytest.approx(2.5e9, rel=0.01)
+    assert only.speeds["Q4_0"].decode_weights_per_s == pytest.approx(1.25e10, rel=0.01)
     (tmp_path / "third").mkdir()
     (tmp_path / "third/again.toml").write_text(profile_toml(again), "utf-8")
     assert load_device(str(tmp_path / "third/again.toml")) == again
@@ -117,7 +118,7 @@ def test_a_profile_with_kernel_speeds_reads_back(tmp_path: Path) -> None:
 
 def test_a_profile_changes_what_a_budget_chooses(tmp_path: Path) -> None:
     """Where Q4_K's kernels are slow and Q4_1's are quick, a limit of time is kept with Q4_1."""
-    quick = timed(tmp_path, Q4_K=2500.0, Q5_K=2500.0, IQ4_XS=2500.0, IQ4_NL=2500.0, Q4_0=2500.0, Q4_1=300.0)
+    quick = timed(tmp_path, Q4_K=500.0, Q5_K=500.0, IQ4_XS=500.0, IQ4_NL=500.0, Q4_0=500.0, Q4_1=60.0)
     with open_model(str(tiny_model(tmp_path / "model", hidden=256, intermediate=512))) as model:
         found = {}
         for device in (load_device(PI), quick):
@@ -137,12 +138,12 @@ def test_a_profile_changes_what_a_budget_chooses(tmp_path: Path) -> None:
 
 
 def test_prices_are_the_timed_ones(tmp_path: Path) -> None:
-    profile = timed(tmp_path, Q6_K=800.0)
+    profile = timed(tmp_path, Q6_K=160.0)
     target = budgeted(load_target("gguf").on(profile))
     cpu = target.processor(profile)
     with open_model(str(tiny_model(tmp_path / "model"))) as model:
         group = next(group for group in model.groups() if group.layer is not None)
-    for name, per_weight in (("Q4_0", 500e-12), ("Q6_K", 800e-12)):
+    for name, per_weight in (("Q4_0", 100e-12), ("Q6_K", 160e-12)):
         found = cpu.decode_s(10**6, 1, target.throughput(group, ggml_format(name)))
         assert found == pytest.approx(5e-6 + 1e6 * per_weight, rel=0.01)
     # ONNX Runtime's kernels are others.
@@ -152,18 +153,23 @@ def test_prices_are_the_timed_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("format", "bits", "per_weight"),
-    [("Q4_0", 4.5, 500), ("Q4_K_M", 4.5, 700), ("Q4_K_M", 6.5625, 800), ("UD-Q4_K_XL", 4.5, 700), ("IQ3_M", 3.5, 900)],
+    [("Q4_0", 4.5, 100), ("Q4_K_M", 4.5, 140), ("Q4_K_M", 6.5625, 160), ("UD-Q4_K_XL", 4.5, 140), ("IQ3_M", 3.5, 180)],
 )
 def test_predictions_follow_timed_kernels(tmp_path: Path, format: str, bits: float, per_weight: float) -> None:
-    plain, profile = load_device(PI), timed(tmp_path, Q4_K=700.0, Q6_K=800.0, IQ3_S=900.0)
+    # Published runs of other boards of the kind count, too; here there are none.
+    plain, profile = map(without_runs, (load_device(PI), timed(tmp_path, Q4_K=140.0, Q6_K=160.0, IQ3_S=180.0)))
     parameters = 2_000_000_000
     request = Request(int(bits / 8 * parameters), parameters, format, "cpu")
     before, after = (rates(one, checked_request(request, one)) for one in (plain, profile))
     products = 1 / (parameters * per_weight * 1e-12)
     # The rest of a token is fitted, and the fit counts a little.
-    assert products / 1.25 < after.decode.value < products * 1.1
+    assert products / 1.15 < after.decode.value < products * 1.1
     assert after.prefill.value == pytest.approx(10 * products, rel=0.25)
     assert after.decode.high / after.decode.low < before.decode.high / before.decode.low
+
+
+def without_runs(profile: DeviceProfile) -> DeviceProfile:
+    return profile.model_copy(update={"measured": ()})
 
 
 def test_formats_that_were_not_timed_are_predicted_as_before(tmp_path: Path) -> None:
@@ -389,5 +395,5 @@ def test_only_arm_cores_are_emulated() -> None:
     ],
 )
 def test_what_goes_with_kernels(arguments: list[str], said: str) -> None:
-    done = CliRunner().invoke(typer.main.get_command(app), ["bench", *arguments])  # type: ignore[arg-type]
+    done = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(done.exception, RequestError) and said in str(done.exception)
