@@ -20,7 +20,7 @@ from exporter.model.family import Family
 from exporter.model.lora import MERGE_INSTEAD
 from exporter.model.model import Model
 from exporter.predict.peak_memory import ModelShape, Peak, Weights
-from exporter.predict.roofline import Throughput
+from exporter.predict.roofline import Cpu, Throughput, cpu_of
 from exporter.targets.artifact import Artifact, target_names
 from exporter.targets.facts import sampling_targets
 
@@ -114,6 +114,10 @@ class Target(Protocol):
     def on(self, device: DeviceProfile) -> Self:
         """Return the target with the choices that depend on the device's instruction set; by default there are none."""
         return self
+
+    def processor(self, device: DeviceProfile) -> Cpu:
+        """Return the CPU of a device to which speeds are relative; by default what the profile's facts say of it."""
+        return cpu_of(device)
 
     def context_length(self, model: Model) -> int:
         """Return the number of positions for which the runtime computes what the model does."""

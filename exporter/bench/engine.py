@@ -107,7 +107,7 @@ class Probe:
                 f"there is no {self._shown}", where=where, got=answer.last_words,
                 next_step="install Python 3 there (Debian: sudo apt-get install python3), or name one with --python",
             )  # fmt: skip
-        _require_end(answer, place.connection)
+        require_end(answer, place.connection)
         needs = parsed(Needs, answer.output, where)
         if needs.hidden:
             raise MissingDependencyError(
@@ -138,7 +138,7 @@ class Probe:
         answer = place.work(self._command(place, command, job), settings.limit_s)
         # On this machine, a model that cannot be run at all is a bad one; on a device, the device may be the cause.
         local = self._bundle is not None and command == "selftest"
-        _require_end(answer, place.connection, InputError if local else RequestError)
+        require_end(answer, place.connection, InputError if local else RequestError)
         return answer
 
     def _command(self, place: RemoteFolder, *arguments: str) -> Line:
@@ -222,7 +222,7 @@ class LlamaBench:
         options += ["-d", settings.depth] if settings.depth else []
         options += ["-t", settings.threads, "-o", "json"]
         answer = place.work(line("%s %s", self._program, list(map(str, options))), settings.limit_s)
-        _require_end(answer, place.connection)
+        require_end(answer, place.connection)
         rows = parsed(LlamaBenchRows, answer.output, place.connection.where)
         if [(row.n_prompt, row.n_gen) for row in rows] != list(asked):
             raise InputError(
@@ -249,7 +249,7 @@ def _found(connection: Connection) -> str:
     return path
 
 
-def _require_end(answer: ShellResult, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
+def require_end(answer: ShellResult, connection: Connection, kind: type[ExporterError] = RequestError) -> None:
     """Refuse a program that did not end well; use the given kind of error if it failed by itself."""
     where, code = connection.where, answer.code
     if code == SIGNALLED + SIGILL:

@@ -200,10 +200,14 @@ def _instructions(subject: BundleUnderTest, machine: Machine, device: str | None
 
 
 def _with_threads(settings: Settings, machine: Machine, device: str | None) -> Settings:
-    if settings.threads:
-        return settings
-    known = load_device(device).threads.count if device else min(machine.cores or os.cpu_count() or 1, MOST_THREADS)
-    return replace(settings, threads=known)
+    return replace(settings, threads=threads_for(settings.threads, machine, device))
+
+
+def threads_for(asked: int, machine: Machine, device: str | None) -> int:
+    """Return the threads that are asked for; for 0, the profile's or one for each core of the machine."""
+    if asked:
+        return asked
+    return load_device(device).threads.count if device else min(machine.cores or os.cpu_count() or 1, MOST_THREADS)
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

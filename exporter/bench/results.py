@@ -1,9 +1,9 @@
 """The answers of a measuring program, checked strictly because they come from another machine."""
 
 from statistics import median
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from exporter.foundation.config_files import shown
 from exporter.foundation.errors import InputError
@@ -22,6 +22,10 @@ Nanoseconds = Annotated[int, Field(ge=1_000, le=86_400_000_000_000)]
 Time = Annotated[str, Field(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z$")]
 # Only the first of a million errors is reported: a list of all would take gigabytes.
 Samples = Annotated[tuple[Nanoseconds, ...], Field(min_length=1, max_length=10_000, fail_fast=True)]
+# A product of a small matrix takes less than a microsecond on a fast processor.
+ProductSamples = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=86_400_000_000_000)], ...], Field(min_length=1, max_length=1000, fail_fast=True)
+]
 Result = TypeVar("Result")
 
 
@@ -98,6 +102,52 @@ class Measurement(Document):
     def sustained_ts(self) -> list[float]:
         """Tokens per second of each sustained round."""
         return [1e9 * self.decode.n_gen / sample for sample in self.sustained_ns]
+
+
+class ProductTimes(Document):
+    """The times of one product, in turns with the product of the same shape in another format.
+
+    Attributes:
+        type: Format of the matrix.
+        rows: Its rows.
+        columns: Its columns.
+        tokens: Vectors that it is multiplied with.
+        row_bytes: Bytes of a row.
+        reference_ns: Times of the other format.
+        ns: Times of this one, as many.
+    """
+
+    type: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,32}$")]
+    rows: Annotated[int, Field(ge=1, le=1 << 20)]
+    columns: Annotated[int, Field(ge=1, le=1 << 20)]
+    tokens: Annotated[int, Field(ge=1, le=1 << 16)]
+    row_bytes: Annotated[int, Field(ge=1, le=1 << 24)]
+    reference_ns: ProductSamples
+    ns: ProductSamples
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> Self:
+        if len(self.ns) != len(self.reference_ns):
+            raise ValueError("ns and reference_ns are not as many")
+        return self
+
+    @property
+    def weights(self) -> int:
+        """Weights of the matrix."""
+        return self.rows * self.columns
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and tokens."""
+        return self.rows, self.columns, self.tokens
+
+
+class KernelTimes(Document):
+    """The times of a runtime's kernels."""
+
+    threads: Annotated[int, Field(ge=1, le=256)]
+    time: Time
+    products: Annotated[tuple[ProductTimes, ...], Field(min_length=1, max_length=500, fail_fast=True)]
 
 
 class Needs(Document):

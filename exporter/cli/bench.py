@@ -1,22 +1,46 @@
-"""`edge-exporter bench`: time a bundle on this machine or on a device."""
+"""`edge-exporter bench`: time a bundle, or the kernels alone, on this machine or on a device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from exporter.cli.arguments import BundleArgument, NoCheckOption, fail_on, require_bundle
+from exporter.cli.arguments import NoCheckOption, fail_on, require_bundle
 from exporter.foundation.errors import RequestError
 
 if TYPE_CHECKING:
+    from exporter.bench.kernels import KernelBench
     from exporter.bench.measurement import BenchOutcome
 
 Format = Literal["text", "json", "llama-bench-json", "llama-bench-md"]
 FAR_AWAY = "Needs --on."
+# What --kernels may come with.
+OF_KERNELS = {
+    "kernels", "emulated", "on", "device", "threads", "repeats", "identity", "folder", "profile", "format", "as_json",
+}  # fmt: skip
 
 
 def bench(
-    bundle: BundleArgument,
+    context_: typer.Context,
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="BUNDLE", help="Folder of the bundle; none with --kernels.")
+    ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Time the products of each GGUF type instead of a bundle, by a program that needs nothing on the "
+            "device; it is compiled here.",
+        ),
+    ] = False,
+    emulated: Annotated[
+        bool,
+        typer.Option(
+            "--emulated",
+            help="With --kernels: run the program on the emulated Arm core of --device, which shows that it works; "
+            "its times are not the device's.",
+        ),
+    ] = False,
     on: Annotated[
         str | None,
         typer.Option("--on", metavar="ADDRESS", help="Device to measure on: ssh://user@host[:port] or adb://serial."),
@@ -60,7 +84,11 @@ def bench(
         ),
     ] = False,
     profile: Annotated[
-        Path | None, typer.Option("--profile", help="Write a new profile: the device's, with this run as [[measured]].")
+        Path | None,
+        typer.Option(
+            "--profile",
+            help="Write a new profile: the device's, with this run as [[measured]], or with the speeds of the kernels.",
+        ),
     ] = None,
     no_check: NoCheckOption = False,
     format: Annotated[Format, typer.Option("--format", help="Output format.")] = "text",
@@ -72,9 +100,23 @@ def bench(
     from exporter.cli import show
     from exporter.predict.measured_runs import require_new_profile
 
-    require_bundle(bundle)
     if profile is not None:
         require_new_profile(profile)
+    if kernels:
+        _refuse_with_kernels(context_, format)
+        if on is None:
+            _refuse_without_on({"--identity": identity, "--folder": folder})
+        elif emulated:
+            raise RequestError("--on and --emulated contradict each other", next_step="name only one of them")
+        remote = None if on is None else _remote(on, **_named({"--identity": identity, "--folder": folder}))
+        found = _timed_kernels(remote, emulated, device, threads, repeats, profile)
+        _print_kernels(found, as_json or format == "json")
+        return
+    if emulated:
+        raise RequestError("--emulated is for kernels", expected="--kernels with it", next_step="leave it out")
+    if bundle is None:
+        raise RequestError("no bundle is named", expected="a folder, or --kernels", next_step="name one of them")
+    require_bundle(bundle)
     settings = Settings(prompt, generate, depth, context, repeats, sustain, threads)
     remote_options = {
         "--identity": identity, "--python": python, "--binary": binary, "--folder": folder, "--keep": keep or None,
@@ -114,6 +156,79 @@ def _remote(on: str, **options: Any) -> Any:
     from exporter.device.connect.connection import address_of
 
     return Remote(address_of(on), **options)
+
+
+def _refuse_with_kernels(context: typer.Context, format: Format) -> None:
+    """Refuse what has no meaning for kernels alone."""
+    given = [
+        parameter
+        for parameter in context.command.params
+        if parameter.name not in OF_KERNELS
+        and str(getattr(context.get_parameter_source(parameter.name or ""), "name", "DEFAULT")) == "COMMANDLINE"
+    ]
+    if given:
+        named = "a bundle" if given[0].param_type_name == "argument" else max(given[0].opts, key=len)
+        raise RequestError(f"{named} does not go with --kernels", next_step="leave one of them out")
+    if format.startswith("llama-bench"):
+        raise RequestError(f"--format {format} is for a bundle", expected="text or json with --kernels")
+
+
+def _timed_kernels(
+    remote: Any, emulated: bool, device: str | None, threads: int, rounds: int, profile: Path | None
+) -> "KernelBench":
+    from exporter.bench.kernels import kernels_emulated, kernels_here, kernels_on, require_measured, write_profile
+
+    if profile is not None:
+        require_measured("emulated" if emulated else "measured")
+    if profile is not None and device is None:
+        raise RequestError(
+            "no profile to start from", where="--profile", next_step="name the device's, or one like it, with --device"
+        )
+    if emulated:
+        return kernels_emulated(device, threads, rounds)
+    found = kernels_here(device, threads, rounds) if remote is None else kernels_on(remote, device, threads, rounds)
+    if profile is not None and device is not None:
+        write_profile(found, device, profile)
+    return found
+
+
+def _print_kernels(found: "KernelBench", as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from exporter.bench.kernels import MOST_SPREAD
+    from exporter.cli import show
+
+    speeds = found.speeds
+    facts = {
+        "where": found.where,
+        "machine": asdict(found.machine) | {"features": sorted(found.machine.features)},
+        "runtime": found.program.runtime,
+        "threads": found.times.threads,
+        "basis": found.basis,
+        "kernels": {name: speed.model_dump() for name, speed in speeds.items()},
+    }
+
+    def people() -> None:
+        machine = found.machine
+        show.console.print(
+            f"[bold]{show.plain(found.where)}[/], {show.plain(machine.cpu or machine.architecture)}: "
+            f"{show.plain(found.program.runtime)}, {found.times.threads} threads, {found.basis}"
+        )
+        columns = ("type", "one token, 10⁹ weights/s", "GB/s", "µs a product", "many, 10⁹ weights/s", "spread")
+        table = Table(*columns, box=None)
+        for name, one in speeds.items():
+            decode, prefill = one.decode_weights_per_s / 1e9, one.prefill_weights_per_s / 1e9
+            table.add_row(
+                name, f"{decode:.3g}", f"{decode * one.bits / 8:.3g}", f"{1e6 * one.product_seconds:.2g}",
+                f"{prefill:.3g}", f"± {one.spread:.0%}",
+            )  # fmt: skip
+        show.console.print(table)
+        if found.spread > MOST_SPREAD:
+            show.line(f"times vary by up to {found.spread:.0%}: end what else runs there, and time them again")
+
+    show.document(facts, as_json, people)
 
 
 def _print(outcome: "BenchOutcome", format: Format) -> None:

@@ -110,6 +110,10 @@ def _facts(profile: "DeviceProfile") -> Iterator[tuple[str, str, str, str]]:
         for kernel in backend.kernels:
             how = {True: " repacked", False: " not repacked", None: ""}[kernel.repacked]
             yield from _rows(f"  {kernel.family}{how} {kernel.feature or ''}".rstrip() + " ", kernel)
+        for timed in backend.timed_kernels:
+            for name, one in timed.speeds.items():
+                figures = f"{one.decode_weights_per_s / 1e9:.3g}, {one.prefill_weights_per_s / 1e9:.3g}"
+                yield f"  {timed.target} {name} 10⁹ weights/s, one token, many", figures, timed.basis, timed.source
     for run in profile.measured:
         speeds = ((run.decode_tokens_per_s, "decoded"), (run.prefill_tokens_per_s, "read"))
         figures = ", ".join(f"{speed:g} tokens/s {what}" for speed, what in speeds if speed is not None)

@@ -1,7 +1,7 @@
 """The compute backends of a device: processors and their interfaces, kernels, and measured runs."""
 
 from collections.abc import Iterable
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,9 @@ BackendName = Literal[
 Family = Literal["f32", "f16", "bf16", "q8", "q4", "k", "iq", "int8", "int4", "w4a16"]
 
 BITS_OF_A_PARAMETER = 0.5, 40.0
+FormatName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,32}$")]
+# From a weight in 10 microseconds to a thousand times what a server's processor multiplies.
+WeightsPerSecond = Annotated[float, Field(ge=1e5, le=1e15)]
 
 
 def features_named(words: Iterable[str]) -> frozenset[str]:
@@ -73,6 +76,43 @@ class Kernel(Document):
         return self
 
 
+class TimedKernel(Document):
+    """The speed of a format's kernels on this device, timed by themselves.
+
+    Attributes:
+        bits: Stored bits of a weight.
+        decode_weights_per_s: Weights multiplied per second with one token, read from memory.
+        product_seconds: Added to each product with one token: its start, and rounding its input.
+        prefill_weights_per_s: Weights x tokens multiplied per second with many tokens.
+        spread: Half the range of the middle half of the times, over their median: the larger of both kinds.
+    """
+
+    bits: float = Field(ge=BITS_OF_A_PARAMETER[0], le=BITS_OF_A_PARAMETER[1])
+    decode_weights_per_s: WeightsPerSecond
+    product_seconds: float = Field(ge=0, le=0.1)
+    prefill_weights_per_s: WeightsPerSecond
+    spread: float = Field(ge=0, le=10)
+
+
+class TimedKernels(Document):
+    """The speeds of a target's kernels on this device.
+
+    Attributes:
+        target: The target.
+        runtime: Its runtime, with the version that was timed.
+        threads: CPU threads.
+        basis: Always `measured`: an emulation's times are not the device's.
+        speeds: Format -> its speed.
+    """
+
+    target: Annotated[str, Field(pattern="^[a-z0-9]+(-[a-z0-9]+)*$", max_length=32)]
+    runtime: Text
+    threads: int = Field(ge=1, le=256)
+    basis: Literal["measured"]
+    source: Text
+    speeds: dict[FormatName, TimedKernel] = Field(min_length=1, max_length=64)
+
+
 class Backend(Document):
     """A compute backend: `cpu`, or a GPU or neural processor through an interface.
 
@@ -86,6 +126,8 @@ class Backend(Document):
         memory_limit_bytes: Addressable memory, if less than an app may use.
         fixed_seconds_per_token: Added to a token's bytes over the usable bandwidth; absent means none.
         decode_watts: Power of the whole device while decoding on this backend.
+        kernels: Speeds of families of formats, as published.
+        timed_kernels: Speeds of single formats, timed on this device; of the CPU only.
     """
 
     name: BackendName
@@ -98,6 +140,7 @@ class Backend(Document):
     fixed_seconds_per_token: Seconds | None = None
     decode_watts: Watts | None = None
     kernels: tuple[Kernel, ...] = Field(default=(), strict=False, max_length=64)
+    timed_kernels: tuple[TimedKernels, ...] = Field(default=(), strict=False, max_length=8)
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -105,6 +148,11 @@ class Backend(Document):
         for kind in kinds:
             if kinds.count(kind) > 1:
                 raise impossible("a kernel is listed twice", kind[0], "each family, repacked and feature once")
+        targets = [timed.target for timed in self.timed_kernels]
+        if len(set(targets)) < len(targets):
+            raise impossible("the kernels of a target are timed twice", ", ".join(targets), "each target once")
+        if targets and self.name != "cpu":
+            raise impossible("timed_kernels are not the CPU's", self.name, "timed_kernels of the backend cpu only")
         return self
 
 

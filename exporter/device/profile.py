@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from exporter.device.backend import Backend, BackendName, InstructionSet, Measured
+from exporter.device.backend import Backend, BackendName, InstructionSet, Measured, TimedKernels
 from exporter.device.provenance import (
     GIB,
     AppMemory,
@@ -128,6 +128,10 @@ class DeviceProfile(Document):
         assert usable is not None, "checked as the profile was made"
         return usable
 
+    def timed_kernels(self, target: str) -> TimedKernels | None:
+        """Return the speeds of a target's kernels that were timed on this device; None if they were not."""
+        return next((one for one in self.backend("cpu").timed_kernels if one.target == target), None)
+
     def backend(self, name: str) -> Backend:
         """Return a backend of the device.
 
@@ -210,6 +214,8 @@ class DeviceProfile(Document):
                 raise impossible(
                     "a kernel of the CPU uses what isa lacks", kernel.feature, f"one of {', '.join(self.isa.features)}"
                 )
+        for timed in cpu.timed_kernels:
+            self._require_possible_kernels(timed)
         for backend in self.backends:
             self._require_possible_bandwidth(backend)
 
@@ -223,6 +229,20 @@ class DeviceProfile(Document):
                 f"{LEAST_OF_PEAK * peak:,.13g} to {peak:,.13g}",
                 "check that both are in bytes/s",
             )
+
+    def _require_possible_kernels(self, timed: TimedKernels) -> None:
+        if timed.threads > self.cores:
+            raise impossible("timed_kernels have more threads than cores", timed.threads, f"at most {self.cores}")
+        most = MOST_OF_PEAK * self.peak_bandwidth_bytes_per_s.value
+        for name, one in timed.speeds.items():
+            drawn = one.bits / 8 * one.decode_weights_per_s
+            if drawn > most:
+                raise impossible(
+                    f"the timed kernel of {name} reads more than the memory gives",
+                    f"{drawn:,.4g} bytes/s",
+                    f"at most {most:,.4g}",
+                    "check that the profile is the timed device's and that decode_weights_per_s is in weights/s",
+                )
 
     def _require_possible_runs(self) -> None:
         for run in self.measured:

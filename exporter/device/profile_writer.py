@@ -15,9 +15,13 @@ def profile_toml(profile: DeviceProfile) -> str:
 def _lines(table: Mapping[str, Any], parents: str = "") -> Iterator[str]:
     """Yield a table's own values, then its inner tables, as TOML requires."""
     inner = [key for key, value in table.items() if _is_table_list(value)]
+    tables = [key for key, value in table.items() if _is_table_of_tables(value)]
     for key, value in table.items():
-        if key not in inner:
+        if key not in inner and key not in tables:
             yield f"{key} = {_value(value)}"
+    for key in tables:
+        yield f"\n[{parents}{key}]"
+        yield from _lines(table[key], f"{parents}{key}.")
     for key in inner:
         for entry in table[key]:
             yield f"\n[[{parents}{key}]]"
@@ -26,6 +30,10 @@ def _lines(table: Mapping[str, Any], parents: str = "") -> Iterator[str]:
 
 def _is_table_list(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+
+
+def _is_table_of_tables(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, dict) for entry in value.values())
 
 
 def _value(value: Any) -> str:

@@ -24,7 +24,7 @@ from exporter.foundation.systems import lock, user
 # deadlocks.
 KINDS = (
     "packages", "gguf", "adapted", "texts", "samples", "statistics", "pruned", "policies", "references", "arm64",
-    "templates", "vocabularies",
+    "kernels", "templates", "vocabularies",
 )  # fmt: skip
 HELD = "held"
 # Default name of a scratch folder.

@@ -17,7 +17,7 @@ from exporter.model.decoder import TOKENS
 from exporter.model.model import Model
 from exporter.predict.rates import rates
 from exporter.predict.request import LEAST_BYTES, LEAST_PARAMETERS, Request, checked_request
-from exporter.predict.roofline import Cpu, Throughput, cpu_of
+from exporter.predict.roofline import Cpu, Throughput
 from exporter.targets.contract import Budgeted
 
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
@@ -105,7 +105,7 @@ def cpu_as_predicted(
     Kernel speeds tell how formats differ on one device, predictions how fast the device is. How formats differ on a GPU
     or a neural processor is not known, so it is taken from the CPU.
     """
-    plain, read, decode_s, prefill_s = cpu_of(device), 0.0, 0.0, 0.0
+    plain, read, decode_s, prefill_s = target.processor(device), 0.0, 0.0, 0.0
     formats: Counter[str] = Counter()
     for group, options in ((group, storage.formats) for storage in storages for group in storage.groups):
         if group.site == TOKENS:

@@ -1,11 +1,11 @@
 """Predicts the speeds of a device from the fitted times, corrected by measurements on the device."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log
 
-from exporter.device.backend import Backend, Kernel, Measured
+from exporter.device.backend import Backend, Kernel, Measured, TimedKernel
 from exporter.device.profile import DeviceProfile
 from exporter.foundation.errors import RequestError
 from exporter.predict.coefficients import Coefficients, fitted
@@ -13,7 +13,7 @@ from exporter.predict.estimate import Estimate, lognormal
 from exporter.predict.gaussian_process import Point, residual
 from exporter.predict.request import Request
 from exporter.predict.roofline import cpu_of
-from exporter.predict.token_cost import Term, decode_terms, prefill_terms
+from exporter.predict.token_cost import Term, decode_terms, kv_bytes, prefill_terms
 from exporter.predict.workload import Family, Machine, Workload, format_family
 
 TOKENS_A_SECOND = "tokens/s"
@@ -25,6 +25,10 @@ BITS: dict[Family, float] = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6,
 MEASURED_NOISE, PUBLISHED_NOISE = 0.05, 0.12
 # The same for a profile's own rates: bandwidth fitted to several runs, and kernels that may differ from those used.
 BANDWIDTH_NOISE, KERNEL_NOISE, CARRIED_OVER_NOISE = 0.15, 0.3, 0.5
+# The same for kernels timed on the device: a token takes more than its products.
+TIMED_NOISE = 0.05
+# A mix holds more bits than the type that it is named after; the others are mostly of this type (llama.cpp).
+BESIDE = "Q6_K"
 # Kernel family of a profile -> format family.
 KERNELS: dict[str, Family] = {
     "f32": "float", "f16": "float", "bf16": "float", "q8": "eight", "int8": "eight", "q4": "four", "int4": "four",
@@ -74,8 +78,9 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
     work, model = workload(profile, request), fitted()
     decode = _points(profile, model.decode, decode_terms, lambda run: run.decode_tokens_per_s)
     prefill = _points(profile, model.prefill, prefill_terms, _usual_prefill)
-    bandwidth = list(_bandwidth_points(profile, work, model.decode))
-    kernels = list(_kernel_points(profile, work, model.prefill))
+    timed = _timed_shares(profile, work)
+    bandwidth = list(_timed_decode_points(timed, work, model.decode) or _bandwidth_points(profile, work, model.decode))
+    kernels = list(_timed_prefill_points(timed, work, model.prefill) or _kernel_points(profile, work, model.prefill))
     return Rates(
         _rate(work, decode_terms(work), model.decode, decode, bandwidth),
         at_length(_rate(work, prefill_terms(work), model.prefill, prefill, kernels), request),
@@ -169,6 +174,58 @@ def _kernel_points(profile: DeviceProfile, work: Workload, model: Coefficients) 
         if pace is not None and KERNELS[kernel.family] == work.family:
             error = log(2e3 * work.parameters / pace.value) - model.log_milliseconds(prefill_terms(work))
             yield Point(work, error, CARRIED_OVER_NOISE if pace.basis == "estimated" else KERNEL_NOISE)
+
+
+def _timed_shares(profile: DeviceProfile, work: Workload) -> list[tuple[TimedKernel, float]]:
+    """Return the timed kernels of a format, each with its share of the weights; nothing if the format was not timed.
+
+    A mix such as Q4_K_M is taken to be of the type in its name and, for the bits that it has more, of `BESIDE`.
+    """
+    own = _backend(profile, work.backend)
+    name, bits = work.format.strip().upper().removeprefix("UD-"), 8 * work.file_bytes / work.parameters
+    for timed in own.timed_kernels if own else ():
+        base = _named_type(timed.speeds, name, bits)
+        if base is None:
+            continue
+        beside = timed.speeds.get(BESIDE)
+        if beside is None or beside.bits <= base.bits:
+            return [(base, 1.0)]
+        share = min(max((bits - base.bits) / (beside.bits - base.bits), 0.0), 1.0)
+        return [(base, 1 - share), (beside, share)]
+    return []
+
+
+def _named_type(speeds: Mapping[str, TimedKernel], name: str, bits: float) -> TimedKernel | None:
+    """Return the type that a format is named after: its longest prefix, or the largest of as many bits in the name."""
+    prefixes = [known for known in speeds if re.match(rf"{re.escape(known.upper())}(_|$)", name)]
+    if prefixes:
+        return speeds[max(prefixes, key=len)]
+    stem = re.match(r"I?Q\d_", name)
+    alike = [one for known, one in speeds.items() if stem and known.startswith(stem[0]) and one.bits <= bits]
+    return max(alike, key=lambda one: one.bits, default=None)
+
+
+def _timed_decode_points(
+    timed: Sequence[tuple[TimedKernel, float]], work: Workload, model: Coefficients
+) -> Sequence[Point]:
+    """Return a point for timed kernels: the time of the weights and of the cache, and the fitted fixed part."""
+    if not timed:
+        return []
+    _, fixed, _ = terms = decode_terms(work)
+    weights_s = sum(share * work.parameters / one.decode_weights_per_s for one, share in timed)
+    cache_s = kv_bytes(work.parameters, work.context) / work.bandwidth_bytes_per_s
+    known = Term(1e3 * (weights_s + cache_s), {})
+    return [Point(work, model.log_milliseconds([known, fixed]) - model.log_milliseconds(terms), TIMED_NOISE)]
+
+
+def _timed_prefill_points(
+    timed: Sequence[tuple[TimedKernel, float]], work: Workload, model: Coefficients
+) -> Sequence[Point]:
+    """Return a point for timed kernels with many tokens."""
+    if not timed:
+        return []
+    weights_s = sum(share * work.parameters / one.prefill_weights_per_s for one, share in timed)
+    return [Point(work, log(1e3 * weights_s) - model.log_milliseconds(prefill_terms(work)), TIMED_NOISE)]
 
 
 def _backend(profile: DeviceProfile, name: str) -> Backend | None:

@@ -8,6 +8,7 @@ parameters x tokens/s over cores and clock. All of it is an estimate.
 from dataclasses import dataclass
 from math import inf
 
+from exporter.device.backend import TimedKernels
 from exporter.device.profile import DeviceProfile
 
 # Multiply-adds per core and cycle of the 4-bit kernels that repack weights; the first feature that a device has is
@@ -22,14 +23,21 @@ SLOWEST = 1.0
 
 @dataclass(frozen=True)
 class Throughput:
-    """A kernel's multiply-adds per second with one token and with many, relative to llama.cpp's Q4_0 with many."""
+    """A kernel's multiply-adds per second with one token and with many, relative to llama.cpp's Q4_0 with many.
+
+    Attributes:
+        decode: With one token.
+        prefill: With many.
+        product_s: Seconds that each product with one token takes beside its weights, where that was timed.
+    """
 
     decode: float = 1.0
     prefill: float = 1.0
+    product_s: float = 0.0
 
     def times(self, other: "Throughput") -> "Throughput":
         """Return both ratios multiplied by those of the reference kernel."""
-        return Throughput(self.decode * other.decode, self.prefill * other.prefill)
+        return Throughput(self.decode * other.decode, self.prefill * other.prefill, self.product_s)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Cpu:
     """The parameters of a CPU's roofline.
 
     Attributes:
-        bytes_per_s: Memory bandwidth reached in decoding.
+        bytes_per_s: Memory bandwidth reached in decoding; infinite where the speeds of kernels include the reading.
         products_per_s: Multiply-adds per second of llama.cpp's Q4_0 with many tokens, on all used cores together.
         decode_factor: What the roofline's times are multiplied by, so that a whole model takes as long as predicted.
         prefill_factor: The same for a prompt.
@@ -51,13 +59,27 @@ class Cpu:
     def decode_s(self, weights: int, stored_bytes: int, throughput: Throughput) -> float:
         """Return the seconds of a matrix per generated token."""
         roofline = max(stored_bytes / self.bytes_per_s, weights / (self.products_per_s * throughput.decode))
-        return self.decode_factor * roofline
+        return self.decode_factor * (roofline + throughput.product_s)
 
     def prefill_s(self, weights: int, throughput: Throughput) -> float:
         """Return the seconds of a matrix per prompt token."""
         if throughput.prefill == inf:
             return 0.0
         return self.prefill_factor * weights / (self.products_per_s * throughput.prefill)
+
+
+def timed_throughputs(timed: TimedKernels, reference: str) -> tuple[Cpu, dict[str, Throughput]]:
+    """Return a CPU and format -> speed, as timed on it.
+
+    Args:
+        timed: The speeds.
+        reference: The format whose speed with many tokens is the unit.
+    """
+    unit = timed.speeds[reference].prefill_weights_per_s
+    return Cpu(inf, unit), {
+        name: Throughput(one.decode_weights_per_s / unit, one.prefill_weights_per_s / unit, one.product_seconds)
+        for name, one in timed.speeds.items()
+    }
 
 
 def cpu_of(device: DeviceProfile) -> Cpu:

@@ -5,19 +5,21 @@ from pathlib import Path
 
 from exporter.emulate.arm64.installation import Needs, Program
 
+# The version of the package for this machine.
+SOURCE = ("llama-cpp-python==0.3.36", ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",))
+INSIDE = "*/vendor/llama.cpp"
+# GCC 12.2's vectoriser miscompiles ggml's Q4_K kernel with i8mm: KL 5.9 nats instead of 0.12 on a tiny model.
+WITHOUT_VECTORISER = {"CMAKE_C_FLAGS": "-fno-tree-vectorize", "CMAKE_CXX_FLAGS": "-fno-tree-vectorize"}
+
 NEEDS = Needs(
     program=Program(
         title="llama.cpp",
         files="GGUF files",
-        # The version of the package for this machine.
-        source=("llama-cpp-python==0.3.36", ("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",)),
-        inside="*/vendor/llama.cpp",
+        source=SOURCE,
+        inside=INSIDE,
         project=Path(str(files("exporter.targets.gguf"))) / "emulated_main",
         settings={
-            # GCC 12.2's vectoriser miscompiles ggml's Q4_K kernel with i8mm: KL 5.9 nats instead of 0.12 on a tiny
-            # model.
-            "CMAKE_C_FLAGS": "-fno-tree-vectorize",
-            "CMAKE_CXX_FLAGS": "-fno-tree-vectorize",
+            **WITHOUT_VECTORISER,
             "GGML_NATIVE": "OFF",
             "LLAMA_BUILD_COMMON": "OFF",
             "LLAMA_CURL": "OFF",

@@ -17,11 +17,12 @@ from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.compress.method import AS_STORED
+from exporter.device.backend import TimedKernels
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Bytes, Float32, WeightFormat, plus
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.cache import replacing, scratch_folder
-from exporter.foundation.errors import RequestError, did_you_mean
+from exporter.foundation.errors import InputError, RequestError, did_you_mean
 from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Vector
 from exporter.model.decoder import TOKENS
@@ -41,7 +42,7 @@ from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
-from exporter.predict.roofline import Throughput
+from exporter.predict.roofline import Cpu, Throughput, timed_throughputs
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
@@ -68,6 +69,10 @@ ALPHABET = (
     "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1",
     "Q5_K", "Q6_K", "Q8_0",
 )  # fmt: skip
+
+# The types whose kernels are timed on a device, and the one to whose speed with many tokens theirs are relative.
+REFERENCE = "Q4_0"
+TIMED = (*ALPHABET, "F16", "F32")
 
 # What chooses experts is kept as it is, as llama.cpp's own tool does.
 EXACT, KEPT = ggml_format("F32"), "kept in F32, since it chooses the experts"
@@ -96,17 +101,25 @@ class Gguf(Target):
         {4: ggml_format("Q4_0"), 8: ggml_format("Q8_0"), 16: ggml_format("F16")}
     )
 
-    def __init__(self, features: Collection[str] | None = None) -> None:
+    def __init__(self, features: Collection[str] | None = None, timed: TimedKernels | None = None) -> None:
         self._features = host_features() if features is None else features
+        self._cpu: Cpu | None = None
         self._speeds = speeds_on("exporter.targets.gguf", self._features)
+        if timed is not None:
+            _require_all_timed(timed)
+            self._cpu, self._speeds = timed_throughputs(timed, REFERENCE)
 
     def most_lowering_kl(self, family: Family) -> float:
         """Return what a family declares where llama.cpp's own rounding exceeds that of sums in another order."""
         return family.gguf.most_lowering_kl or super().most_lowering_kl(family)
 
     def on(self, device: DeviceProfile) -> Self:
-        """Return the target with llama.cpp's kernels for a device's instruction set."""
-        return type(self)(device.isa.features)
+        """Return the target with llama.cpp's kernels for a device: as timed there, or for its instruction set.
+
+        Raises:
+            InputError: not all types were timed.
+        """
+        return type(self)(device.isa.features, device.timed_kernels(self.name))
 
     def types(self) -> list[str]:
         """Return the named mixes, the single types, and the types that a GGUF source has."""
@@ -184,7 +197,11 @@ class Gguf(Target):
     def throughput(self, group: WeightGroup, format: WeightFormat) -> Throughput:
         """Return the speed of a type's kernels; only the last token of a prompt goes through the head."""
         known = self._speeds[format.name]
-        return Throughput(known.decode, math.inf) if group.layer is None else known
+        return replace(known, prefill=math.inf) if group.layer is None else known
+
+    def processor(self, device: DeviceProfile) -> Cpu:
+        """Return the timed CPU, or else what the profile's facts say of it."""
+        return self._cpu or super().processor(device)
 
     def fixed_bytes(self, model: Model) -> int:
         """Return the size of the file without its matrices, plus the most that their alignment takes."""
@@ -305,6 +322,16 @@ class Gguf(Target):
             for group in model.groups()
             for low_rank in [adapter.low_rank(group)]
         }
+
+
+def _require_all_timed(timed: TimedKernels) -> None:
+    missing = [type for type in TIMED if type not in timed.speeds]
+    if missing:
+        raise InputError(
+            "the profile's timed kernels lack types", where="timed_kernels of the target gguf", got=", ".join(missing),
+            expected="the speed of every type from which formats are chosen",
+            next_step="time them again with edge-exporter bench --kernels --profile",
+        )  # fmt: skip
 
 
 def _with_codes(model: Model, decision: Decision) -> Decision:

@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, tuple[str, ...]]] = {
         "help on the names that a user may type",
         ("A folder, a hub id, a .gguf file", "gguf, onnx, onnx-qdq, or auto"),
     ),
+    "exporter.cli.bench": ("help on what is timed", ("Time the products of each GGUF type",)),
     "exporter.cli.predict": ("help on the names that a user may type", ("Runtime, such as llama.cpp",)),
     "exporter.cli.main": (
         "`inspect` takes a file of the kind that a source may be; the library of its reader is told to be quiet",

@@ -1,5 +1,6 @@
 """Chooses the emulated core for a device: the one with the most features, none of which the device lacks."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import get_args
 
@@ -74,9 +75,12 @@ CORES = (CORTEX_A72, CORTEX_A76, WITH_I8MM)
 def stand_in(device: DeviceProfile) -> Core | None:
     """Return the emulated core for a device; None if the device is not an Arm."""
     features = set(device.isa.features)
-    if not features & set(get_args(ArmFeature)):
-        return None
-    return max((core for core in CORES if core.features <= features), key=lambda core: len(core.features))
+    return core_with(features) if features & set(get_args(ArmFeature)) else None
+
+
+def core_with(features: Collection[str]) -> Core:
+    """Return the core with the most of an Arm's features and with none beside them."""
+    return max((core for core in CORES if core.features <= set(features)), key=lambda core: len(core.features))
 
 
 def lacked(core: Core, device: DeviceProfile) -> tuple[str, ...]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from exporter.emulate.arm64.core import Core
 from exporter.emulate.arm64.machine import EmulatedMachine, qemu
+from exporter.foundation.building import Digests
 from exporter.foundation.cache_entries import folder_is_whole
 from exporter.foundation.errors import MissingDependencyError
 
 SETUP = "edge-exporter emulate setup"
-Digests = tuple[str, ...]
 
 
 def install_compiler(title: str) -> str:

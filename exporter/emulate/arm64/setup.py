@@ -5,19 +5,16 @@ when it is complete, so that an interrupted installation resumes where it stoppe
 """
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
-import tarfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from exporter.emulate.arm64.core import CORES
-from exporter.emulate.arm64.installation import Digests, Installation, Needs, Program
+from exporter.emulate.arm64.installation import Installation, Needs, Program
 from exporter.emulate.arm64.machine import EmulatedMachine, qemu
+from exporter.foundation.building import TIMEOUT_S, Digests, compiled, downloaded, run, unpacked_source
 from exporter.foundation.cache import cache_folder, require_space, scratch_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import MissingDependencyError, RequestError
@@ -47,8 +44,6 @@ CMAKE_SETTINGS = {
 }
 # The system takes 75 MB, the packages 115, the programs 30; the rest is for building them.
 NEED_BYTES = 1_000_000_000
-TIMEOUT_S = 1800.0
-SHOWN_CHARACTERS = 300
 
 
 def installation(needs: Needs) -> Installation:
@@ -120,10 +115,10 @@ def _debian(root: Path) -> None:
         "Dir::State::status": private / "status",
     }
     apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
-    _run([*apt, "update"])
-    _run([*apt, "install", "-y", "--download-only", *DEBIAN_PACKAGES])
+    run([*apt, "update"])
+    run([*apt, "install", "-y", "--download-only", *DEBIAN_PACKAGES])
     for package in sorted(archives.glob("*.deb")):
-        _run(["dpkg-deb", "-x", package, root])
+        run(["dpkg-deb", "-x", package, root])
     EmulatedMachine(CORES[0], root, root).run([root / "usr/bin/python3", "-I", "-c", ""], TIMEOUT_S)
     shutil.rmtree(private)
 
@@ -132,7 +127,7 @@ def _debian_sources() -> str:
     """Return the sources from which this machine gets Debian's packages, one per line."""
     signed = f"[signed-by={DEBIAN_KEYS}] " if DEBIAN_KEYS.is_file() else ""
     line = f"deb {signed}$(REPO_URI) $(RELEASE) $(COMPONENT)"
-    lines = _run(["apt-get", "indextargets", "--format", line, "Created-By: Packages", "Origin: Debian"])
+    lines = run(["apt-get", "indextargets", "--format", line, "Created-By: Packages", "Origin: Debian"])
     if not lines.strip():
         raise RequestError(
             "apt has no list of Debian's packages here",
@@ -146,7 +141,7 @@ def _wheels(root: Path, wheels: Mapping[str, Digests], packages: Path) -> None:
     python = (root / "usr/bin/python3").readlink().name.removeprefix("python")
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
     with scratch_folder() as scratch:
-        for wheel in _downloaded(wheels, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
+        for wheel in downloaded(wheels, scratch, "--only-binary=:all:", "--python-version", python, *platforms):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(packages)
 
@@ -159,51 +154,11 @@ def missing_compilers() -> list[str]:
 def _programs(program: Program, programs: Path) -> None:
     """Compile a program for each kind of core; the package's files are deleted afterwards."""
     with scratch_folder(programs.parent) as scratch:
-        (archive,) = _downloaded(dict([program.source]), scratch, "--no-binary=:all:")
-        with tarfile.open(archive) as opened:
-            opened.extractall(scratch, filter="data")
-        (source,) = scratch.glob(program.inside)
-        build, target = scratch / "build", program.project.name
+        source = unpacked_source(program.source, program.inside, scratch)
         settings = {**CMAKE_SETTINGS, **program.settings, program.source_setting: source}
-        options = [f"-D{name}={value}" for name, value in settings.items()]
         for core in CORES:
             # Parts that do not depend on the core are compiled once.
-            _cmake(program, "-S", program.project, "-B", build, *options, f"-D{program.core_setting}={core.march}")
-            _cmake(program, "--build", build, "--parallel", str(os.cpu_count()), "--target", target)
-            shutil.copy(build / target, programs / core.march)
-
-
-def _cmake(program: Program, *arguments: Path | str) -> None:
-    failure = f"{program.title} cannot be compiled"
-    _run(["cmake", *arguments], failure, "install the versions of Debian 12, or report this")
-
-
-def _downloaded(packages: Mapping[str, Sequence[str]], folder: Path, *options: str) -> list[Path]:
-    """Download packages with pip into a folder, each with one of its digests, and return the files in order."""
-    wanted, downloads = folder / "wanted.txt", folder / "downloads"
-    lines = [" ".join([name, *(f"--hash=sha256:{one}" for one in digests)]) for name, digests in packages.items()]
-    wanted.write_text("\n".join(lines), encoding="ascii")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    _run([*pip, *options, "--requirement", wanted, "--dest", downloads])
-    return sorted(downloads.iterdir())
-
-
-def _run(
-    command: Sequence[Path | str],
-    failure: str = "a package cannot be installed",
-    next_step: str = "check the network and try again",
-) -> str:
-    """Run a program of this machine and return its output, which is quoted if it fails."""
-    try:
-        done = subprocess.run(
-            list(map(str, command)), check=False, capture_output=True, text=True, errors="replace",
-            stdin=subprocess.DEVNULL, timeout=TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RequestError(
-            "no end of an installation", where=command[0], got=f"{TIMEOUT_S:g} s", next_step=next_step
-        ) from None
-    if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())[-SHOWN_CHARACTERS:]
-        raise RequestError(failure, where=command[0], got=said, next_step=next_step)
-    return done.stdout
+            made = compiled(
+                program.title, program.project, scratch / "build", {**settings, program.core_setting: core.march}
+            )
+            shutil.copy(made, programs / core.march)
