@@ -41,6 +41,7 @@ class Job:
         save_pruned: A folder that the model is written to once a recipe has pruned it, for transformers.
         transport: Ship the model files coded, by the profile `small` or `fast`; None for plain, or as the recipe says.
         emulate: Run the artifact on this machine under the device's limits as well.
+        judge: Run the artifact in a second, independent runtime as well.
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
         base: Folder or hub id of an adapter's base; None for the one that the adapter names.
@@ -70,6 +71,7 @@ class Job:
     save_pruned: Path | None = None
     transport: Profile | None = None
     emulate: bool = False
+    judge: bool = False
     repeats: Plan | None = None
     base: str | None = None
 
