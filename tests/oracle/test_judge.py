@@ -3,16 +3,22 @@
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from exporter.compress.compression import Compression
 from exporter.foundation.errors import MissingDependencyError, RequestError
 from exporter.foundation.quantities import Check
+from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.pipeline import build, plan
+from exporter.planning.job import Job
 from exporter.prove.accuracy import Reference, dequantised
 from exporter.prove.judge import judge
 from exporter.targets.artifact import Artifact
@@ -60,8 +66,8 @@ def checked(artifact: Artifact, own: Reference) -> Check:
 @pytest.mark.parametrize(
     ("target", "type"),
     [
-        ("onnx", "int4"), ("onnx", "int8"), ("onnx", "int2-b32-asymmetric"), ("onnx", "int4-b16-asymmetric-f32"),
-        ("onnx", "F32"), ("gguf", "Q4_0"), ("gguf", "Q8_0"), ("gguf", "Q6_K"),
+        ("onnx", "int4"), ("onnx", "int2-b32-asymmetric"), ("onnx", "int8-b64-f32"), ("gguf", "Q4_0"),
+        ("gguf", "Q8_0"), ("gguf", "Q6_K"),
     ],
 )  # fmt: skip
 def test_it_agrees_with_the_float_model(model: Model, tmp_path: Path, target: str, type: str) -> None:
@@ -100,13 +106,9 @@ def test_a_flipped_code_fails(model: Model, tmp_path: Path, target: str, type: s
 def changed_place(artifact: Artifact, model: Model) -> int:
     """Return the offset of a byte of codes in the file of the weights."""
     if artifact.target == "onnx":
-        import onnx
-
         graph = onnx.load_model(str(artifact.weights[0]), load_external_data=False).graph
         (tensor,) = (one for one in graph.initializer if "down_proj" in one.name and one.name.endswith(".codes"))
         return int({entry.key: entry.value for entry in tensor.external_data}["offset"])
-    from exporter.model.gguf_reader import open_gguf
-
     (found,) = (one for one in open_gguf(artifact.weights[0]).tensors if one.name == "blk.0.ffn_down.weight")
     # Behind the float16 scale of the first block.
     return int(found.data_offset) + 2
@@ -139,17 +141,37 @@ def test_codes_are_looked_up_as_openvino_wants_them(model: Model, tmp_path: Path
 
 
 @needs_openvino
+def test_a_bundle_holds_the_check(model: Model, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the capital of France is Paris, numbers 12 345 and hello world. " * 400)
+    job = Job(
+        str(model.folder), "core-ultra-200v", "onnx", "int4", method="rtn", effort="fast", calibration=text,
+        evaluation=text, window=64, context=64, evaluation_windows=4, output=tmp_path / "bundle", judge=True,
+    )  # fmt: skip
+    bundle = build(job)
+    (found,) = (one for one in bundle.measurements.checks if one.name == "judge.openvino")
+    assert found.status == "passed", found.detail
+    (told,) = (one for one in bundle.report.device_checks if one.name == "judge.openvino")
+    # The content digest covers how the check ended; its value may differ from run to run.
+    assert (told.status, told.limit, told.value) == ("passed", 1e-6, None)
+    with pytest.raises(RequestError, match="no second runtime reads artifacts of the target onnx-qdq"):
+        plan(replace(job, target="onnx-qdq", type=None, method=None))
+
+
+@needs_openvino
 def test_it_sends_no_telemetry(tmp_path: Path) -> None:
-    program = (
-        "from exporter.targets.openvino import openvino\n"
-        "api = openvino()\n"
-        "from openvino.tools.ovc import telemetry_stub, telemetry_utils\n"
-        "assert telemetry_utils.tm is telemetry_stub\n"
-        "import openvino.opset13 as ops\n"
-        "given = ops.parameter([1], 'float32')\n"
-        "api.convert_model(api.Model([ops.relu(given)], [given]))\n"
+    given, made = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [given], [made])
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "relu.onnx"
     )
-    quietly(tmp_path, sys.executable, "-c", program)
+    # Of its tools, this one reports.
+    converts = "api.convert_model('relu.onnx')"
+    quietly(
+        tmp_path, sys.executable, "-c", f"from exporter.targets.openvino import openvino; api = openvino(); {converts}"
+    )
+    with pytest.raises(AssertionError):
+        quietly(tmp_path, sys.executable, "-c", f"import openvino as api; {converts}")
 
 
 def test_without_the_extra_it_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
