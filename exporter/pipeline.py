@@ -42,6 +42,7 @@ from exporter.stages.predicted_times import stage_seconds
 from exporter.stages.sampled_text import sampled_windows, sampling_notes
 from exporter.stages.stage_times import Stages
 from exporter.targets.contract import Lowered, lower
+from exporter.targets.judge import judge_of
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def drafted(job: Job, model: Model) -> tuple[ResolvedJob, Draft]:
         RequestError: see `resolve` and `ResolvedJob.draft`.
     """
     resolved = resolve(job, model)
+    if job.judge:
+        # Refused now rather than after an hour.
+        judge_of(resolved.target.name)
     draft = resolved.draft()
     preview = preview_text(resolved.original, resolved.target)
     return resolved.with_text(preview.checks, preview.notes), draft
@@ -284,7 +288,8 @@ def gather_evidence(
     emulation, coded = Emulation(), None
     if job.emulate:
         emulation += stage("emulate: Arm instructions", settle, artifact, resolved.device, tokens, progress)
-    proof = stage("prove", prove, resolved.target, lowered, tokens, job.context, job.threads, progress)
+    target = resolved.target
+    proof = stage("prove", prove, target, lowered, tokens, job.context, job.threads, progress, job.judge)
     if job.emulate:
         emulation += stage("emulate", emulate, artifact, resolved.device, tokens, job.context, progress)
     if transport is not None:

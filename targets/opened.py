@@ -90,8 +90,7 @@ class OpenedArtifact:
         return self._child.call(CodedRuntime.residence, TEXT_S)
 
     def _seconds(self, tokens: int) -> float:
-        """Return the deadline for work on tokens: the time that the slowest useful machine takes."""
-        return TIMEOUT_S + self._file_bytes / TIMED_BYTES_PER_S + self._file_bytes * tokens / LEAST_BYTES_PER_S
+        return deadline_s(self._file_bytes, tokens)
 
     def _refuse(self, what: str, got: object, expected: object) -> Never:
         raise RuntimeCrashError(f"{self._child.title} answered with {what}", got=got, expected=expected)
@@ -109,6 +108,11 @@ class OpenedArtifact:
     ) -> None:
         """End the child."""
         self.close()
+
+
+def deadline_s(file_bytes: int, tokens: int) -> float:
+    """Return the deadline for loading model files and work on tokens: what the slowest useful machine takes."""
+    return TIMEOUT_S + file_bytes / TIMED_BYTES_PER_S + file_bytes * tokens / LEAST_BYTES_PER_S
 
 
 def memory_bytes(artifact: Artifact, tokens: int) -> int:

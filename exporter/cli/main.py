@@ -54,13 +54,16 @@ def build(
     emulate: Annotated[
         bool, typer.Option("--emulate", help="Also run the model on this machine under the device's limits.")
     ] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Also run the model in a second runtime, OpenVINO, and compare.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build a verified bundle for a device."""
     from exporter.cli import show
     from exporter.pipeline import build as run_build
 
-    job = replace(job, output=output, threads=threads, save_pruned=save_pruned, emulate=emulate)
+    job = replace(job, output=output, threads=threads, save_pruned=save_pruned, emulate=emulate, judge=judge)
     with show.progress(enabled=not as_json) as progress:
         bundle = run_build(job, progress)
     checks = bundle.report.checks + bundle.measurements.checks

@@ -42,6 +42,7 @@ class Job:
         save_pruned: A folder that the model is written to once a recipe has pruned it, for transformers.
         transport: Ship the model files coded, by the profile `small` or `fast`; None for plain, or as the recipe says.
         emulate: Run the artifact on this machine under the device's limits as well.
+        judge: Run the artifact in a second, independent runtime as well.
         repeats: A finished plan, whose recipe and decisions are used in place of the options above; see
             `repeating`.
         backend: The processor and interface that computes on the device; None for the one that its profile prefers.
@@ -74,6 +75,7 @@ class Job:
     save_pruned: Path | None = None
     transport: Profile | None = None
     emulate: bool = False
+    judge: bool = False
     repeats: Plan | None = None
     base: str | None = None
     adapter: AdapterUse = "merge"

@@ -10,6 +10,7 @@ from exporter.foundation.quantities import Check
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
 from exporter.prove.accuracy import Distance, Reference, dequantised, distances
+from exporter.prove.judge import judge
 from exporter.prove.lowering import (
     Decoded,
     check_lowering,
@@ -42,6 +43,7 @@ class Proof:
         timing: Speed and memory in a separate process.
         checks: Checks of lowering, formats, tokenizer and chat template.
         self_test: Answers that the artifact must reproduce.
+        judged: The check of a second runtime, if one was asked for.
     """
 
     accuracy: Distance
@@ -49,6 +51,7 @@ class Proof:
     timing: Timing
     checks: tuple[Check, ...]
     self_test: SelfTest
+    judged: tuple[Check, ...] = ()
 
 
 def prove(
@@ -58,6 +61,7 @@ def prove(
     context: int,
     threads: int,
     progress: Progress = silent,
+    judged: bool = False,
 ) -> Proof:
     """Compare an artifact with its original in the real runtime, and time it.
 
@@ -70,6 +74,7 @@ def prove(
         context: Tokens of context for measuring time and memory.
         threads: Threads of the runtime.
         progress: Called with the name of the step, steps done and their total.
+        judged: Run the artifact in a second runtime too.
 
     Raises:
         ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
@@ -88,8 +93,9 @@ def prove(
         checks.append(check_rounding(rounding, target.most_rounding_kl))
         _require(checks)
         self_test = make_self_test(opened.logits, model.decoder.vocab, 0)
+        verdicts = (judge(artifact, own, opened.logits, threads, progress),) if judged else ()
     checks += check_parity(artifact, model)
-    return Proof(accuracy, rounding, timing, tuple(checks), self_test)
+    return Proof(accuracy, rounding, timing, tuple(checks), self_test, verdicts)
 
 
 def _lowered(

@@ -190,7 +190,7 @@ def _measurements(
         host=host_facts(),
         versions=library_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        checks=device_checks(resolved.device, artifact, peak) + emulation.checks,
+        checks=device_checks(resolved.device, artifact, peak) + emulation.checks + proof.judged,
         emulation=dict(emulation.quantities),
     )
 

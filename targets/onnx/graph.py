@@ -21,7 +21,7 @@ ALIGNED_FROM_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
 GATHER = "/model/embed_tokens/Gather"
 FUSED_QKV, QKV = "attn/qkv_proj", ("attn/q_proj", "attn/k_proj", "attn/v_proj")
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+EMBEDDING_WEIGHT, EMBEDDING_CODES = "model.embed_tokens.weight", "model.embed_tokens.codes"
 
 
 @dataclass(frozen=True)
@@ -180,26 +180,38 @@ def widened(graph: ir.Graph, halves: ir.Value) -> ir.Value:
 
 
 def put_embedding(graph: ir.Graph, format: MatMulNBitsFormat, rows: int, columns: int, table: list[ir.Value]) -> None:
-    """Gather the embedding from codes, scales and zero points, which a tied head shares."""
+    """Gather the embedding from codes, scales and zero points, which a tied head shares.
+
+    A head takes the codes in blocks, the lookup takes them in rows, so a tied table has two initialisers for the same
+    bytes of the file.
+    """
     gather = next(node for node in graph if node.name == GATHER)
     floats = gather.inputs[0]
     assert floats is not None and floats.name
-    codes, *scales = table
-    shape = ir.tensor(np.array([rows, columns * format.bits // 8], np.int64), name=f"{GATHER}/shape")
-    shape_value = register(graph, shape)
-    # Flatten the blocks of each row; the bytes stay the same.
-    flat = ir.node("Reshape", inputs=[codes, shape_value], name="/model/embed_tokens/Reshape")
+    blocks, *scales = table
+    if not blocks.uses():
+        del graph.initializers[str(blocks.name)]
+    codes = register(graph, _reshaped(blocks, EMBEDDING_CODES, [rows, columns * format.bits // 8]))
     output = output_of(gather)
     lookup = ir.node(
         "GatherBlockQuantized",
-        inputs=[flat.outputs[0], gather.inputs[1], *scales],
+        inputs=[codes, gather.inputs[1], *scales],
         attributes={"bits": format.bits, "block_size": format.block_columns, "gather_axis": 0, "quantize_axis": 1},
         domain=DOMAIN,
         outputs=[output],
         name="/model/embed_tokens/GatherBlockQuantized",
     )
-    ir.convenience.replace_nodes_and_values(graph, gather, [gather], [flat, lookup], gather.outputs, [output])
+    ir.convenience.replace_nodes_and_values(graph, gather, [gather], [lookup], gather.outputs, [output])
     del graph.initializers[floats.name]
+
+
+def _reshaped(value: ir.Value, name: str, shape: list[int]) -> ir.ExternalTensor:
+    """Return the bytes of an initialiser as a tensor of another name and shape."""
+    held = value.const_value
+    assert isinstance(held, ir.ExternalTensor)
+    return ir.ExternalTensor(
+        held.location, held.offset, held.length, held.dtype, shape=ir.Shape(shape), name=name, base_dir=held.base_dir
+    )
 
 
 def put_floats(graph: ir.Graph, name: str, values: Float32, file: DataFile) -> None:
