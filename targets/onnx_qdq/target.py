@@ -72,6 +72,7 @@ class OnnxQdq(Onnx):
     type_of_8_bits = "a16w8"
     # Static activations are coarser than dynamically scaled ones; a misplaced table costs nats.
     most_rounding_kl = 0.3
+    states_rounding = True
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
