@@ -1,10 +1,12 @@
 """The compute backends of a device: processors and their interfaces, kernels, and measured runs."""
 
+import re
 from collections.abc import Iterable
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from exporter.device.neural import NeuralProcessor
 from exporter.device.provenance import AppMemory, Bandwidth, Operations, Ratio, Seconds, Text, Watts
 from exporter.foundation.config_files import impossible
 from exporter.foundation.quantities import Basis, Document
@@ -23,6 +25,7 @@ BackendName = Literal[
 ]  # fmt: skip
 Family = Literal["f32", "f16", "bf16", "q8", "q4", "k", "iq", "int8", "int4", "w4a16"]
 
+VERSION_OF_HEXAGON = re.compile(r"v[0-9]{2}\b")
 BITS_OF_A_PARAMETER = 0.5, 40.0
 
 
@@ -86,6 +89,7 @@ class Backend(Document):
         memory_limit_bytes: Addressable memory, if less than an app may use.
         fixed_seconds_per_token: Added to a token's bytes over the usable bandwidth; absent means none.
         decode_watts: Power of the whole device while decoding on this backend.
+        npu: What a compiler for its neural processor needs; `npu:htp` only.
     """
 
     name: BackendName
@@ -98,6 +102,19 @@ class Backend(Document):
     fixed_seconds_per_token: Seconds | None = None
     decode_watts: Watts | None = None
     kernels: tuple[Kernel, ...] = Field(default=(), strict=False, max_length=64)
+    npu: NeuralProcessor | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _has_its_own_processor(self) -> Self:
+        if self.npu is None:
+            return self
+        if self.name != "npu:htp":
+            raise impossible(f"{self.name} has no neural processor of {self.npu.vendor}", self.name, "npu:htp")
+        named = VERSION_OF_HEXAGON.search(self.processor or "")
+        if named is not None and named[0] != self.npu.architecture:
+            raise impossible("npu.architecture contradicts processor", self.npu.architecture, named[0])
+        self.npu.require_known()
+        return self
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
