@@ -1,9 +1,10 @@
 """The target `onnx-qdq`: a decoder with static integer matrix multiplications, for NPUs and XNNPACK."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, equalised
 from exporter.compress.compression import CompressedMatrix, Compression
+from exporter.device.neural import NeuralProcessor
+from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -22,10 +25,15 @@ from exporter.model.model import Model
 from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.npu import processor_of
 from exporter.targets.onnx.graph import DataFile, gathered, products
+from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
+from exporter.targets.onnx.settings import DATA_FILE
 from exporter.targets.onnx.supported import declared_by, lacking, limited_by, require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.npu import DATA_IN_PIPELINE
+from exporter.targets.onnx_qdq.npu.folder import hindrance, write_pipeline
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import QdqTables
 
@@ -76,6 +84,19 @@ class OnnxQdq(Onnx):
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
+
+    def __init__(
+        self,
+        rounding: Rounding = INT8_BLOCKS,
+        features: Collection[str] | None = None,
+        processor: NeuralProcessor | None = None,
+    ) -> None:
+        super().__init__(rounding, features)
+        self._processor = processor
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target with the rounding, the kernels and the neural processor of a device."""
+        return type(self)(rounding_on(device), device.isa.features, processor_of(device))
 
     def limits_context(self, family: Family) -> str | None:
         """Return what of a model of the family limits the context."""
@@ -129,7 +150,17 @@ class OnnxQdq(Onnx):
         def fill(graph: ir.Graph, file: DataFile) -> None:
             _put_matrices(graph, compression, matrices, scheme, file)
 
-        return self._write(compression, folder, fill, False, False)
+        artifact = self._write(compression, folder, fill, False, False)
+        if self._processor is not None and self._has_pipeline(compression.model):
+            write_pipeline(compression.original, folder, self._processor)
+        return artifact
+
+    def _data_file(self, model: Model) -> str:
+        """Return the place of the external data: in the pipeline's folder if there is one; see `npu.stages`."""
+        return DATA_IN_PIPELINE if self._has_pipeline(model) else DATA_FILE
+
+    def _has_pipeline(self, model: Model) -> bool:
+        return self._processor is not None and hindrance(self._processor, model) is None
 
     def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32, as the target `onnx` does: no activation is rounded."""
