@@ -47,10 +47,16 @@ class Scheme:
         wide: Roles that use 16 bits instead, because 8 are too few: `down`, since a few tokens drive a few channels of
             the feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2); and
             the head, whose matrix is often the embedding too, so that its channels cannot be equalised.
+        weight_bits: Bits of the layers' weights; embedding and head have 8.
     """
 
     codes: type[np.unsignedinteger]
     wide: tuple[str, ...] = ()
+    weight_bits: int = 8
+
+    def format(self, group: WeightGroup) -> ChannelFormat:
+        """Return the format of a matrix."""
+        return ChannelFormat(group.columns, 8 if group.layer is None else self.weight_bits)
 
     def of(self, role: str) -> type[np.unsignedinteger]:
         """Return the type of the inputs and outputs of a role's matrix multiplication."""
@@ -63,6 +69,7 @@ class Scheme:
 
 TYPES = {
     "a16w8": Scheme(np.uint16),
+    "a16w4": Scheme(np.uint16, weight_bits=4),
     "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
 }
 # Inputs of the down projection are left out: their codes are wide, and the channels of `up` would become uneven.
@@ -111,13 +118,13 @@ class OnnxQdq(Onnx):
         return list(TYPES)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
-        """Return int8 with one scale per row for every matrix."""
+        """Return integers with one scale per row for every matrix."""
         require_supported(model)
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
         scheme = TYPES[type]
         return [
-            Decision(group, method, ChannelFormat(group.columns), f"{type}: {scheme.bits(group.role)}-bit activations")
+            Decision(group, method, scheme.format(group), f"{type}: {scheme.bits(group.role)}-bit activations")
             for group in model.groups()
         ]
 

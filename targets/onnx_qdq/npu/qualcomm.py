@@ -12,8 +12,8 @@ EXTRA, PACKAGE, MODULE = "npu-qualcomm", "onnxruntime-qnn", "onnxruntime_qnn"
 # Results depend on it: binaries name it, and the check's limits were measured with it.
 VERSION = "2.7.0"
 LICENCE = (
-    "Qualcomm's libraries in it are under the AI Stack License (Qualcomm_LICENSE.pdf in the package), which is accepted "
-    "by use: read it first, its covenant not to assert patents (section 4) included"
+    "Qualcomm's libraries in it are under the AI Stack License (Qualcomm_LICENSE.pdf in the package), which is "
+    "accepted by use: read it first, its covenant not to assert patents (section 4) included"
 )
 INSTALL = f"pip install 'edge-exporter[{EXTRA}]'"
 # Host libraries are for x86-64 Linux with glibc 2.35 or newer.
