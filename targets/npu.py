@@ -65,15 +65,13 @@ class Npu(Protocol):
     def compile(self, artifact: Artifact, processor: NeuralProcessor) -> Compiled:
         """Compile the artifact's part for a processor, in the artifact's folder; the artifact then uses the result."""
 
-    def logits(
-        self, artifact: Artifact, processor: NeuralProcessor | None, tokens: list[int], advance: Advance
-    ) -> Float32:
-        """Return the logits after each token, float32 [tokens, vocab].
+    def logits(self, artifact: Artifact, processor: NeuralProcessor, tokens: list[int], advance: Advance) -> Float32:
+        """Return the logits after each token on the emulator, float32 [tokens, vocab].
 
         Args:
             artifact: The artifact, compiled.
-            processor: The processor to emulate; None to compute the same graph on this machine's CPU in float32.
-            tokens: Token ids, whole windows of `window`.
+            processor: The processor to emulate.
+            tokens: Token ids, whole windows of the stage that reads prompts.
             advance: Called with windows done and their total.
         """
 

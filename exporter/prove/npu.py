@@ -79,10 +79,14 @@ class _Proving:
     model: Model
     progress: Progress
 
-    def logits(self, tokens: list[int], emulated: bool) -> Float32:
-        stage = "npu: windows emulated" if emulated else "npu: windows here"
-        processor = self.processor if emulated else None
-        return self.npu.logits(self.artifact, processor, tokens, partial(self.progress, stage))
+    def emulated(self, tokens: list[int]) -> Float32:
+        """Return logits of the compiled part on the emulator, float32 [tokens, vocab]."""
+        return self.npu.logits(self.artifact, self.processor, tokens, partial(self.progress, "npu: windows"))
+
+    def here(self, tokens: list[int]) -> Float32:
+        """Return logits of the artifact itself, computed here with float products, float32 [tokens, vocab]."""
+        with OpenedArtifact(self.artifact, len(tokens), THREADS, exact=True) as opened:
+            return opened.logits(tokens)
 
 
 def _proved(proving: _Proving, tokens: Tokens) -> Emulation:
@@ -128,8 +132,8 @@ def _accuracy(proving: _Proving, tokens: Tokens) -> Emulation:
     for number, count in windows:
         some = tokens[number, :count].tolist()
         floats.append(original.logits(number, slice(0, count)).numpy())
-        here.append(proving.logits(some, emulated=False))
-        there.append(proving.logits(some, emulated=True))
+        here.append(proving.here(some))
+        there.append(proving.emulated(some))
     expected, own, got = (np.concatenate(parts) for parts in (floats, here, there))
     return check_accuracy(proving.npu, loss(expected, own), loss(expected, got), loss(own, got))
 

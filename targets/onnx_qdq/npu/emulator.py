@@ -18,6 +18,7 @@ from exporter.targets.onnx.session import CONFIGURATION, genai_generator, sessio
 from exporter.targets.onnx_qdq.npu import qualcomm
 from exporter.targets.onnx_qdq.npu.configuration import compiled_file, provider_options
 from exporter.targets.onnx_qdq.npu.stages import (
+    CONTEXT,
     EMBEDDINGS,
     HEAD,
     HIDDEN_IN,
@@ -28,7 +29,6 @@ from exporter.targets.onnx_qdq.npu.stages import (
     PAST_LENGTH,
     PRESENT,
     TOTAL_LENGTH,
-    WINDOW,
     graph_file,
 )
 
@@ -87,21 +87,17 @@ def _on_cpu(path: str, threads: int) -> onnxruntime.InferenceSession:
 
 
 class WindowedLogits:
-    """The stages that read prompts, in plain onnxruntime and from the working directory.
+    """The stages that read prompts, in plain onnxruntime and from the working directory; the layers on the emulator.
 
     Args:
-        layers: File of the layers: a stage's graph, or that of its compiled binaries.
-        soc_number: The SoC to emulate; None to compute on the CPU, as the graph says and with float products.
+        soc_number: The SoC to emulate.
         threads: Threads to compute with.
     """
 
-    def __init__(self, layers: str, soc_number: int | None, threads: int) -> None:
+    def __init__(self, soc_number: int, threads: int) -> None:
+        qualcomm.register(onnxruntime)
         self._embeddings, self._head = (_on_cpu(graph_file(stage), threads) for stage in (EMBEDDINGS, HEAD))
-        if soc_number is None:
-            self._layers = _on_cpu(layers, threads)
-        else:
-            qualcomm.register(onnxruntime)
-            self._layers = _on_processor(layers, soc_number, threads, {})
+        self._layers = _on_processor(compiled_file(CONTEXT), soc_number, threads, {})
         self._past = {
             one.name: np.zeros([side if isinstance(side, int) else self._width() for side in one.shape], np.float32)
             for one in self._layers.get_inputs()
@@ -114,7 +110,7 @@ class WindowedLogits:
         return int(settings["model"]["decoder"]["head_size"])
 
     def read(self, tokens: list[int]) -> Float32:
-        """Process the next window of tokens; return their logits, float32 [WINDOW, vocab]."""
+        """Process the next window of tokens; return their logits, float32 [tokens, vocab]."""
         (hidden,) = self._embeddings.run([HIDDEN_IN], {IDS: np.array([tokens], np.int64)})
         self._read += len(tokens)
         length = next(iter(self._past.values())).shape[2]
@@ -158,6 +154,3 @@ def generated(prompt: list[int], count: int, emulated: bool) -> list[int]:
         generator.generate_next_token()
         made.append(int(generator.get_next_tokens()[0]))
     return made
-
-
-__all__ = ["WINDOW", "Placement", "WindowedLogits", "compiled", "generated"]

@@ -25,7 +25,7 @@ from exporter.targets.artifact import Artifact
 from exporter.targets.npu import Advance, Compiled
 from exporter.targets.onnx.settings import CONFIGURATION
 from exporter.targets.onnx_qdq.npu import FOLDER, folder, qualcomm
-from exporter.targets.onnx_qdq.npu.configuration import compiled_file, to_text, with_compiled
+from exporter.targets.onnx_qdq.npu.configuration import to_text, with_compiled
 from exporter.targets.onnx_qdq.npu.emulator import Placement, WindowedLogits, compiled, generated
 from exporter.targets.onnx_qdq.npu.stages import CONTEXT, LAYER_STAGES, WINDOW, graph_file
 
@@ -81,22 +81,18 @@ class QualcommNpu:
         least = min(placement.products for placement in found.values())
         return Compiled(tuple(files), nodes, context.placed, least, context.others, time.perf_counter() - started)
 
-    def logits(
-        self, artifact: Artifact, processor: NeuralProcessor | None, tokens: list[int], advance: Advance
-    ) -> Float32:
+    def logits(self, artifact: Artifact, processor: NeuralProcessor, tokens: list[int], advance: Advance) -> Float32:
         """Return the logits after each token, float32 [tokens, vocab], of the stage that reads prompts."""
         if not tokens or len(tokens) % WINDOW:
             raise RequestError("whole windows of tokens are read", got=len(tokens), expected=f"a multiple of {WINDOW}")
         windows = [tokens[start : start + WINDOW] for start in range(0, len(tokens), WINDOW)]
-        layers = graph_file(CONTEXT) if processor is None else compiled_file(CONTEXT)
-        number = None if processor is None else _number(processor)
-        parts = []
+        seconds, parts = _seconds(artifact, WINDOW), []
         with _child(artifact, _pipeline_files(artifact)) as (child, _):
-            child.make(WindowedLogits, _seconds(artifact, WINDOW), layers, number, THREADS)
+            child.make(WindowedLogits, seconds, _number(processor), THREADS)
             child.ready()
             for done, window in enumerate(windows):
                 advance(done, len(windows))
-                parts.append(child.call(WindowedLogits.read, _seconds(artifact, WINDOW), window))
+                parts.append(child.call(WindowedLogits.read, seconds, window))
         advance(len(windows), len(windows))
         logits = np.concatenate(parts)
         if logits.ndim != 2 or len(logits) != len(tokens):
