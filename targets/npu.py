@@ -41,11 +41,13 @@ class Npu(Protocol):
 
     Attributes:
         title: Name of the emulator, for the user.
+        terms: Name of the licence of what compiles and emulates, which is shown before either.
         licence: Sentence on the terms of what compiles and emulates.
         unseen: Sentence on what the emulator cannot show.
     """
 
     title: str
+    terms: str
     licence: str
     unseen: str
 

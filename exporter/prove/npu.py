@@ -7,6 +7,7 @@ processor's arithmetic adds: it is held to a limit, and so is the growth of the 
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,13 +92,14 @@ class _Proving:
 
 def _proved(proving: _Proving, tokens: Tokens) -> Emulation:
     npu, artifact = proving.npu, proving.artifact
-    proving.progress("npu: compile", 0, 1)
+    stage = f"npu: compile ({npu.terms})"
+    proving.progress(stage, 0, 1)
     try:
         compiled = npu.compile(artifact, proving.processor)
     except RuntimeCrashError as error:
         failed = _check(PLACED, "failed", _words(error))
         return Emulation((failed,)) + _not_run((ACCURACY, TOKENS), "it was not compiled")
-    proving.progress("npu: compile", 1, 1)
+    proving.progress(stage, 1, 1)
     emulation = Emulation((check_placed(npu, compiled, npu.products(proving.model), proving.processor),))
     emulation += Emulation(quantities=_sizes(artifact, compiled), notes=(_note(npu, artifact, compiled),))
     try:
@@ -173,11 +175,11 @@ def check_accuracy(npu: Npu, here: Loss, there: Loss, added: Loss) -> Emulation:
 
 def _generated(proving: _Proving, tokens: Tokens) -> Emulation:
     text = tokens.reshape(-1).tolist()
-    found = []
-    for done, length in enumerate(PROMPTS):
-        proving.progress("npu: generation", done, len(PROMPTS))
-        found.append(_continuation(proving, text[:length]))
-    proving.progress("npu: generation", len(PROMPTS), len(PROMPTS))
+    proving.progress("npu: generation", 0, 1)
+    # The emulator computes with one thread for the most part, so the prompts run side by side.
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        found = list(pool.map(partial(_continuation, proving), (text[:length] for length in PROMPTS)))
+    proving.progress("npu: generation", 1, 1)
     return Emulation((check_tokens(found),))
 
 

@@ -58,8 +58,9 @@ def largest_code(bits: int) -> int:
 
 def packed(codes: NDArray[np.int8]) -> Bytes:
     """Return codes of 4 bits, int8 [rows, columns], two in a byte, uint8 [rows, half the columns rounded up]."""
-    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).view(np.uint8) & 15
-    return even[:, ::2] | even[:, 1::2] << 4
+    even: Bytes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).view(np.uint8) & np.uint8(15)
+    halves: Bytes = even[:, ::2] | even[:, 1::2] << np.uint8(4)
+    return halves
 
 
 @dataclass(frozen=True)

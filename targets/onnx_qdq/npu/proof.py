@@ -41,6 +41,7 @@ class QualcommNpu:
     """Decoders on Qualcomm's emulator of the Hexagon tensor processor."""
 
     title = "Qualcomm's host emulator"
+    terms = qualcomm.TERMS
     licence = f"{qualcomm.PACKAGE} {qualcomm.VERSION}: {qualcomm.LICENCE}"
     unseen = (
         "an emulator does not show whether the device's driver accepts binaries of this version, whether values leave "

@@ -11,6 +11,7 @@ from exporter.foundation.errors import MissingDependencyError
 EXTRA, PACKAGE, MODULE = "npu-qualcomm", "onnxruntime-qnn", "onnxruntime_qnn"
 # Results depend on it: binaries name it, and the check's limits were measured with it.
 VERSION = "2.7.0"
+TERMS = "Qualcomm AI Stack License"
 LICENCE = (
     "Qualcomm's libraries in it are under the AI Stack License (Qualcomm_LICENSE.pdf in the package), which is "
     "accepted by use: read it first, its covenant not to assert patents (section 4) included"
