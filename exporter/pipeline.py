@@ -33,6 +33,7 @@ from exporter.planning.resolve import ResolvedJob, resolve
 from exporter.planning.step import Draft
 from exporter.prove.arm64 import settle
 from exporter.prove.emulation import Emulation, emulate
+from exporter.prove.npu import prove_on_npu
 from exporter.prove.proof import prove
 from exporter.prove.source_check import check_source
 from exporter.prove.text_checks import preview_text
@@ -290,6 +291,8 @@ def gather_evidence(
         emulation += stage("emulate: Arm instructions", settle, artifact, resolved.device, tokens, progress)
     target = resolved.target
     proof = stage("prove", prove, target, lowered, tokens, job.context, job.threads, progress, job.judge)
+    model = lowered.compression.original
+    emulation += stage("prove on the NPU", prove_on_npu, artifact, model, resolved.device, tokens, progress)
     if job.emulate:
         emulation += stage("emulate", emulate, artifact, resolved.device, tokens, job.context, progress)
     if transport is not None:

@@ -53,12 +53,15 @@ class Target(Protocol):
         default_method: Default of `--method`.
         most_rounding_kl: Largest mean KL, in nats, that rounding of activations may cost. Above it, the artifact
             differs from its own weights by more than rounding and is refused.
+        states_rounding: The files say how activations are rounded. Accuracy is that of this arithmetic; what the
+            runtime rounds beyond it by default is measured too, and reported apart.
     """
 
     name: str
     default_type: str
     default_method: str
     most_rounding_kl: float
+    states_rounding: bool = False
 
     def most_lowering_kl(self, family: Family) -> float:
         """Return the largest mean KL, in nats, of a float32 artifact against its model: of sums in another order."""

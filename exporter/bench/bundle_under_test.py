@@ -41,7 +41,8 @@ class BundleUnderTest:
     @property
     def model_files(self) -> list[str]:
         """Paths below the bundle of the files that a runtime reads to compute."""
-        return [*self._settings, *(f"model/{path.name}" for path in self.loaded.weights)]
+        weights = (path.relative_to(self.loaded.folder).as_posix() for path in self.loaded.weights)
+        return [*self._settings, *(f"model/{name}" for name in weights)]
 
     @property
     def _settings(self) -> list[str]:
@@ -56,7 +57,7 @@ class BundleUnderTest:
         """
         made = []
         for name in self.model_files:
-            path = self.loaded.folder / Path(name).name
+            path = self.loaded.folder / Path(name).relative_to("model")
             made.append(Upload(path, name, *sha256_of(path)))
         listed = {entry.path: entry.sha256 for entry in self.manifest.files}
         for upload in made:
@@ -98,5 +99,7 @@ def subject_of(bundle: Path, check: bool = True) -> Iterator[BundleUnderTest]:
         test.require_below(vocab, bundle / SELFTEST)
     with opened_bundle(bundle, check=check) as loaded:
         folder = bundle / "model"
-        artifact = replace(loaded, folder=folder, weights=tuple(folder / path.name for path in loaded.weights))
+        artifact = replace(
+            loaded, folder=folder, weights=tuple(folder / path.relative_to(loaded.folder) for path in loaded.weights)
+        )
         yield BundleUnderTest(bundle, manifest, artifact, loaded, report, test)

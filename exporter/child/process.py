@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, Never, ParamSpec, Self, TypeVar, get_type_hints
 
@@ -57,9 +58,10 @@ class Child:
     Args:
         title: Name of the runtime for messages: "llama.cpp", "ONNX Runtime".
         memory_bytes: Memory limit beyond the libraries that the first function or class loads.
+        folder: Its working directory; by default this process's.
     """
 
-    def __init__(self, title: str, memory_bytes: int) -> None:
+    def __init__(self, title: str, memory_bytes: int, folder: Path | None = None) -> None:
         self.title = title
         self._making_s: float | None = None
         self._ended = False
@@ -67,11 +69,16 @@ class Child:
         self._pipe, theirs = socket.socketpair()
         self._pipe.setblocking(False)
         with theirs:
-            program = PROGRAM.format(ascii([*map(str, sys.path)]), theirs.fileno(), os.getpid(), memory_bytes)
+            # Absolute, since an empty entry stands for the working directory.
+            path = (
+                [*(str(Path(entry).absolute()) for entry in sys.path)] if folder is not None else [*map(str, sys.path)]
+            )
+            program = PROGRAM.format(ascii(path), theirs.fileno(), os.getpid(), memory_bytes)
             # In its own process group, so that Ctrl-C reaches only this process, which decides.
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-c", program], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
                 pass_fds=[theirs.fileno()], env={"GOMP_SPINCOUNT": SPINS} | os.environ, process_group=0,
+                cwd=folder,
             )  # fmt: skip
 
     def make(self, factory: Callable[P, object], deadline_s: float, *args: P.args, **kwargs: P.kwargs) -> None:

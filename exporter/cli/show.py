@@ -44,7 +44,8 @@ FIGURES = (
     ("accuracy.confident_agreement", "the same where the original is sure"),
     ("accuracy.perplexity_ratio", "perplexity ratio"),
     ("accuracy.predicted_kl", "of it the formats, as predicted"),
-    ("accuracy.runtime_rounding_kl", "of it the runtime's rounding"),
+    ("accuracy.runtime_rounding_kl", "of it the rounding of activations"),
+    ("accuracy.default_kl_mean", "KL with the CPU runtime's default rounding"),
 )
 # What the machine that built it measured.
 HOST_FIGURES = (

@@ -1,10 +1,12 @@
 """The compute backends of a device: processors and their interfaces, kernels, and measured runs."""
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from exporter.device.neural import NeuralProcessor
 from exporter.device.provenance import AppMemory, Bandwidth, Operations, Ratio, Seconds, Text, Watts
 from exporter.foundation.config_files import impossible
 from exporter.foundation.quantities import Basis, Document
@@ -23,6 +25,7 @@ BackendName = Literal[
 ]  # fmt: skip
 Family = Literal["f32", "f16", "bf16", "q8", "q4", "k", "iq", "int8", "int4", "w4a16"]
 
+VERSION_OF_HEXAGON = re.compile(r"v[0-9]{2}\b")
 BITS_OF_A_PARAMETER = 0.5, 40.0
 FormatName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,32}$")]
 # From a weight in 10 microseconds to a thousand times what a server's processor multiplies.
@@ -128,6 +131,7 @@ class Backend(Document):
         decode_watts: Power of the whole device while decoding on this backend.
         kernels: Speeds of families of formats, as published.
         timed_kernels: Speeds of single formats, timed on this device; of the CPU only.
+        npu: What a compiler for its neural processor needs; `npu:htp` only.
     """
 
     name: BackendName
@@ -141,6 +145,19 @@ class Backend(Document):
     decode_watts: Watts | None = None
     kernels: tuple[Kernel, ...] = Field(default=(), strict=False, max_length=64)
     timed_kernels: tuple[TimedKernels, ...] = Field(default=(), strict=False, max_length=8)
+    npu: NeuralProcessor | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _has_its_own_processor(self) -> Self:
+        if self.npu is None:
+            return self
+        if self.name != "npu:htp":
+            raise impossible(f"{self.name} has no neural processor of {self.npu.vendor}", self.name, "npu:htp")
+        named = VERSION_OF_HEXAGON.search(self.processor or "")
+        if named is not None and named[0] != self.npu.architecture:
+            raise impossible("npu.architecture contradicts processor", self.npu.architecture, named[0])
+        self.npu.require_known()
+        return self
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

@@ -8,6 +8,7 @@ CPU's `effective_bandwidth_bytes_per_s`, are rejected with advice on what to cha
 """
 
 import hashlib
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -34,6 +35,8 @@ from exporter.foundation.registry import names
 PACKAGE = "exporter.devices"
 SCHEMA_VERSION = 2
 LEAST_OF_PEAK, MOST_OF_PEAK = 0.02, 2.0
+# Qualcomm's SoCs, and their part numbers.
+SNAPDRAGON, PART_NUMBER = "Snapdragon", re.compile(r"\b(SM[0-9]{4}|SC[0-9]{4}XP)\b")
 
 DeviceClass = Literal["phone", "tablet", "laptop", "board"]
 
@@ -218,6 +221,14 @@ class DeviceProfile(Document):
             self._require_possible_kernels(timed)
         for backend in self.backends:
             self._require_possible_bandwidth(backend)
+            self._require_own_soc(backend)
+
+    def _require_own_soc(self, backend: Backend) -> None:
+        if backend.npu is None:
+            return
+        part = PART_NUMBER.search(self.soc)
+        if SNAPDRAGON not in self.soc or (part is not None and part[0] != backend.npu.soc):
+            raise impossible(f"{backend.name} contradicts soc: npu.soc is another", backend.npu.soc, shown(self.soc))
 
     def _require_possible_bandwidth(self, backend: Backend) -> None:
         peak = (backend.peak_bandwidth_bytes_per_s or self.peak_bandwidth_bytes_per_s).value

@@ -9,7 +9,7 @@ from exporter.foundation.progress import Progress, silent
 from exporter.foundation.quantities import Check
 from exporter.model.model import Model
 from exporter.model.tokenizer import load_tokenizer
-from exporter.prove.accuracy import Distance, Reference, dequantised, distances
+from exporter.prove.accuracy import Distance, Reference, dequantised, distance, distances
 from exporter.prove.judge import judge
 from exporter.prove.lowering import (
     Decoded,
@@ -40,6 +40,8 @@ class Proof:
     Attributes:
         accuracy: Distance from the original model.
         rounding: Distance of the artifact from the float model with the artifact's own weights.
+        by_default: Distance from the original model as the runtime computes by default, if it rounds activations more
+            than the files state; None if that is what `accuracy` compares.
         timing: Speed and memory in a separate process.
         checks: Checks of lowering, formats, tokenizer and chat template.
         self_test: Answers that the artifact must reproduce.
@@ -48,6 +50,7 @@ class Proof:
 
     accuracy: Distance
     rounding: Distance
+    by_default: Distance | None
     timing: Timing
     checks: tuple[Check, ...]
     self_test: SelfTest
@@ -88,14 +91,18 @@ def prove(
         progress("prove: speed", 1, 1)
     original = Reference.of_original(model, tokens, partial(progress, "prove: layers of the original"))
     own, checks = _lowered(target, lowered, tokens, threads, progress)
-    with OpenedArtifact(artifact, tokens.shape[1], threads) as opened:
+    with OpenedArtifact(artifact, tokens.shape[1], threads, exact=target.states_rounding) as opened:
         accuracy, rounding = distances([original, own], opened.logits, partial(progress, "prove: windows"))
         checks.append(check_rounding(rounding, target.most_rounding_kl))
         _require(checks)
+    by_default = None
+    with OpenedArtifact(artifact, tokens.shape[1], threads) as opened:
+        if target.states_rounding:
+            by_default = distance(original, opened.logits, partial(progress, "prove: windows by default"))
         self_test = make_self_test(opened.logits, model.decoder.vocab, 0)
         verdicts = (judge(artifact, own, opened.logits, threads, progress),) if judged else ()
     checks += check_parity(artifact, model)
-    return Proof(accuracy, rounding, timing, tuple(checks), self_test, verdicts)
+    return Proof(accuracy, rounding, by_default, timing, tuple(checks), self_test, verdicts)
 
 
 def _lowered(

@@ -88,6 +88,8 @@ class Accuracy(Document):
         predicted_kl: What the formats were predicted to cost before anything was encoded, in `nats`; what was pruned
             before is not in it.
         runtime_rounding_kl: What the rounding of activations, the runtime's own or the graph's, adds, in `nats`.
+        default_kl_mean: `kl_mean` as the runtime computes by default, in `nats`, if it rounds activations more than the
+            files state; absent if that is what `kl_mean` compares.
         tokens: Number of tokens compared.
         text_digest: SHA-256 of the text they come from.
     """
@@ -99,6 +101,7 @@ class Accuracy(Document):
     perplexity_ratio: Quantity
     predicted_kl: Quantity
     runtime_rounding_kl: Quantity
+    default_kl_mean: Annotated[Quantity | None, Field(exclude_if=lambda value: value is None)] = None
     tokens: Count
     text_digest: str
 

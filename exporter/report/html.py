@@ -164,7 +164,7 @@ def _cards(report: Report) -> list[Figure]:
 
 def _accuracy(report: Report) -> list[Figure]:
     found = report.accuracy
-    return [
+    figures = [
         Figure.of(
             "Mean KL divergence",
             found.kl_mean,
@@ -198,9 +198,19 @@ def _accuracy(report: Report) -> list[Figure]:
         Figure.of(
             "Runtime rounding",
             found.runtime_rounding_kl,
-            "The part of the divergence that comes from the runtime's own arithmetic, not from the weights.",
+            "The part of the divergence that comes from the rounding of activations, not from the weights.",
         ),
     ]
+    if found.default_kl_mean is not None:
+        figures.append(
+            Figure.of(
+                "Divergence by default",
+                found.default_kl_mean,
+                "The mean divergence on a CPU whose runtime rounds activations more than the files state, as it does "
+                "by default. Every other number here is of the files' own arithmetic.",
+            )
+        )
+    return figures
 
 
 def _sections(rows: Sequence[TensorRow]) -> list[Section]:

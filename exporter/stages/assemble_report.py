@@ -148,6 +148,7 @@ def _accuracy(proof: Proof, plan: Plan) -> Accuracy:
         perplexity_ratio=_measured(found.perplexity_ratio, "ratio"),
         predicted_kl=_measured(predicted, "nats", "estimated"),
         runtime_rounding_kl=_measured(proof.rounding.kl_mean, "nats"),
+        default_kl_mean=None if proof.by_default is None else _measured(proof.by_default.kl_mean, "nats"),
         tokens=found.tokens,
         text_digest=plan.evaluation.digest,
     )

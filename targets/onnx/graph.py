@@ -111,6 +111,21 @@ class DataFile:
             base_dir=self._folder,
         )
 
+    def append_int4(self, name: str, codes: NDArray[np.int8]) -> ir.ExternalTensor:
+        """Write a tensor of 4 bits, two elements in a byte with the first in the lower half, as ONNX packs them."""
+        flat = codes.reshape(-1).view(np.uint8) & 15
+        flat = np.pad(flat, (0, flat.size % 2))
+        stored = self.append(name, flat[::2] | flat[1::2] << 4)
+        return ir.ExternalTensor(
+            self._name,
+            stored.offset,
+            stored.length,
+            ir.DataType.INT4,
+            shape=ir.Shape(codes.shape),
+            name=name,
+            base_dir=self._folder,
+        )
+
 
 def put_matrix(
     graph: ir.Graph, product: Product, format: MatMulNBitsFormat, data: Bytes, file: DataFile, accuracy_level: int

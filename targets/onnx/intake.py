@@ -6,7 +6,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError, Message
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
-from exporter.coding.container import original_of, restored_chunks
+from exporter.coding.container import SUFFIX, original_of, restored_chunks
 from exporter.foundation.errors import InputError
 from exporter.foundation.quantities import from_json
 from exporter.model.tokenizer_files import TOKENIZER
@@ -53,7 +53,7 @@ NEXT_STEP = "get the bundle again"
 class OnnxIntake:
     """Accepts a graph with its data, settings and tokenizer; see `exporter.targets.intake.Intake`."""
 
-    weights = (MODEL_FILE, DATA_FILE)
+    weights: tuple[str, ...] = (MODEL_FILE, DATA_FILE)
     required = 2
 
     def admit(self, artifact: Artifact, names: Collection[str], read: Read, folder: Path) -> Artifact:
@@ -71,7 +71,7 @@ class OnnxIntake:
         for name in names:
             if name in (TOKENIZER, TEMPLATE) or name.startswith(f"{OTHER_TEMPLATES}/"):
                 _link(artifact.folder / name, folder / name)
-        linked = tuple(_link(path, folder / path.name) for path in artifact.weights)
+        linked = tuple(_link(path, folder / path.relative_to(artifact.folder)) for path in artifact.weights)
         return Artifact(artifact.target, folder, linked, artifact.coded)
 
 
@@ -83,6 +83,7 @@ def _link(path: Path, place: Path) -> Path:
 
 def _check_graph(artifact: Artifact, read: Read, decoder: Decoder) -> None:
     where, data = artifact.weights
+    place = data.relative_to(artifact.folder).as_posix().removesuffix(SUFFIX)
     if artifact.coded:
         size = original_of(where).size
         _require(size <= MOST_GRAPH_BYTES, where, "the graph is too large", size, f"at most {MOST_GRAPH_BYTES:,} bytes")
@@ -93,15 +94,16 @@ def _check_graph(artifact: Artifact, read: Read, decoder: Decoder) -> None:
         model = ModelProto.FromString(graph)
     except DecodeError as error:
         raise InputError("this is no ONNX graph", where=where, got=error, next_step=NEXT_STEP) from error
-    require_known(model, data_bytes, where)
+    require_known(model, place, data_bytes, where)
     _require_shape(model.graph, decoder, where)
 
 
-def require_known(model: ModelProto, data_bytes: int, where: Path) -> None:
+def require_known(model: ModelProto, data: str, data_bytes: int, where: Path) -> None:
     """Refuse a graph that has more than known operators on its own data.
 
     Args:
         model: The graph.
+        data: Place of the data file below the graph's folder.
         data_bytes: Size of the data file.
         where: Path for errors.
 
@@ -119,7 +121,7 @@ def require_known(model: ModelProto, data_bytes: int, where: Path) -> None:
     for node in graph.node:
         _require_operator(node, where)
     for tensor in graph.initializer:
-        _require_place(tensor, data_bytes, where)
+        _require_place(tensor, data, data_bytes, where)
 
 
 def _require_operator(node: NodeProto, where: Path) -> None:
@@ -145,14 +147,12 @@ def _is_elsewhere(tensor: TensorProto) -> bool:
     return tensor.data_location != TensorProto.DEFAULT or bool(tensor.external_data)
 
 
-def _require_place(tensor: TensorProto, data_bytes: int, where: Path) -> None:
+def _require_place(tensor: TensorProto, data: str, data_bytes: int, where: Path) -> None:
     if not _is_elsewhere(tensor):
         return
     place = {entry.key: entry.value for entry in tensor.external_data}
-    plain = len(place) == len(tensor.external_data) and set(place) == PLACE and place["location"] == DATA_FILE
-    _require(
-        plain, where, "a tensor of the graph lies outside its data file", place.get("location", "")[:80], DATA_FILE
-    )
+    plain = len(place) == len(tensor.external_data) and set(place) == PLACE and place["location"] == data
+    _require(plain, where, "a tensor of the graph lies outside its data file", place.get("location", "")[:80], data)
     numbers = [place[key] for key in ("offset", "length")]
     within = all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers)
     within = within and sum(map(int, numbers)) <= data_bytes

@@ -235,16 +235,22 @@ class Onnx(Target):
         """
         with scratch_folder() as scratch:
             skeleton = build_skeleton(compression.model, scratch, fuse_qkv, share_embedding)
-            with replacing(folder / DATA_FILE) as data, data.open("wb") as opened:
-                file = DataFile(opened, DATA_FILE, folder)
+            place = self._data_file(compression.model)
+            (folder / place).parent.mkdir(exist_ok=True)
+            with replacing(folder / place) as data, data.open("wb") as opened:
+                file = DataFile(opened, place, folder)
                 fill(skeleton.graph.graph, file)
                 move_rest(skeleton.graph.graph, file)
             graph = ir.to_proto(skeleton.graph)
-            require_known(graph, (folder / DATA_FILE).stat().st_size, folder / MODEL_FILE)
+            require_known(graph, place, (folder / place).stat().st_size, folder / MODEL_FILE)
             with replacing(folder / MODEL_FILE) as partial:
                 onnx.save_model(graph, str(partial))
             skeleton.write_companions(compression.original, folder, dict(self._rounding.options))
-        return Artifact(self.name, folder, (folder / MODEL_FILE, folder / DATA_FILE))
+        return Artifact(self.name, folder, (folder / MODEL_FILE, folder / place))
+
+    def _data_file(self, model: Model) -> str:
+        """Return the place of the external data below the artifact's folder."""
+        return DATA_FILE
 
     def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32: float multiplications, with factors added to their matrices."""

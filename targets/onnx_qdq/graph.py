@@ -55,15 +55,18 @@ class Quantiser:
 
 @dataclass(frozen=True)
 class Table:
-    """An int8 matrix in the graph.
+    """An integer matrix in the graph.
 
     Attributes:
-        codes: int8 [columns, rows] for a `MatMul`, [rows, columns] for an embedding.
+        codes: int8 or int4 [columns, rows] for a `MatMul`, [rows, columns] for an embedding.
         scales: float32 [rows] for a `MatMul`, [rows, 1] for an embedding.
+        zero_points: int4 [rows], all zero; None for int8. ONNX takes them for zero where they are absent, but QNN then
+            reads int4 codes as if they were shifted, and gives noise without an error.
     """
 
     codes: ir.Value
     scales: ir.Value
+    zero_points: ir.Value | None = None
 
     def turned(self, graph: ir.Graph, head: ir.Node) -> "Table":
         """Return an embedding's table in the layout of a tied head, by nodes that run when the model is loaded.
@@ -80,8 +83,14 @@ class Table:
 def put_weights(graph: ir.Graph, file: DataFile, stem: str, format: ChannelFormat, data: Bytes) -> Table:
     """Write the weights of a `MatMul` in the layout that it uses."""
     codes, scales = format.split(data)
+    stored = register(graph, file.append(f"{stem}.scales", scales))
+    if format.bits == 8:
+        return Table(register(graph, file.append(f"{stem}.codes", codes.T)), stored)
+    zero_points = file.append_int4(f"{stem}.zero_points", np.zeros(len(scales), np.int8))
     return Table(
-        register(graph, file.append(f"{stem}.codes", codes.T)), register(graph, file.append(f"{stem}.scales", scales))
+        register(graph, file.append_int4(f"{stem}.codes", np.ascontiguousarray(codes.T))),
+        stored,
+        register(graph, zero_points),
     )
 
 
@@ -96,7 +105,8 @@ def put_product(graph: ir.Graph, product: Product, table: Table, given: Quantise
     assert inputs is not None and weight is not None and weight.name and node.name
     stem = node.name.removesuffix("/MatMul")
     before = given.around(inputs, f"{stem}/input")
-    weights = ir.node("DequantizeLinear", [table.codes, table.scales], {"axis": 1}, name=f"{stem}/weight")
+    parts = [table.codes, table.scales, *([] if table.zero_points is None else [table.zero_points])]
+    weights = ir.node("DequantizeLinear", parts, {"axis": 1}, name=f"{stem}/weight")
     replaced = ir.node("MatMul", [before[-1].outputs[0], weights.outputs[0]], name=node.name)
     output = output_of(node)
     after = made.around(replaced.outputs[0], f"{stem}/output", output)

@@ -1,8 +1,9 @@
-"""The weight format of static integer graphs: int8, symmetric, one float32 scale per row of the matrix.
+"""The weight formats of static integer graphs: int8 or int4, symmetric, one float32 scale per row of the matrix.
 
 A row is an output channel of a matrix multiplication, or a token of the embedding: the form that QNN, XNNPACK and ONNX
-Runtime use with integer activations. A weight is code x scale with codes from -127 to 127: without -128 the grid is
-symmetric, as those runtimes require. An encoded row holds its codes, then its scale.
+Runtime use with integer activations. A weight is code x scale with codes from -127 to 127, or from -7 to 7: without
+-128 and -8 the grid is symmetric, as those runtimes require. An encoded row holds its codes, two of 4 bits in a byte
+with the first in the lower half, then its scale.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32, fitted_scale, squared_error
-from exporter.formats.row_scaled import LARGEST_CODE, RowScaling
+from exporter.formats.row_scaled import RowScaling
 from exporter.foundation.errors import RequestError
 
 SCALE_BYTES = 4
@@ -21,13 +22,15 @@ LEAST_SCALE = np.float32(1e-30)
 
 @dataclass(frozen=True)
 class _ChannelGrid:
-    """Codes of whole rows: scales, float32 [rows]."""
+    """Codes of whole rows: scales, float32 [rows], and the bits of a code."""
 
     scale: Float32
+    bits: int
 
     def round(self, column: int, values: Float32) -> tuple[Bytes, Float32]:
         """Return the nearest codes, the bytes of int8 [rows], and their decoded values, float32 [rows]."""
-        codes = np.clip(np.rint(values / self.scale), -LARGEST_CODE, LARGEST_CODE)
+        largest = largest_code(self.bits)
+        codes = np.clip(np.rint(values / self.scale), -largest, largest)
         return codes.astype(np.int8).view(np.uint8), codes * self.scale
 
     def decode(self, codes: Bytes) -> Float32:
@@ -40,28 +43,43 @@ class _ChannelGrid:
         scale = fitted_scale(levels, gram, aim)
         usable = scale >= LEAST_SCALE
         better = squared_error(levels * scale, gram, aim) < squared_error(levels * self.scale, gram, aim)
-        return _ChannelGrid(np.where(usable & better, scale, self.scale))
+        return _ChannelGrid(np.where(usable & better, scale, self.scale), self.bits)
 
     def pack(self, codes: Bytes) -> Bytes:
         """Return encoded rows: codes, then the scale's bytes."""
-        return np.concatenate([codes, np.ascontiguousarray(self.scale)[:, None].view(np.uint8)], axis=1)
+        stored = codes if self.bits == 8 else packed(codes.view(np.int8))
+        return np.concatenate([stored, np.ascontiguousarray(self.scale)[:, None].view(np.uint8)], axis=1)
+
+
+def largest_code(bits: int) -> int:
+    """Return the largest code of so many bits in a symmetric grid."""
+    return (1 << bits - 1) - 1
+
+
+def packed(codes: NDArray[np.int8]) -> Bytes:
+    """Return codes of 4 bits, int8 [rows, columns], two in a byte, uint8 [rows, half the columns rounded up]."""
+    even: Bytes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).view(np.uint8) & np.uint8(15)
+    halves: Bytes = even[:, ::2] | even[:, 1::2] << np.uint8(4)
+    return halves
 
 
 @dataclass(frozen=True)
 class ChannelFormat:
-    """int8 with one scale per row; a format is for rows of one width, since the whole row is its block.
+    """int8 or int4 with one scale per row; a format is for rows of one width, since the whole row is its block.
 
     Attributes:
         block_columns: The width.
+        bits: Bits of a code, 8 or 4.
     """
 
     block_columns: int
+    bits: int = 8
     needs_importance: bool = False
 
     @property
     def name(self) -> str:
-        """The name, `int8-channel`."""
-        return "int8-channel"
+        """The name, such as `int8-channel`."""
+        return f"int{self.bits}-channel"
 
     @property
     def activation_block(self) -> int | None:
@@ -74,7 +92,7 @@ class ChannelFormat:
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of codes and scales."""
-        return rows * (columns + SCALE_BYTES)
+        return rows * (-(-columns * self.bits // 8) + SCALE_BYTES)
 
     def encode_rows(self, weight: Float32, importance: Float32 | None) -> Bytes:
         """Encode whole rows, every weight to its nearest code; the importance is ignored.
@@ -92,8 +110,8 @@ class ChannelFormat:
 
     def grid(self, block: Float32, importance: Float32 | None) -> _ChannelGrid:
         """Set the scale of every row so that its largest weight gets the largest code."""
-        scale = np.abs(block).max(axis=1) / np.float32(LARGEST_CODE)
-        return _ChannelGrid(np.where(scale < LEAST_SCALE, np.float32(1), scale))
+        scale = np.abs(block).max(axis=1) / np.float32(largest_code(self.bits))
+        return _ChannelGrid(np.where(scale < LEAST_SCALE, np.float32(1), scale), self.bits)
 
     def join(self, blocks: list[Bytes]) -> Bytes:
         """Return encoded rows from their only block."""
@@ -101,14 +119,22 @@ class ChannelFormat:
         return rows
 
     @property
-    def row_scaling(self) -> RowScaling:
-        """How rows with given scales are stored."""
+    def row_scaling(self) -> RowScaling | None:
+        """How rows with given scales are stored; None for 4 bits."""
+        if self.bits != 8:
+            return None
         return RowScaling(np.float32, lambda codes, scales: np.concatenate([codes.view(np.uint8), scales], axis=1))
 
     def split(self, data: Bytes) -> tuple[NDArray[np.int8], Float32]:
         """Return codes, int8 [rows, columns], and scales, float32 [rows]."""
-        codes = np.ascontiguousarray(data[:, :-SCALE_BYTES]).view(np.int8)
+        stored = np.ascontiguousarray(data[:, :-SCALE_BYTES])
+        codes = stored.view(np.int8) if self.bits == 8 else self._unpacked(stored)
         return codes, np.ascontiguousarray(data[:, -SCALE_BYTES:]).view(np.float32)[:, 0]
+
+    def _unpacked(self, stored: Bytes) -> NDArray[np.int8]:
+        """Return codes of 4 bits, int8 [rows, columns]."""
+        halves = np.stack([stored << 4, stored & 0xF0], axis=2).view(np.int8) >> 4
+        return np.ascontiguousarray(halves.reshape(len(stored), -1)[:, : self.block_columns])
 
     def decode_rows(self, data: Bytes, columns: int) -> Float32:
         """Decode rows as `DequantizeLinear` does, float32 [rows, columns]."""

@@ -1,9 +1,10 @@
 """The target `onnx-qdq`: a decoder with static integer matrix multiplications, for NPUs and XNNPACK."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, equalised
 from exporter.compress.compression import CompressedMatrix, Compression
+from exporter.device.neural import NeuralProcessor
+from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -22,10 +25,15 @@ from exporter.model.model import Model
 from exporter.predict.peak_memory import Weights
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
+from exporter.targets.npu import processor_of
 from exporter.targets.onnx.graph import DataFile, gathered, products
+from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
+from exporter.targets.onnx.settings import DATA_FILE
 from exporter.targets.onnx.supported import declared_by, lacking, limited_by, require_supported
 from exporter.targets.onnx.target import Onnx
 from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.npu import DATA_IN_PIPELINE
+from exporter.targets.onnx_qdq.npu.folder import hindrance, write_pipeline
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 from exporter.targets.onnx_qdq.readback import QdqTables
 
@@ -39,10 +47,16 @@ class Scheme:
         wide: Roles that use 16 bits instead, because 8 are too few: `down`, since a few tokens drive a few channels of
             the feed-forward layer to hundreds of times the usual (massive activations: Sun et al. 2024, section 2); and
             the head, whose matrix is often the embedding too, so that its channels cannot be equalised.
+        weight_bits: Bits of the layers' weights; embedding and head have 8.
     """
 
     codes: type[np.unsignedinteger]
     wide: tuple[str, ...] = ()
+    weight_bits: int = 8
+
+    def format(self, group: WeightGroup) -> ChannelFormat:
+        """Return the format of a matrix."""
+        return ChannelFormat(group.columns, 8 if group.layer is None else self.weight_bits)
 
     def of(self, role: str) -> type[np.unsignedinteger]:
         """Return the type of the inputs and outputs of a role's matrix multiplication."""
@@ -55,6 +69,7 @@ class Scheme:
 
 TYPES = {
     "a16w8": Scheme(np.uint16),
+    "a16w4": Scheme(np.uint16, weight_bits=4),
     "a8w8": Scheme(np.uint8, wide=("down", "head", "embedding")),
 }
 # Inputs of the down projection are left out: their codes are wide, and the channels of `up` would become uneven.
@@ -72,9 +87,23 @@ class OnnxQdq(Onnx):
     type_of_8_bits = "a16w8"
     # Static activations are coarser than dynamically scaled ones; a misplaced table costs nats.
     most_rounding_kl = 0.3
+    states_rounding = True
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
+
+    def __init__(
+        self,
+        rounding: Rounding = INT8_BLOCKS,
+        features: Collection[str] | None = None,
+        processor: NeuralProcessor | None = None,
+    ) -> None:
+        super().__init__(rounding, features)
+        self._processor = processor
+
+    def on(self, device: DeviceProfile) -> Self:
+        """Return the target with the rounding, the kernels and the neural processor of a device."""
+        return type(self)(rounding_on(device), device.isa.features, processor_of(device))
 
     def limits_context(self, family: Family) -> str | None:
         """Return what of a model of the family limits the context."""
@@ -89,13 +118,13 @@ class OnnxQdq(Onnx):
         return list(TYPES)
 
     def decide(self, model: Model, type: str, method: str) -> list[Decision]:
-        """Return int8 with one scale per row for every matrix."""
+        """Return integers with one scale per row for every matrix."""
         require_supported(model)
         if type not in TYPES:
             raise RequestError(f"unknown QDQ type {type!r}", next_step=did_you_mean(type, self.types()))
         scheme = TYPES[type]
         return [
-            Decision(group, method, ChannelFormat(group.columns), f"{type}: {scheme.bits(group.role)}-bit activations")
+            Decision(group, method, scheme.format(group), f"{type}: {scheme.bits(group.role)}-bit activations")
             for group in model.groups()
         ]
 
@@ -128,7 +157,17 @@ class OnnxQdq(Onnx):
         def fill(graph: ir.Graph, file: DataFile) -> None:
             _put_matrices(graph, compression, matrices, scheme, file)
 
-        return self._write(compression, folder, fill, False, False)
+        artifact = self._write(compression, folder, fill, False, False)
+        if self._processor is not None and self._has_pipeline(compression.model):
+            write_pipeline(compression.original, folder, self._processor)
+        return artifact
+
+    def _data_file(self, model: Model) -> str:
+        """Return the place of the external data: in the pipeline's folder if there is one; see `npu.stages`."""
+        return DATA_IN_PIPELINE if self._has_pipeline(model) else DATA_FILE
+
+    def _has_pipeline(self, model: Model) -> bool:
+        return self._processor is not None and hindrance(self._processor, model) is None
 
     def write_float(self, model: Model, folder: Path) -> Artifact:
         """Write a model in float32, as the target `onnx` does: no activation is rounded."""

@@ -1,0 +1,95 @@
+"""The interface through which a target's artifacts are compiled for neural processors, and run on their emulators."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from exporter.device.neural import NeuralProcessor
+from exporter.device.profile import DeviceProfile
+from exporter.formats.format import Float32
+from exporter.foundation.registry import folders, load
+from exporter.model.model import Model
+from exporter.targets.artifact import Artifact
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled parts of an artifact.
+
+    Attributes:
+        files: Files beside the artifact's own that were written.
+        nodes: Nodes of the part that reads prompts.
+        placed: Of these, nodes on the neural processor.
+        products: Of these, matrix multiplications.
+        others: Operator -> number of nodes that stay on the CPU.
+        seconds: Time to compile.
+    """
+
+    files: tuple[Path, ...]
+    nodes: int
+    placed: int
+    products: int
+    others: dict[str, int]
+    seconds: float
+
+
+class Npu(Protocol):
+    """Compiles and emulates a target's artifacts; the target's module `npu.proof` exports it as `NPU`.
+
+    Attributes:
+        title: Name of the emulator, for the user.
+        terms: Name of the licence of what compiles and emulates, which is shown before either.
+        licence: Sentence on the terms of what compiles and emulates.
+        unseen: Sentence on what the emulator cannot show.
+    """
+
+    title: str
+    terms: str
+    licence: str
+    unseen: str
+
+    def hindrance(self, processor: NeuralProcessor, model: Model) -> str | None:
+        """Return why the artifacts of a model have no part for a processor; None if they have."""
+
+    def require_installed(self) -> None:
+        """Require what compiles and emulates.
+
+        Raises:
+            MissingDependencyError: it is missing or of another version; the message says what to do.
+        """
+
+    def products(self, model: Model) -> int:
+        """Return the number of matrix multiplications that are to be on the processor."""
+
+    def compile(self, artifact: Artifact, processor: NeuralProcessor) -> Compiled:
+        """Compile the artifact's part for a processor, in the artifact's folder; the artifact then uses the result."""
+
+    def logits(self, artifact: Artifact, processor: NeuralProcessor, tokens: list[int], advance: Advance) -> Float32:
+        """Return the logits after each token on the emulator, float32 [tokens, vocab].
+
+        Args:
+            artifact: The artifact, compiled.
+            processor: The processor to emulate.
+            tokens: Token ids, whole windows of the stage that reads prompts.
+            advance: Called with windows done and their total.
+        """
+
+    def generate(self, artifact: Artifact, emulated: bool, prompt: list[int], count: int) -> list[int]:
+        """Return greedy tokens: of the compiled part on the emulator, or of the artifact itself on the CPU."""
+
+
+def processor_of(device: DeviceProfile) -> NeuralProcessor | None:
+    """Return the neural processor of a device; None if its profile names none."""
+    return next((backend.npu for backend in device.backends if backend.npu is not None), None)
+
+
+def npu_target(name: str) -> Npu | None:
+    """Return the `Npu` of a target, or None if it has none."""
+    known = folders("exporter.targets", "npu/proof.py")
+    if name not in known:
+        return None
+    found: Npu = load("exporter.targets.{}.npu.proof", name, known, "target").NPU
+    return found

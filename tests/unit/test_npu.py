@@ -1,0 +1,121 @@
+"""Neural processors in profiles, the padding token, and what is said where something is missing."""
+
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from exporter.device.profile import device_names, load_device
+from exporter.device.profile_writer import profile_toml
+from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
+from exporter.prove.arm64 import Loss
+from exporter.prove.npu import Continuation, check_accuracy, check_tokens
+from exporter.targets.npu import npu_target
+from exporter.targets.onnx_qdq.npu import qualcomm
+from exporter.targets.onnx_qdq.npu.padding import padding_token
+from exporter.targets.onnx_qdq.npu.stages import cache_length
+
+ROOT = Path(__file__).parents[2]
+PROFILE = (ROOT / "devices/galaxy-s24-ultra.toml").read_text()
+
+
+def test_the_extra_is_pinned_as_the_code_expects_it() -> None:
+    pin = f"{qualcomm.PACKAGE}=={qualcomm.VERSION}"
+    assert f'{qualcomm.EXTRA} = ["{pin};' in (ROOT / "pyproject.toml").read_text()
+    assert pin in (ROOT / ".ci/constraints.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("value = 57", "value = 999", "the compiler knows no SoC of this number; got 999, expected 30 (SM8350)"),
+        ("value = 57", "value = 43", "43 is another; got SM8650 (v75), expected SM8550 (v73)"),
+        ('"Snapdragon 8 Gen 3 (SM8650)"', '"Exynos 2400"', "npu:htp contradicts soc: npu.soc is another; got SM8650"),
+        ('(SM8650)"', '(SM8550)"', "npu:htp contradicts soc: npu.soc is another; got SM8650"),
+        ('architecture = "v75"', 'architecture = "v79"', "npu.architecture contradicts processor; got v79"),
+        ('name = "npu:htp"', 'name = "gpu:vulkan"', "gpu:vulkan has no neural processor of Qualcomm"),
+    ],
+)
+def test_a_profile_that_contradicts_itself_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = tmp_path / "galaxy-s24-ultra.toml"
+    assert old in PROFILE
+    path.write_text(PROFILE.replace(old, new))
+    with pytest.raises(InputError) as error:
+        load_device(str(path))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_profiles_with_a_neural_processor_are_written_and_read_back(tmp_path: Path) -> None:
+    found = 0
+    for name in device_names():
+        device = load_device(name)
+        if any(backend.npu is not None for backend in device.backends):
+            path = tmp_path / f"{name}.toml"
+            path.write_text(profile_toml(device))
+            assert load_device(str(path)) == device
+            found += 1
+    assert found == 13
+
+
+def tokenizer(vocabulary: dict[str, int], added: list[str], byte_fallback: bool = False, template: str = ""):
+    definition = {
+        "model": {"vocab": vocabulary, "byte_fallback": byte_fallback},
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "added_tokens": [{"content": name, "id": vocabulary[name], "special": True} for name in added],
+    }
+    roles = {"eos": vocabulary["<end>"]} if "<end>" in vocabulary else {}
+    return SimpleNamespace(definition=definition, templates={"default": template}, roles=roles, where="folder")
+
+
+def test_the_padding_token_is_one_that_no_text_gives() -> None:
+    plain = {"a": 0, "<end>": 1}
+    assert padding_token(tokenizer(plain, ["<end>"]), 4).token == 3
+    assert padding_token(tokenizer(plain | {"ÿ": 2}, ["<end>"]), 3).token == 2
+    assert padding_token(tokenizer(plain | {"<0xFF>": 2}, ["<end>"], byte_fallback=True), 3).token == 2
+    spare = {**plain, "<spare>": 2, "<used>": 3}
+    found = padding_token(tokenizer(spare, ["<end>", "<spare>", "<used>"], template="{{ '<used>' }}"), 4)
+    assert found.token == 2
+    assert "<spare>" not in json.dumps(found.definition["added_tokens"])
+    with pytest.raises(RequestError, match="needs a padding token that no text gives"):
+        padding_token(tokenizer(plain, ["<end>"]), 2)
+    with pytest.raises(RequestError, match="needs a padding token"):
+        padding_token(tokenizer({"ÿ": 0, "<end>": 1}, ["<end>"], byte_fallback=True), 2)
+
+
+def test_caches_hold_whole_windows() -> None:
+    assert [cache_length(context) for context in (64, 1000, 2048, 131072)] == [64, 960, 2048, 2048]
+    with pytest.raises(RequestError, match="shorter than a window"):
+        cache_length(63)
+
+
+def test_a_missing_or_other_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(qualcomm, "version", absent)
+    with pytest.raises(MissingDependencyError, match=r"not installed; pip install .*npu-qualcomm.*AI Stack License"):
+        qualcomm.require_installed()
+    monkeypatch.setattr(qualcomm, "version", lambda name: "9.9.9")
+    monkeypatch.setattr(qualcomm.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(MissingDependencyError, match=r"another version; got 9\.9\.9, expected 2\.7\.0; pip install"):
+        qualcomm.require_installed()
+
+
+def test_limits_of_the_checks() -> None:
+    npu = npu_target("onnx-qdq")
+    assert npu is not None and npu_target("gguf") is None
+
+    def of(kl: float) -> Loss:
+        return Loss(kl, 0.0, 1.0, 256)
+
+    def status(here: float, there: float, added: float) -> str:
+        return check_accuracy(npu, of(here), of(there), of(added)).checks[0].status
+
+    assert status(0.02, 0.0239, 0.002) == "passed"
+    assert status(0.02, 0.0241, 0.002) == "failed"
+    assert status(0.02, 0.02, 0.011) == "failed"
+    assert check_tokens([Continuation(5, 16, None), Continuation(70, 3, 0.01)]).status == "passed"
+    assert check_tokens([Continuation(5, 16, None), Continuation(70, 3, 0.2)]).status == "failed"
