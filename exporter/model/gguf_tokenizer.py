@@ -297,10 +297,15 @@ def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: VocabularyF
         backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=[*{*begin, *end}])
 
 
+def is_rough_in_case(name: str | None) -> bool:
+    """Return whether llama.cpp knows no case outside of ASCII under a pre-tokenizer of this name."""
+    return ALIASES.get(name or "", name) in ROUGH_IN_CASE
+
+
 def case_warning(file: GgufFile) -> tuple[str, ...]:
     """Return a warning if llama.cpp is known to split some texts differently from the model's own tokenizer."""
     name = file.value("tokenizer.ggml.pre")
-    if ALIASES.get(name, name) not in ROUGH_IN_CASE:
+    if not is_rough_in_case(name):
         return ()
     return (
         f"llama.cpp splits words with letters outside of ASCII only roughly under the pre-tokenizer {name!r}: some get "

@@ -1,7 +1,8 @@
 """Texts that llama.cpp is known to tokenise in another way than the tokenizer from which a vocabulary was written."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import llama_cpp
 from gguf import TokenType
 
 from exporter.model.gguf_reader import open_gguf
+from exporter.model.gguf_tokenizer import is_rough_in_case
 from exporter.model.sentencepiece_file import SPACE
+from exporter.model.tokenizer import ModelTokenizer
+from exporter.model.tokenizer_files import components
+from exporter.targets.gguf.vocabulary import Vocabulary, stripping
 
+# The key under which a file states, as JSON, what `by_definition` gives: its vocabulary does not show it.
+DIFFERENCES = "edge_exporter.tokenizer_differences"
 ATTRIBUTES: dict[int, int] = {
     TokenType.UNKNOWN: llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN,
     TokenType.CONTROL: llama_cpp.LLAMA_TOKEN_ATTR_CONTROL,
@@ -19,7 +26,15 @@ ATTRIBUTES: dict[int, int] = {
 # Pre-tokenizers that take letters outside of ASCII for both cases, so that words with capitals may be split elsewhere.
 # Others that do so (gpt-4o, tekken) also split words at combining marks.
 ONE_CASE = frozenset({"granite-embed-multi-97m"})
-BEFORE_CAPITAL = r"[[\p{L}\p{M}]&&[^a-zA-Z]][A-Z]|\p{Ll}[[\p{Lu}\p{Lt}]&&[^A-Z]]|[\p{Ll}&&[^a-z]][\p{Lu}\p{Lt}]"
+CAPITAL = r"[[\p{Lu}\p{Lt}]&&[^A-Z]]"
+BEFORE_CAPITAL = "|".join(
+    (
+        r"[[\p{L}\p{M}]&&[^a-zA-Z]][A-Z]",
+        rf"\p{{Ll}}[\p{{Lm}}\p{{Lo}}\p{{M}}]*{CAPITAL}",
+        # Letters without case are capitals to these pre-tokenizers, unless the word ends with capitals.
+        rf"[\p{{Lm}}\p{{Lo}}\p{{M}}]{CAPITAL}+(?![\p{{L}}\p{{M}}])",
+    )
+)
 
 
 def by_pre_tokenizer(name: str | None) -> dict[str, str]:
@@ -27,6 +42,34 @@ def by_pre_tokenizer(name: str | None) -> dict[str, str]:
     if name not in ONE_CASE:
         return {}
     return {BEFORE_CAPITAL: "llama.cpp knows no case outside of ASCII, and splits words before capitals differently"}
+
+
+def by_definition(tokenizer: ModelTokenizer, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return pattern -> reason of the texts that no vocabulary of this kind treats as the tokenizer does.
+
+    A SentencePiece vocabulary whose special tokens take white space gives other ids to all that follows them, so it is
+    written only if llama.cpp can be told of it.
+    """
+    found = {}
+    metaspace = any(part["type"] == "Metaspace" for part in components(tokenizer.definition.get("pre_tokenizer")))
+    if metaspace and vocabulary.add_space_prefix:
+        anywhere = [re.escape(token.content) for token in tokenizer.added().values()]
+        pattern = "|".join((rf"\A[ {SPACE}]", *anywhere))
+        found[pattern] = "llama.cpp puts a space before every part of a text"
+    if strips := _any_of(stripping(tokenizer)):
+        if vocabulary.strips:
+            found[rf"{strips}\s*[\s&&[^\t-\r ]]"] = (
+                "llama.cpp knows no white space outside of ASCII after special tokens"
+            )
+        elif vocabulary.model == "gpt2":
+            found[rf"{strips}\s"] = "llama.cpp keeps the white space after special tokens that the tokenizer removes"
+    return found
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """Return a pattern of any of some texts; empty if there are none."""
+    alternatives = "|".join(map(re.escape, texts))
+    return f"(?:{alternatives})" if alternatives else ""
 
 
 def by_vocabulary(path: Path, model: Any, *, special: bool) -> dict[str, str]:
@@ -48,7 +91,11 @@ def by_vocabulary(path: Path, model: Any, *, special: bool) -> dict[str, str]:
     if spaces and fields["tokenizer.ggml.model"].contents() == "llama":
         # llama.cpp makes these tokens of spaces by merging, and cannot tell such a character from a space.
         found[SPACE * min(map(len, spaces))] = f"llama.cpp takes {SPACE!r} for a space"
-    return found | by_pre_tokenizer(fields["tokenizer.ggml.pre"].contents())
+    stated = json.loads(fields[DIFFERENCES].contents()) if DIFFERENCES in fields else {}
+    pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
+    if is_rough_in_case(pre_tokenizer):
+        found[r"[\p{L}&&[^a-zA-Z]]"] = "llama.cpp splits words with letters outside of ASCII only roughly"
+    return found | stated | by_pre_tokenizer(pre_tokenizer)
 
 
 def _retyped(model: Any, types: list[int], special: bool) -> Iterator[int]:
