@@ -145,13 +145,15 @@ def _prediction(storages: Sequence[Storage], effort: Effort, flops_per_s: float)
 
 
 def _encoding(decisions: list[Decision], effort: Effort, flops_per_s: float) -> float:
-    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
+    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number.
+
+    Codes that are taken from the source cost nothing beside them.
+    """
+    decisions = [decision for decision in decisions if decision.method != AS_STORED]
     kinds = {(decision.method, decision.format.name): decision for decision in decisions}
     speeds = {kind: _encode_nanoseconds(decision.method, decision.format, effort) for kind, decision in kinds.items()}
     seconds = 0.0
     for decision in decisions:
-        if decision.method == AS_STORED:
-            continue
         size, columns = decision.group.size, decision.group.columns
         feedback = method_kind(decision.method).error_feedback
         sweeps = effort.sweeps if feedback else 0

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
+from exporter import pipeline
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
 from exporter.calibrate.windows import Windows
@@ -17,6 +18,7 @@ from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
+from exporter.stages.predicted_times import VOCABULARY_SECONDS
 from exporter.targets.contract import load_target, lower
 from tests.gguf_files import edited_gguf, lowered
 from tests.models import tensor_digests, tiny_model
@@ -102,3 +104,9 @@ def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
         _, notes = draft.decided(Rewritten(model, Statistics(tmp_path)), silent)
         count = len(model.groups())
     assert notes == (f"{count} of {count} matrices keep the codes that the source holds in the same type",)
+
+
+def test_a_plan_counts_no_time_for_them(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    made = pipeline.plan(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64))
+    assert made.stage_seconds["compress and lower"].value == VOCABULARY_SECONDS
