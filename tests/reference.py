@@ -1,53 +1,56 @@
-"""The reference model: the embedded 135M model with its coarse grid blurred, so that few bits cost what they cost.
+"""The reference models: those of the packages, their coarse grids blurred, so that few bits cost what they cost.
 
-The embedded model comes in Q4_1 with a Q8_0 embedding; any 4-bit format looks nearly lossless on weights that lie on a
-4-bit grid. Uniform noise of one step of each weight's own block, from half a step below to half a step above, spreads
-the weights over the cells that they had been rounded from. The blurred model is the original of every measurement.
+    .venv/bin/python -m tests.reference FOLDER [--source demo-gemma] [--seed N]
+
+The packages hold quantised files: SmolLM2 135M in Q4_1 with a Q8_0 embedding, and Gemma 3 270M in the mix Q4_K_M. Any
+format of as many bits looks nearly lossless on weights that lie on such a grid. Uniform noise of one step of each
+weight's own block, from half a step below to half a step above, spreads the weights over the cells that they had been
+rounded from; each matrix takes the steps of the type that it is stored in. A blurred model is the original of every
+measurement.
 """
 
+import argparse
 import shutil
 from importlib import import_module
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from exporter.model.gguf_names import gguf_names, interleaved_rows
+from exporter.model.gguf_names import gguf_names, in_source_order, row_order
 from exporter.model.gguf_reader import open_gguf
+from exporter.model.licences import licence_files
 from exporter.model.sources import open_model
+from tests.grid_steps import grid_steps
 
 EVALUATION_CHARACTERS = 160_000
 
 
-def reference_model(folder: Path, seed: int = 0) -> Path:
-    """Write the reference model as a Hugging Face folder of float32 weights."""
-    with open_model("demo") as model:
+def reference_model(folder: Path, seed: int = 0, source: str = "demo") -> Path:
+    """Write a reference model as a Hugging Face folder of float32 weights, with the terms that its source is under.
+
+    Args:
+        folder: Is made.
+        seed: Of the noise.
+        source: `demo` or `demo-gemma`, or a quantised GGUF file whose types are among `grid_steps.STEPS`.
+    """
+    with open_model(source) as model:
         assert model.single_file is not None
         shutil.copytree(model.folder, folder)
-        shape = model.decoder
+        for terms in model.licences:
+            shutil.copyfile(terms, folder / f"LICENSE-{terms.name}")
+        assert len(licence_files(folder)) == len(model.licences)
         held = {tensor.name: tensor for tensor in open_gguf(model.single_file).tensors}
-        names = gguf_names(shape)
+        names = gguf_names(model.decoder)
         chance = torch.Generator().manual_seed(seed)
-        tensors = {name: torch.from_numpy(model.read(name)) for name in shape.vectors()}
+        tensors = {name: torch.from_numpy(model.read(name)) for name in model.decoder.vectors()}
         for group in model.groups():
-            steps = _steps(held[names[group.name]])
-            if group.role in ("q", "k"):
-                order = interleaved_rows(group.rows, shape.heads if group.role == "q" else shape.kv_heads)
-                steps[order] = steps.copy()
+            stored = held[names[group.name]]
+            steps = in_source_order(grid_steps(stored.data, stored.tensor_type), row_order(model.decoder, group))
             noise = torch.rand(group.rows, group.columns, generator=chance) - 0.5
-            blurred = torch.from_numpy(steps).repeat_interleave(32, dim=1) * noise
-            tensors[group.name] = blurred + torch.from_numpy(model.read(group.name))
+            tensors[group.name] = torch.from_numpy(steps) * noise + torch.from_numpy(model.read(group.name))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def _steps(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """Return the step of each block of 32 columns, which is the float16 that it begins with, [rows, columns / 32]."""
-    block = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
-    blocks = np.ascontiguousarray(tensor.data).reshape(tensor.data.shape[0], -1, block)
-    return np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0].astype(np.float32)
 
 
 def plain_texts(folder: Path) -> tuple[Path, Path]:
@@ -71,3 +74,17 @@ def unseen_text(folder: Path) -> Path:
 def _prose() -> str:
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def main() -> None:
+    """Write a reference model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="is made")
+    parser.add_argument("--source", default="demo", help="demo, demo-gemma, or a quantised GGUF file")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    asked = parser.parse_args()
+    print(reference_model(asked.folder, asked.seed, asked.source))
+
+
+if __name__ == "__main__":
+    main()

@@ -145,7 +145,10 @@ def _prediction(storages: Sequence[Storage], effort: Effort, flops_per_s: float)
 
 
 def _encoding(decisions: list[Decision], effort: Effort, flops_per_s: float) -> float:
-    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number."""
+    """Return the seconds of all matrices: weights at the measured speeds, and what grows faster than their number.
+
+    Codes that are taken from the source cost nothing beside them.
+    """
     encoded = [decision for decision in decisions if not method_kind(decision.method).keeps_codes]
     kinds = {(decision.method, decision.format.name): decision for decision in encoded}
     speeds = {kind: _encode_nanoseconds(decision.method, decision.format, effort) for kind, decision in kinds.items()}

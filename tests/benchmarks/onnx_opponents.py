@@ -30,6 +30,9 @@ SETTINGS = {
     "k_quant, int8 head": ("algo_config=k_quant", INT8_HEAD),
     "k_quant, int8 head and mixed layers": ("algo_config=k_quant", f"{INT8_HEAD},mixed_layers:int8"),
 }
+# The builder with a config that it can read.
+SHIMMED = "tests.benchmarks.shimmed_builder"
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 32
 # HQQ's zero points are float32: at blocks of 64 it takes the bytes that the others take at 32.
 HQQ_BLOCK = 64
@@ -37,12 +40,23 @@ HQQ_BLOCK = 64
 GPTQ_WINDOWS = 8
 
 
-def built(model: Path, folder: Path, *options: str, precision: str = "int4") -> Artifact:
-    """Run the builder's command line and check that it heeded the options: it ignores what it does not know."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", precision, "-e", "cpu"]
+def built(
+    model: Path, folder: Path, *options: str, precision: str = "int4", builder: str = "onnxruntime_genai.models.builder"
+) -> Artifact:
+    """Run the builder's command line and check that it heeded the options: it ignores what it does not know.
+
+    Args:
+        model: A Hugging Face folder.
+        folder: Is made.
+        options: The builder's extra options.
+        precision: The builder's name of it.
+        builder: The module to run: the builder, or `SHIMMED`.
+    """
+    command = [sys.executable, "-m", builder, "-p", precision, "-e", "cpu"]
     extra = ["--extra_options", *options] if options else []
-    cache = folder.with_name("cache")
-    subprocess.run([*command, "-i", model, "-o", folder, "-c", cache, *extra], check=True, capture_output=True)
+    made = folder.absolute()
+    paths = ["-i", model.absolute(), "-o", made, "-c", made.with_name("cache")]
+    subprocess.run([*command, *paths, *extra], check=True, capture_output=True, cwd=ROOT)
     artifact = _artifact(folder)
     if precision == "int4":
         bits = _bits(onnx.load_model(str(folder / "model.onnx"), load_external_data=False))

@@ -18,6 +18,7 @@ from exporter.model.sources import open_model
 from exporter.pipeline import plan
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
+from exporter.stages.predicted_times import VOCABULARY_SECONDS
 from exporter.targets.contract import load_target, lower
 from tests.gguf_files import edited_gguf, lowered
 from tests.models import tensor_digests, tiny_model
@@ -105,6 +106,8 @@ def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
     assert notes == (f"{count} of {count} matrices keep the codes that the source holds in the same type",)
 
 
-def test_a_plan_predicts_the_time_of_a_build_that_encodes_nothing(source: Path) -> None:
+def test_a_plan_counts_no_time_for_them(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
     made = plan(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64))
     assert {one.method for one in made.decisions} == {"as-stored"}
+    assert made.stage_seconds["compress and lower"].value == VOCABULARY_SECONDS

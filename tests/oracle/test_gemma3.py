@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from exporter.foundation.errors import ExporterError, InputError, RequestError
+from exporter.model.families.gemma3_text import ROUNDED_GELU_KL
 from exporter.model.sources import open_model
 from exporter.prove.accuracy import Reference, distance
+from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
 from exporter.targets.opened import OpenedArtifact
 from tests.float_artifacts import continued, in_float32
+from tests.folders import rewrite
 from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
 
@@ -102,6 +105,22 @@ def test_a_header_gives_windows_as_llama_cpp_reads_it(
         reference = Reference.of(model, TOKENS)
     with OpenedArtifact(Artifact("gguf", tmp_path, (edited,)), LENGTH, 1, exact=True) as opened:
         assert distance(reference, opened.logits).kl_mean < 1e-6
+
+
+def test_a_source_may_differ_by_the_rounding_of_gelu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real model is further from transformers than a family without GELU may be."""
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    folder = tiny_model(tmp_path / "model", "gemma3_text", layers=4)
+    path = in_float32(folder, "gguf", tmp_path / "artifact").weights[0]
+    with open_model(str(path)) as model:
+        (check,) = check_source(model, TOKENS, 1, tmp_path)
+    assert check.status == "passed"
+    assert check.limit == ROUNDED_GELU_KL
+    rewrite(folder, lambda held: {name: 0 * one if "gate_proj" in name else one for name, one in held.items()})
+    path = in_float32(folder, "gguf", tmp_path / "gates-at-zero").weights[0]
+    with open_model(str(path)) as model:
+        (without,) = check_source(model, TOKENS, 1, tmp_path)
+    assert without.value < 0.01 * check.value
 
 
 def test_windows_and_both_embeddings_matter(tmp_path: Path) -> None:

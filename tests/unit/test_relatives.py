@@ -1,4 +1,4 @@
-"""Models of unknown families: the error names the nearest one and what differs; what no family may do is refused alike."""
+"""Models of unknown families: the error names the nearest one and what differs."""
 
 import json
 from pathlib import Path

@@ -18,15 +18,13 @@ from transformers import PretrainedConfig
 from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import FULL, SLIDING, windows_by_layer
 from exporter.model.blocks import Block
+from exporter.model.families.gemma3_text import ROUNDED_GELU_KL
 from exporter.model.families.llama import GGUF_TENSORS, MODULES, BlockParts
 from exporter.model.family import VISION, Family, GgufDeclaration, HeaderValue, Multimodal, Refusal
 from exporter.model.limits import whole_number
 from exporter.model.rotary import head_width
 from exporter.model.shape import Shape
 
-# ggml looks GELU up in a table of float16, and attention without a scale is sharp. Random models of five layers, which
-# are as many as an excerpt has, are up to 1.4e-6 nats from transformers, and below 1e-10 with their gates at zero.
-ROUNDED_GELU_KL = 1e-5
 OWN_MODULES = MappingProxyType(
     {**MODULES, "input_gate": "per_layer_input_gate", "input_projection": "per_layer_projection"}
 )
@@ -208,6 +206,8 @@ FAMILY = Family(
         with_widths="gemma4",
         keys=header_keys,
         refusal=refusal,
+        # Attention without a scale is sharp: random models of five layers, as many as an excerpt has, are up to 1.4e-6
+        # nats from transformers, and below 1e-10 with their gates at zero.
         most_lowering_kl=ROUNDED_GELU_KL,
     ),
     carries_windows=True,
