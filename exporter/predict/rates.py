@@ -89,7 +89,7 @@ def rates(profile: DeviceProfile, request: Request) -> Rates:
 
 def at_length(usual: Estimate, request: Request) -> Estimate:
     """Return the prefill speed at the requested prompt length, from that at the usual 512 tokens."""
-    slower = _slower(request.active * request.parameters, request.prompt)
+    slower = slowdown(request.active * request.parameters, request.prompt)
     if slower == 1:
         return usual
     wider = slower**SAG_DEVIATION
@@ -102,7 +102,7 @@ def at_length(usual: Estimate, request: Request) -> Estimate:
     )
 
 
-def _slower(parameters: float, prompt: int) -> float:
+def slowdown(parameters: float, prompt: int) -> float:
     """Return the time per prompt token relative to the usual prompt of 512 tokens."""
     extra = max(prompt - USUAL_PROMPT, 0) / SAG_TOKENS
     return float(1 + SAG * (parameters / 1e9) ** SAG_POWER * extra)
@@ -112,7 +112,7 @@ def _usual_prefill(run: Measured) -> float | None:
     """Return a run's prefill speed, converted to a prompt of 512 tokens."""
     if run.prefill_tokens_per_s is None or run.parameters is None:
         return run.prefill_tokens_per_s
-    return run.prefill_tokens_per_s * _slower(run.parameters, run.prompt_tokens or USUAL_PROMPT)
+    return run.prefill_tokens_per_s * slowdown(run.parameters, run.prompt_tokens or USUAL_PROMPT)
 
 
 def _rate(

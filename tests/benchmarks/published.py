@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
+from exporter.predict.rates import USUAL_PROMPT, slowdown
 from exporter.predict.roofline import PRODUCTS_A_CYCLE
 from exporter.predict.workload import Machine, Workload, backend_name, format_family
 
@@ -14,20 +15,30 @@ GIB = 1 << 30
 # Bits of a weight, whole files, where the parameters are not stated.
 BITS = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
 # One chip goes by several names; a variant of its clock or its package is the same chip.
-SAME_SOC = {"CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake"}
+SAME_SOC = {
+    "CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake", "Snapdragon 8 Gen 3 / Exynos 2400": "Snapdragon 8 Gen 3",
+}  # fmt: skip
+# Rows collected after the coefficients of the first 190 had been fitted. Those held back are in no fit: they are of
+# the same sources and devices as other rows, and tell how far a fit to those is off.
+FIRST_OF_LATER = 1001
+HELD_BACK = frozenset({*range(1246, 1250), *range(1251, 1257), *range(1286, 1290)})
 FORMATS = {"4-bit (n/s)": "4-bit", "cactus INT8/INT4": "int8", "cactus": "int8"}
 # The instructions of a processor's best kernels, and the cycles a second of its fast cores, in 10^9, together. Sources:
-# cpuinfo dumps in hrw/arm-socs-table, and the sources named for these chips in the device profiles.
+# cpuinfo dumps in hrw/arm-socs-table, and the sources named for these chips in the device profiles; recalled for the
+# Exynos 2100, Snapdragon 888 and QCS9075.
 CPUS = {
-    "A16": ("i8mm", 2 * 3.46), "A17 Pro": ("i8mm", 2 * 3.78), "Apple M4 Max": ("i8mm", 8 * 4.4),
+    "A16": ("i8mm", 2 * 3.46), "A17 Pro": ("i8mm", 2 * 3.78), "Apple M2 Max": ("i8mm", 8 * 3.7),
+    "Apple M4 Max": ("i8mm", 8 * 4.4),
     "BCM2711": ("neon", 4 * 1.8), "BCM2712": ("dotprod", 4 * 2.4), "CIX CP8180": ("i8mm", 12 * 2.5),
-    "Core i5-4278U": ("avx2", 2 * 2.9), "Intel N150": ("avx-vnni", 4 * 3.6), "Qualcomm": ("i8mm", 8 * 2.4),
+    "Core i5-4278U": ("avx2", 2 * 2.9), "Exynos 2100 or Snapdragon 888": ("dotprod", 2.9 + 3 * 2.6),
+    "Intel N150": ("avx-vnni", 4 * 3.6), "Qualcomm": ("i8mm", 8 * 2.4), "Qualcomm QCS9075": ("dotprod", 8 * 2.4),
     "Raphael Zen4 AVX512": ("avx512-vnni", 6 * 5.2), "Raptor Lake": ("avx-vnni", 8 * 5.5),
     "Ryzen AI 5 340": ("avx512-vnni", 6 * 4.8), "Snapdragon 7 Gen 3": ("i8mm", 4 * 2.5),
     "Snapdragon 8 Elite": ("i8mm", 2 * 4.3 + 6 * 3.5), "Snapdragon 8 Elite Gen 5": ("i8mm", 2 * 4.6 + 6 * 3.6),
-    "Snapdragon 8 Gen 1": ("i8mm", 3.0 + 3 * 2.5), "Snapdragon 8 Gen 3 / Exynos 2400": ("i8mm", 3.3 + 5 * 3.1),
+    "Snapdragon 8 Gen 1": ("i8mm", 3.0 + 3 * 2.5), "Snapdragon 8 Gen 3": ("i8mm", 3.3 + 5 * 3.1),
     "Snapdragon 865": ("dotprod", 2.8 + 3 * 2.4), "Snapdragon X Elite": ("i8mm", 10 * 3.4),
-    "Strix Halo": ("avx512-vnni", 16 * 5.0), "Strix Point": ("avx512-vnni", 4 * 5.1 + 8 * 3.3),
+    "Snapdragon X2 Elite": ("i8mm", 12 * 4.4), "Strix Halo": ("avx512-vnni", 16 * 5.0),
+    "Strix Point": ("avx512-vnni", 4 * 5.1 + 8 * 3.3),
 }  # fmt: skip
 
 
@@ -42,7 +53,7 @@ class Row:
         soc: The chip, in one spelling.
         work: What ran.
         decode: Tokens/s of generation, zero where that is not stated.
-        prefill: Tokens/s of a prompt, zero where that is not stated.
+        prefill: Tokens/s of a prompt of the usual length, zero where that is not stated.
     """
 
     number: int
@@ -60,7 +71,24 @@ class Row:
 
 
 def published() -> list[Row]:
-    """Return the dense models that fit their device's memory, with the size of the file and the bandwidth known."""
+    """Return the rows that coefficients are fitted to.
+
+    These are of dense models that fit their device's memory, with the size of the file and the bandwidth known.
+    """
+    return [row for row in _rows() if row.number < FIRST_OF_LATER]
+
+
+def published_later() -> list[Row]:
+    """Return the rows of the same kind that were collected later."""
+    return [row for row in _rows() if row.number >= FIRST_OF_LATER and row.number not in HELD_BACK]
+
+
+def held_back() -> list[Row]:
+    """Return the rows of the same kind that are in no fit."""
+    return [row for row in _rows() if row.number in HELD_BACK]
+
+
+def _rows() -> list[Row]:
     with FILE.open(encoding="utf-8", newline="") as opened:
         lines = list(csv.DictReader(opened))
     return [
@@ -90,11 +118,24 @@ def _row(line: dict[str, str]) -> Row:
         format=name,
         file_bytes=size,
         parameters=parameters,
-        context=4096 if line["gen_test"] == "ctx4096" else 64,
+        context=_context(line["gen_test"]),
         runtime=line["runtime"],
     )
-    speeds = (float(line[key] or 0) for key in ("gen_tok_s", "prompt_tok_s"))
-    return Row(int(line["row"]), line["device"], line["device_class"], soc, work, *speeds)
+    decode, prefill = (float(line[key] or 0) for key in ("gen_tok_s", "prompt_tok_s"))
+    prefill *= slowdown(parameters, _prompt(line["prompt_test"]))
+    return Row(int(line["row"]), line["device"], line["device_class"], soc, work, decode, prefill)
+
+
+def _context(test: str) -> int:
+    """Return the tokens in the cache of a run such as `ctx4096`, `tg128 @ d16384` or `tg128`."""
+    found = re.search(r"(?:ctx|@ d| at )(\d+)", test)
+    return int(found[1]) if found else 64
+
+
+def _prompt(test: str) -> int:
+    """Return the tokens of a prompt such as `pp4096` or `109 tokens`."""
+    found = re.match(r"pp(\d+)|(\d+) tokens", test)
+    return int(found[1] or found[2]) if found else USUAL_PROMPT
 
 
 def _machine(device_class: str) -> Machine:

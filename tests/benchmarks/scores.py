@@ -1,4 +1,8 @@
-"""How far predicted speeds are from published ones that the prediction has not seen."""
+"""How far predicted speeds are from published ones: `python -m tests.benchmarks.scores` prints a table.
+
+Rows of chips that a fit has not seen, each with the coefficients of the others; and rows published later, and rows held
+back, with the coefficients that ship.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -7,11 +11,11 @@ from math import exp
 
 import numpy as np
 
-from exporter.predict.coefficients import Part
+from exporter.predict.coefficients import Part, fitted
 from exporter.predict.estimate import EIGHTY_PERCENT
 from exporter.predict.gaussian_process import Point, residual
 from tests.benchmarks.fitting import HeldOut, held_out, samples
-from tests.benchmarks.published import Row, published
+from tests.benchmarks.published import Row, held_back, published, published_later
 
 # A device counts with a measured point where it has so many other rows.
 OTHERS_FOR_DECODE, OTHERS_FOR_PREFILL = 2, 1
@@ -54,6 +58,13 @@ def trial(part: Part) -> Trial:
     return Trial(part, rows, held_out(samples(rows, part), part))
 
 
+def shipped(part: Part, among: Iterable[Row]) -> Trial:
+    """Predict published speeds with the coefficients that ship."""
+    rows, model = [row for row in among if samples([row], part)], getattr(fitted(), part)
+    found = samples(rows, part)
+    return Trial(part, rows, [HeldOut(one, one.log_time - model.log_milliseconds(one.terms), model) for one in found])
+
+
 def from_facts(tried: Trial) -> list[Scored]:
     """Return the rows as predicted from facts of the device alone."""
     return [_scored(row, one, []) for row, one in zip(tried.rows, tried.held, strict=True)]
@@ -74,8 +85,10 @@ def _share(row: Row) -> float:
     return row.decode * row.work.file_bytes / row.work.bandwidth_bytes_per_s
 
 
-def from_one_point(tried: Trial, of: Callable[[Row], Hashable], others: int) -> list[Scored]:
-    """Return the rows as predicted with one row measured, in turn each one that `of` puts together."""
+def from_one_point(
+    tried: Trial, of: Callable[[Row], Hashable], others: int, wanted: Callable[[Row], bool] = lambda row: True
+) -> list[Scored]:
+    """Return the wanted rows as predicted with one row measured, in turn each one that `of` puts together."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for place, row in enumerate(tried.rows):
         groups[of(row)].append(place)
@@ -83,7 +96,7 @@ def from_one_point(tried: Trial, of: Callable[[Row], Hashable], others: int) -> 
     for group in groups.values():
         if len(group) > others:
             weight = 1 / (len(group) - 1)
-            for place in group:
+            for place in filter(lambda place: wanted(tried.rows[place]), group):
                 for known in group:
                     if known != place:
                         point = tried.held[known]
@@ -126,3 +139,40 @@ def _scored(row: Row, one: HeldOut, points: Sequence[Point], weight: float = 1.0
     off = residual(one.sample.work, points, one.fitted)
     left = one.error - off.mean
     return Scored(row, exp(left), abs(left) <= EIGHTY_PERCENT * off.deviation, weight)
+
+
+def factor(scored: Sequence[Scored]) -> float:
+    """Return the median of predicted over published speed, or its inverse where that is above 1."""
+    return float(np.median([max(one.predicted, 1 / one.predicted) for one in scored]))
+
+
+def table() -> str:
+    """Return the scores of rows published later and of rows held back, as a table in Markdown."""
+    later = published_later()
+    groups: list[tuple[str, list[Row]]] = [("published later", later)]
+    groups += [(f"of these: {kind}", [row for row in later if row.work.kind == kind]) for kind in _kinds(later)]
+    lines = ["| speed | rows | known | number | median error | 90th percentile | median factor | within 80 % |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for part, of, others in (("decode", of_device, OTHERS_FOR_DECODE), ("prefill", of_kernels, OTHERS_FOR_PREFILL)):
+        everything = shipped(part, [*published(), *published_later(), *held_back()])
+        for name, rows in [*groups, ("held back", held_back())]:
+            facts = from_facts(shipped(part, rows))
+            point = from_one_point(everything, of, others, set(rows).__contains__)
+            for known, scored in (("facts", facts), ("one run", point)):
+                lines += [_line(part, name, known, scored)] if scored else []
+    return "\n".join(lines)
+
+
+def _kinds(rows: Iterable[Row]) -> list[str]:
+    return sorted({row.work.kind for row in rows})
+
+
+def _line(part: str, name: str, known: str, scored: Sequence[Scored]) -> str:
+    number = len({one.row.number for one in scored})
+    errors = " | ".join(f"{quantile(scored, share):.1%}" for share in (0.5, 0.9))
+    inside = f"{factor(scored):.2f} | {coverage(scored):.0%}"
+    return f"| {part} | {name} | {known} | {number} | {errors} | {inside} |"
+
+
+if __name__ == "__main__":
+    print(table())
