@@ -38,7 +38,7 @@ class Computed(Document):
 
     name: BackendName
     runtime: Text
-    computes: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    computes: Annotated[tuple[Text, ...], Field(strict=False)]
     rounds: Mapping[str, Text] = Field(default_factory=dict)
     source: Text
 
@@ -84,13 +84,17 @@ class BackendFormats:
             return
         assert self.known is not None
         fate = ", ".join(f"{name} ({self.known.rounds.get(name, 'left to the CPU')})" for name in lacking)
+        if not self.known.computes:
+            raise RequestError(
+                f"{self.name} computes no format of the target {target.name} as the file holds it", got=fate,
+                where=self.known.runtime, next_step="choose another backend or another target",
+            )  # fmt: skip
         near = self._nearest(sum(one.stored_bytes for one in decisions), target, model)
-        same = f"--max-file-bytes {target.estimated_file_bytes(model, list(decisions))}"
-        advice = "" if near is None else f", or --type {near}"
+        advice = "" if near is None else f"--type {near}, or "
         raise RequestError(
             f"{self.name} does not compute these formats as they are", got=fate,
             expected=f"only {', '.join(self.known.computes)} ({self.known.runtime})",
-            next_step=f"take {same}, which chooses among those{advice}",
+            next_step=f"take {advice}a limit such as --max-file-bytes, which chooses among those",
         )  # fmt: skip
 
     def _nearest(self, stored: int, target: Target, model: Model) -> str | None:

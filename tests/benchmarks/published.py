@@ -16,7 +16,8 @@ GIB = 1 << 30
 BITS = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
 # One chip goes by several names; a variant of its clock or its package is the same chip.
 SAME_SOC = {
-    "CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake", "Snapdragon 8 Gen 3 / Exynos 2400": "Snapdragon 8 Gen 3",
+    "CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake",
+    "Snapdragon 8 Gen 3 / Exynos 2400": "Snapdragon 8 Gen 3",
 }  # fmt: skip
 # Rows collected after the coefficients of the first 190 had been fitted. Those held back are in no fit: they are of
 # the same sources and devices as other rows, and tell how far a fit to those is off.
