@@ -229,7 +229,7 @@ def other_tokens(folder: Path) -> Path:
     return adapter
 
 
-FACTORS = 'title = "factors"\n[[step]]\nmethod = "caldera"\nrank = 32\n'
+FACTORS = 'schema_version = 1\ntitle = "factors"\n[[step]]\nmethod = "caldera"\nrank = 32\n'
 REFUSALS = {
     "another vocabulary": (another_vocabulary, {}, "the adapter replaces whole tensors of the base"),
     "caldera": (of_family("llama"), {"recipe": FACTORS}, "low-rank factors and an adapter cannot both be kept"),
