@@ -27,7 +27,7 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 IN_REPOSITORY = re.compile(r"(?:exporter|targets|devices|tests|docs|\.ci)(?:/[\w.-]+)+")
 COMMAND = re.compile(r"^(?:\$ )?((?:edge-exporter|make|pip|python|\.venv/bin/\w+) .*)$", re.MULTILINE)
 # Programs of others, whose options are not checked.
-OTHERS = {"apt-get", "lm_eval", "ollama"}
+OTHERS = {"apt-get", "llama-cli", "lm_eval", "ollama"}
 # Words that only this project ever used, and phrases that tell how figures came about.
 PRIVATE = re.compile(
     r"\b(?:foretell\w*|foretold|evened|evening|loud\w*|heard|mend\w*|met elsewhere|lately|by turns|as ever"
