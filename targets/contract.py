@@ -311,7 +311,7 @@ def _lacking(target: Target, what: str) -> RequestError:
 
 
 def with_adapter(target: Target, model: Model, decisions: list[Decision]) -> list[Decision]:
-    """Return decisions with the factors of the adapter that a model has beside it; the same ones without an adapter.
+    """Return decisions with the factors of the adapter that a model has beside it, where they lack them.
 
     Raises:
         RequestError: the target has no place for them, or matrices have other factors.
@@ -324,7 +324,7 @@ def with_adapter(target: Target, model: Model, decisions: list[Decision]) -> lis
                 "low-rank factors and an adapter cannot both be kept beside the matrices", where=one.group.name,
                 next_step=f"choose a recipe without factors, or {MERGE_INSTEAD}",
             )  # fmt: skip
-        if rank is None:
+        if rank is None or one.adapter is not None:
             changed.append(one)
             continue
         format = target.adapter_format(model, one.group)

@@ -180,7 +180,13 @@ def resolve(job: Job, model: Model) -> ResolvedJob:
         _require_same(job.repeats, model, device)
         recipe = Recipe.of(job.repeats.recipe)
     pruned = recipe.outlined(model) if model.base is None else _beside_adapter(model.base, recipe)
-    return ResolvedJob(job, recipe, model, pruned, "estimated", target.as_stored(pruned), device, target, backend)
+    stored = target.as_stored(pruned)
+    if pruned.ranks() and not stored.model.ranks():
+        raise RequestError(
+            "the target's files hold the base in another shape than the adapter was made for", got=stored.how,
+            next_step=MERGE_INSTEAD,
+        )  # fmt: skip
+    return ResolvedJob(job, recipe, model, pruned, "estimated", stored, device, target, backend)
 
 
 def _beside_adapter(base: Model, recipe: Recipe) -> Model:

@@ -146,6 +146,7 @@ def test_the_proof_is_of_both_against_the_merged_model(bundles: dict[str, pipeli
         assert report.model.origin == f"LoRA adapter {name}, kept beside Hugging Face folder base"
         assert any("of both together against the merged model" in note for note in report.model.warnings)
         assert sum(row.format == "Q4_0+r4-F32" for row in report.tensors) == matrices
+        assert all(row.reason.count("an adapter's factors") <= 1 for row in report.tensors)
         sizes = [path.stat().st_size for path in (bundle.path / "model").glob("*.gguf")]
         assert report.size.file_bytes.value == sum(sizes)
         # Of the codes alone: the adapter would move it by more.
@@ -229,7 +230,7 @@ def other_tokens(folder: Path) -> Path:
     return adapter
 
 
-FACTORS = 'title = "factors"\n[[step]]\nmethod = "caldera"\nrank = 32\n'
+FACTORS = 'schema_version = 1\ntitle = "factors"\n[[step]]\nmethod = "caldera"\nrank = 32\n'
 REFUSALS = {
     "another vocabulary": (another_vocabulary, {}, "the adapter replaces whole tensors of the base"),
     "caldera": (of_family("llama"), {"recipe": FACTORS}, "low-rank factors and an adapter cannot both be kept"),
