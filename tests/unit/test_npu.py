@@ -12,7 +12,9 @@ from exporter.device.profile_writer import profile_toml
 from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
 from exporter.prove.arm64 import Loss
 from exporter.prove.npu import Continuation, check_accuracy, check_tokens
+from exporter.targets.artifact import Artifact
 from exporter.targets.npu import npu_target
+from exporter.targets.onnx_qdq.intake import INTAKE
 from exporter.targets.onnx_qdq.npu import qualcomm
 from exporter.targets.onnx_qdq.npu.padding import padding_token
 from exporter.targets.onnx_qdq.npu.stages import cache_length
@@ -102,6 +104,13 @@ def test_a_missing_or_other_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(qualcomm.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(MissingDependencyError, match=r"another version; got 9\.9\.9, expected 2\.7\.0; pip install"):
         qualcomm.require_installed()
+
+
+@pytest.mark.parametrize("data", [(), ("model.onnx.data", "npu/model.onnx.data")])
+def test_a_bundle_has_one_data_file(tmp_path: Path, data: tuple[str, ...]) -> None:
+    weights = tuple(tmp_path / name for name in ("model.onnx", *data))
+    with pytest.raises(InputError, match="another number of data files than one"):
+        INTAKE.admit(Artifact("onnx-qdq", tmp_path, weights), [], lambda name, most: b"", tmp_path)
 
 
 def test_limits_of_the_checks() -> None:
