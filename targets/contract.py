@@ -44,7 +44,7 @@ class Target(Protocol):
     also exports `RUNTIME`, `TEXT`, `INTAKE` and `FACTS` (`exporter.targets.runtime`, `.text`, `.intake`, `.facts`),
     unless `runtime.py`, `text.py`, `intake.py` and `target.toml` hold them, so that they load without the libraries
     that write artifacts. What it need not have is in `Budgeted`, `FormatsByBits`,
-    `exporter.targets.emulated`, `.judge`, `.memory`, `.coded_layout` and `.sources`, and in `coded.py`
+    `exporter.targets.emulated`, `.judge`, `.npu`, `.memory`, `.coded_layout` and `.sources`, and in `coded.py`
     (`CodedRuntime`).
 
     Attributes:

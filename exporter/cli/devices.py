@@ -107,6 +107,10 @@ def _facts(profile: "DeviceProfile") -> Iterator[tuple[str, str, str, str]]:
     for backend in profile.backends:
         yield backend.name, backend.processor or "", "", ""
         yield from _rows("  ", backend)
+        if (npu := backend.npu) is not None:
+            yield "  neural processor", f"{npu.vendor} {npu.soc}, {npu.architecture}", "", npu.source
+            for place, number in enumerate(npu.soc_numbers):
+                yield "  SoC number", f"{number.value}{'' if place else ', used'}", "", number.source
         for kernel in backend.kernels:
             how = {True: " repacked", False: " not repacked", None: ""}[kernel.repacked]
             yield from _rows(f"  {kernel.family}{how} {kernel.feature or ''}".rstrip() + " ", kernel)

@@ -35,7 +35,7 @@ POSITIONS, WINDOW = 256, 64
 MOST_ADDED_KL = 0.01
 # The largest KL of the original against the emulator, as a multiple of that against the same graph in float products,
 # beyond a negligible one.
-TIMES_HERE, NEGLIGIBLE_KL = 1.15, 1e-3
+TIMES_HERE, NEGLIGIBLE_KL = 1.15, 1e-4
 # Prompts below and above a window, and the tokens generated after each.
 PROMPTS, GENERATED = (5, 70), 16
 # Two tokens closer than this may change places in another arithmetic.

@@ -155,31 +155,34 @@ def test_the_same_job_gives_the_same_binaries(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def without_zero_points(graph: onnx.GraphProto) -> None:
+def without_zero_points(graph: onnx.GraphProto, folder: Path) -> None:
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) == 3 and node.name.endswith("/weight"):
             del node.input[2]
 
 
-def with_a_scale_off(graph: onnx.GraphProto) -> None:
-    """Double what the second layer's down projection gives."""
-    (node,) = (node for node in graph.node if node.name.endswith("layers.1/mlp/down_proj/output/DequantizeLinear"))
-    (scale,) = (tensor for tensor in graph.initializer if tensor.name == node.input[1])
-    twice = onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), f"{scale.name}/twice")
-    graph.initializer.append(twice)
-    node.input[1] = twice.name
+def with_scales_off(graph: onnx.GraphProto, folder: Path) -> None:
+    """Double the weights of the second layer's down projection."""
+    (node,) = (node for node in graph.node if node.name.endswith("layers.1/mlp/down_proj/weight"))
+    (scales,) = (tensor for tensor in graph.initializer if tensor.name == node.input[1])
+    twice = 2 * onnx.numpy_helper.to_array(scales, str(folder))
+    graph.initializer.append(onnx.numpy_helper.from_array(twice, f"{scales.name}/twice"))
+    node.input[1] = f"{scales.name}/twice"
 
 
 @emulated
-@pytest.mark.parametrize("fault", [None, without_zero_points, with_a_scale_off])
-def test_a_planted_fault_fails(tmp_path: Path, fault: Callable[[onnx.GraphProto], None] | None) -> None:
+@pytest.mark.parametrize("fault", [None, without_zero_points, with_scales_off])
+def test_a_planted_fault_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[onnx.GraphProto, Path], None] | None
+) -> None:
+    monkeypatch.setattr("exporter.prove.npu._generated", lambda proving, tokens: Emulation())
     artifact = made(tmp_path, type="a16w4")
     for stage in ("context", "iterator"):
         path = artifact.folder / "npu" / f"{stage}.onnx"
         model = onnx.load_model(path, load_external_data=False)
         if fault is not None:
-            fault(model.graph)
+            fault(model.graph, path.parent)
         onnx.save_model(model, path)
     emulation = proved(tmp_path, artifact)
-    assert statuses(emulation)[PLACED] == "passed"
-    assert statuses(emulation)[ACCURACY] == ("passed" if fault is None else "failed")
+    expected = "passed" if fault is None else "failed"
+    assert statuses(emulation) == {PLACED: "passed", ACCURACY: expected}
