@@ -25,7 +25,8 @@ DEPTH_OF_27B = 62
 # What it assumes where the header does not say: every sixth layer has no window; the base of the others.
 PERIOD, BASE_WITH_WINDOW = 6, 10000.0
 ACTIVATION = "gelu_pytorch_tanh"
-# ggml looks GELU up in a table of float16. The real model of 270 million parameters is 1.1e-6 nats from transformers.
+# ggml looks GELU up in a table of float16. The real model of 270 million parameters is 1.1e-6 nats from transformers on
+# text of its own; on 96 tokens of prose 3.7e-7, and 1.5e-7 where transformers rounds GELU likewise.
 ROUNDED_GELU_KL = 1e-5
 
 
