@@ -49,6 +49,15 @@ def predict(
     ] = None,
     ram: RamOption = None,
     runtime: Annotated[str, typer.Option("--runtime", help="Runtime, such as llama.cpp, Ollama or ExecuTorch.")] = "",
+    kv_bytes: Annotated[
+        int,
+        typer.Option(
+            "--kv-bytes",
+            parser=_whole,
+            help="Bytes of a token's keys and values in float16: 4 x layers x KV heads x their width. "
+            "By default, as models of that size have.",
+        ),
+    ] = 0,
     measured: MeasuredOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,7 +71,8 @@ def predict(
 
     profile = device_with(device, ram)
     length = min(context, 512) if prompt is None else prompt
-    request = checked_request(Request(file_bytes, parameters, format, backend, context, length, runtime), profile)
+    asked = Request(file_bytes, parameters, format, backend, context, length, runtime, kv_bytes_per_token=kv_bytes)
+    request = checked_request(asked, profile)
     runs = [measured_run(text, request) for text in measured or []]
     prediction = run_predict(calibrated(profile, runs, profile.name), request, memory_of(runtime, format.strip()))
     show.document(prediction.model_dump(mode="json", exclude_none=True), as_json, lambda: _show(prediction))

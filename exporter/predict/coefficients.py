@@ -27,15 +27,21 @@ class Coefficients(Document):
         spread: Kind of processor and machine -> standard deviation of a device's error in log time; `other` for kinds
             without published rows.
         family_spread: Additional standard deviation between two format families on one device.
+        program_spread: Additional standard deviation between two programs on one device.
         size_spread: Additional standard deviation per factor of e in size.
-        noise: Standard deviation of one published run.
+        noise: Kind of processor -> standard deviation of one run beside all that; `other` for the other kinds.
     """
 
     values: Mapping[str, float]
     spread: Mapping[str, float]
     family_spread: float
+    program_spread: float
     size_spread: float
-    noise: float
+    noise: Mapping[str, float]
+
+    def noise_of(self, kind: str) -> float:
+        """Return the standard deviation of one run on a kind of processor."""
+        return self.noise.get(kind, self.noise[UNKNOWN])
 
     def log_milliseconds(self, terms: Sequence[Term]) -> float:
         """Return the logarithm of the sum of terms."""

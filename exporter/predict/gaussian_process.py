@@ -12,11 +12,14 @@ from math import log, sqrt
 import numpy as np
 
 from exporter.predict.coefficients import UNKNOWN, Coefficients
+from exporter.predict.token_cost import program_of
 from exporter.predict.workload import Workload
 
 MIDDLE_BYTES, MOST_SIZE = 3e9, 3.0
 # Error that the backends of one device share through their common memory bandwidth.
 SHARED_SPREAD = 0.1
+# Runs of the same file on the same device differ by this.
+LEAST_DEVIATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Residual:
 
 def residual(work: Workload, points: Sequence[Point], fitted: Coefficients) -> Residual:
     """Return the expected error of a workload's fitted time, given any points of the same device."""
-    own = _covariance(work, work, fitted) + fitted.noise**2
+    own = _covariance(work, work, fitted)
     if not points:
         return Residual(0.0, sqrt(own))
     among = np.array([[_covariance(one.work, other.work, fitted) for other in points] for one in points])
@@ -52,16 +55,18 @@ def residual(work: Workload, points: Sequence[Point], fitted: Coefficients) -> R
     across = np.array([_covariance(work, one.work, fitted) for one in points])
     gain = np.linalg.solve(among, across)
     mean = float(gain @ [one.error for one in points])
-    return Residual(mean, sqrt(max(own - float(gain @ across), fitted.noise**2)))
+    return Residual(mean, sqrt(max(own - float(gain @ across), LEAST_DEVIATION**2)))
 
 
 def _covariance(one: Workload, other: Workload, fitted: Coefficients) -> float:
     shared = SHARED_SPREAD**2
-    if one.kind != other.kind:
+    if (one.kind, one.is_compiled) != (other.kind, other.is_compiled):
         return shared
     size = fitted.size_spread**2 * _size(one) * _size(other)
     family = fitted.family_spread**2 if one.family == other.family else 0.0
-    return shared + max(spread(one, fitted) ** 2 - shared, 0.0) + family + size
+    program = fitted.program_spread**2 if program_of(one) == program_of(other) else 0.0
+    same = fitted.noise_of(one.kind) ** 2 if one == other else 0.0
+    return shared + max(spread(one, fitted) ** 2 - shared, 0.0) + family + size + program + same
 
 
 def spread(work: Workload, fitted: Coefficients) -> float:

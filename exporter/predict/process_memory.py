@@ -26,8 +26,11 @@ def held_bytes(request: Request, memory: Memory | Peak | None = None) -> Estimat
     """
     if isinstance(memory, Peak):
         held = request.file_bytes + memory.process_bytes + memory.cache_bytes + memory.buffer_bytes
-        return _of_known_shape(held, "the file, the process, the cache and the buffers of this model")
-    cache = kv_bytes(request.parameters, request.context)
+        made = _of_known_shape(held, "the file, the process, the cache and the buffers of this model")
+        # The cache fills as the context does, and buffers of prompts are idle while tokens are generated.
+        least = request.file_bytes * LEAST_SHARE + memory.cache_bytes / 2
+        return made.model_copy(update={"low": min(made.low, least)})
+    cache = request.kv_bytes_per_token * request.context or kv_bytes(request.parameters, request.context)
     tokens = min(request.context, BUFFERS_TOKENS) / BUFFERS_TOKENS
     buffers = PROCESS_BYTES + BUFFERS_BYTES * tokens * (request.parameters / 1e9) ** BUFFERS_POWER
     return Estimate(

@@ -12,8 +12,8 @@ from exporter.predict.coefficients import Coefficients, fitted
 from exporter.predict.estimate import Estimate, lognormal
 from exporter.predict.gaussian_process import Point, residual
 from exporter.predict.request import Request
-from exporter.predict.roofline import cpu_of
-from exporter.predict.token_cost import Term, decode_terms, kv_bytes, prefill_terms
+from exporter.predict.roofline import cpu_of, cycles_of
+from exporter.predict.token_cost import Term, decode_terms, kv_bytes, prefill_terms, weight_bytes
 from exporter.predict.workload import Family, Machine, Workload, format_family
 
 TOKENS_A_SECOND = "tokens/s"
@@ -34,9 +34,10 @@ KERNELS: dict[str, Family] = {
     "f32": "float", "f16": "float", "bf16": "float", "q8": "eight", "int8": "eight", "q4": "four", "int4": "four",
     "w4a16": "four", "k": "k", "iq": "low",
 }  # fmt: skip
-# A prompt of 4096 tokens ran at 0.64 of the prefill speed of 512 with 10^9 weights, and at 0.79 with 3 x 10^9.
-# Attention grows with the prompt, and is a smaller share of a larger model (Dragon Q8B, CIX P1, i5-4278U; llama.cpp).
-USUAL_PROMPT, SAG, SAG_TOKENS, SAG_POWER = 512, 0.56, 4096 - 512, -0.67
+# A prompt of 4096 tokens ran at 0.64 of the prefill speed of 512 with 10^9 weights, and at 0.79 with 3 x 10^9 (Dragon
+# Q8B, CIX P1, i5-4278U; llama.cpp); at 0.36 to 0.68 with 4 x 10^9 and at 0.25 to 0.75 with 0.6 x 10^9 (CPUs and Hexagon
+# of Snapdragons; qualcomm/ai-hub-models). Attention grows with the prompt, and is a smaller share of a larger model.
+USUAL_PROMPT, SAG, SAG_TOKENS, SAG_POWER = 512, 0.85, 4096 - 512, -0.2
 SAG_DEVIATION = 0.3
 
 
@@ -57,6 +58,7 @@ def workload(profile: DeviceProfile, request: Request) -> Workload:
         backend=request.backend,
         machine=_machine(profile),
         bandwidth_bytes_per_s=peak.value,
+        cycles_per_s=cycles_of(profile),
         products_per_s=cpu_of(profile).products_per_s,
         has_integer_dot=bool(INTEGER_DOT & set(profile.isa.features)),
         format=request.format,
@@ -65,6 +67,8 @@ def workload(profile: DeviceProfile, request: Request) -> Workload:
         context=request.context,
         runtime=request.runtime,
         peak_operations_per_s=operations.value if operations else 0.0,
+        processor=(own and own.processor) or "",
+        kv_bytes_per_token=request.kv_bytes_per_token,
     )
 
 
@@ -160,7 +164,7 @@ def _bandwidth_points(profile: DeviceProfile, work: Workload, model: Coefficient
     usable = own and own.usable_bandwidth_bytes_per_s
     if usable and usable.basis != "estimated":
         reading, *others = decode_terms(work)
-        known = Term(reading.milliseconds * work.bandwidth_bytes_per_s / usable.value, {})
+        known = Term(1e3 * weight_bytes(work) / usable.value, {})
         error = model.log_milliseconds([known, *others]) - model.log_milliseconds([reading, *others])
         yield Point(work, error, BANDWIDTH_NOISE)
 

@@ -9,7 +9,7 @@ from exporter.foundation.errors import RequestError
 from exporter.predict.workload import backend_name, format_family
 
 MOST_BYTES, MOST_PARAMETERS, MOST_CONTEXT = 1 << 42, 10**13, 1 << 24
-LEAST_BYTES, LEAST_PARAMETERS = 1 << 20, 10**6
+LEAST_BYTES, LEAST_PARAMETERS, MOST_KV_BYTES = 1 << 20, 10**6, 1 << 26
 LEAST_BITS, MOST_BITS = 0.5, 40.0
 
 
@@ -26,6 +26,8 @@ class Request:
         prompt: Prompt tokens, for the time to the first token.
         runtime: Name of the runtime; empty for llama.cpp or a similar one.
         active: Share of the weights that a token uses: less than 1 for a model with experts.
+        kv_bytes_per_token: Bytes of the float16 keys and values of one token; zero for as many as models of that size
+            have.
     """
 
     file_bytes: int
@@ -36,6 +38,7 @@ class Request:
     prompt: int = 512
     runtime: str = ""
     active: float = 1.0
+    kv_bytes_per_token: int = 0
 
 
 def is_predictable(file_bytes: int, parameters: int) -> bool:
@@ -55,6 +58,7 @@ def checked_request(request: Request, profile: DeviceProfile) -> Request:
         ("the parameters", request.parameters, LEAST_PARAMETERS, MOST_PARAMETERS),
         ("the context", request.context, 1, MOST_CONTEXT),
         ("the prompt", request.prompt, 1, MOST_CONTEXT),
+        ("the bytes of a token's keys and values", request.kv_bytes_per_token, 0, MOST_KV_BYTES),
     ):
         if not low <= value <= high:
             raise RequestError(f"{what} cannot be so many", got=f"{value:,}", expected=f"{low:,} to {high:,}")

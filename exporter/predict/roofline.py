@@ -84,10 +84,15 @@ def timed_throughputs(timed: TimedKernels, reference: str) -> tuple[Cpu, dict[st
 
 def cpu_of(device: DeviceProfile) -> Cpu:
     """Return the speeds of a device's CPU with the profile's threads on its fastest cores."""
+    rate = next((rate for feature, rate in PRODUCTS_A_CYCLE.items() if feature in device.isa.features), SLOWEST)
+    return Cpu(device.cpu_bandwidth.value, rate * cycles_of(device))
+
+
+def cycles_of(device: DeviceProfile) -> float:
+    """Return the cycles per second of the fastest cores that the profile's threads run on, together."""
     left, cycles = device.threads.count, 0.0
     for cluster in device.clusters:
         used = min(left, cluster.cores)
         cycles += used * cluster.clock_ghz.value * 1e9
         left -= used
-    rate = next((rate for feature, rate in PRODUCTS_A_CYCLE.items() if feature in device.isa.features), SLOWEST)
-    return Cpu(device.cpu_bandwidth.value, rate * cycles)
+    return cycles

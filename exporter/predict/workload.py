@@ -24,14 +24,16 @@ ALIASES: dict[str, BackendName] = {
     "npu:qnn": "npu:htp", "ane": "npu:ane", "npu:coreml": "npu:ane", "openvino": "npu:openvino", "rknn": "npu:rknn",
 }  # fmt: skip
 
+# Formats of GGUF files.
+GGUF = r"(UD-)?(I?Q\d_|TQ\d_|MXFP4)"
 # The first match is used. A suffix of a name (a group size, a mix's letter) does not change its kernels.
 FORMATS: tuple[tuple[str, Family, str], ...] = (
     (r"(B?F16|F32|FP16|FP32)\b", "float", "F32, F16, BF16"),
-    (r"(Q8_|INT8\b|Q8\b|8-BIT|FP8|A(8|16)W8|W8A(8|16))", "eight", "Q8_0, int8, fp8, a8w8, a16w8"),
+    (r"(Q8_|(DYNAMIC_)?INT8\b|Q8\b|8-BIT|FP8|A(8|16)W8|W8A(8|16))", "eight", "Q8_0, int8, dynamic_int8, fp8, a8w8"),
     (r"(UD-)?(Q[456]_K|IQ4_)", "k", "Q4_K, Q5_K, Q6_K and their mixes (_S, _M, _L), IQ4_NL, IQ4_XS"),
     (r"(UD-)?(Q[23]_K|IQ[123]_|TQ[12]_|Q[123]_0|INT[23]\b)", "low", "Q2_K, Q3_K, IQ1_S to IQ3_M, TQ1_0, TQ2_0, int2"),
-    (r"(Q[45]_[01]|INT4\b|W4A(8|16)|A(8|16)W4|8DA4W|MXFP4|NVFP4|Q4F16|4-BIT|Q4\b|AWQ|GPTQ|SPINQUANT)", "four",
-     "Q4_0, Q4_1, Q5_0, Q5_1, int4, w4a16, 8da4w, MXFP4"),
+    (r"(Q[45]_[01]|(DYNAMIC_)?INT4(\b|_)|W4A(8|16)|A(8|16)W4|8DA4W|MXFP4|NVFP4|Q4F16|4-BIT|Q4\b|AWQ|GPTQ|SPINQUANT)",
+     "four", "Q4_0, Q4_0_4_8, Q4_1, Q5_0, Q5_1, int4, w4a16, 8da4w, MXFP4"),
 )  # fmt: skip
 
 
@@ -43,6 +45,7 @@ class Workload:
         backend: The processor and its interface.
         machine: The kind of machine.
         bandwidth_bytes_per_s: Peak bandwidth of the memory.
+        cycles_per_s: Cycles per second of the CPU cores in use, together; zero if unknown.
         products_per_s: Multiply-adds per second of the CPU's best 4-bit kernels in prefill; zero if unknown.
         has_integer_dot: Whether the CPU multiplies bytes four at a time (dotprod, i8mm, VNNI, AVX2).
         format: Format of the weights.
@@ -51,11 +54,14 @@ class Workload:
         context: Tokens in the cache while a token is generated.
         runtime: Name of the runtime; empty if unknown.
         peak_operations_per_s: Peak of a neural processor from its data sheet; zero if unknown.
+        processor: Name of the processor, such as `Hexagon v73` or `Intel Arc`; empty if unknown.
+        kv_bytes_per_token: Bytes of the float16 keys and values of one token; zero if unknown.
     """
 
     backend: str
     machine: Machine
     bandwidth_bytes_per_s: float
+    cycles_per_s: float
     products_per_s: float
     has_integer_dot: bool
     format: str
@@ -64,6 +70,8 @@ class Workload:
     context: int = 64
     runtime: str = ""
     peak_operations_per_s: float = 0.0
+    processor: str = ""
+    kv_bytes_per_token: int = 0
 
     @property
     def kind(self) -> Kind:
@@ -71,6 +79,21 @@ class Workload:
         kind = KINDS.get(self.backend) or KINDS[self.backend.split(":")[0]]
         # Phone and PC GPUs differ more than their interfaces.
         return "opencl" if kind == "gpu" and self.machine in ("phone", "board") else kind
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a neural processor runs one compiled graph, instead of an operation at a time as llama.cpp's."""
+        return self.kind == "npu" and "llama" not in self.runtime.lower() and not re.match(GGUF, self.format.upper())
+
+    @property
+    def is_intel(self) -> bool:
+        """Whether the processor is one of Intel's GPUs."""
+        return bool(re.match(r"Intel|Iris|Arc", self.processor))
+
+    @property
+    def is_early_apple_gpu(self) -> bool:
+        """Whether the processor is a GPU before Apple's ninth family: M1, M2, A16 and before."""
+        return bool(re.match(r"(Apple )?(M[12]|A1[0-6])\b", self.processor))
 
     @property
     def family(self) -> Family:

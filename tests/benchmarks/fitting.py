@@ -7,7 +7,7 @@ A chip with many rows counts as the root of their number, so that no device deci
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
@@ -16,23 +16,27 @@ from numpy.typing import NDArray
 
 import exporter.predict
 from exporter.predict.coefficients import FILE, UNKNOWN, Coefficients, Part
-from exporter.predict.token_cost import Term, decode_terms, prefill_terms
+from exporter.predict.estimate import EIGHTY_PERCENT
+from exporter.predict.token_cost import Term, decode_terms, prefill_terms, program_of
 from exporter.predict.workload import Workload
 from tests.benchmarks.published import Row, log_milliseconds, published
 
 Array = NDArray[np.float64]
 PARTS: tuple[Part, ...] = ("decode", "prefill")
 # Errors are counted in these, and a chip's rows as so many; ten steps suffice from any start.
-NOISE, ROWS_OF_A_SOC, STEPS = 0.3, 3.0, 20
+NOISE, ROWS_OF_A_SOC, STEPS = 0.2, 3.0, 20
 
 # How far devices are off: what is expected of a kind of processor of which nothing is known, counted as so many chips,
 # and what two formats, two sizes and two runs of one device differ by beside that.
-SPREADS_OF_UNKNOWN: dict[Part, float] = {"decode": 0.33, "prefill": 0.8}
+SPREADS_OF_UNKNOWN: dict[Part, float] = {"decode": 0.3, "prefill": 0.8}
 UNKNOWN_SOCS = 4.0
-FAMILY_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.3}
+FAMILY_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.2}
+PROGRAM_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.15}
 SIZE_SPREAD: dict[Part, float] = {"decode": 0.05, "prefill": 0.15}
 RUN_NOISE: dict[Part, float] = {"decode": 0.05, "prefill": 0.12}
-LEAST_SPREAD = 0.05
+LEAST_SPREAD, LEAST_NOISE = 0.05, 0.03
+# One chip that is off by more does not widen the intervals of all others.
+MOST_SPREAD: dict[Part, float] = {"decode": 0.5, "prefill": 1.2}
 
 # What is expected of a coefficient before a row is read, and how far it may be off. The first that fits counts.
 DECODE_PRIORS: tuple[tuple[str, float, float], ...] = (
@@ -40,23 +44,37 @@ DECODE_PRIORS: tuple[tuple[str, float, float], ...] = (
     (r"reading cpu without dot", log(2), 0.3),  # the arithmetic of 4-bit weights without dot products binds
     (r"reading opencl k", 0.35, 0.2),  # "not optimized" and
     (r"reading opencl low", 0.7, 0.3),  # not supported, by llama.cpp's docs/backend/OPENCL.md
+    (r"reading intel vulkan", log(2), 0.3),
+    (r"reading intel$", log(1.2), 0.2),
+    (r"reading npu by operations", 0.1, 0.3),
+    (r"cache npu by operations", log(2), 0.5),
+    (r"reading hexagon v73", 0.3, 0.2),
+    (r"cache cpu", -0.4, 0.7),
+    (r"cache$", log(2), 0.5),
+    (r"cache", 0.0, 0.3),
+    (r"reading npu$", -0.35, 0.2),
+    (r"reading npu \w+$", 0.0, 0.15),
     (r"reading cpu \w+$", 0.0, 0.15),
-    (r"reading metal k", 0.0, 0.2),
+    (r"reading metal k", 0.1, 0.1),
     (r"reading (float|eight|four|k|low)$", 0.0, 0.05),
-    (r"reading \w+$", 0.0, 0.2),
+    (r"reading [\w:]+$", 0.0, 0.2),
     (r"bandwidth cpu", 0.0, 0.3),
     (r"bandwidth gpu", 0.0, 0.1),
-    (r"bandwidth metal k", 0.0, 0.6),
+    (r"bandwidth npu", 0.1, 0.1),
+    (r"bandwidth metal k", 0.08, 0.2),
+    (r"fixed npu$", log(4), 0.3),  # 4 ms for the launches of a graph on Hexagon
+    (r"fixed npu:rknn", log(1.5), 0.5),  # what the chip's small cores do
     (r"fixed size", 0.25, 0.05),  # layers grow more slowly than weights
     (r"fixed cpu bandwidth", -0.5, 0.1),  # quicker processors come with quicker memory
     (r"fixed$", log(1.0), 0.7),
-    (r"fixed \w+$", 0.0, 0.5),
-    (r"working cpu phone", log(4), 0.4),  # few fast cores: 4 ms for 10^9 weights
-    (r"working cpu bandwidth", -0.25, 0.1),
+    (r"fixed .+$", 0.0, 0.5),
+    (r"working cpu phone", log(1.5), 0.4),
+    (r"working npu$", -1.0, 0.7),
     (r"working", 0.0, 0.7),
     (r"runtime executorch", -0.15, 0.15),  # its files hold an embedding that is looked up, not read
-    (r"runtime llama.rn", 0.15, 0.1),  # an app, and a terminal, share the phone with all else that it does
+    (r"runtime llama.rn", 0.2, 0.1),  # an app, and a terminal, share the phone with all else that it does
     (r"runtime termux", 0.15, 0.15),
+    (r"runtime qnn context", 0.15, 0.15),  # binaries of an older toolchain
     (r"runtime", 0.0, 0.15),
 )
 PREFILL_PRIORS: tuple[tuple[str, float, float], ...] = (
@@ -65,8 +83,11 @@ PREFILL_PRIORS: tuple[tuple[str, float, float], ...] = (
     (r"prompt \w+ (float|eight|four|k|low)$", 0.0, 0.3),
     (r"prompt gpu bandwidth", 0.0, 0.3),
     (r"prompt npu size", -0.4, 0.3),
+    (r"prompt npu by operations", log(3), 0.5),
+    (r"prompt hexagon v73", 0.4, 0.4),
+    (r"prompt intel vulkan", log(4), 0.5),
     (r"prompt runtime", 0.0, 0.3),
-    (r"prompt \w+$", 0.0, 1.0),
+    (r"prompt [\w:]+$", 0.0, 1.0),
     (r"prompt", 0.0, 0.4),
 )
 
@@ -151,47 +172,89 @@ class HeldOut:
     fitted: Coefficients
 
 
-def held_out(found: Sequence[Sample], part: Part) -> list[HeldOut]:
-    """Return each sample as predicted from all chips but its own, spreads of errors included."""
-    values = {soc: fit([sample for sample in found if sample.soc != soc], part) for soc in {s.soc for s in found}}
-    bare = {soc: _coefficients(part, one, {UNKNOWN: 0.0}) for soc, one in values.items()}
-    errors = [sample.log_time - bare[sample.soc].log_milliseconds(sample.terms) for sample in found]
-    spreads = {soc: _spreads(found, errors, part, soc) for soc in values}
-    full = {soc: _coefficients(part, values[soc], spreads[soc]) for soc in values}
-    return [HeldOut(sample, error, full[sample.soc]) for sample, error in zip(found, errors, strict=True)]
+def held_out(
+    found: Sequence[Sample], part: Part, apart: Callable[[Sample], str] = lambda one: one.soc
+) -> list[HeldOut]:
+    """Return each sample as predicted from all that are not put with it, spreads of errors included."""
+    sets = {apart(sample) for sample in found}
+    values = {name: fit([sample for sample in found if apart(sample) != name], part) for name in sorted(sets)}
+    bare = {name: _coefficients(part, one, {UNKNOWN: 0.0}, {UNKNOWN: 0.0}) for name, one in values.items()}
+    tried = [
+        HeldOut(one, one.log_time - bare[apart(one)].log_milliseconds(one.terms), bare[apart(one)]) for one in found
+    ]
+    full = {}
+    for name, own in values.items():
+        others = [one for one in tried if apart(one.sample) != name]
+        full[name] = _with_errors(part, own, others)
+    return [replace(one, fitted=full[apart(one.sample)]) for one in tried]
 
 
 def fitted_to(found: Sequence[Sample], part: Part) -> Coefficients:
     """Return what ships: coefficients from all chips, and spreads from the errors of each left out."""
-    errors = [one.error for one in held_out(found, part)]
-    return _coefficients(part, fit(found, part), _spreads(found, errors, part, left_out=""))
+    return _with_errors(part, fit(found, part), held_out(found, part))
 
 
-def _spreads(found: Sequence[Sample], errors: Sequence[float], part: Part, left_out: str) -> dict[str, float]:
+def _with_errors(part: Part, values: Mapping[str, float], tried: Sequence[HeldOut]) -> Coefficients:
+    noise = _noise(tried, part)
+    return _coefficients(part, values, _spreads(tried, part, noise), noise)
+
+
+def _spreads(tried: Sequence[HeldOut], part: Part, noise: Mapping[str, float]) -> dict[str, float]:
     """Return the root of the mean square error by kind of processor, drawn to what is expected of an unknown one."""
     squares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for sample, error in zip(found, errors, strict=True):
-        if sample.soc != left_out:
-            for name in (sample.work.kind, f"{sample.work.kind} {sample.work.machine}"):
-                squares[name][sample.soc].append(error**2)
+    for one in tried:
+        work = one.sample.work
+        for name in (work.kind, f"{work.kind} {work.machine}"):
+            squares[name][one.sample.soc].append(one.error**2)
     means = {UNKNOWN: SPREADS_OF_UNKNOWN[part] ** 2}
     for name, by_soc in sorted(squares.items()):
         # A kind of processor is drawn to the unknown one, and one in a kind of machine to its kind.
         expected = means.get(name.split()[0], means[UNKNOWN])
         weights = [len(one) ** 0.5 for one in by_soc.values()]
-        total = sum(weight * float(np.mean(one)) for weight, one in zip(weights, by_soc.values(), strict=True))
+        typical = [min(float(np.mean(one)), MOST_SPREAD[part] ** 2) for one in by_soc.values()]
+        total = sum(weight * square for weight, square in zip(weights, typical, strict=True))
         means[name] = (total + UNKNOWN_SOCS * expected) / (sum(weights) + UNKNOWN_SOCS)
-    beside = FAMILY_SPREAD[part] ** 2 + RUN_NOISE[part] ** 2
-    return {name: max(mean - beside, LEAST_SPREAD**2) ** 0.5 for name, mean in means.items()}
+    beside = {
+        name: FAMILY_SPREAD[part] ** 2 + PROGRAM_SPREAD[part] ** 2 + noise.get(name.split()[0], noise[UNKNOWN]) ** 2
+        for name in means
+    }
+    return {name: max(mean - beside[name], LEAST_SPREAD**2) ** 0.5 for name, mean in means.items()}
 
 
-def _coefficients(part: Part, values: Mapping[str, float], spreads: Mapping[str, float]) -> Coefficients:
+def _noise(tried: Sequence[HeldOut], part: Part) -> dict[str, float]:
+    """Return by how much the errors of runs with one device, program and family of formats differ, by processor."""
+    groups: dict[str, dict[tuple[str, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for one in tried:
+        work = one.sample.work
+        groups[work.kind][one.sample.soc, work.backend, str(work.is_compiled), work.family, *program_of(work)].append(
+            one.error
+        )
+    expected, noise = RUN_NOISE[part], {UNKNOWN: RUN_NOISE[part]}
+    for kind, by_group in sorted(groups.items()):
+        several = [errors for errors in by_group.values() if len(errors) > 1]
+        # 80 % of two runs' differences are within as many deviations of a normal distribution; outliers count little.
+        wide = [
+            float(np.quantile([abs(a - b) for at, a in enumerate(errors) for b in errors[:at]], 0.8))
+            for errors in several
+        ]
+        weights = [len(errors) ** 0.5 for errors in several]
+        squares = sum(w * (one / EIGHTY_PERCENT) ** 2 / 2 for w, one in zip(weights, wide, strict=True))
+        square = (squares + UNKNOWN_SOCS * expected**2) / (sum(weights) + UNKNOWN_SOCS)
+        # What sizes differ by has a term of its own.
+        noise[kind] = max(square - SIZE_SPREAD[part] ** 2, LEAST_NOISE**2) ** 0.5
+    return noise
+
+
+def _coefficients(
+    part: Part, values: Mapping[str, float], spreads: Mapping[str, float], noise: Mapping[str, float]
+) -> Coefficients:
     return Coefficients(
         values=values,
         spread=spreads,
         family_spread=FAMILY_SPREAD[part],
+        program_spread=PROGRAM_SPREAD[part],
         size_spread=SIZE_SPREAD[part],
-        noise=RUN_NOISE[part],
+        noise=noise,
     )
 
 
@@ -205,8 +268,8 @@ def document() -> str:
     for part in PARTS:
         one = fitted_to(samples(rows, part), part)
         lines += ["", f"[{part}]"]
-        lines += [f"{key} = {getattr(one, key):g}" for key in ("family_spread", "size_spread", "noise")]
-        for key in ("values", "spread"):
+        lines += [f"{key} = {getattr(one, key):g}" for key in ("family_spread", "program_spread", "size_spread")]
+        for key in ("values", "spread", "noise"):
             lines += ["", f"[{part}.{key}]"]
             lines += [f'"{name}" = {number:.4f}' for name, number in getattr(one, key).items()]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,7 @@ BITS = {"float": 16.0, "eight": 8.5, "k": 4.9, "four": 4.6, "low": 3.0}
 # One chip goes by several names; a variant of its clock or its package is the same chip.
 SAME_SOC = {
     "CIX P1": "CIX CP8180", "Arrow/Lunar Lake Arc": "Lunar Lake",
-    "Snapdragon 8 Gen 3 / Exynos 2400": "Snapdragon 8 Gen 3",
+    "Snapdragon 8 Gen 3 / Exynos 2400": "Snapdragon 8 Gen 3", "Tiger Lake AVX512-VNNI": "Tiger Lake",
 }  # fmt: skip
 # Rows collected after the coefficients of the first 190 had been fitted. Those held back are in no fit: they are of
 # the same sources and devices as other rows, and tell how far a fit to those is off.
@@ -40,6 +40,26 @@ CPUS = {
     "Snapdragon 865": ("dotprod", 2.8 + 3 * 2.4), "Snapdragon X Elite": ("i8mm", 10 * 3.4),
     "Snapdragon X2 Elite": ("i8mm", 12 * 4.4), "Strix Halo": ("avx512-vnni", 16 * 5.0),
     "Strix Point": ("avx512-vnni", 4 * 5.1 + 8 * 3.3),
+}  # fmt: skip
+# What the speed of a backend depends on beside its bandwidth: generations of Hexagon by llama.cpp's
+# docs/backend/snapdragon and qualcomm/ai-hub-models, and operations per second of neural processors by their profiles.
+PROCESSORS = {
+    ("npu", "Qualcomm QCS9075"): "Hexagon v73", ("npu", "Snapdragon X Elite"): "Hexagon v73",
+    ("npu", "Snapdragon 8 Gen 3"): "Hexagon v75", ("npu", "Snapdragon 8 Elite"): "Hexagon v79",
+    ("npu", "Snapdragon 8 Elite Gen 5"): "Hexagon v81", ("npu", "Snapdragon X2 Elite"): "Hexagon v81",
+    **{("gpu", f"{name} Lake"): "Intel" for name in ("Lunar", "Meteor", "Panther", "Tiger")},
+}  # fmt: skip
+OPERATIONS = {"RK3588": 6e12, "RK3576": 6e12, "Lunar Lake": 48e12, "Meteor Lake": 11e12}
+VENDORS = (
+    (r"Apple|^A1\d", "Apple"), (r"Snapdragon|Qualcomm", "Qualcomm"), (r"^BCM", "Broadcom"), (r"^RK", "Rockchip"),
+    (r"Strix|Ryzen|Raphael", "AMD"), (r"Lake|Core|Intel", "Intel"), (r"Orin|Thor", "NVIDIA"), (r"^CIX", "CIX"),
+)  # fmt: skip
+# KiB of a token's keys and values in float16, of models that were run with a full cache: 2 x 2 bytes x layers x heads
+# of keys x their width, from their config.json.
+KV_KIB = {
+    "Falcon3 7B": 112, "Granite 3.1 8B": 160, "Llama 3 8B": 128, "Llama 3.1 8B": 128, "Llama 3.2 1B": 32,
+    "Llama 3.2 3B": 112, "Mistral 7B": 128, "Phi-3.5 mini": 384, "Phi-4 mini": 128, "Qwen2 7B": 56, "Qwen3 0.6B": 112,
+    "Qwen3 4B": 144, "Qwen3 8B": 144, "Qwen3-VL 4B": 144,
 }  # fmt: skip
 
 
@@ -76,17 +96,17 @@ def published() -> list[Row]:
 
     These are of dense models that fit their device's memory, with the size of the file and the bandwidth known.
     """
-    return [row for row in _rows() if row.number < FIRST_OF_LATER]
-
-
-def published_later() -> list[Row]:
-    """Return the rows of the same kind that were collected later."""
-    return [row for row in _rows() if row.number >= FIRST_OF_LATER and row.number not in HELD_BACK]
+    return [row for row in _rows() if row.number not in HELD_BACK]
 
 
 def held_back() -> list[Row]:
     """Return the rows of the same kind that are in no fit."""
     return [row for row in _rows() if row.number in HELD_BACK]
+
+
+def vendor(soc: str) -> str:
+    """Return who makes a chip."""
+    return next((name for pattern, name in VENDORS if re.search(pattern, soc)), soc)
 
 
 def _rows() -> list[Row]:
@@ -110,10 +130,13 @@ def _row(line: dict[str, str]) -> Row:
     size = float(line["file_size_gib"]) * GIB
     parameters = float(line["params_b"]) * 1e9 if line["params_b"] else 8 * size / BITS[format_family(name)]
     isa, cycles = CPUS.get(soc, ("neon", 0.0))
+    backend = backend_name(line["backend"].replace("cpu/igpu n/s", "cpu"))
+    side = backend.split(":")[0]
     work = Workload(
-        backend=backend_name(line["backend"].replace("cpu/igpu n/s", "cpu")),
+        backend=backend,
         machine=_machine(line["device_class"]),
         bandwidth_bytes_per_s=1e9 * float(line["peak_bw_gb_s"]),
+        cycles_per_s=1e9 * cycles,
         products_per_s=1e9 * cycles * PRODUCTS_A_CYCLE[isa],
         has_integer_dot=isa != "neon",
         format=name,
@@ -121,6 +144,9 @@ def _row(line: dict[str, str]) -> Row:
         parameters=parameters,
         context=_context(line["gen_test"]),
         runtime=line["runtime"],
+        peak_operations_per_s=OPERATIONS.get(soc, 0.0) if side == "npu" else 0.0,
+        processor=PROCESSORS.get((side, soc), soc if side == "gpu" else ""),
+        kv_bytes_per_token=1024 * next((kib for name, kib in KV_KIB.items() if line["model"].startswith(name)), 0),
     )
     decode, prefill = (float(line[key] or 0) for key in ("gen_tok_s", "prompt_tok_s"))
     prefill *= slowdown(parameters, _prompt(line["prompt_test"]))

@@ -6,7 +6,7 @@ back, with the coefficients that ship.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 
 import numpy as np
@@ -14,8 +14,9 @@ import numpy as np
 from exporter.predict.coefficients import Part, fitted
 from exporter.predict.estimate import EIGHTY_PERCENT
 from exporter.predict.gaussian_process import Point, residual
+from exporter.predict.rates import MEASURED_NOISE
 from tests.benchmarks.fitting import HeldOut, held_out, samples
-from tests.benchmarks.published import Row, held_back, published, published_later
+from tests.benchmarks.published import FIRST_OF_LATER, Row, held_back, published, vendor
 
 # A device counts with a measured point where it has so many other rows.
 OTHERS_FOR_DECODE, OTHERS_FOR_PREFILL = 2, 1
@@ -85,6 +86,12 @@ def _share(row: Row) -> float:
     return row.decode * row.work.file_bytes / row.work.bandwidth_bytes_per_s
 
 
+def by_vendor(tried: Trial) -> Trial:
+    """Predict the same speeds from the rows of all vendors of chips but its own."""
+    found = [one.sample for one in tried.held]
+    return replace(tried, held=held_out(found, tried.part, lambda one: vendor(one.soc)))
+
+
 def from_one_point(
     tried: Trial, of: Callable[[Row], Hashable], others: int, wanted: Callable[[Row], bool] = lambda row: True
 ) -> list[Scored]:
@@ -100,7 +107,7 @@ def from_one_point(
                 for known in group:
                     if known != place:
                         point = tried.held[known]
-                        measured = Point(point.sample.work, point.error, point.fitted.noise)
+                        measured = Point(point.sample.work, point.error, MEASURED_NOISE)
                         scored.append(_scored(tried.rows[place], tried.held[place], [measured], weight))
     return scored
 
@@ -142,36 +149,45 @@ def _scored(row: Row, one: HeldOut, points: Sequence[Point], weight: float = 1.0
 
 
 def factor(scored: Sequence[Scored]) -> float:
-    """Return the median of predicted over published speed, or its inverse where that is above 1."""
+    """Return the median of predicted and published speed, the larger over the smaller."""
     return float(np.median([max(one.predicted, 1 / one.predicted) for one in scored]))
 
 
 def table() -> str:
-    """Return the scores of rows published later and of rows held back, as a table in Markdown."""
-    later = published_later()
-    groups: list[tuple[str, list[Row]]] = [("published later", later)]
-    groups += [(f"of these: {kind}", [row for row in later if row.work.kind == kind]) for kind in _kinds(later)]
-    lines = ["| speed | rows | known | number | median error | 90th percentile | median factor | within 80 % |"]
-    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    """Return the scores by what a prediction has not seen, as a table in Markdown."""
+    lines = ["| speed | rows | not seen | known | number | median error | 90th percentile | factor | within 80 % |"]
+    lines += ["| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for part, of, others in (("decode", of_device, OTHERS_FOR_DECODE), ("prefill", of_kernels, OTHERS_FOR_PREFILL)):
-        everything = shipped(part, [*published(), *published_later(), *held_back()])
-        for name, rows in [*groups, ("held back", held_back())]:
-            facts = from_facts(shipped(part, rows))
-            point = from_one_point(everything, of, others, set(rows).__contains__)
-            for known, scored in (("facts", facts), ("one run", point)):
-                lines += [_line(part, name, known, scored)] if scored else []
+        chip = trial(part)
+        for unseen, tried in (("chip", chip), ("vendor", by_vendor(chip))):
+            facts, point = from_facts(tried), from_one_point(tried, of, others)
+            for name, wanted in GROUPS.items() if unseen == "chip" else [("all", GROUPS["all"])]:
+                for known, scored in (("facts", facts), ("one run", point)):
+                    own = [one for one in scored if wanted(one.row)]
+                    lines += [_line(part, name, unseen, known, own)] if own else []
+        kept = set(held_back())
+        seen = shipped(part, [*published(), *held_back()])
+        facts = [one for one in from_facts(seen) if one.row in kept]
+        lines.append(_line(part, "held back", "row", "facts", facts))
+        lines.append(_line(part, "held back", "row", "one run", from_one_point(seen, of, others, kept.__contains__)))
     return "\n".join(lines)
 
 
-def _kinds(rows: Iterable[Row]) -> list[str]:
-    return sorted({row.work.kind for row in rows})
+GROUPS: dict[str, Callable[[Row], bool]] = {
+    "all": lambda row: True,
+    "collected first": lambda row: row.number < FIRST_OF_LATER,
+    "collected later": lambda row: row.number >= FIRST_OF_LATER,
+    "neural processors": lambda row: row.work.kind == "npu",
+    "Hexagon, w4a16": lambda row: row.work.backend == "npu:htp" and row.work.is_compiled,
+    "Intel's GPUs": lambda row: row.work.kind == "gpu" and row.work.is_intel,
+}
 
 
-def _line(part: str, name: str, known: str, scored: Sequence[Scored]) -> str:
+def _line(part: str, name: str, unseen: str, known: str, scored: Sequence[Scored]) -> str:
     number = len({one.row.number for one in scored})
     errors = " | ".join(f"{quantile(scored, share):.1%}" for share in (0.5, 0.9))
     inside = f"{factor(scored):.2f} | {coverage(scored):.0%}"
-    return f"| {part} | {name} | {known} | {number} | {errors} | {inside} |"
+    return f"| {part} | {name} | {unseen} | {known} | {number} | {errors} | {inside} |"
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import exporter.predict
 from exporter.device.profile import DeviceProfile, device_names, load_device
 from exporter.device.profile_writer import profile_toml
 from exporter.foundation.errors import RequestError
+from exporter.predict import prediction
 from exporter.predict.coefficients import FILE, Coefficients, fitted
 from exporter.predict.estimate import Estimate
 from exporter.predict.gaussian_process import Point, residual
 from exporter.predict.measured_runs import calibrated, measured_run, write_profile
+from exporter.predict.peak_memory import Peak, Weights
 from exporter.predict.prediction import Prediction
 from exporter.predict.request import Request
 from exporter.predict.threads import threads
@@ -28,6 +30,7 @@ from tests.benchmarks.scores import (
     OTHERS_FOR_DECODE,
     OTHERS_FOR_PREFILL,
     coverage,
+    factor,
     from_facts,
     from_one_point,
     of_device,
@@ -58,10 +61,12 @@ def bare(name: str) -> DeviceProfile:
 def test_decoding_is_near_what_was_published_for_chips_not_seen() -> None:
     tried = trial("decode")
     facts, point = from_facts(tried), from_one_point(tried, of_device, OTHERS_FOR_DECODE)
-    assert len(facts) == 190
-    assert quantile(facts, 0.5) <= 0.15 and quantile(facts, 0.9) <= 0.45
-    assert quantile(point, 0.5) <= 0.05 and quantile(point, 0.9) <= 0.18
-    assert 0.75 <= coverage(facts) <= 0.90 and 0.75 <= coverage(point) <= 0.90
+    assert len(facts) == 372
+    assert quantile(facts, 0.5) <= 0.10 and quantile(facts, 0.9) <= 0.36
+    assert quantile(point, 0.5) <= 0.065 and quantile(point, 0.9) <= 0.24
+    assert 0.76 <= coverage(facts) <= 0.88 and 0.76 <= coverage(point) <= 0.88
+    neural = [one for one in facts if one.row.work.kind == "npu"]
+    assert len(neural) == 113 and factor(neural) <= 1.15
 
 
 def test_prefill_is_near_what_was_published_with_one_point_of_the_same_kernels() -> None:
@@ -84,8 +89,9 @@ def test_one_chip_has_one_name() -> None:
 
 def test_the_time_is_a_sum_of_terms_with_named_coefficients() -> None:
     made = Coefficients(
-        values={"a": 1.0, "b": -1.0}, spread={"other": 0.3}, family_spread=0.1, size_spread=0.1, noise=0.1
-    )
+        values={"a": 1.0, "b": -1.0}, spread={"other": 0.3}, family_spread=0.1, program_spread=0.1, size_spread=0.1,
+        noise={"other": 0.1},
+    )  # fmt: skip
     terms = [Term(2.0, {"a": 1.0, "b": 1.0}), Term(3.0, {"unknown": 5.0})]
     assert made.log_milliseconds(terms) == pytest.approx(1.6094379124341003)  # log(2 + 3)
 
@@ -131,6 +137,29 @@ def test_a_small_neural_processor_reads_prompts_within_its_data_sheet() -> None:
     assert 2 * asked.parameters * predict(rock, asked).prefill_tokens_per_s.high < peak.value
 
 
+def test_a_neural_processor_is_slowed_by_a_full_cache_and_by_single_operations() -> None:
+    phone = bare("galaxy-s25")
+    compiled = {"backend": "npu:htp", "format": "w4a16", "file_bytes": 4_215_000_000, "parameters": 8_030_000_000}
+    short, full = decode(phone, context=512, **compiled), decode(phone, context=4096, **compiled)
+    assert full < short and full == pytest.approx(15.0, rel=0.15)  # qualcomm/ai-hub-models: 15.0 tokens/s
+    assert decode(phone, context=4096, **{**compiled, "format": "Q4_0"}) < full / 1.3
+
+
+def test_intel_s_vulkan_is_slower_than_amd_s() -> None:
+    change = {"backend": "gpu:vulkan", "format": "Q4_K_M", "file_bytes": 5_030_000_000, "parameters": 8_190_000_000}
+    intel, amd = bare("core-ultra-155h"), bare("framework-13-ryzen-ai-9")
+    assert intel.peak_bandwidth_bytes_per_s.value == amd.peak_bandwidth_bytes_per_s.value
+    assert decode(intel, **change) < decode(amd, **change) / 1.5
+    assert decode(intel, **change) == pytest.approx(6.54, rel=0.35)  # SearchSavior/OpenArc issue 43
+
+
+def test_the_cache_of_a_known_model_counts_instead_of_one_of_its_size(pixel: DeviceProfile) -> None:
+    long = {"context": 4096, "parameters": 3_820_000_000, "file_bytes": 2_200_000_000}
+    assert decode(pixel, kv_bytes_per_token=384 * 1024, **long) < decode(pixel, **long) / 1.2
+    with pytest.raises(RequestError, match="the bytes of a token's keys and values cannot be so many; got -1"):
+        predict(pixel, replace(SMALL, kv_bytes_per_token=-1))
+
+
 def test_gpus_of_phones_are_alike_whatever_their_interface() -> None:
     assert decode(bare("pixel-8"), backend="gpu:vulkan") == decode(bare("pixel-8"), backend="gpu:opencl")
     assert decode(bare("core-ultra-155h"), backend="gpu:vulkan") != decode(
@@ -141,7 +170,7 @@ def test_gpus_of_phones_are_alike_whatever_their_interface() -> None:
 def test_long_prompts_are_read_more_slowly(pixel: DeviceProfile) -> None:
     usual = predict(pixel, replace(SMALL, parameters=1_000_000_000)).prefill_tokens_per_s
     long = predict(pixel, replace(SMALL, parameters=1_000_000_000, context=4096, prompt=4096)).prefill_tokens_per_s
-    assert long.value / usual.value == pytest.approx(1 / 1.56)
+    assert long.value / usual.value == pytest.approx(1 / 1.85)
     assert long.high / long.low > usual.high / usual.low
 
 
@@ -173,7 +202,7 @@ def test_a_measured_prompt_counts_at_its_length(pixel: DeviceProfile) -> None:
     known = calibrated(pixel, [measured_run(text)], "my-pixel")
     asked = Request(600_000_000, 1_000_000_000, "Q4_0", "cpu", context=4096, prompt=4096)
     assert predict(known, asked).prefill_tokens_per_s.value == pytest.approx(60, rel=0.05)
-    assert predict(known, replace(asked, prompt=512)).prefill_tokens_per_s.value == pytest.approx(60 * 1.56, rel=0.05)
+    assert predict(known, replace(asked, prompt=512)).prefill_tokens_per_s.value == pytest.approx(60 * 1.85, rel=0.05)
 
 
 def test_a_calibrated_profile_is_a_file_that_reads_back(tmp_path: Path, pixel: DeviceProfile) -> None:
@@ -246,6 +275,21 @@ def test_what_just_fits_is_read_from_memory(file_gb: float, billions: float, pub
     assert (made.residence.decode_from_storage is None) == (status == "fits")
 
 
+@pytest.mark.parametrize(
+    ("gib", "billions", "kv_kib", "published"),
+    [(7.167, 7.242, 128, 1.296), (7.537, 7.616, 56, 1.302), (7.657, 7.738, 128, 1.238)],
+)
+def test_a_file_nearly_as_large_as_the_memory_is_not_called_paged(
+    gib: float, billions: float, kv_kib: int, published: float
+) -> None:
+    pi, size = load_device("raspberry-pi-5"), round(gib * (1 << 30))
+    for context in (512, 4096):
+        known = Peak(95 << 20, Weights(size, size), kv_kib * 1024 * context, 300 << 20)
+        made = prediction.predict(pi, Request(size, round(billions * 1e9), "Q8_0", "cpu", context=context), known)
+        assert made.residence.status == "uncertain"
+        assert made.decode_tokens_per_s.value == pytest.approx(published, rel=0.25)
+
+
 def test_an_app_that_takes_too_much_is_ended() -> None:
     made = predict(load_device("iphone-15-pro"), Request(4_920_000_000, 8_030_000_000, "Q4_K_M", "gpu:metal"))
     assert made.residence.status == "ended"
@@ -287,7 +331,8 @@ def test_a_backend_that_the_profile_lacks_is_said() -> None:
         ("Q4_0", "four"), ("q4_0_4_4", "four"), ("int4 sym b64", "four"), ("8da4w g128", "four"), ("w4a16", "four"),
         ("MXFP4", "four"), ("Q4_K_M", "k"), ("UD-Q4_K_XL", "k"), ("Q6_K", "k"), ("Q2_K", "low"), ("IQ3_XXS", "low"),
         ("TQ2_0", "low"), ("IQ4_XS", "k"), ("a16w8", "eight"), ("int4-b32-asymmetric", "four"),
-        ("Q8_0", "eight"), ("int8", "eight"), ("F16", "float"), ("bf16", "float"), ("Q5_1", "four"),
+        ("Q8_0", "eight"), ("int8", "eight"), ("dynamic_int8", "eight"), ("dynamic_int4_block128", "four"),
+        ("Q4_0_4_8", "four"), ("F16", "float"), ("bf16", "float"), ("Q5_1", "four"),
     ],
 )  # fmt: skip
 def test_formats_have_families(text: str, family: str) -> None:
