@@ -1,6 +1,6 @@
 """Reads config.json of a model folder: checks each key, then loads it with transformers without running model code."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +14,10 @@ from exporter.model.config_keys import check_multimodal, honoured
 from exporter.model.family import Family, Multimodal, families
 from exporter.model.json_file import read_json_object
 from exporter.model.recognised import no_config, refuse_quantised
+from exporter.model.relatives import nearest
 from exporter.model.rotary import check_rotary
 
+TensorNames = Callable[[], Collection[str]]
 CONFIG = "config.json"
 # A config.json that names 20,000 classes takes about 1 MB.
 MAX_CONFIG_BYTES = 16 << 20
@@ -44,8 +46,14 @@ def load_config(folder: Path) -> PretrainedConfig:
     return checked_config(read_config(folder), folder / CONFIG)
 
 
-def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
-    """Return the transformers config for the content of config.json; for errors see `load_config`."""
+def checked_config(raw: dict[str, Any], where: object, tensors: TensorNames = tuple) -> PretrainedConfig:
+    """Return the transformers config for the content of config.json; for errors see `load_config`.
+
+    Args:
+        raw: The content.
+        where: The file, for messages.
+        tensors: Returns the names of the model's tensors, from which an error tells the nearest family.
+    """
     # Most models with code of their own are of no known family: name the code first.
     if "auto_map" in raw and not _is_adopted(raw["auto_map"], raw.get("model_type")):
         raise InputError(
@@ -57,7 +65,7 @@ def checked_config(raw: dict[str, Any], where: object) -> PretrainedConfig:
     form = multimodal_form(raw)
     if form is not None:
         return _text_config(raw, form, where)
-    family = _family(raw, where)
+    family = _family(raw, where, tensors)
     keys = deepcopy(honoured(raw, family, where)) | {"architectures": [family.architecture]}
     with _read_by_transformers(where):
         config: PretrainedConfig = CONFIG_MAPPING[family.model_type].from_dict(keys)
@@ -136,16 +144,22 @@ def code_notes(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return ("the folder brings code of its own (auto_map), which is not run: transformers has this family built in",)
 
 
-def _family(raw: dict[str, Any], where: object) -> Family:
+def _family(raw: dict[str, Any], where: object, tensors: TensorNames) -> Family:
     """Return the family that transformers loads for `model_type`; `architectures` may name it or its base model."""
     by_type = {family.model_type: family for family in families().values()}
     kind, named = raw.get("model_type"), _first(raw.get("architectures"))
     if named is not None and named not in {name for family in by_type.values() for name in _names_of(family)}:
         supported = "one of " + ", ".join(families())
-        raise InputError(f"the architecture {shown(named)} is not supported", where=where, expected=supported)
+        raise InputError(
+            f"the architecture {shown(named)} is not supported", where=where, expected=supported,
+            next_step=nearest(raw, tensors()).told,
+        )  # fmt: skip
     if not isinstance(kind, str) or kind not in by_type:
         known = "one of " + ", ".join(by_type)
-        raise InputError("config.json has no usable 'model_type'", where=where, got=shown(kind), expected=known)
+        raise InputError(
+            "config.json has no usable 'model_type'", where=where, got=shown(kind), expected=known,
+            next_step=nearest(raw, tensors()).told,
+        )  # fmt: skip
     if named is not None and named not in _names_of(by_type[kind]):
         raise InputError(
             f"config.json names the architecture {shown(named)} and the model_type {shown(kind)}",

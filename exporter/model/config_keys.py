@@ -58,6 +58,15 @@ def honoured(raw: Mapping[str, Any], family: Family, where: object) -> dict[str,
     return {key: value for key, value in raw.items() if key in known}
 
 
+def foreign_keys(raw: Mapping[str, Any], family: Family) -> list[str]:
+    """Return the keys of a config.json that a family does not know, and whose values may change what is computed."""
+    table = key_table()
+    known = {*table["honoured"], *family.honoured, *table["inert"]["kinds"]}
+    inert = (*table["inert"]["names"], *table["inert"]["patterns"], *family.inert)
+    others = (key for key in raw if key not in known and not _is_inert(key, inert))
+    return sorted(key for key in others if not _is_harmless(key, raw[key], table["only"] | family.only))
+
+
 def check_multimodal(raw: Mapping[str, Any], form: Multimodal, where: object) -> None:
     """Check the keys of the config.json of a multimodal model beside its decoder's own: they must be harmless.
 
@@ -80,11 +89,15 @@ def _is_inert(key: str, inert: Iterable[str]) -> bool:
     return key[:2] != "__" and any(fnmatchcase(key, pattern) for pattern in inert)
 
 
-def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
+def _is_harmless(key: str, value: object, only: Mapping[str, object]) -> bool:
     harmless = (None, only[key]) if key in only else HARMLESS
-    if not key.startswith("__") and any(
+    return not key.startswith("__") and any(
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in harmless
-    ):
+    )
+
+
+def _require_harmless(key: str, value: object, only: Mapping[str, object], where: object, at: str = "") -> None:
+    if _is_harmless(key, value, only):
         return
     raise InputError(
         f"config.json sets {shown(key)}{at}, which no target carries",

@@ -126,7 +126,7 @@ def _files(folder: Path) -> list[Path]:
 def _read_folder(folder: Path) -> _Read:
     raw = read_config(folder)
     refuse_quantised(raw, folder / CONFIG)
-    config = checked_config(raw, folder / CONFIG)
+    config = checked_config(raw, folder / CONFIG, lambda: _tensor_names(folder))
     decoder = Decoder.of(config, folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     form = multimodal_form(raw)
@@ -146,6 +146,13 @@ def _read_folder(folder: Path) -> _Read:
         checkpoint = checkpoint.tied()
     decoder.check_shapes(checkpoint.shapes(), decoder.stored_tensors(), folder)
     return _Read(raw, config, decoder, checkpoint, (*checkpoint.notes, *code_notes(raw), *rotary_notes(config)))
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    """Return the names of a folder's tensors; none if it holds none that can be read."""
+    with suppress(InputError):
+        return list(open_checkpoint(folder).tensors)
+    return []
 
 
 def _open_adapter(folder: Path, name: str, named: str | None) -> Model:
