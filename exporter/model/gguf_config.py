@@ -50,11 +50,12 @@ def known_keys() -> tuple[dict[str, Keys], dict[str, list[Any]]]:
 
 
 def _keys(decoder: dict[str, Any], own: dict[str, Any]) -> Keys:
+    assumed = own.get("assumed", {}).keys()
     return Keys(
         config=own["config"],
         config_with_window=own.get("config_with_window", own["config"]),
-        honoured=frozenset(decoder["honoured"] + own.get("honoured", [])),
-        inert=frozenset(decoder["inert"] | own.get("inert", {})),
+        honoured=frozenset(decoder["honoured"] + own.get("honoured", [])) - assumed,
+        inert=frozenset(decoder["inert"] | own.get("inert", {})) - assumed,
         assumed=decoder["assumed"] | own.get("assumed", {}),
     )
 
@@ -73,6 +74,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
             f"the GGUF architecture {architecture!r} is not supported",
             where=file.path,
             expected="one of " + ", ".join(sorted(known)),
+            next_step=HF_FOLDER,
         )
     header = Header(file, architecture)
     for key, accepted in general.items():

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from exporter.foundation.errors import InputError
 from exporter.model import excerpt, gguf_names
@@ -19,6 +20,7 @@ from exporter.prove.accuracy import divergence
 from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
+from tests.float_artifacts import logits_by_transformers
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
 from tests.models import tensor_digests, tiny_model
 
@@ -196,6 +198,62 @@ def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_pat
     others = {"general.sampling.temp": 0.5, "somebody.note": "x"}
     whole = {f"llama.{key}": value for key, value in keys.items()} | others
     assert checked(edited_gguf(files["llama"], tmp_path / "source.gguf", whole, ones), tmp_path) < 1e-9
+
+
+SOURCES = {
+    "granite": {"rms_norm_eps": 1e-5},
+    "olmo2": {},
+    # Of four layers, the last has no rotary embedding.
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+}
+
+
+@pytest.mark.parametrize("family", sorted(SOURCES))
+def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, family: str) -> None:
+    changes = {"head_dim": HEAD_DIM} | SOURCES[family]
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=changes)
+    path = float_gguf(folder, tmp_path / "model.gguf")
+    with open_model(str(folder)) as own, open_model(str(path)) as read:
+        assert read.decoder == own.decoder
+        for name in own.decoder.tensors():
+            np.testing.assert_array_equal(read.read(name), own.read(name))
+        (check,) = check_source(read, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-9
+        (tmp_path / "saved").mkdir()
+        read.own_config().save_pretrained(tmp_path / "saved")
+        saved = AutoConfig.from_pretrained(tmp_path / "saved")
+        expected = logits_by_transformers(folder)(TOKENS[0].tolist(), 80)
+    whole = AutoModelForCausalLM.from_config(saved, dtype=torch.float32).eval()
+    whole.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+    with torch.inference_mode():
+        got = whole(torch.tensor(TOKENS[:1])).logits[0, 80:].numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "match"),
+    [
+        ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
+        ("olmo2", {"attention.sliding_window": 64}, "olmo2.attention.sliding_window changes what the model computes"),
+        ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
+    ],
+)
+def test_settings_of_more_families_that_are_not_read_are_refused(
+    tmp_path: Path, family: str, keys: dict[str, object], match: str
+) -> None:
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=SOURCES[family])
+    whole = {f"{family}.{key}": value for key, value in keys.items()}
+    path = edited_gguf(float_gguf(folder, tmp_path / "plain.gguf"), tmp_path / "source.gguf", whole)
+    with pytest.raises(InputError, match=match):
+        open_model(str(path)).__enter__()
+
+
+@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2", "mistral3", "phi3", "qwen3moe"])
+def test_files_of_other_families_are_refused_by_name(files: dict[str, Path], tmp_path: Path, architecture: str) -> None:
+    path = edited_gguf(files["llama"], tmp_path / "source.gguf", {"general.architecture": architecture})
+    said = f"the GGUF architecture '{architecture}' is not supported; expected one of gemma3, .*; give the model as a"
+    with pytest.raises(InputError, match=said):
+        open_model(str(path)).__enter__()
 
 
 UNSUPPORTED = "changes what the model computes, in a way that is not supported"
