@@ -28,23 +28,26 @@ def check_tokenizer(
         expected_ids: The model's own tokenizer.
         got_ids: The runtime's tokenizer. A RequestError means that the runtime has none.
         runtime: Name of the runtime, the last part of the check's name.
-        known_difference: Why a runtime must differ on a text, or None. Such a text is counted separately and named in
-            the detail; it neither passes nor fails.
+        known_difference: Why a runtime may differ on a text, or None. Such a text is compared, too, but neither passes
+            nor fails: the detail counts these texts, with their reasons and the first of them that differs.
 
     Returns:
         The check `parity.tokenizer.<runtime>`; its value is the number of texts that differ without a known reason.
     """
-    reasons = [reason for text in texts if (reason := known_difference(text))]
-    compared = [text for text in texts if not known_difference(text)]
+    known = {text: reason for text in texts if (reason := known_difference(text))}
 
     def difference(text: str) -> str | None:
         return _difference(text, expected_ids(text), got_ids(text))
 
-    check = _check(f"parity.tokenizer.{runtime}", "texts", compared, difference)
-    if not reasons:
+    name = f"parity.tokenizer.{runtime}"
+    check = _check(name, "texts", [text for text in texts if text not in known], difference)
+    if not known or check.status == "not run":
         return check
-    apart = f"{len(reasons)} texts set apart: {'; '.join(dict.fromkeys(reasons))}"
-    return check.model_copy(update={"detail": f"{check.detail}; {apart}"})
+    apart = [text for text in texts if text in known]
+    reasons = "; ".join(dict.fromkeys(known.values()))
+    alone = _check(name, "texts", apart, difference)
+    said = f"{len(apart)} of {len(texts)} texts set apart: {reasons}; of these {alone.detail}"
+    return check.model_copy(update={"detail": f"{check.detail}; {said}"})
 
 
 def check_chat_template(

@@ -20,7 +20,7 @@ from exporter.prove.lowering import (
 )
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
 from exporter.prove.self_test import SelfTest, make_self_test
-from exporter.prove.text_checks import check_text
+from exporter.prove.text_checks import check_text, require_equal_ids
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import Lowered, Target
 from exporter.targets.opened import OpenedArtifact
@@ -61,7 +61,8 @@ def prove(
 ) -> Proof:
     """Compare an artifact with its original in the real runtime, and time it.
 
-    A tokenizer or chat template that differs is a failed check; an artifact that is not the planned model is refused.
+    A chat template that differs is a failed check; an artifact that is not the planned model, or gives a text other ids
+    without a known reason, is refused.
 
     Args:
         target: The artifact's target.
@@ -72,7 +73,7 @@ def prove(
         progress: Called with the name of the step, steps done and their total.
 
     Raises:
-        ExporterError: the artifact's weights, formats or behaviour are not those that were planned.
+        ExporterError: the artifact's weights, formats or behaviour are not those that were planned, or its ids differ.
         RuntimeCrashError: the runtime crashed on the artifact.
     """
     model, artifact = lowered.compression.original, lowered.artifact
@@ -125,7 +126,13 @@ def _require(lowered: list[Check]) -> None:
 
 
 def check_parity(artifact: Artifact, model: Model) -> list[Check]:
-    """Compare the artifact's tokenizer and chat template with the model's own."""
+    """Compare the artifact's tokenizer and chat template with the model's own.
+
+    Raises:
+        InputError: the artifact gives a text other ids, without a known reason.
+    """
     tokenizer = load_tokenizer(model.folder, model.decoder.vocab)
     with open_text(artifact) as child:
-        return check_text(child, tokenizer)
+        checks = check_text(child, tokenizer)
+    require_equal_ids(checks, model.folder)
+    return checks

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from exporter.targets.facts import facts_of
 from exporter.targets.text import TextRuntime, open_text
 
 # Raised when the same files would be judged differently.
-VERSION = 2
+VERSION = 3
 # Packages that decide how a model handles text; each target names those of its runtime.
 LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
 
@@ -45,7 +46,8 @@ def preview_text(model: Model, target: Target) -> TextPreview:
     """Return the preview of a model's text handling in a target's runtime; computed once per tokenizer and cached.
 
     Raises:
-        InputError: the tokenizer cannot be used, or the target does not support it.
+        InputError: the tokenizer cannot be used, the target does not support it, or its runtime gives a text other ids
+            without a known reason.
     """
     path = cache_folder("texts") / f"{_key(model, target)}.json"
 
@@ -53,7 +55,9 @@ def preview_text(model: Model, target: Target) -> TextPreview:
         with scratch_folder() as scratch:
             return _preview(model, target, scratch).model_dump(mode="json")
 
-    return TextPreview.model_validate_json(json.dumps(kept(path, JSON, found)))
+    preview = TextPreview.model_validate_json(json.dumps(kept(path, JSON, found)))
+    require_equal_ids(preview.checks, model.folder)
+    return preview
 
 
 def _key(model: Model, target: Target) -> str:
@@ -130,6 +134,21 @@ def check_text(child: Child, tokenizer: ModelTokenizer) -> list[Check]:
     if tokenizer.template is not None:
         checks.append(_check_template(child, tokenizer, tokenizer.template, runtime))
     return checks
+
+
+def require_equal_ids(checks: Iterable[Check], where: object) -> None:
+    """Refuse a runtime that gives a text other ids than the model's tokenizer, without a known reason.
+
+    Raises:
+        InputError: see above; it names the first such text.
+    """
+    for check in checks:
+        if check.name.startswith("parity.tokenizer.") and check.status == "failed":
+            raise InputError(
+                "the target's runtime gives other ids than the model's tokenizer", where=where, got=check.detail,
+                expected="equal ids, or a known reason for a difference",
+                next_step="choose another target, or restore the tokenizer of the model it was made from",
+            )  # fmt: skip
 
 
 def _check_template(child: Child, tokenizer: ModelTokenizer, template: str, runtime: str) -> Check:

@@ -6,7 +6,8 @@ trial, not by a model's identity: a name is accepted if llama.cpp then gives the
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from exporter.foundation.cache_entries import JSON, kept
 from exporter.foundation.errors import InputError, RuntimeCrashError
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
-from exporter.model.known_differences import Reason, matching
+from exporter.model.known_differences import Reason, first_of, matching
 from exporter.model.llama_vocabulary import Case, Comparison
+from exporter.model.sentencepiece_file import SPACE
 from exporter.model.tokenizer import (
     PRE_TOKENIZERS,
     WHOLE_WORDS_FIRST,
@@ -32,11 +34,19 @@ from exporter.model.tokenizer import (
     pre_tokenizer,
 )
 from exporter.model.tokenizer_files import components
+from exporter.targets.gguf.text_differences import DIFFERENCES
 from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
-from exporter.targets.gguf.vocabulary import Vocabulary, add_vocabulary, read_vocabulary, write_vocabulary_file
+from exporter.targets.gguf.vocabulary import (
+    Vocabulary,
+    add_name,
+    add_vocabulary,
+    read_vocabulary,
+    stripping,
+    write_vocabulary_file,
+)
 
 # Raised when the proof of an unchanged vocabulary changes.
-VERSION = 2
+VERSION = 3
 
 # Names known to llama.cpp in addition to those of PRE_TOKENIZERS, one for each way of splitting.
 OTHER_PRE_TOKENIZERS = (
@@ -54,8 +64,7 @@ class VocabularyProof:
         pre_tokenizer: The name that gave equal ids.
         compared: Number of cases (a text with a way of handling special tokens); the ids of all were equal.
         set_apart: Number of cases not compared, since llama.cpp is known to treat their texts differently: it does not
-            normalise text for byte-level BPE. It puts a space before every part of a text; Metaspace does so once.
-            More in `exporter.targets.gguf.text_differences`.
+            normalise text, and see `exporter.targets.gguf.text_differences`.
         more_ends: Role -> id of end-of-text tokens, in addition to those at which llama.cpp would stop by itself.
         ends: Ids of all end-of-text tokens.
     """
@@ -67,13 +76,14 @@ class VocabularyProof:
     ends: list[int]
 
 
-def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> VocabularyProof:
+def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, name: str) -> VocabularyProof:
     """Add a Hugging Face tokenizer's vocabulary to a GGUF file, after verifying that llama.cpp tokenises alike.
 
     Args:
-        writer: Receives the keys `tokenizer.*`.
+        writer: Receives the keys `tokenizer.*`, the name, and the known differences.
         folder: Holds the tokenizer.
         vocab_size: Rows of the embedding; ids that the tokenizer does not use become `[PADn]`.
+        name: The model's name, which llama.cpp takes for its tokenizer's; see `add_name`.
 
     Raises:
         InputError: llama.cpp does not have this kind of tokenizer, the tokenizer does not fit the embedding, or no
@@ -81,7 +91,8 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
     """
     tokenizer = load_tokenizer(folder, vocab_size)
     vocabulary = read_vocabulary(tokenizer, folder, vocab_size)
-    cases, set_apart = parity_cases(tokenizer, vocabulary.model)
+    written = by_definition(tokenizer, vocabulary)
+    cases, set_apart = parity_cases(tokenizer, vocabulary.model, written)
     names = likely_pre_tokenizers(tokenizer) if vocabulary.model == "gpt2" else [vocabulary.pre_tokenizer]
 
     def found() -> dict[str, Any]:
@@ -96,7 +107,38 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int) -> Vocab
     proof = VocabularyProof(**kept(_kept_proof(vocabulary, cases), JSON, found))
     special = replace(vocabulary.special, ids={**vocabulary.special.ids, **proof.more_ends})
     add_vocabulary(writer, replace(vocabulary, pre_tokenizer=proof.pre_tokenizer, special=special))
+    add_name(writer, name, strips=vocabulary.strips)
+    if written:
+        writer.add_string(DIFFERENCES, json.dumps(written))
     return proof
+
+
+def by_definition(tokenizer: ModelTokenizer, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return pattern -> reason of the texts that no vocabulary of this kind treats as the tokenizer does.
+
+    A SentencePiece vocabulary whose special tokens take white space gives other ids to all that follows them, so it is
+    written only if llama.cpp can be told of it.
+    """
+    found = {}
+    metaspace = any(part["type"] == "Metaspace" for part in components(tokenizer.definition.get("pre_tokenizer")))
+    if metaspace and vocabulary.add_space_prefix:
+        anywhere = [re.escape(token.content) for token in tokenizer.added().values()]
+        pattern = "|".join((rf"\A[ {SPACE}]", *anywhere))
+        found[pattern] = "llama.cpp puts a space before every part of a text"
+    if strips := _any_of(stripping(tokenizer)):
+        if vocabulary.strips:
+            found[rf"{strips}\s*[\s&&[^\t-\r ]]"] = (
+                "llama.cpp knows no white space outside of ASCII after special tokens"
+            )
+        elif vocabulary.model == "gpt2":
+            found[rf"{strips}\s"] = "llama.cpp keeps the white space after special tokens that the tokenizer removes"
+    return found
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """Return a pattern of any of some texts; empty if there are none."""
+    alternatives = "|".join(map(re.escape, texts))
+    return f"(?:{alternatives})" if alternatives else ""
 
 
 def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:
@@ -133,28 +175,21 @@ def ends_by_keys(ends: Sequence[int], known: Sequence[int]) -> dict[str, int]:
     return dict(zip(("eot", "eom"), left, strict=False))
 
 
-def parity_cases(tokenizer: ModelTokenizer, model: str) -> tuple[list[Case], int]:
-    """Return the cases for llama.cpp, and the number of texts that it is known to treat differently."""
+def parity_cases(tokenizer: ModelTokenizer, model: str, written: Mapping[str, str]) -> tuple[list[Case], int]:
+    """Return the cases for llama.cpp, and the number of texts that it is known to treat differently.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: llama.cpp's kind of tokenizer.
+        written: Pattern -> reason of texts that the file's vocabulary cannot treat as the tokenizer does.
+    """
     texts = parity_texts(tokenizer)
-    reasons = [known_difference(tokenizer), *([_space_differs(tokenizer)] if model != "gpt2" else [])]
-    alike = [text for text in texts if not any(reason(text) for reason in reasons)]
+    known = first_of(known_difference(tokenizer), matching(written))
+    alike = [text for text in texts if not known(text)]
     cases = [Case(text, True, True, tuple(tokenizer.ids(text))) for text in alike]
     if model == "gpt2":  # the other kind forms special tokens from plain text wherever their pieces are tokens
         cases += [Case(text, False, False, tuple(tokenizer.literal_ids(text))) for text in alike]
     return cases, len(texts) - len(alike)
-
-
-def _space_differs(tokenizer: ModelTokenizer) -> Callable[[str], str | None]:
-    """Return a function that detects texts where llama.cpp adds a space but a Metaspace tokenizer does not."""
-    splitting = tokenizer.definition.get("pre_tokenizer")
-    metaspace = any(part["type"] == "Metaspace" for part in components(splitting))
-    added = tuple(token.content for token in tokenizer.added().values())
-
-    def reason(text: str) -> str | None:
-        differs = metaspace and (text.startswith((" ", "\u2581")) or any(token in text for token in added))
-        return "llama.cpp puts a space before every part of a text" if differs else None
-
-    return reason
 
 
 def likely_pre_tokenizers(tokenizer: ModelTokenizer) -> list[str]:

@@ -224,7 +224,7 @@ class Gguf(Target):
             return None
         path = folder / MODEL_FILE
         with closing(gguf.GGUFWriter(path, feed_forward_storage(model.decoder).architecture)) as writer:
-            write_vocabulary(writer, model.folder, model.decoder.vocab)
+            write_vocabulary(writer, model.folder, model.decoder.vocab, model.name)
             finish_header(writer)
         return Artifact(self.name, folder, (path,))
 
@@ -382,16 +382,15 @@ def _stored_vector(model: Model, vector: Vector) -> Float32:
 
 def _add_metadata(writer: gguf.GGUFWriter, model: Model, type: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(model.name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if hasattr(gguf.LlamaFileType, f"MOSTLY_{type}"):
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{type}"])
     write_header(writer, model.decoder, model.config)
     if model.single_file:
-        copy_vocabulary(writer, model.single_file)
+        copy_vocabulary(writer, model.single_file, model.name)
         ends: Sequence[int] = special_ids(model.folder, {}, model.decoder.vocab).ends
     else:
-        ends = write_vocabulary(writer, model.folder, model.decoder.vocab).ends
+        ends = write_vocabulary(writer, model.folder, model.decoder.vocab, model.name).ends
     writer.add_string(KEY, ends_written(ends))
 
 

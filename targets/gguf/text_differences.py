@@ -1,5 +1,6 @@
 """Texts that llama.cpp is known to tokenise in another way than the tokenizer from which a vocabulary was written."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,12 @@ import llama_cpp
 from gguf import TokenType
 
 from exporter.model.gguf_reader import open_gguf
+from exporter.model.llama_vocabulary import ROUGH_IN_CASE
 from exporter.model.sentencepiece_file import SPACE
 
+# The key under which a file states what its vocabulary cannot show: as JSON, pattern -> reason of texts that the
+# model's tokenizer treats otherwise.
+DIFFERENCES = "edge_exporter.tokenizer_differences"
 ATTRIBUTES: dict[int, int] = {
     TokenType.UNKNOWN: llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN,
     TokenType.CONTROL: llama_cpp.LLAMA_TOKEN_ATTR_CONTROL,
@@ -19,7 +24,15 @@ ATTRIBUTES: dict[int, int] = {
 # Pre-tokenizers that take letters outside of ASCII for both cases, so that words with capitals may be split elsewhere.
 # Others that do so (gpt-4o, tekken) also split words at combining marks.
 ONE_CASE = frozenset({"granite-embed-multi-97m"})
-BEFORE_CAPITAL = r"[[\p{L}\p{M}]&&[^a-zA-Z]][A-Z]|\p{Ll}[[\p{Lu}\p{Lt}]&&[^A-Z]]|[\p{Ll}&&[^a-z]][\p{Lu}\p{Lt}]"
+CAPITAL = r"[[\p{Lu}\p{Lt}]&&[^A-Z]]"
+BEFORE_CAPITAL = "|".join(
+    (
+        r"[[\p{L}\p{M}]&&[^a-zA-Z]][A-Z]",
+        rf"\p{{Ll}}[\p{{Lm}}\p{{Lo}}\p{{M}}]*{CAPITAL}",
+        # Letters without case are capitals to these pre-tokenizers, unless the word ends with capitals.
+        rf"[\p{{Lm}}\p{{Lo}}\p{{M}}]{CAPITAL}+(?![\p{{L}}\p{{M}}])",
+    )
+)
 
 
 def by_pre_tokenizer(name: str | None) -> dict[str, str]:
@@ -48,7 +61,11 @@ def by_vocabulary(path: Path, model: Any, *, special: bool) -> dict[str, str]:
     if spaces and fields["tokenizer.ggml.model"].contents() == "llama":
         # llama.cpp makes these tokens of spaces by merging, and cannot tell such a character from a space.
         found[SPACE * min(map(len, spaces))] = f"llama.cpp takes {SPACE!r} for a space"
-    return found | by_pre_tokenizer(fields["tokenizer.ggml.pre"].contents())
+    stated = json.loads(fields[DIFFERENCES].contents()) if DIFFERENCES in fields else {}
+    pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
+    if pre_tokenizer in ROUGH_IN_CASE:
+        found[r"[\p{L}&&[^a-zA-Z]]"] = "llama.cpp splits words with letters outside of ASCII only roughly"
+    return found | stated | by_pre_tokenizer(pre_tokenizer)
 
 
 def _retyped(model: Any, types: list[int], special: bool) -> Iterator[int]:

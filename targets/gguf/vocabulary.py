@@ -18,6 +18,10 @@ from exporter.model.tokenizer_files import components
 from exporter.model.tokenizer_notes import DEFAULT
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# llama.cpp takes the name of a model for its tokenizer's: under the first, special tokens but some take the white space
+# after them, and a file without the tokens of the second is not loaded. The third is about a token of encoders.
+PHI3, PHI3_TOKENS = "phi-3", ("</s>", "<unk>", "<s>", "<|endoftext|>")
+TELLING_NAMES = re.compile("(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Vocabulary:
         merges: Pairs in the order of rank, for `gpt2`.
         scores: Tokens with higher scores are formed earlier, for `llama`.
         add_space_prefix: A space is put before the text.
+        strips: Special tokens take the white space after them, as Phi-3's do.
         special: Special tokens and chat templates.
     """
 
@@ -42,6 +47,7 @@ class Vocabulary:
     merges: list[str]
     scores: list[float]
     add_space_prefix: bool
+    strips: bool
     special: "SpecialTokens"
 
 
@@ -64,13 +70,14 @@ class SpecialTokens:
     templates: Mapping[str, str]
 
 
-def copy_vocabulary(writer: GGUFWriter, source: Path) -> None:
-    """Add every key `tokenizer.*` of a GGUF file unchanged, types included.
+def copy_vocabulary(writer: GGUFWriter, source: Path, name: str) -> None:
+    """Add every key `tokenizer.*` of a GGUF file unchanged, types included, and a name that llama.cpp takes alike.
 
     Raises:
         InputError: the file is damaged, or holds no vocabulary.
     """
-    fields = [field for name, field in open_gguf(source).fields.items() if name.startswith("tokenizer.")]
+    held = open_gguf(source).fields
+    fields = [field for name, field in held.items() if name.startswith("tokenizer.")]
     if not any(field.name == gguf.Keys.Tokenizer.LIST for field in fields):
         raise InputError(
             "the GGUF file holds no vocabulary",
@@ -79,6 +86,27 @@ def copy_vocabulary(writer: GGUFWriter, source: Path) -> None:
             next_step="give the model with its tokenizer",
         )
     copy_fields(writer, fields)
+    own = held[gguf.Keys.General.NAME].contents() if gguf.Keys.General.NAME in held else ""
+    add_name(writer, name, strips=isinstance(own, str) and tells_phi3(own))
+
+
+def tells_phi3(name: str) -> bool:
+    """Return whether llama.cpp takes a file of this name for one with Phi-3's tokenizer."""
+    return any(found.group(1) for found in TELLING_NAMES.finditer(name))
+
+
+def add_name(writer: GGUFWriter, name: str, *, strips: bool) -> None:
+    """Add the name of a model, changed so that llama.cpp infers nothing wrong from it.
+
+    Args:
+        writer: Receives the key.
+        name: The name.
+        strips: See `Vocabulary.strips`.
+    """
+    if strips:
+        writer.add_name(name if tells_phi3(name) else f"{name} ({PHI3} tokenizer)")
+    else:
+        writer.add_name(TELLING_NAMES.sub(lambda found: " ".join(filter(None, found.groups())), name))
 
 
 def copy_fields(writer: GGUFWriter, fields: Iterable[gguf.ReaderField]) -> None:
@@ -127,8 +155,14 @@ def read_vocabulary(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) ->
         merges=[" ".join(pair) for pair in pairs] if byte_level else [],
         scores=scores,
         add_space_prefix=not byte_level and _prepends_space(settings),
+        strips=set(PHI3_TOKENS) <= set(tokens) and bool(stripping(tokenizer)),
         special=_special(tokenizer, folder, vocab_size),
     )
+
+
+def stripping(tokenizer: ModelTokenizer) -> list[str]:
+    """Return the texts of the special tokens that take the white space after them."""
+    return [token.content for token in tokenizer.added().values() if token.rstrip and token.special]
 
 
 def _merge_spaces(tokens: list[str], types: list[TokenType], pairs: Iterable[list[str]]) -> None:
@@ -216,6 +250,7 @@ def _special(tokenizer: ModelTokenizer, folder: Path, vocab_size: int) -> Specia
 def write_vocabulary_file(file: Path, vocabulary: Vocabulary) -> None:
     """Write a GGUF file that holds a vocabulary and nothing else."""
     writer = GGUFWriter(file, "llama")
+    add_name(writer, "", strips=vocabulary.strips)
     add_vocabulary(writer, vocabulary)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from exporter.calibrate.sample import starts
+from exporter.child.process import Child
 from exporter.foundation.errors import InputError
+from exporter.foundation.quantities import Check
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.ends import special_ids
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.model.tokenizer import load_tokenizer, parity_texts
+from exporter.model.tokenizer import ModelTokenizer, load_tokenizer, parity_texts
+from exporter.prove import text_checks
 from exporter.prove.text_checks import check_text, preview_text
 from exporter.targets.contract import load_target
 from exporter.targets.text import TextRuntime, open_text
@@ -136,6 +140,46 @@ def test_unigram_is_carried_by_no_target(tmp_path: Path) -> None:
         for target in TARGETS:
             with pytest.raises(InputError, match=r"no such tokenizer.* got Unigram.* use a model with a BPE tokenizer"):
                 preview_text(model, load_target(target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_unigram_like_that_of_t5_in_tokenizer_json_is_refused_by_name(tmp_path: Path, target: str) -> None:
+    folder = tiny_model(tmp_path / "model")
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(
+        TEXT * 30, trainers.UnigramTrainer(vocab_size=200, special_tokens=["</s>", "<unk>"], unk_token="<unk>")
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    with (
+        open_model(str(folder)) as model,
+        pytest.raises(InputError, match=r"no such tokenizer.* got Unigram.* use a model with a BPE tokenizer"),
+    ):
+        preview_text(model, load_target(target))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_difference_without_a_known_reason_refuses_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    given = text_checks.check_text
+
+    def with_another(child: Child, tokenizer: ModelTokenizer) -> list[Check]:
+        digits = json.loads(json.dumps(tokenizer.definition))
+        digits["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True}, digits["pre_tokenizer"],
+        ]}  # fmt: skip
+        digits["model"]["merges"] = []
+        return given(child, replace(tokenizer, backend=Tokenizer.from_str(json.dumps(digits))))
+
+    monkeypatch.setattr(text_checks, "check_text", with_another)
+    with (
+        open_model(str(tiny_model(tmp_path / "model"))) as model,
+        pytest.raises(InputError, match=r"other ids than the model's tokenizer; got .*; first difference: 'The quick"),
+    ):
+        preview_text(model, load_target(target))
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"x" * 99, lambda data: b""])

@@ -24,7 +24,13 @@ from exporter.model.tokenizer import (
 from exporter.prove.parity import check_tokenizer
 from exporter.prove.text_checks import check_text
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.pretokenizer import likely_pre_tokenizers, parity_cases, prove, write_vocabulary
+from exporter.targets.gguf.pretokenizer import (
+    VocabularyProof,
+    likely_pre_tokenizers,
+    parity_cases,
+    prove,
+    write_vocabulary,
+)
 from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import copy_vocabulary, read_vocabulary, write_vocabulary_file
 from exporter.targets.onnx.tokenize import GenaiTokenizer
@@ -90,9 +96,9 @@ def save(backend: Tokenizer, folder: Path, **settings: str) -> Path:
     return folder
 
 
-def write(folder: Path, file: Path, vocab_size: int) -> object:
+def write(folder: Path, file: Path, vocab_size: int, name: str = "tiny") -> VocabularyProof:
     writer = gguf.GGUFWriter(file, "llama")
-    proof = write_vocabulary(writer, folder, vocab_size)
+    proof = write_vocabulary(writer, folder, vocab_size, name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -146,6 +152,8 @@ def test_sentencepiece_like_vocabulary(metaspace: bool, tmp_path: Path) -> None:
     folder = save(sentencepiece_like(metaspace), tmp_path / "hf", unk_token="<unk>")
     proof = write(folder, tmp_path / "v.gguf", 1300)
     assert (proof.set_apart > 0) == metaspace
+    with open_text(Artifact("gguf", tmp_path, (tmp_path / "v.gguf",))) as child:
+        assert {check.status for check in check_text(child, load_tokenizer(folder, 1300))} == {"passed"}
     fields = gguf.GGUFReader(tmp_path / "v.gguf").fields
     kinds = fields["tokenizer.ggml.token_type"].contents()
     assert kinds[:3] == [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
@@ -172,7 +180,7 @@ def test_added_tokens_keep_their_kind(smollm: Path, tmp_path: Path) -> None:
 def test_the_oracle_fails_under_a_wrong_pretokenizer(smollm: Path) -> None:
     tokenizer = load_tokenizer(smollm)
     vocabulary = read_vocabulary(tokenizer, smollm, VOCAB)
-    cases, _ = parity_cases(tokenizer, "gpt2")
+    cases, _ = parity_cases(tokenizer, "gpt2", {})
     with pytest.raises(
         InputError, match=r"the best, 'gpt-2', differs in \d+ of \d+ cases, such as .*; got \[.*expected \["
     ):
@@ -188,7 +196,7 @@ def test_the_oracle_fails_on_a_damaged_vocabulary(damage: str, smollm: Path) -> 
         tokens[300], tokens[301] = tokens[301], tokens[300]
     else:
         del merges[0]
-    cases, _ = parity_cases(tokenizer, "gpt2")
+    cases, _ = parity_cases(tokenizer, "gpt2", {})
     with pytest.raises(InputError, match="BPE pre-tokenizer was not recognized"):
         prove(replace(right, tokens=tokens, merges=merges), ["smollm"], cases, smollm)
 
@@ -263,7 +271,7 @@ def test_two_tokens_with_one_id_are_refused(smollm: Path, tmp_path: Path) -> Non
 def test_a_copied_vocabulary_is_the_same_byte_for_byte(llama3: Path, tmp_path: Path) -> None:
     write(llama3, tmp_path / "from.gguf", VOCAB + 5)
     writer = gguf.GGUFWriter(tmp_path / "to.gguf", "llama")
-    copy_vocabulary(writer, tmp_path / "from.gguf")
+    copy_vocabulary(writer, tmp_path / "from.gguf", "tiny")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -276,7 +284,7 @@ def test_a_file_without_vocabulary_cannot_be_copied(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(InputError, match=r"holds no vocabulary; expected tokenizer\.ggml\.tokens"):
-        copy_vocabulary(gguf.GGUFWriter(tmp_path / "x.gguf", "llama"), tmp_path / "empty.gguf")
+        copy_vocabulary(gguf.GGUFWriter(tmp_path / "x.gguf", "llama"), tmp_path / "empty.gguf", "tiny")
 
 
 def test_llama_cpp_agrees_through_a_child(llama3: Path, tmp_path: Path) -> None:

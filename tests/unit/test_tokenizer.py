@@ -124,7 +124,18 @@ def test_a_missing_last_id_fails() -> None:
 def test_texts_with_a_known_difference_are_counted_apart() -> None:
     check = check_tokenizer(["a", "b"], lambda t: [1], lambda t: [2 if t == "b" else 1], "x", {"b": "no NFC"}.get)
     assert check.status == "passed"
-    assert check.detail == "1 of 1 texts equal; 1 texts set apart: no NFC"
+    assert check.value == 0
+    assert check.detail == (
+        "1 of 1 texts equal; 1 of 2 texts set apart: no NFC; of these 0 of 1 texts equal; "
+        "first difference: 'b': from position 0 got [2], expected [1]"
+    )
+
+
+def test_the_first_difference_without_a_known_reason_comes_first() -> None:
+    check = check_tokenizer(["a", "b", "c"], lambda t: [1], lambda t: [2], "x", {"a": "no NFC", "c": "no NFC"}.get)
+    assert (check.status, check.value) == ("failed", 1)
+    assert check.detail.startswith("0 of 1 texts equal; first difference: 'b': from position 0 got [2], expected [1]; ")
+    assert "; 2 of 3 texts set apart: no NFC; of these 0 of 2 texts equal; first difference: 'a'" in check.detail
 
 
 def test_what_a_runtime_cannot_do_is_not_run() -> None:
