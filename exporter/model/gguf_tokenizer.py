@@ -17,7 +17,7 @@ from exporter.foundation.errors import InputError, RuntimeCrashError, did_you_me
 from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.gguf_ends import KEY, ends_read
 from exporter.model.gguf_file import GgufFile
-from exporter.model.llama_vocabulary import Case, SourceVocabulary, VocabularyFacts
+from exporter.model.llama_vocabulary import ROUGH_IN_CASE, Case, SourceVocabulary, VocabularyFacts
 from exporter.model.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST, load_tokenizer, parity_texts
 
 # Longer tokens are rejected: splitting a token into all pairs of parts takes time quadratic in its length.
@@ -53,9 +53,6 @@ ALIASES = {
     **dict.fromkeys(("llama4", "kanana2"), "gpt-4o"),
 }
 FORMS = PRE_TOKENIZERS | OTHER_FORMS
-# Names under which llama.cpp treats letters outside ASCII as both upper and lower case. The models' own tokenizers,
-# rebuilt here, distinguish the cases.
-ROUGH_IN_CASE = frozenset({"tekken", "gpt-4o"})
 
 
 @dataclass(frozen=True)
@@ -297,15 +294,10 @@ def _add_ends(backend: Tokenizer, vocabulary: FileVocabulary, facts: VocabularyF
         backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=[*{*begin, *end}])
 
 
-def is_rough_in_case(name: str | None) -> bool:
-    """Return whether llama.cpp knows no case outside of ASCII under a pre-tokenizer of this name."""
-    return ALIASES.get(name or "", name) in ROUGH_IN_CASE
-
-
 def case_warning(file: GgufFile) -> tuple[str, ...]:
     """Return a warning if llama.cpp is known to split some texts differently from the model's own tokenizer."""
     name = file.value("tokenizer.ggml.pre")
-    if not is_rough_in_case(name):
+    if name not in ROUGH_IN_CASE:
         return ()
     return (
         f"llama.cpp splits words with letters outside of ASCII only roughly under the pre-tokenizer {name!r}: some get "

@@ -15,6 +15,9 @@ import llama_cpp
 from exporter.foundation.errors import InputError
 
 PRE_TOKENIZER_KEY = b"tokenizer.ggml.pre"
+# Names of pre-tokenizers under which llama.cpp treats letters outside ASCII as both upper and lower case. The models'
+# own tokenizers distinguish the cases.
+ROUGH_IN_CASE = frozenset({"tekken", "gpt-4o", "llama4", "kanana2"})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Difference:
         more: Tensors of the model's blocks that the family's blocks do not have.
         fewer: The reverse.
         foreign: Keys of config.json that the family does not know, and whose values may change something.
-        missing: Keys that the family needs.
+        absent: Number of keys of the family's own that config.json leaves out.
     """
 
     family: Family
@@ -37,7 +37,7 @@ class Difference:
     more: tuple[str, ...]
     fewer: tuple[str, ...]
     foreign: tuple[str, ...]
-    missing: tuple[str, ...]
+    absent: int
 
     @property
     def told(self) -> str:
@@ -47,14 +47,14 @@ class Difference:
         parts = {
             "its blocks lack": self.fewer,
             "its blocks have besides": self.more,
-            "config.json lacks": self.missing,
             "config.json sets besides": self.foreign,
         }
         said = "; ".join(f"{what} {_listed(names)}" for what, names in parts.items() if names)
         if said:
             return f"the nearest family is {named}: {said}"
+        alike = "keys and tensors" if self.alike else "keys"
         return (
-            f"keys and tensors are those of {named}: if it computes the same, give config.json the model_type "
+            f"{alike} are those of {named}: if it computes the same, give config.json the model_type "
             f"{family.model_type!r} and the architecture {family.architecture!r}"
         )
 
@@ -62,8 +62,8 @@ class Difference:
 def nearest(raw: Mapping[str, Any], tensors: Iterable[str]) -> Difference:
     """Return the family whose blocks and keys are most like a model's, and the differences.
 
-    Of several with the same tensors, the one counts whose keys differ least, then the one that the model's own name
-    holds, then the first by name.
+    Of several with the same tensors, the one counts that knows the most keys, then the one of whose own keys the fewest
+    are left out, then the one that the model's own name holds, then the first by name.
 
     Args:
         raw: The content of config.json.
@@ -73,9 +73,9 @@ def nearest(raw: Mapping[str, Any], tensors: Iterable[str]) -> Difference:
     own_name = f"{raw.get('architectures')} {raw.get('model_type')}".lower()
     keys = {key: raw[key] for key in sorted(raw)[:MOST_KEYS] if key not in ("architectures", "model_type", "auto_map")}
 
-    def order(found: Difference) -> tuple[float, int, bool, str]:
+    def order(found: Difference) -> tuple[float, int, int, bool, str]:
         name = found.family.model_type
-        return -found.alike, len(found.foreign) + len(found.missing), name not in own_name, name
+        return -found.alike, len(found.foreign), found.absent, name not in own_name, name
 
     return min((_difference(keys, held, family) for family in families().values()), key=order)
 
@@ -89,7 +89,7 @@ def _difference(raw: Mapping[str, Any], held: Collection[str], family: Family) -
         tuple(sorted(set(held) - needed)),
         tuple(sorted(needed - set(held))),
         tuple(foreign_keys(raw, family)),
-        tuple(key for key, kind in sorted(family.honoured.items()) if not kind.endswith("?") and key not in raw),
+        len(family.honoured.keys() - raw.keys()),
     )
 
 

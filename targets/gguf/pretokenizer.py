@@ -6,7 +6,8 @@ trial, not by a model's identity: a name is accepted if llama.cpp then gives the
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from exporter.model.chat import LOAD_S, TEXT_BYTES
 from exporter.model.corpus import PARITY_CORPUS
 from exporter.model.known_differences import Reason, first_of, matching
 from exporter.model.llama_vocabulary import Case, Comparison
+from exporter.model.sentencepiece_file import SPACE
 from exporter.model.tokenizer import (
     PRE_TOKENIZERS,
     WHOLE_WORDS_FIRST,
@@ -31,13 +33,15 @@ from exporter.model.tokenizer import (
     parity_texts,
     pre_tokenizer,
 )
-from exporter.targets.gguf.text_differences import DIFFERENCES, by_definition
+from exporter.model.tokenizer_files import components
+from exporter.targets.gguf.text_differences import DIFFERENCES
 from exporter.targets.gguf.tokenize import LlamaTokenizer, compare_in_child
 from exporter.targets.gguf.vocabulary import (
     Vocabulary,
     add_name,
     add_vocabulary,
     read_vocabulary,
+    stripping,
     write_vocabulary_file,
 )
 
@@ -107,6 +111,34 @@ def write_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, name: st
     if written:
         writer.add_string(DIFFERENCES, json.dumps(written))
     return proof
+
+
+def by_definition(tokenizer: ModelTokenizer, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return pattern -> reason of the texts that no vocabulary of this kind treats as the tokenizer does.
+
+    A SentencePiece vocabulary whose special tokens take white space gives other ids to all that follows them, so it is
+    written only if llama.cpp can be told of it.
+    """
+    found = {}
+    metaspace = any(part["type"] == "Metaspace" for part in components(tokenizer.definition.get("pre_tokenizer")))
+    if metaspace and vocabulary.add_space_prefix:
+        anywhere = [re.escape(token.content) for token in tokenizer.added().values()]
+        pattern = "|".join((rf"\A[ {SPACE}]", *anywhere))
+        found[pattern] = "llama.cpp puts a space before every part of a text"
+    if strips := _any_of(stripping(tokenizer)):
+        if vocabulary.strips:
+            found[rf"{strips}\s*[\s&&[^\t-\r ]]"] = (
+                "llama.cpp knows no white space outside of ASCII after special tokens"
+            )
+        elif vocabulary.model == "gpt2":
+            found[rf"{strips}\s"] = "llama.cpp keeps the white space after special tokens that the tokenizer removes"
+    return found
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """Return a pattern of any of some texts; empty if there are none."""
+    alternatives = "|".join(map(re.escape, texts))
+    return f"(?:{alternatives})" if alternatives else ""
 
 
 def _kept_proof(vocabulary: Vocabulary, cases: list[Case]) -> Path:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,11 @@ import llama_cpp
 from gguf import TokenType
 
 from exporter.model.gguf_reader import open_gguf
-from exporter.model.gguf_tokenizer import is_rough_in_case
+from exporter.model.llama_vocabulary import ROUGH_IN_CASE
 from exporter.model.sentencepiece_file import SPACE
-from exporter.model.tokenizer import ModelTokenizer
-from exporter.model.tokenizer_files import components
-from exporter.targets.gguf.vocabulary import Vocabulary, stripping
 
-# The key under which a file states, as JSON, what `by_definition` gives: its vocabulary does not show it.
+# The key under which a file states what its vocabulary cannot show: as JSON, pattern -> reason of texts that the
+# model's tokenizer treats otherwise.
 DIFFERENCES = "edge_exporter.tokenizer_differences"
 ATTRIBUTES: dict[int, int] = {
     TokenType.UNKNOWN: llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN,
@@ -44,34 +42,6 @@ def by_pre_tokenizer(name: str | None) -> dict[str, str]:
     return {BEFORE_CAPITAL: "llama.cpp knows no case outside of ASCII, and splits words before capitals differently"}
 
 
-def by_definition(tokenizer: ModelTokenizer, vocabulary: Vocabulary) -> dict[str, str]:
-    """Return pattern -> reason of the texts that no vocabulary of this kind treats as the tokenizer does.
-
-    A SentencePiece vocabulary whose special tokens take white space gives other ids to all that follows them, so it is
-    written only if llama.cpp can be told of it.
-    """
-    found = {}
-    metaspace = any(part["type"] == "Metaspace" for part in components(tokenizer.definition.get("pre_tokenizer")))
-    if metaspace and vocabulary.add_space_prefix:
-        anywhere = [re.escape(token.content) for token in tokenizer.added().values()]
-        pattern = "|".join((rf"\A[ {SPACE}]", *anywhere))
-        found[pattern] = "llama.cpp puts a space before every part of a text"
-    if strips := _any_of(stripping(tokenizer)):
-        if vocabulary.strips:
-            found[rf"{strips}\s*[\s&&[^\t-\r ]]"] = (
-                "llama.cpp knows no white space outside of ASCII after special tokens"
-            )
-        elif vocabulary.model == "gpt2":
-            found[rf"{strips}\s"] = "llama.cpp keeps the white space after special tokens that the tokenizer removes"
-    return found
-
-
-def _any_of(texts: Iterable[str]) -> str:
-    """Return a pattern of any of some texts; empty if there are none."""
-    alternatives = "|".join(map(re.escape, texts))
-    return f"(?:{alternatives})" if alternatives else ""
-
-
 def by_vocabulary(path: Path, model: Any, *, special: bool) -> dict[str, str]:
     """Return pattern -> reason of the texts that a file's vocabulary treats in another way than its tokenizer.
 
@@ -93,7 +63,7 @@ def by_vocabulary(path: Path, model: Any, *, special: bool) -> dict[str, str]:
         found[SPACE * min(map(len, spaces))] = f"llama.cpp takes {SPACE!r} for a space"
     stated = json.loads(fields[DIFFERENCES].contents()) if DIFFERENCES in fields else {}
     pre_tokenizer = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else None
-    if is_rough_in_case(pre_tokenizer):
+    if pre_tokenizer in ROUGH_IN_CASE:
         found[r"[\p{L}&&[^a-zA-Z]]"] = "llama.cpp splits words with letters outside of ASCII only roughly"
     return found | stated | by_pre_tokenizer(pre_tokenizer)
 

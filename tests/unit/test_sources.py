@@ -120,14 +120,14 @@ def test_config_that_cannot_be_used(folder: Path) -> None:
     refused(folder, InputError, r"run code of its own \(auto_map\), which is refused")
     (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     refused(
-        folder, InputError, "'GPT2LMHeadModel' is not supported; expected one of Gemma3ForCausalLM, GraniteForCausalLM"
+        folder, InputError, "'GPT2LMHeadModel' is not supported; expected one of Gemma3ForCausalLM, Gemma4ForCausalLM"
     )
     (folder / "config.json").write_text('{"quantization_config": {}}')
     refused(folder, InputError, "already quantised")
     (folder / "config.json").write_text("{")
     refused(folder, InputError, "config.json is not valid JSON")
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
-    refused(folder, InputError, "no usable 'model_type'; got 'nonsense', expected one of gemma3_text, granite")
+    refused(folder, InputError, "no usable 'model_type'; got 'nonsense', expected one of gemma3_text, gemma4_text")
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 65}')
     refused(folder, InputError, "transformers cannot read the config")
     (folder / "config.json").unlink()
