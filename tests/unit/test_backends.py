@@ -20,7 +20,7 @@ from exporter.targets.backends import FILE, ComputedFile, formats_on
 from tests.models import tiny_model
 
 PHONE = "galaxy-s24-ultra"
-FILES = sorted(Path(__file__).parents[2].glob(f"targets/gguf/{FILE}"))
+FILES = sorted(Path(__file__).parents[2].glob(f"targets/*/{FILE}"))
 
 
 def asked(folder: Path, **options: object) -> Job:
@@ -43,9 +43,10 @@ def test_the_files_name_formats_of_their_target(file: Path) -> None:
     found = read_document(file, ComputedFile, "file").backends
     assert len({one.name for one in found}) == len(found)
     for one in found:
-        assert {*one.computes, *one.rounds} <= set(gguf.GGMLQuantizationType.__members__)
+        if file.parent.name == "gguf":
+            assert {*one.computes, *one.rounds} <= set(gguf.GGMLQuantizationType.__members__)
         assert not set(one.computes) & set(one.rounds)
-        assert (one.source and "version" in one.runtime) or "backend" in one.runtime
+        assert one.source and re.search(r"\d+\.\d+", one.runtime)
 
 
 def test_the_cpu_computes_every_format_of_every_target() -> None:
@@ -77,6 +78,13 @@ def test_a_type_that_it_does_not_take_is_refused_with_the_nearest_that_it_does(f
     _, named, _ = drafted(asked(folder, type=advised[1], backend="npu:htp"))
     sizes = [sum(one.stored_bytes for one in some) for some in (usual, named)]
     assert abs(sizes[1] - sizes[0]) < 0.1 * sizes[0]
+
+
+@pytest.mark.parametrize("type", ["a16w8", "a16w4"])
+def test_all_formats_of_a_target_for_neural_processors_are_computed(folder: Path, type: str) -> None:
+    resolved, decisions, _ = drafted(Job(str(folder), PHONE, "onnx-qdq", type, context=64, backend="npu:htp"))
+    (check,) = resolved.backend.check(decisions)
+    assert "onnxruntime-qnn" in check.detail and "int8-channel" in check.detail
 
 
 def test_what_it_rounds_again_is_named(folder: Path) -> None:
