@@ -9,10 +9,12 @@ from exporter.predict.prediction import Prediction, predict
 from exporter.predict.request import Request, is_predictable
 from exporter.predict.workload import is_known_format
 from exporter.targets.contract import shape_of
+from exporter.targets.contract import shape_of
 from exporter.targets.facts import facts_of
 
 # A usual prompt with a page of text in it; the length that published speeds are for.
 PROMPT_TOKENS = 512
+FLOAT16_BYTES = 2
 
 
 def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file_bytes: int) -> Prediction | None:
@@ -36,6 +38,7 @@ def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file
         prompt=min(context, PROMPT_TOKENS),
         runtime=facts_of(resolved.target.name).runtime,
         active=decoder.active_parameters / decoder.parameters,
+        kv_bytes_per_token=shape_of(decoder).cache_bytes(1, FLOAT16_BYTES),
         kv_bytes_per_token=shape_of(decoder).cache_bytes(1, 2),
     )
     return predict(resolved.device, request, resolved.target.estimated_peak(resolved.model, decisions, context))

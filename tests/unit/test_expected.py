@@ -14,7 +14,7 @@ from exporter.predict.prediction import predict
 from exporter.predict.request import Request
 from exporter.predict.workload import is_known_format
 from exporter.targets.artifact import target_names
-from exporter.targets.contract import load_target
+from exporter.targets.contract import load_target, shape_of
 from tests.models import tiny_model
 
 FILE_BYTES = 3_000_000
@@ -31,7 +31,10 @@ def test_it_is_the_prediction_for_this_model(tmp_path: Path, target: str, type: 
         decisions = resolved.draft().decisions
         made = expected(resolved, type, decisions, FILE_BYTES)
         peak = resolved.target.estimated_peak(model, decisions, 256)
-        request = Request(FILE_BYTES, model.decoder.parameters, type, "cpu", 256, 256, runtime)
+        keys_and_values = shape_of(model.decoder).cache_bytes(1, 2)
+        request = Request(
+            FILE_BYTES, model.decoder.parameters, type, "cpu", 256, 256, runtime, kv_bytes_per_token=keys_and_values
+        )
     assert made == predict(load_device("pixel-9"), request, peak)
     assert made is not None and made.peak_bytes.value == peak.bytes
     assert made.peak_bytes.low < peak.bytes < made.peak_bytes.high
