@@ -9,7 +9,6 @@ from exporter.predict.prediction import Prediction, predict
 from exporter.predict.request import Request, is_predictable
 from exporter.predict.workload import is_known_format
 from exporter.targets.contract import shape_of
-from exporter.targets.contract import shape_of
 from exporter.targets.facts import facts_of
 
 # A usual prompt with a page of text in it; the length that published speeds are for.
@@ -39,7 +38,6 @@ def expected(resolved: ResolvedJob, scheme: str, decisions: list[Decision], file
         runtime=facts_of(resolved.target.name).runtime,
         active=decoder.active_parameters / decoder.parameters,
         kv_bytes_per_token=shape_of(decoder).cache_bytes(1, FLOAT16_BYTES),
-        kv_bytes_per_token=shape_of(decoder).cache_bytes(1, 2),
     )
     return predict(resolved.device, request, resolved.target.estimated_peak(resolved.model, decisions, context))
 
