@@ -215,7 +215,7 @@ def _pruning(pruning: Pruning | None) -> None:
 
 def _at(facts: dict[str, Any], key: str) -> dict[str, Any] | None:
     section, name = key.split(".")
-    found: dict[str, Any] | None = facts[section].get(name)
+    found: dict[str, Any] | None = (facts[section] or {}).get(name)
     return found
 
 
@@ -273,7 +273,9 @@ def comparison(facts: list[dict[str, Any]]) -> None:
     """Print bundles in columns; a difference of the evaluation text is said, since KLs then do not compare."""
     titles = (f"{plain(one['path'])}\n{plain(one['target'] + ' ' + one['recipe']['scheme'])}" for one in facts)
     table = Table("", *titles, box=None)
-    for key, title in (*FIGURES, *((key, f"{title}, on its build machine") for key, title in HOST_FIGURES)):
+    expected = ((f"expected.{key}", f"{title}, expected on its device") for key, title in ESTIMATES.items())
+    host = ((key, f"{title}, on its build machine") for key, title in HOST_FIGURES)
+    for key, title in (*expected, *FIGURES, *host):
         found = [_at(one, key) for one in facts]
         if any(found):
             table.add_row(title, *(_figure(one) if one else "" for one in found))
