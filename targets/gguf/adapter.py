@@ -16,7 +16,7 @@ from exporter.model.decoder import Decoder
 from exporter.model.gguf_names import gguf_names
 from exporter.model.gguf_reader import open_gguf
 from exporter.model.model import Model
-from exporter.targets.gguf.adapter_text import AdapterText, add_text
+from exporter.targets.gguf.adapter_keys import AdapterText, add_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
 from exporter.targets.gguf.formats.ggml import decoded, ggml_format
 from exporter.targets.gguf.header import finish_header

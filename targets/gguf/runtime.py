@@ -14,7 +14,6 @@ from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.llama_vocabulary import llama_tokenize
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.adapter_text import read_adapter_text
 from exporter.targets.gguf.ends import read_end_tokens
 from exporter.targets.gguf.session import ADAPTER_FILE, BATCH, FailedError, NotLoadedError, Session
 from exporter.targets.runtime import Timing, require_tokens, resident_bytes
@@ -158,8 +157,12 @@ class LlamaCpp:
 
 def _end_tokens(artifact: Artifact, model: Any) -> frozenset[int] | None:
     """Return the ids that end a text: those of a fine-tune that is kept beside its base, or else those of the model."""
-    for path in artifact.weights:
-        text = read_adapter_text(path) if path.name == ADAPTER_FILE else None
+    adapter = next((path for path in artifact.weights if path.name == ADAPTER_FILE), None)
+    if adapter is not None:
+        # It brings libraries along whose memory would count as the runtime's.
+        from exporter.targets.gguf.adapter_keys import read_adapter_text
+
+        text = read_adapter_text(adapter)
         if text is not None:
             return frozenset(text.ends)
     return read_end_tokens(model)

@@ -2,7 +2,7 @@
 
 from exporter.model.chat import Chat, Rendered
 from exporter.targets.artifact import Artifact
-from exporter.targets.gguf.adapter_text import read_adapter_text
+from exporter.targets.gguf.adapter_keys import read_adapter_text
 from exporter.targets.gguf.session import ADAPTER_FILE
 from exporter.targets.gguf.tokenize import LlamaTokenizer, render_with
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai
@@ -27,8 +28,9 @@ class GenaiTokenizer:
         self._folder = folder
         try:
             self._tokenizer = onnxruntime_genai.Tokenizer(str(folder))
-            # The default omits BOS and EOS even if tokenizer.json adds them.
-            self._tokenizer.update_options(add_special_tokens="true")
+            # The default omits BOS and EOS even if tokenizer.json adds them; where it adds none, this would add one.
+            if self._adds_tokens():
+                self._tokenizer.update_options(add_special_tokens="true")
         except RuntimeError as error:
             raise InputError(
                 "onnxruntime-genai cannot read the tokenizer",
@@ -73,8 +75,23 @@ class GenaiTokenizer:
         ends = settings["eos_token_id"]
         return (list(ends) if isinstance(ends, list) else [ends]) or [settings["pad_token_id"]]
 
+    def _adds_tokens(self) -> bool:
+        """Return whether tokenizer.json adds tokens to a text."""
+        content = json.loads((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return _adds_tokens(content.get("post_processor"))
+
     def _has_template(self) -> bool:
         settings = self._folder / "tokenizer_config.json"
         if (self._folder / TEMPLATE).is_file():
             return True
         return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+
+
+def _adds_tokens(processor: dict[str, Any] | None) -> bool:
+    """Return whether a post-processor of tokenizer.json adds tokens to a text."""
+    if processor is None or processor["type"] == "ByteLevel":
+        return False
+    if processor["type"] == "Sequence":
+        return any(_adds_tokens(one) for one in processor["processors"])
+    # Of the other kinds, templates alone may add none.
+    return processor["type"] != "TemplateProcessing" or bool(processor["special_tokens"])

@@ -23,7 +23,7 @@ from exporter.planning.plan import read_plan
 from exporter.prove.accuracy import divergence
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import load_target
-from exporter.targets.gguf.adapter_text import read_adapter_text
+from exporter.targets.gguf.adapter_keys import read_adapter_text
 from exporter.targets.opened import OpenedArtifact
 from tests.adapters import LINEARS, PREFIX, merged, tiny_adapter
 from tests.commands import cli, printed
