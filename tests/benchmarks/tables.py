@@ -13,6 +13,7 @@ from pathlib import Path
 
 from exporter.targets.artifact import target_names
 from exporter.targets.parity import family_rows
+from tests.benchmarks import scores
 from tests.benchmarks.rows import BENCHMARKS, PARAMETERS, Published, Row
 from tests.benchmarks.scores import (
     OTHERS_FOR_DECODE,
@@ -170,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipes-other-sizes": recipes_other_sizes,
     "prediction": prediction,
+    "prediction-groups": scores.table,
     "families": families,
 }
 
