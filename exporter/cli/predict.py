@@ -50,14 +50,14 @@ def predict(
     ram: RamOption = None,
     runtime: Annotated[str, typer.Option("--runtime", help="Runtime, such as llama.cpp, Ollama or ExecuTorch.")] = "",
     kv_bytes: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--kv-bytes",
             parser=_whole,
             help="Bytes of a token's keys and values in float16: 4 x layers x KV heads x their width. "
             "By default, as models of that size have.",
         ),
-    ] = 0,
+    ] = None,
     measured: MeasuredOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +71,7 @@ def predict(
 
     profile = device_with(device, ram)
     length = min(context, 512) if prompt is None else prompt
-    asked = Request(file_bytes, parameters, format, backend, context, length, runtime, kv_bytes_per_token=kv_bytes)
+    asked = Request(file_bytes, parameters, format, backend, context, length, runtime, kv_bytes_per_token=kv_bytes or 0)
     request = checked_request(asked, profile)
     runs = [measured_run(text, request) for text in measured or []]
     prediction = run_predict(calibrated(profile, runs, profile.name), request, memory_of(runtime, format.strip()))

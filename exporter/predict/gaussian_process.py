@@ -6,7 +6,7 @@ it. One point therefore shifts all predictions of the device, similar ones the m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, sqrt
 
 import numpy as np
@@ -18,6 +18,8 @@ from exporter.predict.workload import Workload
 MIDDLE_BYTES, MOST_SIZE = 3e9, 3.0
 # Error that the backends of one device share through their common memory bandwidth.
 SHARED_SPREAD = 0.1
+# Tokens in the cache up to which the weights take most of the time.
+SHORT_CONTEXT = 1024
 # Runs of the same file on the same device differ by this.
 LEAST_DEVIATION = 0.05
 
@@ -65,8 +67,15 @@ def _covariance(one: Workload, other: Workload, fitted: Coefficients) -> float:
     size = fitted.size_spread**2 * _size(one) * _size(other)
     family = fitted.family_spread**2 if one.family == other.family else 0.0
     program = fitted.program_spread**2 if program_of(one) == program_of(other) else 0.0
-    same = fitted.noise_of(one.kind) ** 2 if one == other else 0.0
+    same = fitted.noise_of(one.kind) ** 2 if _is_same_run(one, other) else 0.0
     return shared + max(spread(one, fitted) ** 2 - shared, 0.0) + family + size + program + same
+
+
+def _is_same_run(one: Workload, other: Workload) -> bool:
+    """Return whether two runs are of one file in one program, and their caches cost alike or little."""
+    alike = replace(one, context=other.context, runtime=other.runtime, kv_bytes_per_token=other.kv_bytes_per_token)
+    short = max(one.context, other.context) <= SHORT_CONTEXT
+    return alike == other and program_of(one) == program_of(other) and (short or one.context == other.context)
 
 
 def spread(work: Workload, fitted: Coefficients) -> float:

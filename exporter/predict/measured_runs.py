@@ -30,7 +30,8 @@ def measured_run(text: str, request: Request | None = None) -> Measured:
 
     Args:
         text: Pairs of name and value.
-        request: Gives defaults for format and backend, and for parameters if format and file size are the same.
+        request: Gives defaults for format, backend and context, and for parameters if format and file size are the
+            same.
 
     Raises:
         RequestError: the text is malformed, lacks a speed, the file's bytes or the format, or a number is impossible.
@@ -41,7 +42,7 @@ def measured_run(text: str, request: Request | None = None) -> Measured:
     if "file_bytes" not in given:
         raise RequestError("a measured run has no file-bytes", got=shown(text), expected=EXPECTED)
     if request is not None:
-        given = {"format": request.format, "backend": request.backend, **given}
+        given = {"format": request.format, "backend": request.backend, "context": request.context, **given}
         if given["file_bytes"] == request.file_bytes and given["format"] == request.format:
             given = {"parameters": request.parameters, **given}
     if "format" not in given:

@@ -48,8 +48,8 @@ GPU_OPERATIONS_PER_BYTE, NPU_OPERATIONS, NPU_SHARE = 24.0, 10e12, 0.2
 # A Hexagon v73 reads no quicker from the 135 GB/s of a Snapdragon X Elite (52 GB/s) than from the 76.8 GB/s of a
 # QCS9075 (47 GB/s): slopes of w4a16 of 1 to 8 x 10^9 weights, qualcomm/ai-hub-models perf.yaml.
 HEXAGON_V73_BYTES_PER_S = 76.8e9
-# llama.cpp's kernels on Hexagon unpack Q4_0 at 37 to 52 GB/s, whatever the memory gives (85 to 152 GB/s; contexts of
-# 512 in qualcomm/ai-hub-models perf.yaml).
+# llama.cpp's kernels on Hexagon unpack Q4_0 at 37 to 52 GB/s, whatever the memory gives (85 to 152 GB/s), at a
+# context of 512 tokens: qualcomm/ai-hub-models perf.yaml.
 UNPACKED_BYTES_PER_S = 50e9
 
 

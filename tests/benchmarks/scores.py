@@ -7,6 +7,7 @@ back, with the coefficients that ship.
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import exp
 
 import numpy as np
@@ -53,6 +54,7 @@ class Trial:
     held: list[HeldOut]
 
 
+@cache
 def trial(part: Part) -> Trial:
     """Predict every published speed of a part from the rows of all chips but its own."""
     rows = [row for row in published() if samples([row], part)]

@@ -14,6 +14,7 @@ from statistics import median
 
 from exporter.targets.artifact import target_names
 from exporter.targets.parity import family_rows
+from tests.benchmarks import scores
 from tests.benchmarks.rows import BENCHMARKS, PARAMETERS, Published, Row
 from tests.benchmarks.scores import (
     OTHERS_FOR_DECODE,
@@ -208,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipes-other-sizes": recipes_other_sizes,
     "prediction": prediction,
+    "prediction-groups": scores.table,
     "families": families,
 }
 
