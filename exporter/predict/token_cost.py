@@ -174,7 +174,7 @@ def program_of(work: Workload) -> tuple[str, ...]:
     """Return the words of `RUNTIMES` in a runtime's name; none for llama.cpp, and where it is unknown."""
     name = work.runtime.lower()
     # GenieX runs llama.cpp, too.
-    name = name.replace("genie", "") if "llama.cpp" in name else name
+    name = name.replace("genie", "") if "llama" in name else name
     return tuple(word for word in RUNTIMES if word in name)
 
 

@@ -24,8 +24,8 @@ ALIASES: dict[str, BackendName] = {
     "npu:qnn": "npu:htp", "ane": "npu:ane", "npu:coreml": "npu:ane", "openvino": "npu:openvino", "rknn": "npu:rknn",
 }  # fmt: skip
 
-# Formats of GGUF files.
-GGUF = r"(UD-)?(I?Q\d_|TQ\d_|MXFP4)"
+# Formats whose runtime computes one operation at a time, also on neural processors.
+BY_OPERATION = r"(UD-)?(I?Q\d_|TQ\d_|MXFP4)"
 # The first match is used. A suffix of a name (a group size, a mix's letter) does not change its kernels.
 FORMATS: tuple[tuple[str, Family, str], ...] = (
     (r"(B?F16|F32|FP16|FP32)\b", "float", "F32, F16, BF16"),
@@ -83,7 +83,8 @@ class Workload:
     @property
     def is_compiled(self) -> bool:
         """Whether a neural processor runs one compiled graph, instead of an operation at a time as llama.cpp's."""
-        return self.kind == "npu" and "llama" not in self.runtime.lower() and not re.match(GGUF, self.format.upper())
+        by_operation = "llama" in self.runtime.lower() or re.match(BY_OPERATION, self.format.upper())
+        return self.kind == "npu" and not by_operation
 
     @property
     def is_intel(self) -> bool:
