@@ -12,6 +12,7 @@ The coefficients are fitted to published speeds; see `exporter.predict.coefficie
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import log
 
 from exporter.predict.workload import Workload
@@ -72,7 +73,7 @@ def decode_terms(work: Workload) -> list[Term]:
     bandwidth = log(_bandwidth(work) / MIDDLE_BANDWIDTH)
     side = kind if kind in ("cpu", "npu") else "gpu"
     reading = {"reading": 1.0, f"reading {kind}": 1.0, f"reading {family}": 1.0, f"bandwidth {side}": bandwidth}
-    cache = {"cache": 1.0, f"cache {kind}": 1.0}
+    cached = {"cache": 1.0, f"cache {kind}": 1.0}
     fixed = {"fixed": 1.0, f"fixed {kind}": 1.0, "fixed size": billions}
     working = {"working": 1.0, f"working {kind}": 1.0}
     if kind == "cpu":
@@ -89,7 +90,7 @@ def decode_terms(work: Workload) -> list[Term]:
     if kind == "npu":
         if not work.is_compiled:
             reading["reading npu by operations"] = 1.0
-            cache["cache npu by operations"] = 1.0
+            cached["cache npu by operations"] = 1.0
         reading[f"reading npu {work.machine}"] = 1.0
         if work.backend != "npu:htp":
             reading[f"reading {work.backend}"] = fixed[f"fixed {work.backend}"] = 1.0
@@ -102,7 +103,7 @@ def decode_terms(work: Workload) -> list[Term]:
             reading["reading intel vulkan"] = 1.0
     terms = [
         Term(1e3 * weight_bytes(work) / _bandwidth(work), reading),
-        Term(_cache_milliseconds(work), cache),
+        Term(_cache_milliseconds(work), cached),
         Term(1.0, fixed),
         Term(_working_milliseconds(work), working),
     ]
@@ -170,12 +171,17 @@ def prefill_terms(work: Workload) -> list[Term]:
     return [Term(1e3 * operations / rate, weights | named)]
 
 
-def program_of(work: Workload) -> tuple[str, ...]:
-    """Return the words of `RUNTIMES` in a runtime's name; none for llama.cpp, and where it is unknown."""
-    name = work.runtime.lower()
+@cache
+def _words(runtime: str) -> tuple[str, ...]:
     # GenieX runs llama.cpp, too.
+    name = runtime.lower()
     name = name.replace("genie", "") if "llama" in name else name
     return tuple(word for word in RUNTIMES if word in name)
+
+
+def program_of(work: Workload) -> tuple[str, ...]:
+    """Return the words of `RUNTIMES` in a runtime's name; none for llama.cpp, and where it is unknown."""
+    return _words(work.runtime)
 
 
 def _runtime(work: Workload) -> dict[str, float]:
