@@ -13,7 +13,7 @@ from exporter.predict.estimate import Estimate, lognormal
 from exporter.predict.gaussian_process import Point, residual
 from exporter.predict.request import Request
 from exporter.predict.roofline import cpu_of, cycles_of
-from exporter.predict.token_cost import Term, decode_terms, kv_bytes, prefill_terms, weight_bytes
+from exporter.predict.token_cost import Term, decode_terms, prefill_terms, weight_bytes
 from exporter.predict.workload import Family, Machine, Workload, format_family
 
 TOKENS_A_SECOND = "tokens/s"
@@ -212,14 +212,13 @@ def _named_type(speeds: Mapping[str, TimedKernel], name: str, bits: float) -> Ti
 def _timed_decode_points(
     timed: Sequence[tuple[TimedKernel, float]], work: Workload, model: Coefficients
 ) -> Sequence[Point]:
-    """Return a point for timed kernels: the time of the weights and of the cache, and the fitted fixed part."""
+    """Return a point for timed kernels: the time of the weights, and what is fitted of the cache and the fixed part."""
     if not timed:
         return []
-    _, fixed, _ = terms = decode_terms(work)
+    _, cached, fixed, _ = terms = decode_terms(work)
     weights_s = sum(share * work.parameters / one.decode_weights_per_s for one, share in timed)
-    cache_s = kv_bytes(work.parameters, work.context) / work.bandwidth_bytes_per_s
-    known = Term(1e3 * (weights_s + cache_s), {})
-    return [Point(work, model.log_milliseconds([known, fixed]) - model.log_milliseconds(terms), TIMED_NOISE)]
+    known = [Term(1e3 * weights_s, {}), cached, fixed]
+    return [Point(work, model.log_milliseconds(known) - model.log_milliseconds(terms), TIMED_NOISE)]
 
 
 def _timed_prefill_points(
