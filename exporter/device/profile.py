@@ -199,10 +199,6 @@ class DeviceProfile(Document):
 
     def _require_possible_backends(self) -> None:
         given = [backend.name for backend in self.backends]
-        if self.preferred.backend not in given:
-            raise impossible(
-                "preferred.backend is none of the backends", self.preferred.backend, f"one of {', '.join(given)}"
-            )
         if len(set(given)) < len(given):
             raise impossible("a backend is listed twice", ", ".join(given), "each backend once")
         cpu = next((backend for backend in self.backends if backend.name == "cpu"), None)
@@ -219,6 +215,10 @@ class DeviceProfile(Document):
                 )
         for timed in cpu.timed_kernels:
             self._require_possible_kernels(timed)
+        if self.preferred.backend not in given:
+            raise impossible(
+                "preferred.backend is none of the backends", self.preferred.backend, f"one of {', '.join(given)}"
+            )
         for backend in self.backends:
             self._require_possible_bandwidth(backend)
             self._require_own_soc(backend)

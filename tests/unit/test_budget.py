@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from exporter import pipeline
-from exporter.bench.profile import format_of
 from exporter.calibrate.evaluation_statistics import EvaluationStatistics
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import collect
@@ -26,6 +25,7 @@ from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.sources import open_model
 from exporter.planning.budget import Budget, cost_of_speed, cpu_as_predicted
+from exporter.planning.expected import format_of
 from exporter.planning.job import Job
 from exporter.planning.outline import needs_of
 from exporter.planning.step import Draft
@@ -91,7 +91,9 @@ def test_a_budget_is_kept_and_spent(
     assert all((row.calibration_kl or 0) > 0 and (row.evaluation_kl or 0) > 0 for row in bundle.report.tensors)
     assert bundle.report.recipe.scheme == f"at most {most:,} bytes{named}"
     # What a measurement is written down as must be a format that a prediction knows.
-    assert format_family(format_of(bundle.report))
+    assert format_family(
+        format_of(bundle.report.recipe.scheme, ((r.format, r.stored_bytes) for r in bundle.report.tensors))
+    )
 
 
 def test_more_bits_predict_less_loss_and_count_the_whole_file(job: Callable[..., Job], tmp_path: Path) -> None:

@@ -194,5 +194,5 @@ def test_a_file_of_the_users_own_is_shown_like_a_named_device(tmp_path: Path) ->
     shown = json.loads(printed(tmp_path, "devices", "show", "my-board.toml", "--json"))
     assert DeviceProfile.model_validate_json(json.dumps(shown)) == made
     text = printed(tmp_path, "devices", "my-board.toml")
-    assert "My [red]board (my-board)" in text
+    assert "My [red]board (8 GB) (my-board)" in text
     assert "13.5 tokens/s decoded" in text and "17.1 GB/s" in text and "8 GiB" in text
