@@ -15,7 +15,7 @@ from exporter.emulate.arm64.core import CORES, CORTEX_A72, CORTEX_A76, WITH_I8MM
 from exporter.emulate.arm64.installation import Installation
 from exporter.emulate.arm64.logits import read_logits
 from exporter.emulate.arm64.machine import EmulatedMachine
-from exporter.foundation import cache
+from exporter.foundation import building, cache
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.model.gguf_reader import open_gguf
@@ -242,7 +242,7 @@ def test_set_up_waits_no_longer_than_its_limit(programs: Path, monkeypatch: pyte
     program(programs, "qemu-aarch64-static")
     program(programs, "dpkg-deb")
     program(programs, "apt-get", "exec /bin/sleep 60")
-    monkeypatch.setattr(setup, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(building, "TIMEOUT_S", 0.2)
     with pytest.raises(RequestError, match=r"apt-get: no end of an installation; got 0.2 s; check the network"):
         setup.install(emulation_needs())
 
