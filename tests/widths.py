@@ -34,6 +34,8 @@ VOCAB = 2048
 WINDOW, BATCH = 256, 4
 # What `own_keys` has for smaller models.
 WIDER: dict[str, dict[str, object]] = {
+    # Its published models have a head of their own, and llama.cpp builds no other.
+    "olmo2": {"tie_word_embeddings": False},
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB},
     "granitemoehybrid": {"shared_intermediate_size": 768},
     "qwen3_moe": {"moe_intermediate_size": 256},
