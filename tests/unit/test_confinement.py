@@ -157,7 +157,7 @@ def test_what_never_ends_is_ended(method: str, share: float) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("method", METHODS)
 def test_half_the_cpu_is_half_the_speed(method: str) -> None:
-    """Turns of 0.2 s, free and limited by turns in one run; the medians of what neighbours tell of each other.
+    """Turns of 0.3 s, free and limited by turns in one run; the medians of what neighbours tell of each other.
 
     Whoever shares the core with this machine makes single turns up to twice as quick or slow as the one before, for
     less than a second; sums over a few long turns were off by a fifth. The speed is the work of a CPU second times the
@@ -168,7 +168,7 @@ def test_half_the_cpu_is_half_the_speed(method: str) -> None:
         limited(ProcessLimits(cores=1), "watched") as (free, _),
         limited(ProcessLimits(cores=1, cpu_share=0.5), method) as (slow, held),
     ):
-        both = [(free.call(Worker.work, MOST_S, 0.2), slow.call(Worker.work, MOST_S, 0.2)) for _ in range(30)]
+        both = [(free.call(Worker.work, MOST_S, 0.3), slow.call(Worker.work, MOST_S, 0.3)) for _ in range(30)]
     as_quick = median((slow_turns / slow_cpu) / (turns / cpu) for (turns, cpu, _), (slow_turns, slow_cpu, _) in both)
     granted = median(cpu / wall for (_, cpu, wall), _ in both)
     speed = as_quick * median(cpu / wall for _, (_, cpu, wall) in both)
