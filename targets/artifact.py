@@ -1,5 +1,7 @@
 """Artifacts and how they are loaded; nothing here needs the libraries that write them."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,14 @@ class Artifact:
         return sum(path.stat().st_size for path in self.weights)
 
 
+def share(source: Path, place: Path) -> None:
+    """Hard-link a file, or copy it where that cannot be: ONNX Runtime follows no symbolic link out of a folder."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
+
+
 def target_names() -> list[str]:
     """Return the names of the targets."""
     return folders("exporter.targets", "target.py")
@@ -43,6 +53,14 @@ def part_of(target: str, part: str) -> ModuleType:
     """
     module = part if target in folders("exporter.targets", f"{part}.py") else "target"
     return load(f"exporter.targets.{{}}.{module}", target, target_names(), "target")
+
+
+def optional_part(target: str, part: str) -> ModuleType | None:
+    """Return the module of a part that a target need not have, such as `npu/proof`; None if it has none."""
+    known = folders("exporter.targets", f"{part}.py")
+    if target not in known:
+        return None
+    return load(f"exporter.targets.{{}}.{part.replace('/', '.')}", target, known, "target")
 
 
 def runtime_of(target: str) -> Any:

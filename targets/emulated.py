@@ -9,7 +9,7 @@ from exporter.emulate.arm64.core import Core
 from exporter.emulate.arm64.installation import Installation, Needs
 from exporter.formats.format import Float32
 from exporter.foundation.registry import folders, load
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, optional_part
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,8 @@ class Emulated(Protocol):
 
 def emulated_target(name: str) -> Emulated | None:
     """Return the `Emulated` of a target, or None if it has none."""
-    known = folders("exporter.targets", "emulated.py")
-    if name not in known:
-        return None
-    found: Emulated = load("exporter.targets.{}.emulated", name, known, "target").EMULATED
-    return found
+    part = optional_part(name, "emulated")
+    return None if part is None else part.EMULATED
 
 
 def emulation_needs() -> Needs:

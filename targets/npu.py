@@ -8,9 +8,8 @@ from typing import Protocol
 from exporter.device.neural import NeuralProcessor
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32
-from exporter.foundation.registry import folders, load
 from exporter.model.model import Model
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, optional_part
 
 Advance = Callable[[int, int], None]
 
@@ -88,8 +87,5 @@ def processor_of(device: DeviceProfile) -> NeuralProcessor | None:
 
 def npu_target(name: str) -> Npu | None:
     """Return the `Npu` of a target, or None if it has none."""
-    known = folders("exporter.targets", "npu/proof.py")
-    if name not in known:
-        return None
-    found: Npu = load("exporter.targets.{}.npu.proof", name, known, "target").NPU
-    return found
+    part = optional_part(name, "npu/proof")
+    return None if part is None else part.NPU

@@ -23,11 +23,11 @@ from exporter.emulate.arm64.core import Core, lacked, stand_in
 from exporter.emulate.arm64.installation import Installation
 from exporter.emulate.arm64.setup import installation
 from exporter.formats.format import Float32
-from exporter.foundation.errors import ExporterError, MissingDependencyError, RequestError, RuntimeCrashError
+from exporter.foundation.errors import MissingDependencyError, RequestError, RuntimeCrashError
 from exporter.foundation.progress import Progress, silent
-from exporter.foundation.quantities import Check, Quantity, Status
+from exporter.foundation.quantities import Check, Quantity
 from exporter.prove.accuracy import divergence
-from exporter.prove.emulation import Emulation
+from exporter.prove.emulation import Emulation, not_run, outcome, words
 from exporter.targets.artifact import Artifact
 from exporter.targets.emulated import Emulated, Run, Setting, emulated_target, emulation_needs
 from exporter.targets.opened import OpenedArtifact
@@ -94,21 +94,23 @@ def settle(artifact: Artifact, device: DeviceProfile, tokens: Tokens, progress: 
         return Emulation()
     target = emulated_target(artifact.target)
     if target is None:
-        return _not_run(f"the target {artifact.target} is not run on emulated cores")
+        return not_run(NAMES, f"the target {artifact.target} is not run on emulated cores")
     installed = installation(emulation_needs())
     try:
         target.require(installed, core)
     except MissingDependencyError as error:
-        return _not_run(_words(error))
+        return not_run(NAMES, words(error))
     count = POSITIONS if target.rounds(core) else POSITIONS_IN_FLOAT32
     emulator = Emulator(target, installed, core, tokens.reshape(-1)[:count].tolist())
     try:
         return _examined(emulator, artifact, device, progress)
     except RequestError as error:
-        return _not_run(_words(error))
+        return not_run(NAMES, words(error))
     except RuntimeCrashError as error:
-        failed = _check(INSTRUCTIONS, "failed", _words(error))
-        return Emulation((failed, *_not_run(f"{target.title} did not run on the emulated {core.name}").checks[1:]))
+        failed = outcome(INSTRUCTIONS, "failed", words(error))
+        return Emulation(
+            (failed, *not_run(NAMES, f"{target.title} did not run on the emulated {core.name}").checks[1:])
+        )
 
 
 def _examined(emulator: Emulator, artifact: Artifact, device: DeviceProfile, progress: Progress) -> Emulation:
@@ -180,20 +182,20 @@ def _check_ran(emulator: Emulator, device: DeviceProfile) -> Check:
     detail = (
         f"{emulator.target.title} ran the model on an emulated {core.name} in place of {device.clusters[0].name}{apart}"
     )
-    return _check(INSTRUCTIONS, "passed", detail)
+    return outcome(INSTRUCTIONS, "passed", detail)
 
 
 def check_agreement(here: Float32, there: Float32, core: Core) -> Check:
     """Compare the logits of this machine and of an emulated core in float32 activations, both [tokens, vocab]."""
     if here.shape != there.shape:
-        return _check(AGREEMENT, "failed", f"{list(there.shape)} logits on the {core.name}, {list(here.shape)} here")
+        return outcome(AGREEMENT, "failed", f"{list(there.shape)} logits on the {core.name}, {list(here.shape)} here")
     most, kl = difference(here, there), loss(here, there).kl_mean
     detail = (
         f"with float32 activations the logits of {len(here)} tokens on the emulated {core.name} differ from this "
         f"machine's by at most {most:.1e}, KL {kl:.1e}"
     )
     passed = most < MOST_DIFFERENCE and kl < MOST_AGREEMENT_KL
-    return _check(AGREEMENT, "passed" if passed else "failed", detail, most, MOST_DIFFERENCE, "logits")
+    return outcome(AGREEMENT, "passed" if passed else "failed", detail, most, MOST_DIFFERENCE, "logits")
 
 
 def difference(here: Float32, there: Float32) -> float:
@@ -212,7 +214,7 @@ def check_rounding(losses: Mapping[str, Loss], chosen: str, limit: float, reason
         verdict = f"{chosen} stays, for float32 activations have no quick kernels for these codes"
     against = f"KL on the emulated {core.name} against float32 activations here"
     detail = f"{against}: {measured}; the limit is {limit:.2g}; {verdict}"
-    return _check(ROUNDING, "passed" if passed else "failed", detail, found.kl_mean, limit, "nats")
+    return outcome(ROUNDING, "passed" if passed else "failed", detail, found.kl_mean, limit, "nats")
 
 
 def _quantities(here: Float32, there: Float32, losses: Mapping[str, Loss]) -> dict[str, Quantity]:
@@ -220,17 +222,3 @@ def _quantities(here: Float32, there: Float32, losses: Mapping[str, Loss]) -> di
     for name, found in losses.items():
         values[f"arm64.rounding_kl.{name}"] = (found.kl_mean, "nats")
     return {name: Quantity(value=value, unit=unit, basis="emulated") for name, (value, unit) in values.items()}
-
-
-def _not_run(reason: str) -> Emulation:
-    return Emulation(tuple(_check(name, "not run", reason) for name in NAMES))
-
-
-def _words(error: ExporterError) -> str:
-    return str(error).removesuffix(".")
-
-
-def _check(
-    name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None, unit: str = ""
-) -> Check:
-    return Check(name=name, status=status, detail=detail, value=value, limit=limit, unit=unit)

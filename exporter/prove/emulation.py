@@ -1,7 +1,7 @@
 """Runs an artifact on the build machine under a device's limits: the stage that `--emulate` adds."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from exporter.emulate.sandbox.cgroup import LONGEST_PERIOD_US, control_groups
 from exporter.emulate.sandbox.confined import Confinement, confined, controlled, hindrance
 from exporter.emulate.sandbox.limits import ProcessLimits, device_limits
 from exporter.foundation.cpu import available_cores
-from exporter.foundation.errors import RuntimeCrashError
+from exporter.foundation.errors import ExporterError, RuntimeCrashError
 from exporter.foundation.progress import Progress, silent
 from exporter.foundation.quantities import Check, Quantity, Status
 from exporter.prove.prompt import DECODE_TOKENS, prompt_for
@@ -161,50 +161,49 @@ def _failure(confinement: Confinement, error: RuntimeCrashError) -> str:
 
 def _check_run(run: EmulationRun | None, failure: str, limits: ProcessLimits, prompt: int) -> Check:
     done = f"a prompt of {prompt} tokens read and {DECODE_TOKENS} generated within {limits.timeout_s:g} s"
-    return _check("emulation.run", "passed" if run else "failed", done if run else failure)
+    return outcome("emulation.run", "passed" if run else "failed", done if run else failure)
 
 
 def _check_memory(run: EmulationRun | None, confinement: Confinement, paged: int, file_bytes: int) -> Check:
     limit, peak = confinement.limits.memory_bytes, confinement.watch.peak_bytes
     name, by = "emulation.memory", f"by {confinement.memory_method}"
     if limit is None:
-        return _check(name, "not run", "no limit was asked for")
+        return outcome(name, "not run", "no limit was asked for")
     if confinement.out_of_memory:
         detail = f"more than the {_size(limit)} that one app may hold; ended {by}"
-        return _check(name, "failed", detail, max(peak, limit), limit)
+        return outcome(name, "failed", detail, max(peak, limit), limit, "bytes")
     if paged > file_bytes:
         detail = f"{_size(paged)} of files were read again and again for want of memory, {by}"
-        return _check(name, "failed", detail, peak, limit)
+        return outcome(name, "failed", detail, peak, limit, "bytes")
     if run is None:
-        return _check(name, "not run", f"the run did not come to its end; {_size(peak)} were held until then, {by}")
+        return outcome(name, "not run", f"the run did not come to its end; {_size(peak)} were held until then, {by}")
     if not peak:
-        return _check(name, "not run", "the system does not let the process's proportional set be read")
-    return _check(
-        name, "passed", f"peak memory {_size(peak)} (emulated) under a limit of {_size(limit)} {by}", peak, limit
-    )
+        return outcome(name, "not run", "the system does not let the process's proportional set be read")
+    detail = f"peak memory {_size(peak)} (emulated) under a limit of {_size(limit)} {by}"
+    return outcome(name, "passed", detail, peak, limit, "bytes")
 
 
 def _check_cpu(run: EmulationRun | None, confinement: Confinement) -> Check:
     limits, name = confinement.limits, "emulation.cpu"
     if run is None:
-        return _check(name, "not run", "the run did not come to its end")
+        return outcome(name, "not run", "the run did not come to its end")
     most, used = limits.cpu_share * limits.usable_cores, run.cpu_s / run.wall_s
     cores = f"{limits.usable_cores} core{'s' if limits.usable_cores > 1 else ''}"
     if limits.cores is not None and limits.cores > available_cores():
         cores += f" of {limits.cores}, for this machine has no more"
     detail = f"{used:.2f} CPU seconds a second on {cores}, share {limits.cpu_share:g}, by {confinement.cpu_method}"
     if run.cpu_s > most * (1 + SHARE_TOLERANCE) * (run.wall_s + LONGEST_PERIOD_US / 1e6):
-        return _check(name, "not run", f"the limit was not kept: {detail}")
-    return _check(name, "passed", detail)
+        return outcome(name, "not run", f"the limit was not kept: {detail}")
+    return outcome(name, "passed", detail)
 
 
 def _check_network(run: EmulationRun | None) -> Check:
     name = "emulation.network"
     if run is None:
-        return _check(name, "not run", "the run did not come to its end")
+        return outcome(name, "not run", "the run did not come to its end")
     if not run.network_methods:
-        return _check(name, "not run", "neither a network namespace nor seccomp is to be had here")
-    return _check(name, "passed", f"it ran without a network, by {' and '.join(run.network_methods)}")
+        return outcome(name, "not run", "neither a network namespace nor seccomp is to be had here")
+    return outcome(name, "passed", f"it ran without a network, by {' and '.join(run.network_methods)}")
 
 
 def _quantities(run: EmulationRun | None, confinement: Confinement) -> dict[str, Quantity]:
@@ -219,9 +218,21 @@ def _quantities(run: EmulationRun | None, confinement: Confinement) -> dict[str,
     return {name: Quantity(value=value, unit=unit, basis="emulated") for name, (value, unit) in values.items()}
 
 
-def _check(name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None) -> Check:
-    unit = "" if value is None else "bytes"
+def outcome(
+    name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None, unit: str = ""
+) -> Check:
+    """Return a check."""
     return Check(name=name, status=status, detail=detail, value=value, limit=limit, unit=unit)
+
+
+def not_run(names: Iterable[str], reason: str) -> Emulation:
+    """Return the checks of what was not run."""
+    return Emulation(tuple(outcome(name, "not run", reason) for name in names))
+
+
+def words(error: ExporterError) -> str:
+    """Return an error's sentence as a part of another."""
+    return str(error).removesuffix(".")
 
 
 def _size(size_bytes: float) -> str:

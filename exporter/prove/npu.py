@@ -19,11 +19,11 @@ from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32
 from exporter.foundation.errors import MissingDependencyError, RuntimeCrashError
 from exporter.foundation.progress import Progress, silent
-from exporter.foundation.quantities import Check, Quantity, Status
+from exporter.foundation.quantities import Check, Quantity
 from exporter.model.model import Model
 from exporter.prove.accuracy import Reference
 from exporter.prove.arm64 import Loss, loss
-from exporter.prove.emulation import Emulation
+from exporter.prove.emulation import Emulation, not_run, outcome, words
 from exporter.targets.artifact import Artifact
 from exporter.targets.npu import Compiled, Npu, npu_target, processor_of
 from exporter.targets.opened import OpenedArtifact
@@ -63,12 +63,12 @@ def prove_on_npu(
         return Emulation()
     hindrance = npu.hindrance(processor, model)
     if hindrance is not None:
-        return _not_run(NAMES, f"the bundle has no part for the neural processor: {hindrance}")
+        return not_run(NAMES, f"the bundle has no part for the neural processor: {hindrance}")
     try:
         npu.require_installed()
     except MissingDependencyError as error:
         reason = f"the part for the neural processor is not compiled, and a device compiles it at load: {error}"
-        return _not_run(NAMES, reason.removesuffix("."))
+        return not_run(NAMES, reason.removesuffix("."))
     return _proved(_Proving(npu, processor, artifact, model, progress), tokens)
 
 
@@ -97,19 +97,19 @@ def _proved(proving: _Proving, tokens: Tokens) -> Emulation:
     try:
         compiled = npu.compile(artifact, proving.processor)
     except RuntimeCrashError as error:
-        failed = _check(PLACED, "failed", _words(error))
-        return Emulation((failed,)) + _not_run((ACCURACY, TOKENS), "it was not compiled")
+        failed = outcome(PLACED, "failed", words(error))
+        return Emulation((failed,)) + not_run((ACCURACY, TOKENS), "it was not compiled")
     proving.progress(stage, 1, 1)
     emulation = Emulation((check_placed(npu, compiled, npu.products(proving.model), proving.processor),))
     emulation += Emulation(quantities=_sizes(artifact, compiled), notes=(_note(npu, artifact, compiled),))
     try:
         emulation += _accuracy(proving, tokens)
     except RuntimeCrashError as error:
-        emulation += Emulation((_check(ACCURACY, "failed", f"the compiled model does not run: {_words(error)}"),))
+        emulation += Emulation((outcome(ACCURACY, "failed", f"the compiled model does not run: {words(error)}"),))
     try:
         return emulation + _generated(proving, tokens)
     except RuntimeCrashError as error:
-        return emulation + Emulation((_check(TOKENS, "failed", f"the pipeline does not run: {_words(error)}"),))
+        return emulation + Emulation((outcome(TOKENS, "failed", f"the pipeline does not run: {words(error)}"),))
 
 
 def check_placed(npu: Npu, compiled: Compiled, products: int, processor: NeuralProcessor) -> Check:
@@ -121,14 +121,14 @@ def check_placed(npu: Npu, compiled: Compiled, products: int, processor: NeuralP
         f"matrix multiplications among them; on the CPU: {others}; embedding and head by design; compiled in "
         f"{compiled.seconds:.0f} s by {npu.licence}"
     )
-    return _check(PLACED, "passed" if compiled.products == products else "failed", detail, compiled.products, products)
+    return outcome(PLACED, "passed" if compiled.products == products else "failed", detail, compiled.products, products)
 
 
 def _accuracy(proving: _Proving, tokens: Tokens) -> Emulation:
     """Compare the emulator with the original model, and with the same graph computed here."""
     windows = list(_windows(tokens))
     if not windows:
-        return _not_run((ACCURACY,), f"the evaluation text's windows are shorter than {WINDOW} tokens")
+        return not_run((ACCURACY,), f"the evaluation text's windows are shorter than {WINDOW} tokens")
     original = Reference.of_original(proving.model, tokens)
     floats, here, there = [], [], []
     for number, count in windows:
@@ -169,7 +169,7 @@ def check_accuracy(npu: Npu, here: Loss, there: Loss, added: Loss) -> Emulation:
     )
     values = {"npu.kl": there, "npu.same_graph_kl": here, "npu.added_kl": added}
     quantities = {name: Quantity(value=one.kl_mean, unit="nats", basis="emulated") for name, one in values.items()}
-    check = _check(ACCURACY, "passed" if passed else "failed", detail, there.kl_mean, limit, "nats")
+    check = outcome(ACCURACY, "passed" if passed else "failed", detail, there.kl_mean, limit, "nats")
     return Emulation((check,), quantities)
 
 
@@ -222,7 +222,7 @@ def check_tokens(found: Sequence[Continuation]) -> Check:
         f"greedy tokens of the compiled pipeline and of the model on the CPU: {'; '.join(map(str, found))}; at most "
         f"{MOST_TIE:g} nats are a tie; each turn of a chat needs a generator of its own"
     )
-    return _check(TOKENS, "passed" if passed else "failed", detail)
+    return outcome(TOKENS, "passed" if passed else "failed", detail)
 
 
 def _sizes(artifact: Artifact, compiled: Compiled) -> dict[str, Quantity]:
@@ -245,17 +245,3 @@ def _note(npu: Npu, artifact: Artifact, compiled: Compiled) -> str:
         "are in memory while it runs, with embedding and head from the model's own data; the weights in that data "
         "serve the CPU, and devices whose driver refuses the compiled part"
     )
-
-
-def _not_run(names: tuple[str, ...], reason: str) -> Emulation:
-    return Emulation(tuple(_check(name, "not run", reason) for name in names))
-
-
-def _words(error: Exception) -> str:
-    return str(error).removesuffix(".")
-
-
-def _check(
-    name: str, status: Status, detail: str, value: float | None = None, limit: float | None = None, unit: str = ""
-) -> Check:
-    return Check(name=name, status=status, detail=detail, value=value, limit=limit, unit=unit)

@@ -1,12 +1,9 @@
 """ONNX Runtime on an emulated Arm core: how an artifact may round activations, and its logits in each case."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -16,7 +13,7 @@ from exporter.emulate.arm64.logits import read_logits
 from exporter.formats.format import Float32
 from exporter.foundation.cache import replacing, scratch_folder
 from exporter.foundation.quantities import from_json
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, share
 from exporter.targets.emulated import Run
 from exporter.targets.onnx.rounding import (
     DISABLE_KLEIDIAI,
@@ -25,6 +22,7 @@ from exporter.targets.onnx.rounding import (
     WITHOUT_KLEIDIAI,
     Rounding,
 )
+from exporter.targets.onnx.session import decoder_settings
 from exporter.targets.onnx.settings import CONFIGURATION, GenaiConfig
 
 EMULATED_MAIN = Path(__file__).with_name("emulated_main.py")
@@ -49,7 +47,7 @@ class EmulatedOnnx:
         levels = {attribute.i for attribute in _attributes(_graph(artifact), "accuracy_level")}
         if levels == {FLOAT32.level}:
             return FLOAT32
-        without = _settings(artifact)["session_options"].get(DISABLE_KLEIDIAI) == "1"
+        without = decoder_settings(artifact.folder)["session_options"].get(DISABLE_KLEIDIAI) == "1"
         return WITHOUT_KLEIDIAI if without else KLEIDIAI
 
     def candidates(self, artifact: Artifact, core: Core) -> Mapping[str, Rounding]:
@@ -76,7 +74,7 @@ class EmulatedOnnx:
         with replacing(folder / CONFIGURATION) as partial:
             partial.write_text(configuration.to_text(), encoding="utf-8")
         if not (folder / data.name).exists():
-            _share(data, folder / data.name)
+            share(data, folder / data.name)
         return Artifact(artifact.target, folder, (folder / model.name, folder / data.name))
 
     def logits(self, artifact: Artifact, run: Run) -> Float32:
@@ -90,13 +88,11 @@ class EmulatedOnnx:
 
 
 def _request(artifact: Artifact) -> dict[str, object]:
-    settings = _settings(artifact)
-    # Names without a dot are for onnxruntime-genai.
-    options = {name: value for name, value in settings["session_options"].items() if "." in name}
+    settings = decoder_settings(artifact.folder)
     return {
         "path": str(artifact.weights[0].absolute()),
         "head_width": settings["head_size"],
-        "options": options,
+        "options": settings["session_options"],
     }
 
 
@@ -108,21 +104,6 @@ def _attributes(model: onnx.ModelProto, name: str) -> list[onnx.AttributeProto]:
     """Return the attributes of that name of all `MatMulNBits` nodes."""
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     return [attribute for node in products for attribute in node.attribute if attribute.name == name]
-
-
-def _settings(artifact: Artifact) -> dict[str, Any]:
-    """Return the decoder's part of genai_config.json."""
-    text = (artifact.folder / CONFIGURATION).read_text(encoding="utf-8")
-    settings: dict[str, Any] = json.loads(text)["model"]["decoder"]
-    return settings
-
-
-def _share(data: Path, place: Path) -> None:
-    """Hard-link a file, or copy it to another disk: ONNX Runtime follows no link out of the model's folder."""
-    try:
-        os.link(data, place)
-    except OSError:
-        shutil.copyfile(data, place)
 
 
 EMULATED = EmulatedOnnx()

@@ -1,13 +1,11 @@
 """Runs a decoder graph in OpenVINO, which reads ONNX by an importer of its own."""
 
-import os
-import shutil
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, share
 from exporter.targets.contract import MOST_LOWERING_KL
 from exporter.targets.onnx.session import decoder_settings
 from exporter.targets.onnx.settings import DATA_FILE, MODEL_FILE
@@ -25,7 +23,7 @@ class OnnxInOpenVino(OpenVino):
         # Before the data has a second link, which onnx would refuse to read.
         onnx.save_model(with_constant_tables(artifact.folder), str(folder / MODEL_FILE))
         # OpenVINO follows no symbolic link out of the graph's folder.
-        _share(artifact.folder / DATA_FILE, folder / DATA_FILE)
+        share(artifact.folder / DATA_FILE, folder / DATA_FILE)
         super().__init__(folder / MODEL_FILE, threads, int(decoder_settings(artifact.folder)["head_size"]))
 
     def most_kl(self) -> float:
@@ -49,14 +47,6 @@ def with_constant_tables(folder: Path) -> onnx.ModelProto:
         graph.initializer.append(numpy_helper.from_array(halves.astype("f4"), scales))
         graph.node.remove(cast)
     return model
-
-
-def _share(data: Path, place: Path) -> None:
-    """Hard-link a file, or copy it where the disk has no links."""
-    try:
-        os.link(data, place)
-    except OSError:
-        shutil.copyfile(data, place)
 
 
 JUDGE = OnnxInOpenVino

@@ -5,7 +5,6 @@ that it needs are hard-linked.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from exporter.formats.format import Float32
 from exporter.foundation.cache import replacing
 from exporter.foundation.errors import RequestError, RuntimeCrashError
 from exporter.model.model import Model
-from exporter.targets.artifact import Artifact
+from exporter.targets.artifact import Artifact, share
 from exporter.targets.npu import Advance, Compiled
 from exporter.targets.onnx.settings import CONFIGURATION
 from exporter.targets.onnx_qdq.npu import FOLDER, folder, qualcomm
@@ -109,7 +108,7 @@ class QualcommNpu:
         with _child(artifact, files) as (child, scratch):
             if not emulated:
                 (scratch / FOLDER).mkdir()
-                _share(artifact.weights[1], scratch / FOLDER / artifact.weights[1].name)
+                share(artifact.weights[1], scratch / FOLDER / artifact.weights[1].name)
             return child.run(generated, seconds, prompt, count, emulated)
 
 
@@ -134,17 +133,9 @@ def _child(artifact: Artifact, files: Sequence[Path]) -> Iterator[tuple[Child, P
     with TemporaryDirectory(prefix=".npu-", dir=artifact.folder.parent) as made:
         scratch = Path(made)
         for path in files:
-            _share(path, scratch / path.name)
+            share(path, scratch / path.name)
         with Child(QualcommNpu.title, memory, scratch) as child:
             yield child, scratch
-
-
-def _share(path: Path, place: Path) -> None:
-    """Hard-link a file, or copy it where the disk has no such links: ONNX Runtime follows no link out of a folder."""
-    try:
-        os.link(path, place)
-    except OSError:
-        shutil.copyfile(path, place)
 
 
 NPU = QualcommNpu()
