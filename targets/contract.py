@@ -10,6 +10,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.compression import CompressedMatrix, Compression, MatrixOutcome, compress
+from exporter.compress.method import AS_STORED
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32, LowRank, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
@@ -308,6 +309,16 @@ def _lacking(target: Target, what: str) -> RequestError:
         f"the target {target.name} {what}", expected="a type for all matrices",
         next_step=f"name one with --type, such as {target.default_type}, or choose another target",
     )  # fmt: skip
+
+
+def with_codes(model: Model, decisions: list[Decision]) -> list[Decision]:
+    """Return decisions that take the codes of the source where their formats hold them."""
+    return [
+        replace(one, method=AS_STORED, reason=f"{one.reason}; the codes of the source")
+        if model.has_codes(one.group.name, one.format)
+        else one
+        for one in decisions
+    ]
 
 
 def with_adapter(target: Target, model: Model, decisions: list[Decision]) -> list[Decision]:

@@ -28,6 +28,7 @@ from exporter.calibrate.statistics import Statistics
 from exporter.compress.method import method_kind
 from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import Decision
+from exporter.formats.integers import Integers
 from exporter.foundation.errors import RequestError
 from exporter.foundation.fitted import fitted_value
 from exporter.model.blocks import Producer
@@ -259,6 +260,11 @@ class _Scaled:
         """Return the name of the format of a matrix that is not rewritten; None for any other."""
         unchanged = name not in self._rows and name not in self._columns
         return self._source.stored_type(name) if unchanged and isinstance(self._source, HoldsCodes) else None
+
+    def integers(self, name: str) -> Integers | None:
+        """Return the integers that a matrix consists of that is not rewritten; None for any other."""
+        held = self.stored_type(name) is not None and isinstance(self._source, HoldsCodes)
+        return self._source.integers(name) if held else None
 
     def codes(self, name: str) -> Bytes:
         """Return the encoded rows of a matrix that is not rewritten."""

@@ -41,12 +41,8 @@ def check_methods(decisions: list[Decision], model: Model) -> None:
     for name, format in dict.fromkeys((one.method, one.format) for one in decisions):
         load_method(name, EFFORTS["balanced"]).require(format)
     for one in decisions:
-        held = model.stored_type(one.group.name)
-        if method_kind(one.method).keeps_codes and held != one.format.name:
-            raise RequestError(
-                f"the source holds no codes of the type {one.format.name}", where=one.group.name,
-                got=held or "floats", next_step="choose another method, or a type that it holds",
-            )  # fmt: skip
+        if method_kind(one.method).keeps_codes:
+            _require_codes(one, model)
         if one.group.site == TOKENS and getattr(one.format, "needs_importance", False):
             raise RequestError(
                 f"{one.format.name} needs the importance of inputs, and rows that are looked up have none",
@@ -54,6 +50,18 @@ def check_methods(decisions: list[Decision], model: Model) -> None:
                 expected="another type for the embedding",
                 next_step="choose a named mix such as IQ2_M, or another type",
             )
+
+
+def _require_codes(decision: Decision, model: Model) -> None:
+    """Refuse a matrix whose codes are not the source's; of floats, the weights are read, since they may be integers."""
+    name, format = decision.group.name, decision.format
+    held = model.stored_type(name)
+    if model.has_codes(name, format) or (held is None and model.codes(name, format) is not None):
+        return
+    raise RequestError(
+        f"the source holds no codes of the type {format.name}", where=name, got=held or "floats",
+        next_step="choose another method, or a type that it holds",
+    )  # fmt: skip
 
 
 def check_formats(decisions: list[Decision], others: Iterable[WeightFormat] = ()) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from exporter.formats.format import Bytes, Float32
+from exporter.formats.integers import Integers
 from exporter.foundation.cache import cache_folder
 from exporter.foundation.cache_entries import kept_folder
 from exporter.foundation.errors import InputError
@@ -27,6 +28,8 @@ from exporter.model.tensors import require_finite
 
 # Increment when the unpacked metadata changes.
 METADATA_VERSION = 2
+# Types whose blocks of 32 hold one scale, in float16, and whole multiples of it (`block_q4_0` in ggml-common.h).
+INTEGERS = {"Q4_0": Integers(4, 32), "Q5_0": Integers(5, 32), "Q8_0": Integers(8, 32)}
 LoadConfig = Callable[[Path], PretrainedConfig]
 
 
@@ -121,6 +124,10 @@ class GgufSource:
         """Return the name of a matrix's type."""
         found: str = self._file.tensors[self._names[name]].tensor_type.name
         return found
+
+    def integers(self, name: str) -> Integers | None:
+        """Return the integers that a matrix consists of, if its type has one step for each block and no offset."""
+        return INTEGERS.get(self.stored_type(name) or "")
 
     def codes(self, name: str) -> Bytes:
         """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""

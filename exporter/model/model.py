@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
-from exporter.formats.format import Bytes, Float32
+from exporter.formats.format import Bytes, Float32, WeightFormat
 from exporter.formats.group import WeightGroup
+from exporter.formats.integers import HoldsIntegers
 from exporter.foundation.cache_entries import Identity, identity
 from exporter.foundation.errors import InputError
 from exporter.model.decoder import Decoder
@@ -149,11 +150,22 @@ class Model:
         """Return the name of the format in which the source holds a matrix; None for a checkpoint of floats."""
         return self.tensors.stored_type(name) if isinstance(self.tensors, HoldsCodes) else None
 
-    def codes(self, name: str, format: str) -> Bytes | None:
-        """Return the encoded rows of a matrix, uint8 [rows, bytes], if the source holds it in a format."""
-        if isinstance(self.tensors, HoldsCodes) and self.tensors.stored_type(name) == format:
+    def has_codes(self, name: str, format: WeightFormat) -> bool:
+        """Say whether a format holds the codes that the source has of a matrix: they are of it, or integers."""
+        if not isinstance(self.tensors, HoldsCodes):
+            return False
+        integers = self.tensors.integers(name)
+        whole = isinstance(format, HoldsIntegers) and integers is not None and format.holds(integers)
+        return whole or self.tensors.stored_type(name) == format.name
+
+    def codes(self, name: str, format: WeightFormat) -> Bytes | None:
+        """Return the rows of a matrix in a format, uint8 [rows, bytes], if that loses nothing.
+
+        They are those of the source if it holds the very format, and else whole multiples of a step.
+        """
+        if isinstance(self.tensors, HoldsCodes) and self.tensors.stored_type(name) == format.name:
             return self.tensors.codes(name)
-        return None
+        return format.exact_rows(self.read(name)) if isinstance(format, HoldsIntegers) else None
 
     def ranks(self) -> Mapping[str, int]:
         """Return the rank of the factors of each matrix that an adapter is kept beside, by its name."""

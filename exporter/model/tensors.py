@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32
 from exporter.formats.group import WeightGroup
+from exporter.formats.integers import Integers
 from exporter.foundation.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -87,6 +88,9 @@ class HoldsCodes(Protocol):
 
     def stored_type(self, name: str) -> str | None:
         """Return the name of a matrix's format; None if it holds none of that name, or not as it is."""
+
+    def integers(self, name: str) -> Integers | None:
+        """Return the integers that a matrix of that format consists of; None if it has offsets or other levels."""
 
     def codes(self, name: str) -> Bytes:
         """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""

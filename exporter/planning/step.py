@@ -162,7 +162,7 @@ class Draft:
             progress: Called with matrices done and their total.
         """
         kept = sum(method_kind(one.method).keeps_codes for one in self.decisions)
-        note = f"{kept} of {len(self.decisions)} matrices keep the codes that the source holds in the same type"
+        note = f"{kept} of {len(self.decisions)} matrices keep the codes of the source"
         return self.decisions, (note,) if kept else ()
 
 
@@ -232,7 +232,7 @@ class CodedStep(EncodingStep):
         """Return the target's 8 bits for every matrix."""
         reason = f"{self.method} by the recipe: {self.bits:g} bits a weight on average when coded"
         decisions = task.target.decide(task.model, by_bits(task.target).type_of_8_bits, self.method)
-        return Draft([replace(one, reason=reason) for one in decisions])
+        return Draft([replace(one, method=self.method, reason=reason) for one in decisions])
 
     def coordinates(self, target: Target, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model in coordinates that suit coding, or as the target has it."""

@@ -44,7 +44,7 @@ from exporter.model.widths import padded
 from exporter.predict.peak_memory import Peak, host_features
 from exporter.predict.roofline import Cpu, Throughput, timed_throughputs
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter
+from exporter.targets.contract import AsStored, Target, lower, shape_of, with_adapter, with_codes
 from exporter.targets.gguf.adapter import Adapter, AdapterWriter
 from exporter.targets.gguf.adapter_text import adapter_text
 from exporter.targets.gguf.feed_forward_widths import feed_forward_storage
@@ -146,7 +146,7 @@ class Gguf(Target):
             decisions = self._as_stored(model)
         else:
             decisions = self._mixed(model, type, method) if type in MIXES else self._single(model, type, method)
-            decisions = [_with_codes(model, one) for one in decisions]
+            decisions = with_codes(model, decisions)
         check_formats(decisions, map(ggml_format, (*reversed(ALPHABET), "F16")))
         return decisions
 
@@ -332,13 +332,6 @@ def _require_all_timed(timed: TimedKernels) -> None:
             expected="the speed of every type from which formats are chosen",
             next_step="time them again with edge-exporter bench --kernels --profile",
         )  # fmt: skip
-
-
-def _with_codes(model: Model, decision: Decision) -> Decision:
-    """Return a decision that takes the codes of the source if it holds them in the very type."""
-    if model.stored_type(decision.group.name) != decision.format.name:
-        return decision
-    return replace(decision, method=AS_STORED, reason=f"{decision.reason}; the codes of the source")
 
 
 def _mix_decision(group: WeightGroup, method: str, type: str, mix: str, usual: str) -> Decision:

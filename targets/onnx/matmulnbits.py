@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.formats.format import Bytes, Float32, fitted_line, fitted_scale, squared_error
+from exporter.formats.integers import Integers, whole_multiples
 from exporter.formats.row_scaled import Int8, RowScaling, in_blocks
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -147,6 +148,22 @@ class MatMulNBitsFormat:
         with ThreadPoolExecutor(available_cores()) as pool:
             chunks = (weight[at : at + ROWS_AT_ONCE] for at in range(0, rows, ROWS_AT_ONCE))
             return np.concatenate(list(pool.map(encode, chunks)))
+
+    def holds(self, integers: Integers) -> bool:
+        """Return whether every block has one step, and no more multiples than codes."""
+        return self.bits >= integers.bits and integers.block_columns % self.block_columns == 0
+
+    def exact_rows(self, weight: Float32) -> Bytes | None:
+        """Encode weights that are whole multiples of a step; the zero point, stored or not, is the middle code."""
+        found = whole_multiples(weight, self.block_columns, self.bits, self.scale_type)
+        if found is None:
+            return None
+        multiples, steps = found
+        middle = 1 << (self.bits - 1)
+        zero_point = np.full(len(weight), middle, np.float32)
+        codes = (multiples + middle).astype(np.uint8)
+        grids = [_IntegerGrid(self.bits, self.asymmetric, scale, zero_point, self.scale_type) for scale in steps.T]
+        return self.join([grid.pack(codes[:, block]) for block, grid in enumerate(grids)])
 
     def _encode(self, weight: Float32, importance: Float32 | None) -> Bytes:
         encoded = []

@@ -14,6 +14,7 @@ from exporter.compress.allocate import Storage
 from exporter.compress.awq_scaling import Rewritten, scaled_if_fitted
 from exporter.compress.checks import check_formats
 from exporter.compress.compression import CompressedMatrix, Compression
+from exporter.compress.method import AS_STORED
 from exporter.device.profile import DeviceProfile
 from exporter.formats.floats import FLOAT16, FLOAT32
 from exporter.formats.format import Float32, WeightFormat
@@ -26,7 +27,7 @@ from exporter.model.model import Model
 from exporter.predict.peak_memory import Peak, Weights, host_features
 from exporter.predict.roofline import Throughput
 from exporter.targets.artifact import Artifact
-from exporter.targets.contract import AsStored, Target, lower, shape_of
+from exporter.targets.contract import AsStored, Target, lower, shape_of, with_codes
 from exporter.targets.kernel_speeds import speeds_on
 from exporter.targets.onnx.companions import write_text_alone
 from exporter.targets.onnx.factors import add_factors
@@ -67,6 +68,8 @@ ALPHABET = (
     "int4-b32-asymmetric", "int4-b16", "int4-b16-asymmetric",
     "int8-b128", "int8-b64", "int8-b32",
 )  # fmt: skip
+# Zero points would only repeat the middle code.
+SYMMETRIC = tuple(one for one in matmulnbits_formats().values() if not one.asymmetric and one.scale_type is np.float16)
 
 
 class Onnx(Target):
@@ -110,8 +113,8 @@ class Onnx(Target):
         return lacking(family)
 
     def types(self) -> list[str]:
-        """Return the short names, then every single format."""
-        return [*NAMED, FLOAT, *matmulnbits_formats()]
+        """Return the short names, every single format, and the formats that hold the integers of a source."""
+        return [*NAMED, FLOAT, *matmulnbits_formats(), AS_STORED]
 
     def context_length(self, model: Model) -> int:
         """Return the number of positions for which the graph computes what the model does."""
@@ -127,12 +130,39 @@ class Onnx(Target):
         require_supported(model)
         if type not in self.types():
             raise RequestError(f"unknown ONNX type {type!r}", next_step=did_you_mean(type, self.types()))
+        if type == AS_STORED:
+            return self._as_stored(model)
         name = NAMED.get(type, type)
         format: WeightFormat = FLOAT32 if name == FLOAT else matmulnbits_format(name)
         reason = f"{type} for every matrix" + (f"; {self._rounding.reason}" if name != FLOAT else "")
-        decisions = [Decision(group, method, format, reason) for group in model.groups()]
+        decisions = with_codes(model, [Decision(group, method, format, reason) for group in model.groups()])
         check_formats(decisions, [*map(matmulnbits_format, matmulnbits_formats()), FLOAT32])
         return decisions
+
+    def _as_stored(self, model: Model) -> list[Decision]:
+        """Return the smallest format for the matrices of each storage that holds the codes of the source.
+
+        Raises:
+            RequestError: no format holds those of a matrix.
+        """
+        found = {}
+        for storage in self.storages(model):
+            for group in storage.groups:
+                if not any(model.has_codes(group.name, format) for format in SYMMETRIC):
+                    held = model.stored_type(group.name)
+                    raise RequestError(
+                        "no format of the target holds the codes of the source", where=group.name,
+                        got=held or "floats",
+                        expected="a GGUF file whose types have one scale for each block, without offsets: "
+                        "Q4_0, Q5_0 and Q8_0",
+                        next_step="choose another type, or the target gguf, which holds every type of a GGUF file",
+                    )  # fmt: skip
+            names = [group.name for group in storage.groups]
+            formats = (one for one in SYMMETRIC if all(model.has_codes(name, one) for name in names))
+            best = min(formats, key=lambda format: format.stored_bytes(1, storage.groups[0].columns))
+            found |= dict.fromkeys(names, best)
+        reason = f"the smallest that holds the codes of the source; {self._rounding.reason}"
+        return [Decision(group, AS_STORED, found[group.name], reason) for group in model.groups()]
 
     def storages(self, model: Model) -> list[Storage]:
         """Return the matrices; query, key and value of a layer are one storage.

@@ -1,10 +1,15 @@
-"""Code for code: a GGUF source in the types that it has, or in one of them, keeps its very bytes."""
+"""Code for code: a GGUF source in the types that it has, or in one of them, keeps its very bytes.
 
+Formats of other names that hold its integers keep every weight, and so do floats that are integers.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from exporter.calibrate.layer_stream import silent
 from exporter.calibrate.statistics import Statistics, collect
@@ -13,13 +18,18 @@ from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.checks import check_methods
 from exporter.compress.compression import Compression, propagates_errors
 from exporter.compress.effort import EFFORTS
+from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
+from exporter.model.model import Model
 from exporter.model.sources import open_model
 from exporter.pipeline import plan
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
 from exporter.stages.predicted_times import VOCABULARY_SECONDS
-from exporter.targets.contract import load_target, lower
+from exporter.targets.artifact import Artifact
+from exporter.targets.contract import Target, load_target, lower
+from exporter.targets.gguf.formats.ggml import ggml_format
+from exporter.targets.onnx.matmulnbits import matmulnbits_format
 from tests.gguf_files import edited_gguf, lowered
 from tests.models import tensor_digests, tiny_model
 
@@ -96,6 +106,94 @@ def test_a_source_of_floats_has_no_codes(tmp_path: Path) -> None:
             check_methods(target.decide(model, "Q8_0", "as-stored"), model)
         with pytest.raises(RequestError, match="the source holds no codes of the type int8"):
             check_methods(load_target("onnx").decide(model, "int8", "as-stored"), model)
+        with pytest.raises(RequestError, match=r"no format of the target holds the codes .*; got floats"):
+            load_target("onnx").decide(model, "as-stored", "ldlq")
+
+
+def require_all_kept(target: Target, model: Model, decisions: list[Decision], type: str, folder: Path) -> Artifact:
+    """Check that a runtime decodes every matrix of an artifact to the very weights of the source."""
+    folder.mkdir()
+    check_methods(decisions, model)
+    assert {one.method for one in decisions} == {"as-stored"}
+    made = lower(target, Compression(model, decisions), type, folder)
+    assert {outcome.output_error for outcome in made.outcomes.values()} == {0.0}
+    read = target.read_back(made.artifact, model)
+    for group in model.groups():
+        np.testing.assert_array_equal(read(group), model.read(group.name))
+    return made.artifact
+
+
+# Query, key and value are one storage there: all three get the format that holds each.
+WIDER = {"model.layers.0.self_attn.k_proj.weight": "Q8_0", "model.layers.1.mlp.down_proj.weight": "Q5_0"}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def integers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a GGUF file of types that hold integers."""
+    place, target = tmp_path_factory.mktemp("integers"), load_target("gguf")
+    with open_model(str(tiny_model(place / "model", request.param))) as model:
+        decisions = [
+            replace(one, format=ggml_format(WIDER.get(one.group.name, "Q4_0")))
+            for one in target.decide(model, "Q4_0", "rtn")
+        ]
+        return lower(target, Compression(model, decisions), "Q4_0", place).artifact.weights[0]
+
+
+def test_onnx_keeps_every_integer(integers: Path, tmp_path: Path) -> None:
+    target = load_target("onnx")
+    with open_model(str(integers)) as model:
+        decisions = target.decide(model, "as-stored", "ldlq")
+        eight_bits = {one.group.name for one in decisions if one.format.name == "int8-b32"}
+        assert eight_bits == {*WIDER, *(f"model.layers.0.self_attn.{role}_proj.weight" for role in "qv")}
+        assert {one.format.name for one in decisions if one.group.name not in eight_bits} == {"int4-b32"}
+        made = require_all_kept(target, model, decisions, "as-stored", tmp_path / "made")
+        gate = next(group for group in model.groups() if group.role == "gate")
+        format = matmulnbits_format("int4-b32")
+        codes, _, _ = format.split(format.encode_rows(model.read(gate.name), None), gate.columns)
+        # The check sees one wrong nibble.
+        data = bytearray(made.weights[1].read_bytes())
+        data[data.index(codes.tobytes())] ^= 0x10
+        made.weights[1].write_bytes(data)
+        assert (target.read_back(made, model)(gate) != model.read(gate.name)).sum() == 1
+
+
+@pytest.mark.parametrize(("name", "type"), [("onnx", "int8"), ("onnx", "int8-b16-asymmetric"), ("gguf", "Q8_0")])
+def test_a_type_of_more_bits_keeps_every_integer(integers: Path, name: str, type: str, tmp_path: Path) -> None:
+    target = load_target(name)
+    with open_model(str(integers)) as model:
+        require_all_kept(target, model, target.decide(model, type, "ldlq"), type, tmp_path / "made")
+
+
+def test_onnx_refuses_offsets(tmp_path: Path) -> None:
+    made = lowered(tiny_model(tmp_path / "model"), tmp_path / "made", "gguf", "Q4_1").weights[0]
+    with (
+        open_model(str(made)) as model,
+        pytest.raises(RequestError, match=r"no format of the target holds .*; got Q4_1.*, or the target gguf"),
+    ):
+        load_target("onnx").decide(model, "as-stored", "ldlq")
+
+
+@pytest.mark.parametrize(("name", "type"), [("onnx", "int4"), ("gguf", "Q4_0")])
+def test_floats_on_the_grid_of_a_type_are_kept(name: str, type: str, tmp_path: Path) -> None:
+    """A model that was trained for the grid of a type is a folder of floats."""
+    target, folder, grid = load_target(name), tiny_model(tmp_path / "model"), ggml_format("Q4_0")
+    with open_model(str(folder)) as model:
+        off = model.groups()[-1].name
+        rounded = {
+            group.name: grid.decode_rows(grid.encode_rows(weight, None), group.columns)
+            for group in model.groups()
+            for weight in [model.read(group.name)]
+        }
+    save_file(load_file(folder / "model.safetensors") | rounded, folder / "model.safetensors")
+    with open_model(str(folder)) as model:
+        require_all_kept(target, model, target.decide(model, type, "as-stored"), type, tmp_path / "made")
+    rounded[off][3, 5] += np.float32(1e-4)
+    save_file(load_file(folder / "model.safetensors") | rounded, folder / "model.safetensors")
+    with (
+        open_model(str(folder)) as model,
+        pytest.raises(RequestError, match=rf"{off}: the source holds no codes .* got floats"),
+    ):
+        check_methods(target.decide(model, type, "as-stored"), model)
 
 
 def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
@@ -103,7 +201,7 @@ def test_a_report_counts_them(source: Path, tmp_path: Path) -> None:
         draft = resolve(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64), model).draft()
         _, notes = draft.decided(Rewritten(model, Statistics(tmp_path)), silent)
         count = len(model.groups())
-    assert notes == (f"{count} of {count} matrices keep the codes that the source holds in the same type",)
+    assert notes == (f"{count} of {count} matrices keep the codes of the source",)
 
 
 def test_a_plan_counts_no_time_for_them(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,9 @@ class AsStored:
         """Return the codes that the source holds.
 
         Raises:
-            RequestError: it holds none of this format.
+            RequestError: it holds none that this format could hold.
         """
-        codes = None if self.model is None else self.model.codes(self.matrix, format.name)
+        codes = None if self.model is None else self.model.codes(self.matrix, format)
         if codes is None:
             raise RequestError(
                 f"the source holds no codes of the type {format.name}", where=self.matrix or None,

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 
 from exporter.formats.format import Bytes, Float32
+from exporter.formats.integers import Integers, whole_multiples
 from exporter.formats.row_scaled import Int8, RowScaling, in_blocks
 from exporter.foundation.cpu import available_cores
 from exporter.foundation.errors import InputError, RequestError, did_you_mean
@@ -124,6 +125,32 @@ class GgmlFormat:
 
         list(_pool().map(encode, range(0, rows, step)))
         return encoded
+
+    @property
+    def _integers(self) -> Integers | None:
+        """The integers that the type holds, if its levels are all of so many bits and its blocks have one scale."""
+        layout = LAYOUTS.get(self.name)
+        if layout is None or layout.scales != 1 or (np.diff(layout.levels) != 1).any():
+            return None
+        return Integers(int(np.log2(len(layout.levels))), self.block_columns)
+
+    def holds(self, integers: Integers) -> bool:
+        """Return whether every block has one step, and no more multiples than codes."""
+        own = self._integers
+        return own is not None and own.bits >= integers.bits and integers.block_columns % own.block_columns == 0
+
+    def exact_rows(self, weight: Float32) -> Bytes | None:
+        """Encode weights that are whole multiples of a step, in the types that hold integers."""
+        own = self._integers
+        found = None if own is None else whole_multiples(weight, own.block_columns, own.bits)
+        if found is None:
+            return None
+        multiples, steps = found
+        layout = LAYOUTS[self.name]
+        blocks = np.empty((steps.size, self.stored_bytes(1, self.block_columns)), np.uint8)
+        blocks[:, :2] = steps.astype(np.float16).reshape(-1, 1).view(np.uint8)
+        layout.put(blocks, (multiples - layout.levels[0]).astype(np.uint8).reshape(-1, self.block_columns))
+        return blocks.reshape(len(weight), -1)
 
     def _checked(self, importance: Float32 | None, columns: int) -> Float32 | None:
         if importance is None:
