@@ -92,6 +92,7 @@ def predicted_choices(
     statistics: Statistics,
     progress: Callable[[int, int], None],
     methods: Mapping[str, MatrixMethod] = MappingProxyType({}),
+    as_stored: Method | None = None,
 ) -> list[list[Choice]]:
     """Return the choices of each storage, from some rows of its matrices.
 
@@ -102,6 +103,7 @@ def predicted_choices(
         statistics: Of the model's inputs and outputs.
         progress: Called with storages done and their total.
         methods: Methods of single matrices, by name, in place of that one.
+        as_stored: The method of matrices whose codes the format holds, in place of both; None for no other.
     """
     found = []
     for done, storage in enumerate(storages):
@@ -111,10 +113,17 @@ def predicted_choices(
             rows = _some_rows(group)
             own = methods.get(group.name)
             sample = _sampled(model, group, rows, statistics, storage.low_rank)
-            parts.append((method if own is None else own.of_rows(rows), sample))
+            parts.append((group.name, method if own is None else own.of_rows(rows), sample))
         found.append(
             [
-                Choice(format, stored_bytes(storage, format), sum(part.kl(by, format) for by, part in parts))
+                Choice(
+                    format,
+                    stored_bytes(storage, format),
+                    sum(
+                        part.kl(as_stored if as_stored and model.has_codes(name, format) else by, format)
+                        for name, by, part in parts
+                    ),
+                )
                 for format in storage.formats
             ]
         )

@@ -263,8 +263,9 @@ class _Scaled:
 
     def integers(self, name: str) -> Integers | None:
         """Return the integers that a matrix consists of that is not rewritten; None for any other."""
-        held = self.stored_type(name) is not None and isinstance(self._source, HoldsCodes)
-        return self._source.integers(name) if held else None
+        if self.stored_type(name) is None or not isinstance(self._source, HoldsCodes):
+            return None
+        return self._source.integers(name)
 
     def codes(self, name: str) -> Bytes:
         """Return the encoded rows of a matrix that is not rewritten."""

@@ -18,7 +18,7 @@ from exporter.model.model import Model
 from exporter.predict.rates import rates
 from exporter.predict.request import LEAST_BYTES, LEAST_PARAMETERS, Request, checked_request
 from exporter.predict.roofline import Cpu, Throughput
-from exporter.targets.contract import Budgeted
+from exporter.targets.contract import Budgeted, with_codes
 
 # A choice that prefers speed may cost so many times the least KL that the limits allow.
 SPEED_KL = 2.0
@@ -147,13 +147,16 @@ def _times(cpu: Cpu, target: Budgeted, group: WeightGroup, format: WeightFormat)
 
 
 def decisions_of(budget: Budget, best: Sequence[Choice], model: Model, codes: str, reason: str) -> list[Decision]:
-    """Return a decision for each weight group of a model, in its order, from one choice for each storage."""
+    """Return a decision for each weight group of a model, in its order, from one choice for each storage.
+
+    Matrices take the codes of the source where the formats hold them.
+    """
     formats = {
         group.name: choice.format
         for storage, choice in zip(budget.storages, best, strict=True)
         for group in storage.groups
     }
-    return [Decision(group, codes, formats[group.name], reason) for group in model.groups()]
+    return with_codes(model, [Decision(group, codes, formats[group.name], reason) for group in model.groups()])
 
 
 def _set(limits: Limits) -> dict[str, float]:

@@ -161,9 +161,13 @@ class Draft:
             given: The model in the coordinates that it is encoded in, and its statistics on the calibration text.
             progress: Called with matrices done and their total.
         """
-        kept = sum(method_kind(one.method).keeps_codes for one in self.decisions)
-        note = f"{kept} of {len(self.decisions)} matrices keep the codes of the source"
-        return self.decisions, (note,) if kept else ()
+        return self.decisions, kept_codes(self.decisions)
+
+
+def kept_codes(decisions: Sequence[Decision]) -> tuple[str, ...]:
+    """Return the sentence that counts the matrices with codes of the source; none if there are none."""
+    kept = sum(method_kind(one.method).keeps_codes for one in decisions)
+    return (f"{kept} of {len(decisions)} matrices keep the codes of the source",) if kept else ()
 
 
 class EncodingStep(Document):

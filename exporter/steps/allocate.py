@@ -10,7 +10,7 @@ from exporter.calibrate.layer_stream import Progress
 from exporter.compress.allocate import Choice, Limits, Storage, predicted_choices, stored_bytes
 from exporter.compress.awq_scaling import Rewritten
 from exporter.compress.effort import Effort
-from exporter.compress.method import load_method
+from exporter.compress.method import AS_STORED, load_method
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
 from exporter.foundation.errors import RequestError
@@ -23,7 +23,7 @@ from exporter.planning.budget import (
     require_feasible,
     stock_of_that_size,
 )
-from exporter.planning.step import Draft, EncodingStep, EncodingTask
+from exporter.planning.step import Draft, EncodingStep, EncodingTask, kept_codes
 from exporter.steps.named_type import Name
 from exporter.targets.backends import BackendFormats
 from exporter.targets.contract import Target, budgeted
@@ -72,6 +72,7 @@ class Allocate(EncodingStep):
         """Return the decisions as they would be if every weight counted the same.
 
         A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
+        Codes of the source lose as little as the most bits: what is left is the rounding of activations to 8 bits.
 
         Raises:
             RequestError: no choice of formats keeps the limits; the nearest one that does is named.
@@ -80,12 +81,14 @@ class Allocate(EncodingStep):
         require_feasible(budget)
         choices = [
             [
-                Choice(format, count, size * 4.0 ** (-8 * count / size))
+                Choice(format, count, size * 4.0 ** (-8 * (most if kept else count) / size))
                 for format in storage.formats
                 for count in [stored_bytes(storage, format)]
+                for kept in [all(task.model.has_codes(group.name, format) for group in storage.groups)]
             ]
             for storage in budget.storages
             for size in [sum(group.size for group in storage.groups)]
+            for most in [max(stored_bytes(storage, format) for format in storage.formats)]
         ]
         codes = self.codes or task.target.default_method
         best = chosen(budget, budget.all_timed(choices))
@@ -133,11 +136,14 @@ class _Allocation(Draft):
     def decided(self, given: Rewritten, progress: Progress) -> tuple[list[Decision], tuple[str, ...]]:
         """Return the decisions with the least predicted loss on the calibration text that suit the preference."""
         budget, method = self.budget, load_method(self.codes, self.effort)
-        predicted = predicted_choices(given.model, budget.storages, method, given.statistics, progress)
+        predicted = predicted_choices(
+            given.model, budget.storages, method, given.statistics, progress,
+            as_stored=load_method(AS_STORED, self.effort),
+        )  # fmt: skip
         choices = budget.all_timed(predicted)
         best = chosen(budget, choices)
         decisions = decisions_of(budget, best, given.model, self.codes, "the least predicted loss within the limits")
-        return decisions, cost_of_speed(budget, choices, best)
+        return decisions, (*cost_of_speed(budget, choices, best), *kept_codes(decisions))
 
 
 def _computed(storages: Sequence[Storage], backend: BackendFormats) -> list[Storage]:

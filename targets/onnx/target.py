@@ -145,7 +145,7 @@ class Onnx(Target):
         Raises:
             RequestError: no format holds those of a matrix.
         """
-        found = {}
+        found: dict[str, WeightFormat] = {}
         for storage in self.storages(model):
             for group in storage.groups:
                 if not any(model.has_codes(group.name, format) for format in SYMMETRIC):

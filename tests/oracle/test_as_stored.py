@@ -22,7 +22,7 @@ from exporter.formats.group import Decision
 from exporter.foundation.errors import RequestError
 from exporter.model.model import Model
 from exporter.model.sources import open_model
-from exporter.pipeline import plan
+from exporter.pipeline import build, plan
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
 from exporter.stages.predicted_times import VOCABULARY_SECONDS
@@ -209,3 +209,32 @@ def test_a_plan_counts_no_time_for_them(source: Path, tmp_path: Path, monkeypatc
     made = plan(Job(str(source), "raspberry-pi-5", "gguf", type="as-stored", context=64))
     assert {one.method for one in made.decisions} == {"as-stored"}
     assert made.stage_seconds["compress and lower"].value == VOCABULARY_SECONDS
+
+
+@pytest.mark.parametrize("share", [1.0, 0.85])
+def test_a_budget_keeps_codes_where_that_pays(source: Path, share: float, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the capital of France is Paris, numbers 12 345 and hello world. " * 400)
+    with open_model(str(source)) as model:
+        fixed = load_target("gguf").fixed_bytes(model)
+        held = sum(one.stored_bytes for one in load_target("gguf").decide(model, "as-stored", "ldlq"))
+        count = len(model.groups())
+    bundle = build(
+        Job(
+            str(source), "raspberry-pi-5", "gguf", max_file_bytes=fixed + int(share * held), prefer="accuracy",
+            effort="fast", calibration=text, evaluation=text, window=64, context=64, evaluation_windows=4,
+            output=tmp_path / "bundle",
+        )
+    )  # fmt: skip
+    kept = [row for row in bundle.report.tensors if row.method == "as-stored"]
+    # Not all of them at their own size either: some pay for formats whose activations are rounded in smaller blocks.
+    assert count / 2 < len(kept) if share == 1.0 else 0 < len(kept) < count
+    assert {row.output_error for row in kept} == {0.0}
+    assert f"{len(kept)} of {count} matrices keep the codes of the source" in bundle.report.recipe.remarks
+
+
+@pytest.mark.parametrize(("recipe", "method"), [("rate", "entropy-constrained-int8"), ("double", "coarse-int8")])
+def test_a_recipe_of_coarse_steps_chooses_its_own_codes(integers: Path, recipe: str, method: str) -> None:
+    with open_model(str(integers)) as model:
+        draft = resolve(Job(str(integers), "raspberry-pi-5", "gguf", recipe=recipe, context=64), model).draft()
+    assert {one.method for one in draft.decisions} == {method}
