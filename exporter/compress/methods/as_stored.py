@@ -1,4 +1,4 @@
-"""As stored: the codes of a source that holds a matrix in the very format that the target gets; nothing is lost."""
+"""As stored: the codes of the source, in its own format or in one that holds the same weights; nothing is lost."""
 
 from dataclasses import dataclass
 
