@@ -5,13 +5,16 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exporter.device.profile import device_names, load_device
 from exporter.device.profile_writer import profile_toml
 from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
 from exporter.prove.arm64 import Loss
-from exporter.prove.npu import Continuation, check_accuracy, check_tokens
+from exporter.prove.npu import Continuation, check_accuracy, check_tokens, least_kl
 from exporter.targets.artifact import Artifact
 from exporter.targets.npu import npu_target
 from exporter.targets.onnx_qdq.intake import INTAKE
@@ -126,5 +129,26 @@ def test_limits_of_the_checks() -> None:
     assert status(0.02, 0.0230, 0.002) == "passed"
     assert status(0.02, 0.0232, 0.002) == "failed"
     assert status(0.02, 0.02, 0.011) == "failed"
-    assert check_tokens([Continuation(5, 16, None), Continuation(70, 3, 0.01)]).status == "passed"
+    assert check_tokens([Continuation(5, 16, None), Continuation(70, 3, 0.004)]).status == "passed"
     assert check_tokens([Continuation(5, 16, None), Continuation(70, 3, 0.2)]).status == "failed"
+
+
+@given(st.integers(0, 1 << 30))
+def test_least_kl_of_two_tokens_that_change_places(seed: int) -> None:
+    """No distribution that prefers the other token is nearer, and the nearest is as near as that."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, 5).astype(np.float32)
+    first, other = (int(place) for place in np.argsort(logits)[[-1, -2]])
+    p = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    found = least_kl(logits, first, other)
+    nearest = p.copy()
+    nearest[[first, other]] = p[[first, other]].mean()
+    assert found == pytest.approx(float((p * np.log(p / nearest)).sum()), rel=1e-9)
+    for q in random.dirichlet(1e3 * nearest, 50):
+        if q[other] >= q[first]:
+            assert (p * np.log(p / q)).sum() >= found - 1e-12
+    assert least_kl(logits, other, first) == 0.0
+
+
+def test_least_kl_where_the_other_token_is_impossible() -> None:
+    assert least_kl(np.array([0.0, -2000.0], np.float32), 0, 1) == pytest.approx(np.log(2))
