@@ -56,6 +56,7 @@ class Target(Protocol):
             differs from its own weights by more than rounding and is refused.
         states_rounding: The files say how activations are rounded. Accuracy is that of this arithmetic; what the
             runtime rounds beyond it by default is measured too, and reported apart.
+        alternatives: The formats that `reconsidered` may give a matrix in place of the one that was decided on.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Target(Protocol):
     default_method: str
     most_rounding_kl: float
     states_rounding: bool = False
+    alternatives: tuple[WeightFormat, ...] = ()
 
     def most_lowering_kl(self, family: Family) -> float:
         """Return the largest mean KL, in nats, of a float32 artifact against its model: of sums in another order."""
@@ -135,6 +137,15 @@ class Target(Protocol):
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return an equivalent model in the coordinates that suit the target and decisions like these."""
         return Rewritten(model, statistics)
+
+    def reconsidered(self, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
+        """Return the decisions with `alternatives` where what was observed of the model asks for them.
+
+        Args:
+            given: The model in the coordinates of `rewritten`, and its statistics on the calibration text.
+            decisions: The decisions so far.
+        """
+        return decisions
 
     def adapter_format(self, model: Model, group: WeightGroup) -> WeightFormat | None:
         """Return the format of factors of an adapter beside a matrix; None if the files have no place for them."""

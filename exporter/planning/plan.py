@@ -170,18 +170,21 @@ class Plan(Document):
         formats = {one.group.name: {one.format.name: one.format} for one in draft.decisions}
         for storage in draft.storages:
             formats |= {group.name: {one.name: one for one in storage.formats} for group in storage.groups}
+        for known in formats.values():
+            known |= {one.name: one for one in draft.alternatives}
         decided = []
         for one, drafted in zip(self.matrices, draft.decisions, strict=True):
-            factors = Factors.of(drafted.beside)
-            if one.format not in formats[one.name] or (one.factors, one.method) != (factors, drafted.method):
+            factors, methods = Factors.of(drafted.beside), draft.methods or (drafted.method,)
+            if one.format not in formats[one.name] or one.factors != factors or one.method not in methods:
                 raise InputError(
                     "the plan decides what its own recipe cannot",
                     where=shown(one.name),
                     got=_words(one.format, one.factors, one.method),
-                    expected=_words(" or ".join(formats[one.name]), factors, drafted.method),
+                    expected=_words(" or ".join(formats[one.name]), factors, " or ".join(methods)),
                     next_step="make a new plan with edge-exporter build",
                 )
-            decided.append(replace(drafted, format=formats[one.name][one.format], reason=one.reason))
+            format = formats[one.name][one.format]
+            decided.append(replace(drafted, method=one.method, format=format, reason=one.reason))
         return decided
 
     def require_text(self, title: str, found: "Windows") -> None:

@@ -92,12 +92,12 @@ class ResolvedJob:
             InputError: the plan that is repeated does not fit its own recipe.
         """
         task = EncodingTask(self.original, self.model, self.device, self.target, self.backend, self.effort)
-        draft = self.encoding.draft(task)
+        draft = replace(self.encoding.draft(task), alternatives=self.target.alternatives)
         draft = draft.with_adapter(with_adapter(self.target, self.model, draft.decisions))
         self.backend.require(draft.decisions, self.target, self.model)
         check_methods(draft.decisions, self.model)
         if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
-            _repeated(self.job.repeats, draft)
+            _repeated(self.job.repeats, draft, self.model)
         return draft
 
     def decided(self, draft: Draft, given: Rewritten, progress: StepProgress) -> tuple[list[Decision], tuple[str, ...]]:
@@ -110,8 +110,15 @@ class ResolvedJob:
         """
         if self.job.repeats is None:
             decisions, notes = draft.decided(given, progress)
+            decisions = self._reconsidered(draft, given, decisions)
             return with_adapter(self.target, given.model, decisions), notes
-        return _repeated(self.job.repeats, draft), self.job.repeats.notes
+        return _repeated(self.job.repeats, draft, self.model), self.job.repeats.notes
+
+    def _reconsidered(self, draft: Draft, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
+        """Return the decisions as the target reconsiders them, if the backend and the limits allow that."""
+        changed = self.target.reconsidered(given, decisions)
+        allowed = sum(one.stored_bytes for one in changed) <= draft.most_matrix_bytes
+        return changed if allowed and not self.backend.lacking(changed) else decisions
 
     def scheme(self, draft: Draft) -> str:
         """Return the recipe's name and the formats, in words."""
@@ -305,13 +312,14 @@ def _require_no_conflict(job: Job, recipe: Recipe | None) -> None:
         raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
 
 
-def _repeated(plan: Plan, draft: Draft) -> list[Decision]:
+def _repeated(plan: Plan, draft: Draft, model: Model) -> list[Decision]:
     """Return the decisions of a plan.
 
     Raises:
         InputError: they do not fit the plan's own recipe.
     """
     decisions = plan.decisions(draft)
+    check_methods(decisions, model)
     stored = sum(one.stored_bytes for one in decisions)
     if stored > draft.most_matrix_bytes:
         raise InputError(

@@ -93,7 +93,8 @@ class Allocate(EncodingStep):
         codes = self.codes or task.target.default_method
         best = chosen(budget, budget.all_timed(choices))
         decisions = decisions_of(budget, best, task.model, codes, "estimated; build decides from the calibration text")
-        draft = Draft(decisions, budget.scheme, budget.storages, budget.file_bytes, budget.limits.bytes)
+        methods = codes, AS_STORED
+        draft = Draft(decisions, budget.scheme, budget.storages, budget.file_bytes, budget.limits.bytes, methods)
         return _Allocation(**vars(draft), codes=codes, effort=task.effort, budget=budget)
 
     def _budget(self, task: EncodingTask) -> Budget:

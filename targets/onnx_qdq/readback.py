@@ -15,6 +15,8 @@ class QdqTables(Tables):
 
     def decode(self, group: WeightGroup) -> Float32:
         """Return a matrix as the runtime uses it, float32 [rows, columns]."""
+        if self._in_floats(group):
+            return super().decode(group)
         codes, scales, *zero_points = (self._values(name) for name in self._names(group))
         if group.role == "embedding":
             return dequantised(codes, scales[:, 0], 0)
@@ -22,10 +24,16 @@ class QdqTables(Tables):
 
     def format_name(self, group: WeightGroup) -> str:
         """Return the format of the initialisers, such as `int8-channel`."""
+        if self._in_floats(group):
+            return super().format_name(group)
         codes, scales, *_ = (self._initialisers[name] for name in self._names(group))
         kind = TensorProto.DataType.Name(codes.data_type).lower()
         channels = codes.dims[0 if group.role == "embedding" else 1]
         return f"{kind}-{'channel' if scales.dims[0] == channels else 'tensor'}"
+
+    def _in_floats(self, group: WeightGroup) -> bool:
+        """Return whether a matrix of a layer has no codes."""
+        return group.layer is not None and f"{self._stem(group)}/weight" not in self._nodes
 
     def _names(self, group: WeightGroup) -> tuple[str, ...]:
         """Return the initialisers of codes, scales and perhaps zero points of the embedding or of a `MatMul`."""

@@ -16,6 +16,7 @@ from exporter.compress.awq_scaling import Rewritten, equalised
 from exporter.compress.compression import CompressedMatrix, Compression
 from exporter.device.neural import NeuralProcessor
 from exporter.device.profile import DeviceProfile
+from exporter.formats.floats import FLOAT16
 from exporter.formats.format import Float32, WeightFormat
 from exporter.formats.group import Decision, WeightGroup
 from exporter.foundation.errors import RequestError, did_you_mean
@@ -31,7 +32,8 @@ from exporter.targets.onnx.rounding import INT8_BLOCKS, Rounding, rounding_on
 from exporter.targets.onnx.settings import DATA_FILE
 from exporter.targets.onnx.supported import declared_by, lacking, limited_by, require_supported
 from exporter.targets.onnx.target import Onnx
-from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_product, put_weights
+from exporter.targets.onnx_qdq.float_products import in_floats
+from exporter.targets.onnx_qdq.graph import Quantiser, put_embedding, put_float_product, put_product, put_weights
 from exporter.targets.onnx_qdq.npu import DATA_IN_PIPELINE
 from exporter.targets.onnx_qdq.npu.folder import hindrance, write_pipeline
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
@@ -91,6 +93,7 @@ class OnnxQdq(Onnx):
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
+    alternatives = (FLOAT16,)
 
     def __init__(
         self,
@@ -148,6 +151,10 @@ class OnnxQdq(Onnx):
         """Return the model with equalised channels."""
         return equalised(model, statistics, ALPHA, EQUALISED)
 
+    def reconsidered(self, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
+        """Return the decisions with float16 for matrices whose activations no codes hold well."""
+        return in_floats(given, decisions)
+
     def write(
         self, compression: Compression, matrices: Iterator[CompressedMatrix], type: str, folder: Path
     ) -> Artifact:
@@ -193,6 +200,9 @@ def _put_matrices(
     decoder = compression.model.decoder
     for product, (matrix,) in gathered(products(graph, decoder), matrices):
         format, group = matrix.decision.format, matrix.decision.group
+        if product is not None and not isinstance(format, ChannelFormat):
+            put_float_product(graph, product, file, matrix.encoded.data)
+            continue
         assert isinstance(format, ChannelFormat)
         table = None
         if group == decoder.embedding:
