@@ -310,3 +310,38 @@ def test_static_activations_need_observed_ranges(tmp_path: Path, model_of) -> No
             scaled_channels(model, Statistics(tmp_path))
         with pytest.raises(RequestError, match="unknown QDQ type 'a8w4'"):
             target.decide(model, "a8w4", "rtn")
+
+
+def test_a_product_whose_activations_no_codes_hold_stays_in_floats(
+    tmp_path: Path, model_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if one token had driven a channel to 20,000: the step of its codes is what other tokens have there."""
+    name, place, seen = "model.layers.1.mlp.down_proj.weight", output_place(1, "down"), Statistics.ranges
+
+    def driven_to(largest: float) -> None:
+        def ranges(statistics: Statistics, asked: str) -> ChannelRanges | None:
+            found = seen(statistics, asked)
+            if found is None or asked != place:
+                return found
+            return ChannelRanges(found.low, np.concatenate([np.float32([largest]), found.high[1:]]))
+
+        monkeypatch.setattr(Statistics, "ranges", ranges)
+
+    with model_of() as model:
+        target, reference, found = load_target("onnx-qdq"), Reference.of(model, TOKENS), {}
+        driven_to(20_000)
+        changed = target.rewritten(model, observed(model), [])
+        decided = {"codes": target.decide(model, "a16w8", "rtn")}
+        decided["floats"] = target.reconsidered(changed, decided["codes"])
+        assert [one.group.name for one in decided["floats"] if one.format.name == "F16"] == [name]
+        for way, decisions in decided.items():
+            (tmp_path / way).mkdir()
+            compression = Compression(changed.model, decisions, changed.statistics, source=model)
+            made = lower(target, compression, "a16w8", tmp_path / way)
+            assert check_weights(decoded(made.artifact, changed.model).digests, made).status == "passed"
+            assert target.stored_types(made.artifact, model)[name] == {"codes": "int8-channel", "floats": "F16"}[way]
+            found[way] = measured(reference, made.artifact).kl_mean
+        assert found["floats"] < found["codes"] / 10
+        # Float16 does not reach so far.
+        driven_to(70_000)
+        assert target.reconsidered(changed, decided["codes"]) == decided["codes"]
