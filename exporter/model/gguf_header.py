@@ -52,6 +52,14 @@ class Header:
         found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
         return found
 
+    def whole_by_layer(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """Return a whole number for each layer; the file may hold a single one for all."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return [self.whole(key, default)] * layers
+        usable = len(value) == layers and all(isinstance(one, int) and one >= 0 for one in value)
+        return list(self._usable(key, value, usable, f"a whole number for each of {layers} layers"))
+
     def flags(self, key: str, layers: int, period: int) -> list[bool]:
         """Return a flag for each layer: those of a key, or of its period, after which the one layer without it comes.
 

@@ -15,14 +15,16 @@ from exporter.foundation.errors import InputError
 from exporter.model import excerpt, gguf_names
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.model.tokenizer import load_tokenizer
 from exporter.planning.build_footprint import float_copy_bytes
 from exporter.prove.accuracy import divergence
 from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
+from tests.converter_lists import CASES, UNTIED_ONLY, converted, make_model, with_converted_keys
 from tests.float_artifacts import logits_by_transformers
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
-from tests.models import tensor_digests, tiny_model
+from tests.models import TEXT, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 300, (2, 160))
 HEAD_DIM = 16
@@ -187,6 +189,13 @@ def test_a_sliding_window_makes_a_mistral(files: dict[str, Path], tmp_path: Path
         assert model.decoder.context_length == 200
 
 
+def test_the_window_of_a_phi_3_is_read_and_shortens_its_context(tmp_path: Path) -> None:
+    plain = float_gguf(tiny_model(tmp_path / "hf", "phi3"), tmp_path / "plain.gguf")
+    path = edited_gguf(plain, tmp_path / "source.gguf", {"phi3.attention.sliding_window": 200})
+    with open_model(str(path)) as model:
+        assert model.config.sliding_window == model.decoder.window == model.decoder.context_length == 200
+
+
 def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_path: Path) -> None:
     keys: dict[str, object] = {
         "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "attention.scale": 0.0, "logit_scale": 1.0,
@@ -200,9 +209,10 @@ def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_pat
     assert checked(edited_gguf(files["llama"], tmp_path / "source.gguf", whole, ones), tmp_path) < 1e-9
 
 
-SOURCES = {
+SOURCES: dict[str, dict[str, object]] = {
     "granite": {"rms_norm_eps": 1e-5},
     "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5},
     # Of four layers, the last has no rotary embedding.
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
 }
@@ -211,12 +221,14 @@ SOURCES = {
 @pytest.mark.parametrize("family", sorted(SOURCES))
 def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, family: str) -> None:
     changes = {"head_dim": HEAD_DIM} | SOURCES[family]
-    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=changes)
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=changes)
     path = float_gguf(folder, tmp_path / "model.gguf")
     with open_model(str(folder)) as own, open_model(str(path)) as read:
         assert read.decoder == own.decoder
         for name in own.decoder.tensors():
             np.testing.assert_array_equal(read.read(name), own.read(name))
+        for text in TEXT:
+            assert load_tokenizer(read.folder).ids(text) == load_tokenizer(folder).ids(text)
         (check,) = check_source(read, TOKENS, 1, tmp_path)
         assert float(check.value or 0) < 1e-9
         (tmp_path / "saved").mkdir()
@@ -236,19 +248,71 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
         ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
         ("olmo2", {"attention.sliding_window": 64}, "olmo2.attention.sliding_window changes what the model computes"),
         ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
+        ("phi3", {"rope.dimension_count": 7}, "the heads do not divide evenly; got .* turn 7, expected .* even widths"),
+        ("phi3", {"rope.dimension_count": 18}, "rope.dimension_count is not the width of a head.* got 18, expected 16"),
+        ("phi3", {"rope.scaling.attn_factor": 1.2}, "rope.scaling.attn_factor changes what the model computes"),
+        (
+            "phi3",
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
+            "of type 'linear' are not supported for 'phi3'; got rope.scaling.type 'linear', expected one of default",
+        ),
     ],
 )
 def test_settings_of_more_families_that_are_not_read_are_refused(
     tmp_path: Path, family: str, keys: dict[str, object], match: str
 ) -> None:
-    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=SOURCES[family])
-    whole = {f"{family}.{key}": value for key, value in keys.items()}
-    path = edited_gguf(float_gguf(folder, tmp_path / "plain.gguf"), tmp_path / "source.gguf", whole)
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=SOURCES[family])
+    plain = float_gguf(folder, tmp_path / "plain.gguf")
+    architecture = gguf.GGUFReader(plain).fields["general.architecture"].contents()
+    path = edited_gguf(plain, tmp_path / "source.gguf", {f"{architecture}.{key}": one for key, one in keys.items()})
     with pytest.raises(InputError, match=match):
         open_model(str(path)).__enter__()
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2", "mistral3", "phi3", "qwen3moe"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in SOURCES])
+def test_a_file_with_the_converters_keys_is_read(tmp_path: Path, name: str) -> None:
+    folder = make_model(CASES[name], tmp_path / "hf")
+    path = float_gguf(folder, tmp_path / "plain.gguf")
+    path = with_converted_keys(path, tmp_path / "source.gguf", converted()[name])
+    with open_model(str(folder)) as own, open_model(str(path)) as read:
+        assert read.decoder == own.decoder
+        (check,) = check_source(read, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-7
+
+
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ONES = np.ones(8, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "match"),
+    [
+        ({}, {LONG: ONES}, f"the tensor {SHORT} is missing; got {LONG}, expected factors for short"),
+        ({}, {LONG: ONES, SHORT: ONES[:7]}, r"short.weight: .* got \[7\], expected \[8"),
+        ({}, {LONG: ONES, SHORT: np.zeros(8, np.float32)}, "config.json"),
+        ({}, {LONG: ONES, SHORT: np.full(8, np.nan, np.float32)}, "the tensor holds NaN or infinity"),
+        (
+            {"phi3.rope.scaling.factor": 2.0}, {LONG: ONES, SHORT: ONES},
+            f"scales its rotary embedding twice, by {SHORT} and by keys; got rope.scaling.type 'linear' with factor 2",
+        ),
+        ({}, {"rope_freqs.weight": ONES}, "a tensor that 'phi3' does not use: rope_freqs.weight"),
+        ({}, {"blk.0.attn_q.weight": np.ones((64, 64), np.float32)}, "'phi3' is not known to use: blk.0.attn_q.weight"),
+        (
+            {}, {"blk.1.attn_qkv.weight": np.ones((192, 64), np.float32)},
+            r"blk.1.attn_qkv.weight: .* got \[192, 64\], expected \[128, 64\]",
+        ),
+        ({}, {"blk.1.ffn_up.weight": np.ones((96, 64), np.float32)}, r"ffn_up.weight: .* got \[96, 64\], expected"),
+    ],
+)  # fmt: skip
+def test_factors_and_fused_matrices_of_phi_3_that_do_not_fit_are_refused(
+    tmp_path: Path, keys: dict[str, object], tensors: dict[str, np.ndarray], match: str
+) -> None:
+    plain = float_gguf(tiny_model(tmp_path / "hf", "phi3"), tmp_path / "plain.gguf")
+    with pytest.raises(InputError, match=match):
+        open_model(str(edited_gguf(plain, tmp_path / "source.gguf", keys, tensors))).__enter__()
+
+
+@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2", "mistral3", "qwen3moe"])
 def test_files_of_other_families_are_refused_by_name(files: dict[str, Path], tmp_path: Path, architecture: str) -> None:
     path = edited_gguf(files["llama"], tmp_path / "source.gguf", {"general.architecture": architecture})
     said = f"the GGUF architecture '{architecture}' is not supported; expected one of gemma3, .*; give the model as a"
