@@ -15,6 +15,7 @@ from exporter.model.gguf_file import GgufFile
 from exporter.model.gguf_header import HF_FOLDER, Header, shown_value
 from exporter.model.gguf_names import EMBEDDING_NAME, HEAD_NAME
 from exporter.model.gguf_rope import llama3_parameters
+from exporter.model.limits import MAX_LAYERS
 from exporter.model.tensors import require_finite
 
 KEYS = "gguf_keys.toml"
@@ -113,6 +114,8 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
     model_type = keys.config_with_window if window else keys.config
     (family,) = (family for family in families().values() if family.model_type == model_type)
     layers = header.whole("block_count")
+    if layers > MAX_LAYERS:
+        raise header.refused("block_count", "is too large", layers, f"at most {MAX_LAYERS}")
     head_dim = _head_width(header, hidden // max(heads, 1))
     config = {
         "architectures": [family.architecture],

@@ -344,6 +344,7 @@ UNSUPPORTED = "changes what the model computes, in a way that is not supported"
         ({"llama.attention.value_length": 32}, "value_length is not the width of a head.*; got 32, expected 16"),
         ({"llama.attention.key_length": 32}, "is not the width of a head.*; got 16, expected 32"),
         ({"llama.attention.head_count_kv": [2, 1]}, r"no usable 'llama.attention.head_count_kv'; got \[2, 1\]"),
+        ({"llama.block_count": 4_000_000_000}, "llama.block_count is too large; got 4000000000, expected at most 512"),
         ({"llama.feed_forward_length": None}, "no usable 'llama.feed_forward_length'; got None"),
         ({"llama.rope.freq_base": "large"}, "no usable 'llama.rope.freq_base'; got 'large', expected a finite number"),
         ({"llama.rope.freq_base": 0.5}, "rope.freq_base' is not usable; got 0.5"),
