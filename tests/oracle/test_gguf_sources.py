@@ -213,6 +213,7 @@ SOURCES: dict[str, dict[str, object]] = {
     "granite": {"rms_norm_eps": 1e-5},
     "olmo2": {},
     "phi3": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {},
     # Of four layers, the last has no rotary embedding.
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
 }
@@ -245,8 +246,14 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
 @pytest.mark.parametrize(
     ("family", "keys", "match"),
     [
-        ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
+        ("qwen3_moe", {"expert_used_count": 5}, "no usable 'num_experts_per_tok'; got 5, expected .* from 1 to 4"),
+        ("qwen3_moe", {"expert_used_count": None}, "no usable 'qwen3moe.expert_used_count'; got None"),
+        ("qwen3_moe", {"expert_count": 3}, r"ffn_gate_inp.weight: .* got \[4, 64\], expected \[3, 64\]"),
+        ("qwen3_moe", {"expert_feed_forward_length": 16}, r"got \[4, 32, 64\], expected \[4, 16, 64\]"),
+        ("qwen3_moe", {"expert_weights_norm": False}, "expert_weights_norm changes what the model computes"),
+        ("qwen3_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale changes what the model computes"),
         ("olmo2", {"attention.sliding_window": 64}, "olmo2.attention.sliding_window changes what the model computes"),
+        ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
         ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
         ("phi3", {"rope.dimension_count": 7}, "the heads do not divide evenly; got .* turn 7, expected .* even widths"),
         ("phi3", {"rope.dimension_count": 18}, "rope.dimension_count is not the width of a head.* got 18, expected 16"),
@@ -267,6 +274,26 @@ def test_settings_of_more_families_that_are_not_read_are_refused(
     path = edited_gguf(plain, tmp_path / "source.gguf", {f"{architecture}.{key}": one for key, one in keys.items()})
     with pytest.raises(InputError, match=match):
         open_model(str(path)).__enter__()
+
+
+# llama.cpp's own defaults, and what other converters write.
+WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "qwen3_moe": ("qwen3moe", {"expert_feed_forward_length": None}, {"intermediate_size": 64}),
+}
+
+
+@pytest.mark.parametrize("family", sorted(WRITTEN_OTHERWISE))
+def test_what_llama_cpp_assumes_is_read_as_it_computes_it(tmp_path: Path, family: str) -> None:
+    architecture, keys, changes = WRITTEN_OTHERWISE[family]
+    folder = tiny_model(
+        tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=SOURCES[family] | changes
+    )
+    plain = float_gguf(folder, tmp_path / "plain.gguf")
+    path = edited_gguf(plain, tmp_path / "source.gguf", {f"{architecture}.{key}": one for key, one in keys.items()})
+    with open_model(str(folder)) as own, open_model(str(path)) as read:
+        assert read.decoder == own.decoder
+        (check,) = check_source(read, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-9
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in SOURCES])
@@ -312,7 +339,7 @@ def test_factors_and_fused_matrices_of_phi_3_that_do_not_fit_are_refused(
         open_model(str(edited_gguf(plain, tmp_path / "source.gguf", keys, tensors))).__enter__()
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2", "mistral3", "qwen3moe"])
+@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2moe", "phimoe"])
 def test_files_of_other_families_are_refused_by_name(files: dict[str, Path], tmp_path: Path, architecture: str) -> None:
     path = edited_gguf(files["llama"], tmp_path / "source.gguf", {"general.architecture": architecture})
     said = f"the GGUF architecture '{architecture}' is not supported; expected one of gemma3, .*; give the model as a"
