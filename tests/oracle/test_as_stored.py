@@ -52,7 +52,7 @@ def test_its_own_types_keep_every_byte(source: Path, tmp_path: Path) -> None:
 
 
 # Several matrices are rows of one tensor, or a stack in one.
-@pytest.mark.parametrize("family", ["phi3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["lfm2", "phi3", "qwen3_moe"])
 def test_matrices_that_share_a_tensor_keep_every_byte(tmp_path: Path, family: str) -> None:
     folder = tiny_model(tmp_path / "model", family, hidden=256, intermediate=512, layers=3)
     source = lowered(folder, tmp_path / "made", "gguf", "Q4_K_M").weights[0]

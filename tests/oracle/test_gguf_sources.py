@@ -211,6 +211,7 @@ def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_pat
 
 SOURCES: dict[str, dict[str, object]] = {
     "granite": {"rms_norm_eps": 1e-5},
+    "lfm2": {},
     "olmo2": {},
     "phi3": {"partial_rotary_factor": 0.5},
     "qwen3_moe": {},
@@ -246,6 +247,21 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
 @pytest.mark.parametrize(
     ("family", "keys", "match"),
     [
+        ("lfm2", {"attention.sliding_window": 64}, "lfm2.attention.sliding_window changes what the model computes"),
+        ("lfm2", {"attention.head_count_kv": 2}, "got full_attention, expected conv and full_attention, each at least"),
+        (
+            "lfm2",
+            {"attention.head_count_kv": [0, 2, 0, 1]},
+            r"head_count_kv'; got \[0, 2, 0, 1\], expected one number for",
+        ),
+        (
+            "lfm2",
+            {"attention.head_count_kv": [0, 2, 0]},
+            r"got \[0, 2, 0\], expected a whole number for each of 4 layers",
+        ),
+        ("lfm2", {"attention.head_count_kv": [0, 0, 2, 0]}, "'lfm2' is not known to use: blk.1.attn_k.weight"),
+        ("lfm2", {"shortconv.l_cache": 4}, r"shortconv.conv.weight: .* got \[64, 3\], expected \[64, 4\]"),
+        ("lfm2", {"shortconv.l_cache": None}, "no usable 'lfm2.shortconv.l_cache'; got None"),
         ("qwen3_moe", {"expert_used_count": 5}, "no usable 'num_experts_per_tok'; got 5, expected .* from 1 to 4"),
         ("qwen3_moe", {"expert_used_count": None}, "no usable 'qwen3moe.expert_used_count'; got None"),
         ("qwen3_moe", {"expert_count": 3}, r"ffn_gate_inp.weight: .* got \[4, 64\], expected \[3, 64\]"),
