@@ -212,6 +212,18 @@ def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_pat
 SOURCES: dict[str, dict[str, object]] = {
     "granite": {"rms_norm_eps": 1e-5},
     "lfm2": {},
+    # The texts are long enough for queries to grow.
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 48,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
+    },
     "olmo2": {},
     "phi3": {"partial_rotary_factor": 0.5},
     "qwen3_moe": {},
@@ -247,6 +259,18 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
 @pytest.mark.parametrize(
     ("family", "keys", "match"),
     [
+        (
+            "ministral3",
+            {"attention.temperature_scale": 0.0},
+            "mistral3.attention.temperature_scale is missing or 0, which",
+        ),
+        ("ministral3", {"attention.temperature_scale": None}, "mistral3.attention.temperature_scale is missing or 0"),
+        ("ministral3", {"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast changes what the model computes"),
+        (
+            "ministral3",
+            {"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0},
+            "of type 'default' are not supported for 'mistral3'; got rope.scaling.type 'none', expected one of yarn",
+        ),
         ("lfm2", {"attention.sliding_window": 64}, "lfm2.attention.sliding_window changes what the model computes"),
         ("lfm2", {"attention.head_count_kv": 2}, "got full_attention, expected conv and full_attention, each at least"),
         (
@@ -294,6 +318,7 @@ def test_settings_of_more_families_that_are_not_read_are_refused(
 
 # llama.cpp's own defaults, and what other converters write.
 WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "ministral3": ("mistral3", {"rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": None}, {}),
     "qwen3_moe": ("qwen3moe", {"expert_feed_forward_length": None}, {"intermediate_size": 64}),
 }
 
@@ -310,6 +335,16 @@ def test_what_llama_cpp_assumes_is_read_as_it_computes_it(tmp_path: Path, family
         assert read.decoder == own.decoder
         (check,) = check_source(read, TOKENS, 1, tmp_path)
         assert float(check.value or 0) < 1e-9
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 2.0])
+def test_any_multiplier_of_yarns_factor_is_read(tmp_path: Path, multiplier: float) -> None:
+    plain = float_gguf(
+        tiny_model(tmp_path / "hf", "ministral3", changes=SOURCES["ministral3"]), tmp_path / "plain.gguf"
+    )
+    path = edited_gguf(plain, tmp_path / "source.gguf", {"mistral3.rope.scaling.yarn_log_multiplier": multiplier})
+    assert checked(path, tmp_path) < 1e-9
+    assert changes_the_function(path, plain)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in SOURCES])
