@@ -225,6 +225,7 @@ SOURCES: dict[str, dict[str, object]] = {
         }
     },
     "olmo2": {},
+    "olmo3": {},
     "phi3": {"partial_rotary_factor": 0.5},
     "qwen3_moe": {},
     # Of four layers, the last has no rotary embedding.
@@ -260,6 +261,16 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
     ("family", "keys", "match"),
     [
         (
+            "olmo3",
+            {"rope.freq_base_swa": 500.0},
+            "rope.freq_base_swa is not rope.freq_base, .* got 500.0, expected 1000",
+        ),
+        (
+            "olmo3",
+            {"attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern'; got .True., expected a flag for",
+        ),
+        (
             "ministral3",
             {"attention.temperature_scale": 0.0},
             "mistral3.attention.temperature_scale is missing or 0, which",
@@ -292,7 +303,6 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
         ("qwen3_moe", {"expert_feed_forward_length": 16}, r"got \[4, 32, 64\], expected \[4, 16, 64\]"),
         ("qwen3_moe", {"expert_weights_norm": False}, "expert_weights_norm changes what the model computes"),
         ("qwen3_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale changes what the model computes"),
-        ("olmo2", {"attention.sliding_window": 64}, "olmo2.attention.sliding_window changes what the model computes"),
         ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
         ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
         ("phi3", {"rope.dimension_count": 7}, "the heads do not divide evenly; got .* turn 7, expected .* even widths"),
@@ -319,6 +329,7 @@ def test_settings_of_more_families_that_are_not_read_are_refused(
 # llama.cpp's own defaults, and what other converters write.
 WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "ministral3": ("mistral3", {"rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": None}, {}),
+    "olmo3": ("olmo2", {"attention.sliding_window_pattern": None, "rope.freq_base_swa": 10000.0}, {}),
     "qwen3_moe": ("qwen3moe", {"expert_feed_forward_length": None}, {"intermediate_size": 64}),
 }
 
