@@ -34,6 +34,8 @@ class Keys:
     Attributes:
         config: `model_type` in config.json.
         config_with_window: The same for a file with a sliding window.
+        config_without_rotary: The same for a file whose key `rope.scaling.finetuned` is false, where that key switches
+            rotary embeddings; None where it does not.
         honoured: Keys that config.json must reproduce.
         inert: Keys that change nothing.
         assumed: Key -> values that change nothing.
@@ -41,6 +43,7 @@ class Keys:
 
     config: str
     config_with_window: str
+    config_without_rotary: str | None
     honoured: frozenset[str]
     inert: frozenset[str]
     assumed: Mapping[str, list[Any]]
@@ -58,6 +61,7 @@ def _keys(decoder: dict[str, Any], own: dict[str, Any]) -> Keys:
     return Keys(
         config=own["config"],
         config_with_window=own.get("config_with_window", own["config"]),
+        config_without_rotary=own.get("config_without_rotary"),
         honoured=frozenset(decoder["honoured"] + own.get("honoured", [])) - assumed,
         inert=frozenset(decoder["inert"] | own.get("inert", {})) - assumed,
         assumed=decoder["assumed"] | own.get("assumed", {}),
@@ -112,6 +116,8 @@ def _config(header: Header, keys: Keys) -> dict[str, Any]:
     hidden, heads = header.whole("embedding_length"), header.whole("attention.head_count")
     window = header.whole("attention.sliding_window", 0)
     model_type = keys.config_with_window if window else keys.config
+    if keys.config_without_rotary is not None and not header.flag("rope.scaling.finetuned", True):
+        model_type = keys.config_without_rotary
     (family,) = (family for family in families().values() if family.model_type == model_type)
     layers = header.whole("block_count")
     if layers > MAX_LAYERS:
@@ -152,13 +158,7 @@ def _head_width(header: Header, default: int) -> int:
 
 def _require_width(header: Header, key: str, width: int, head_dim: int) -> None:
     if width != head_dim:
-        raise InputError(
-            f"{header.architecture}.{key} is not the width of a head, which is not supported",
-            where=header.file.path,
-            got=width,
-            expected=head_dim,
-            next_step=HF_FOLDER,
-        )
+        raise header.refused(key, "is not the width of a head, which is not supported", width, head_dim)
 
 
 def _key_value_heads(header: Header, family: Family, layers: int, heads: int) -> int:
