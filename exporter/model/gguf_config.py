@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
 from exporter.formats.format import Float32
 from exporter.foundation.errors import InputError
 from exporter.model.config_keys import PARTIAL
@@ -231,17 +233,19 @@ def _scaling(header: Header, scaled: bool) -> dict[str, Any]:
     # llama.cpp multiplies cosines and sines by it for every type, transformers only for yarn.
     if not scaled:
         header.require(f"{header.architecture}.rope.scaling.attn_factor", [1.0])
+    header.require(f"{header.architecture}.rope.scaling.yarn_attn_factor", [])
     return {} if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
 def _yarn(header: Header, factor: float) -> dict[str, Any]:
     """Return the YaRN parameters; llama.cpp multiplies the paper's factor of cosines and sines by the file's."""
-    attention = header.number("rope.scaling.attn_factor", 1.0)
+    attention, by_paper = header.number("rope.scaling.attn_factor", 1.0), 1 + 0.1 * math.log(max(factor, 1))
+    # llama.cpp computes with the paper's, whatever a file states.
+    header.require(f"{header.architecture}.rope.scaling.yarn_attn_factor", [float(np.float32(by_paper))])
     if factor == attention == 1:
         return {}
     original = header.whole("rope.scaling.original_context_length", 0) or header.whole("context_length")
     found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    by_paper = 1 + 0.1 * math.log(max(factor, 1))
     return found if attention == 1 else found | {"attention_factor": attention * by_paper}
 
 

@@ -79,6 +79,8 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.o
         ("llama", {"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
         ("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
         ("llama", YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        # As in files of OLMo 3.
+        ("llama", YARN | {"rope.scaling.yarn_attn_factor": 1.138629436111989}, {"rope_type": "yarn", "factor": 4.0}),
         ("qwen3", YARN | {"rope.scaling.attn_factor": 1.2}, {"attention_factor": 1.2 * (1 + 0.1 * math.log(4))}),
         (
             "qwen2",
@@ -306,6 +308,11 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
         ("qwen3_moe", {"expert_feed_forward_length": 16}, r"got \[4, 32, 64\], expected \[4, 16, 64\]"),
         ("qwen3_moe", {"expert_weights_norm": False}, "expert_weights_norm changes what the model computes"),
         ("qwen3_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale changes what the model computes"),
+        (
+            "olmo3",
+            {"rope.scaling.yarn_attn_factor": 1.2},
+            "yarn_attn_factor changes .* got 1.2.*, expected 1.138.* or no",
+        ),
         ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
         ("phi3", {"rope.dimension_count": 7}, "the heads do not divide evenly; got .* turn 7, expected .* even widths"),
         ("phi3", {"rope.dimension_count": 18}, "rope.dimension_count is not the width of a head.* got 18, expected 16"),
