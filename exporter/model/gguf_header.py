@@ -63,7 +63,7 @@ class Header:
         value = self.file.value(f"{self.architecture}.{key}")
         if not isinstance(value, list):
             return [self.whole(key, default)] * layers
-        usable = len(value) == layers and all(isinstance(one, int) and one >= 0 for one in value)
+        usable = len(value) == layers and all(type(one) is int and one >= 0 for one in value)
         return list(self._usable(key, value, usable, f"a whole number for each of {layers} layers"))
 
     def flag(self, key: str, default: bool) -> bool:

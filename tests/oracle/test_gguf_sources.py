@@ -357,6 +357,20 @@ def test_what_llama_cpp_assumes_is_read_as_it_computes_it(tmp_path: Path, family
         assert float(check.value or 0) < 1e-9
 
 
+@pytest.mark.parametrize("family", ["lfm2", "olmo3", "phi3", "qwen3_moe"])
+def test_of_a_large_model_of_these_families_an_excerpt_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(excerpt, "WHOLE_PARAMETERS", 1)
+    path = float_gguf(
+        tiny_model(tmp_path / "hf", family, layers=5, tied=family not in UNTIED_ONLY), tmp_path / "one.gguf"
+    )
+    with open_model(str(path)) as model:
+        (check,) = check_source(model, TOKENS, 1, tmp_path)
+        assert "first and last layer" in check.detail
+        assert float(check.value or 0) < 1e-9
+
+
 @pytest.mark.parametrize("multiplier", [0.5, 2.0])
 def test_any_multiplier_of_yarns_factor_is_read(tmp_path: Path, multiplier: float) -> None:
     plain = float_gguf(
