@@ -11,7 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import logging
 
 from exporter.model.family import families
+from tests.gguf_files import edited_gguf
 from tests.models import tiny_model
 
 PATH = Path(__file__).parent / "data" / "converter_lists.json"
@@ -32,6 +33,10 @@ PACKAGE = "llama-cpp-python"
 LEFT_OUT = ("GGUF.", "tokenizer.", "general.")
 # Not copied but computed, so that its last bits depend on who computes it.
 COMPUTED = "rope_freqs.weight"
+# Types of keys -> what makes the value of a text.
+KINDS: dict[str, Callable[[str], object]] = {
+    "BOOL": lambda text: text == "True", "FLOAT32": float, "INT32": int, "STRING": str, "UINT32": int,
+}  # fmt: skip
 UNTIED_ONLY = ("olmo2", "olmo3")
 # Enough for a layer of each kind.
 LAYERS = {"gemma4_text": 5, "lfm2": 3, "olmo3": 4, "smollm3": 4}
@@ -152,6 +157,27 @@ def entries(path: Path) -> dict[str, str]:
             held = " ".join(f"{value:.6g}" for value in tensor.data.tolist())
         found[tensor.name] = f"{tensor.tensor_type.name} {shape} {held}"
     return dict(sorted(found.items()))
+
+
+def with_converted_keys(source: Path, path: Path, theirs: Mapping[str, str]) -> Path:
+    """Write a GGUF file anew with the keys that the converter writes in place of its own.
+
+    Args:
+        source: This exporter's file of a case.
+        path: The new file.
+        theirs: `entries` of the converter's file.
+    """
+    prefix = f"{theirs['architecture']}."
+    own = [name for name in gguf.GGUFReader(source).fields if not name.startswith(LEFT_OUT)]
+    stated = {f"{prefix}{name}": _parsed(text) for name, text in theirs.items() if text.split()[0] in KINDS}
+    return edited_gguf(source, path, dict.fromkeys(own) | stated)
+
+
+def _parsed(text: str) -> object:
+    """Return the value of a key from what `_value` makes of it."""
+    kind, _, rest = text.partition(" ")
+    values = [KINDS[kind](one) for one in rest.strip("[]").split()]
+    return values if rest.startswith("[") else values[0]
 
 
 def _value(held: gguf.ReaderField) -> str:

@@ -62,10 +62,15 @@ class GgufFile:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         return values.reshape(self.shape(name))
 
-    def decoded_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
-        """Return some rows of a matrix decoded by the gguf library, as float32."""
-        tensor = self.tensors[name]
-        return gguf.dequantize(tensor.data[rows], tensor.tensor_type).astype(np.float32, copy=False)
+    def stored_rows(self, name: str) -> NDArray[Any]:
+        """Return the rows of a matrix, or of matrices that are stacked, as the file holds them: [rows, ...]."""
+        data: NDArray[Any] = self.tensors[name].data
+        return data.reshape(-1, data.shape[-1])
+
+    def decoded_rows(self, name: str, rows: slice | NDArray[np.int64]) -> Float32:
+        """Return some of `stored_rows` decoded by the gguf library, as float32."""
+        stored = self.stored_rows(name)[rows]
+        return gguf.dequantize(stored, self.tensors[name].tensor_type).astype(np.float32, copy=False)
 
 
 def whole_name(path: Path) -> str:

@@ -37,6 +37,12 @@ class Header:
             next_step=HF_FOLDER,
         )
 
+    def refused(self, key: str, reason: str, got: object, expected: object) -> InputError:
+        """Return the error for a key whose value cannot be honoured, with the reason after its name."""
+        return InputError(
+            f"{self.architecture}.{key} {reason}", where=self.file.path, got=got, expected=expected, next_step=HF_FOLDER
+        )
+
     def text(self, key: str, default: str) -> str:
         """Return the text of a key."""
         value = self.file.value(f"{self.architecture}.{key}")
@@ -51,6 +57,19 @@ class Header:
         usable = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         found: int = self._usable(key, value, usable, "a whole number, the same for all layers")
         return found
+
+    def whole_by_layer(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """Return a whole number for each layer; the file may hold a single one for all."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        if not isinstance(value, list):
+            return [self.whole(key, default)] * layers
+        usable = len(value) == layers and all(type(one) is int and one >= 0 for one in value)
+        return list(self._usable(key, value, usable, f"a whole number for each of {layers} layers"))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a flag."""
+        value = self.file.value(f"{self.architecture}.{key}")
+        return default if value is None else bool(self._usable(key, value, isinstance(value, bool), "a flag"))
 
     def flags(self, key: str, layers: int, period: int) -> list[bool]:
         """Return a flag for each layer: those of a key, or of its period, after which the one layer without it comes.

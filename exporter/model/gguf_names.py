@@ -33,17 +33,15 @@ def gguf_matrices(decoder: Decoder) -> dict[str, tuple[WeightGroup, ...]]:
     return found
 
 
-def first_row(decoder: Decoder, group: WeightGroup) -> int:
-    """Return the row of its tensor at which a matrix begins."""
-    if group.layer is None:
-        return group.first_row
-    tensors = decoder.family.gguf.tensors
-    before = 0
-    for linear in decoder.blocks[group.layer].linears.values():
-        if linear.group == group:
-            return before
-        before += linear.group.rows if tensors[linear.group.role] == tensors[group.role] else 0
-    raise KeyError(group.name)
+def first_rows(decoder: Decoder) -> dict[str, int]:
+    """Return name of each matrix -> the row of its tensor at which it begins; stacked ones follow one another."""
+    found = dict[str, int]()
+    for groups in gguf_matrices(decoder).values():
+        before = 0
+        for group in groups:
+            found[group.name] = before
+            before += group.rows
+    return found
 
 
 def gguf_vectors(decoder: Decoder) -> dict[str, Vector]:
@@ -57,6 +55,16 @@ def gguf_shape(vector: Vector) -> tuple[int, ...]:
     if vector.rows is not None:
         return vector.shape
     return (vector.width,) if vector.kernel is None else (vector.width, vector.kernel)
+
+
+def gguf_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Return GGUF name -> shape of every tensor of a decoder: rows of several matrices, or a stack of experts'."""
+    found = {name: gguf_shape(vector) for name, vector in gguf_vectors(decoder).items()}
+    for name, groups in gguf_matrices(decoder).items():
+        one = groups[0]
+        stacked = one.expert is not None
+        found[name] = (len(groups), one.rows, one.columns) if stacked else (sum(g.rows for g in groups), one.columns)
+    return found
 
 
 def row_order(decoder: Decoder, group: WeightGroup) -> np.ndarray | None:

@@ -19,7 +19,7 @@ from exporter.model.decoder import HEAD, Decoder
 from exporter.model.gguf_config import read_config, used_tensors
 from exporter.model.gguf_file import GgufFile, grid_warning, open_whole, whole_name
 from exporter.model.gguf_header import HF_FOLDER
-from exporter.model.gguf_names import gguf_names, in_source_order, row_order
+from exporter.model.gguf_names import first_rows, gguf_names, gguf_shapes, in_source_order, row_order
 from exporter.model.gguf_rope import same_yarn
 from exporter.model.gguf_tokenizer import case_warning, unpack_tokenizer
 from exporter.model.model import Model, SourceFiles, digest_files
@@ -55,8 +55,8 @@ def open_gguf_model(path: Path, origin: str, name: str, load_config: LoadConfig)
     needed = [group.name for group in decoder.groups()] + list(decoder.vectors())
     # A file may hold a separate head although the config ties it, or lack one although the config does not.
     names = used_tensors(file, gguf_names(decoder), [*needed, HEAD])
+    decoder.check_shapes({name: file.shape(name) for name in names.values()}, gguf_shapes(decoder), file.path)
     tensors = GgufSource(file, names, decoder)
-    decoder.check_shapes(tensors.shapes(), decoder.tensors(), file.path)
     warnings = grid_warning(file) + case_warning(file)
     return Model(name, origin, folder, file.path, config, decoder, tensors, warnings, source=source)
 
@@ -94,31 +94,42 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 class GgufSource:
     """The tensors of a GGUF file under Hugging Face names, dequantised on reading.
 
+    A matrix may be some rows of a tensor that holds several, or one of a stack.
+
     Args:
-        file: The file.
+        file: The file; its tensors have the shapes of `gguf_shapes`.
         names: Hugging Face name -> GGUF name.
-        decoder: Says which rows are in another order there, and which vectors hold another value.
+        decoder: Says which rows are a matrix's, which are in another order there, and which vectors hold another value.
     """
 
     def __init__(self, file: GgufFile, names: Mapping[str, str], decoder: Decoder) -> None:
         self.files = list(file.paths)
-        self._file, self._names = file, names
+        self._file, self._names, self._shapes = file, names, decoder.tensors()
         self._orders = {
             group.name: order for group in decoder.groups() if (order := row_order(decoder, group)) is not None
         }
+        self._first_rows = first_rows(decoder)
         self._offsets = {vector.name: vector.offset for vector in decoder.all_vectors() if vector.offset}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor by name; reads no weights."""
-        return {hf: self._file.shape(name) for hf, name in self._names.items()}
+        return dict(self._shapes)
 
     def read(self, name: str) -> Float32:
         """Return one tensor as float32, finite."""
-        values = self._file.decoded(self._names[name])
-        values = in_source_order(values, self._orders.get(name))
+        if name in self._first_rows:
+            values = self._file.decoded_rows(self._names[name], self._rows(name))
+            values = in_source_order(values, self._orders.get(name))
+        else:
+            values = self._file.decoded(self._names[name]).reshape(self._shapes[name])
         if name in self._offsets:
             values = values - np.float32(self._offsets[name])
         return require_finite(values if values.flags.writeable else values.copy(), name)
+
+    def _rows(self, name: str) -> slice:
+        """Return where the rows of a matrix are among those of its tensor."""
+        first = self._first_rows[name]
+        return slice(first, first + self._shapes[name][0])
 
     def stored_type(self, name: str) -> str | None:
         """Return the name of a matrix's type."""
@@ -131,12 +142,11 @@ class GgufSource:
 
     def codes(self, name: str) -> Bytes:
         """Return the encoded rows of a matrix, uint8 [rows, bytes], in the source's order of rows."""
-        tensor = self._file.tensors[self._names[name]]
-        rows = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(self._file.shape(self._names[name])[0], -1)
+        rows = np.ascontiguousarray(self._file.stored_rows(self._names[name])[self._rows(name)]).view(np.uint8)
         return in_source_order(rows, self._orders.get(name)).copy()
 
     def read_rows(self, name: str, rows: NDArray[np.int64]) -> Float32:
         """Return some rows of a matrix as float32, finite."""
         order = self._orders.get(name)
         stored = rows if order is None else np.argsort(order)[rows]
-        return require_finite(self._file.decoded_rows(self._names[name], stored), name)
+        return require_finite(self._file.decoded_rows(self._names[name], stored + self._first_rows[name]), name)

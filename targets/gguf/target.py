@@ -30,7 +30,7 @@ from exporter.model.ends import special_ids
 from exporter.model.family import Family
 from exporter.model.gguf_ends import KEY, ends_written
 from exporter.model.gguf_names import (
-    first_row,
+    first_rows,
     gguf_matrices,
     gguf_names,
     gguf_shape,
@@ -298,11 +298,11 @@ class Gguf(Target):
     def read_back(self, artifact: Artifact, model: Model) -> Callable[[WeightGroup], Float32]:
         """Return a function that decodes a matrix from the files with ggml's own `to_float`, including its factors."""
         tensors = {tensor.name: tensor for tensor in open_gguf(_model_file(artifact)).tensors}
-        names = gguf_names(model.decoder)
+        names, first = gguf_names(model.decoder), first_rows(model.decoder)
         adapter = _adapter(artifact, model)
 
         def read(group: WeightGroup) -> Float32:
-            stored = decoded(tensors[names[group.name]], first_row(model.decoder, group), group.rows)
+            stored = decoded(tensors[names[group.name]], first[group.name], group.rows)
             order = row_order(model.decoder, group)
             factors = adapter.decode(group)
             if factors is None:

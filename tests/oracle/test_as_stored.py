@@ -25,6 +25,7 @@ from exporter.model.sources import open_model
 from exporter.pipeline import build, plan
 from exporter.planning.job import Job
 from exporter.planning.resolve import resolve
+from exporter.prove.source_check import check_source
 from exporter.stages.predicted_times import VOCABULARY_SECONDS
 from exporter.targets.artifact import Artifact
 from exporter.targets.contract import Target, load_target, lower
@@ -58,6 +59,26 @@ def test_its_own_types_keep_every_byte(source: Path, tmp_path: Path) -> None:
         for group in model.groups():
             np.testing.assert_array_equal(read(group), model.read(group.name))
     assert tensor_digests(made.artifact.weights[0]) == tensor_digests(source)
+
+
+# Several matrices are rows of one tensor, or a stack in one.
+@pytest.mark.parametrize("family", ["lfm2", "phi3", "qwen3_moe"])
+def test_matrices_that_share_a_tensor_keep_every_byte(tmp_path: Path, family: str) -> None:
+    folder = tiny_model(tmp_path / "model", family, hidden=256, intermediate=512, layers=3)
+    source = lowered(folder, tmp_path / "made", "gguf", "Q4_K_M").weights[0]
+    target = load_target("gguf")
+    with open_model(str(source)) as model:
+        made = lower(target, Compression(model, target.decide(model, "as-stored", "ldlq")), "as-stored", tmp_path)
+        read = target.read_back(made.artifact, model)
+        for group in model.groups():
+            np.testing.assert_array_equal(read(group), model.read(group.name))
+            some = np.arange(group.rows)[::-3]
+            np.testing.assert_array_equal(model.read_rows(group.name, some), model.read(group.name)[some])
+        (check,) = check_source(model, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-7
+    digests = tensor_digests(source)
+    assert tensor_digests(made.artifact.weights[0]) == digests
+    assert len({type for type, _ in digests.values()} - {"F32"}) > 1
 
 
 def test_one_of_its_types_keeps_the_bytes_of_these_and_scales_around_them(

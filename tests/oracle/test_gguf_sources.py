@@ -15,14 +15,16 @@ from exporter.foundation.errors import InputError
 from exporter.model import excerpt, gguf_names
 from exporter.model.model import Model
 from exporter.model.sources import open_model
+from exporter.model.tokenizer import load_tokenizer
 from exporter.planning.build_footprint import float_copy_bytes
 from exporter.prove.accuracy import divergence
 from exporter.prove.source_check import check_source
 from exporter.targets.artifact import Artifact
 from exporter.targets.opened import OpenedArtifact
+from tests.converter_lists import CASES, UNTIED_ONLY, converted, make_model, with_converted_keys
 from tests.float_artifacts import logits_by_transformers
 from tests.gguf_files import edited_gguf, float_gguf, lowered, split_gguf
-from tests.models import tensor_digests, tiny_model
+from tests.models import TEXT, tensor_digests, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(2, 300, (2, 160))
 HEAD_DIM = 16
@@ -77,6 +79,8 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.o
         ("llama", {"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
         ("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
         ("llama", YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        # As in files of OLMo 3.
+        ("llama", YARN | {"rope.scaling.yarn_attn_factor": 1.138629436111989}, {"rope_type": "yarn", "factor": 4.0}),
         ("qwen3", YARN | {"rope.scaling.attn_factor": 1.2}, {"attention_factor": 1.2 * (1 + 0.1 * math.log(4))}),
         (
             "qwen2",
@@ -187,6 +191,13 @@ def test_a_sliding_window_makes_a_mistral(files: dict[str, Path], tmp_path: Path
         assert model.decoder.context_length == 200
 
 
+def test_the_window_of_a_phi_3_is_read_and_shortens_its_context(tmp_path: Path) -> None:
+    plain = float_gguf(tiny_model(tmp_path / "hf", "phi3"), tmp_path / "plain.gguf")
+    path = edited_gguf(plain, tmp_path / "source.gguf", {"phi3.attention.sliding_window": 200})
+    with open_model(str(path)) as model:
+        assert model.config.sliding_window == model.decoder.window == model.decoder.context_length == 200
+
+
 def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_path: Path) -> None:
     keys: dict[str, object] = {
         "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "attention.scale": 0.0, "logit_scale": 1.0,
@@ -200,9 +211,26 @@ def test_values_that_change_nothing_are_accepted(files: dict[str, Path], tmp_pat
     assert checked(edited_gguf(files["llama"], tmp_path / "source.gguf", whole, ones), tmp_path) < 1e-9
 
 
-SOURCES = {
+SOURCES: dict[str, dict[str, object]] = {
     "granite": {"rms_norm_eps": 1e-5},
+    "granitemoehybrid": {"position_embedding_type": None},
+    "lfm2": {},
+    # The texts are long enough for queries to grow.
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 48,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        }
+    },
     "olmo2": {},
+    "olmo3": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "qwen3_moe": {},
     # Of four layers, the last has no rotary embedding.
     "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
 }
@@ -211,12 +239,14 @@ SOURCES = {
 @pytest.mark.parametrize("family", sorted(SOURCES))
 def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, family: str) -> None:
     changes = {"head_dim": HEAD_DIM} | SOURCES[family]
-    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=changes)
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=changes)
     path = float_gguf(folder, tmp_path / "model.gguf")
     with open_model(str(folder)) as own, open_model(str(path)) as read:
         assert read.decoder == own.decoder
         for name in own.decoder.tensors():
             np.testing.assert_array_equal(read.read(name), own.read(name))
+        for text in TEXT:
+            assert load_tokenizer(read.folder).ids(text) == load_tokenizer(folder).ids(text)
         (check,) = check_source(read, TOKENS, 1, tmp_path)
         assert float(check.value or 0) < 1e-9
         (tmp_path / "saved").mkdir()
@@ -233,22 +263,178 @@ def test_files_of_more_families_are_read_back_as_the_model(tmp_path: Path, famil
 @pytest.mark.parametrize(
     ("family", "keys", "match"),
     [
-        ("granite", {"rope.scaling.finetuned": False}, "rope.scaling.finetuned changes what the model computes"),
-        ("olmo2", {"attention.sliding_window": 64}, "olmo2.attention.sliding_window changes what the model computes"),
+        ("granitemoehybrid", {"rope.scaling.finetuned": "no"}, "no usable 'granite.rope.scaling.finetuned'; got 'no'"),
+        ("granitemoehybrid", {"expert_count": 4}, "granite.expert_count changes what the model computes"),
+        (
+            "olmo3",
+            {"rope.freq_base_swa": 500.0},
+            "rope.freq_base_swa is not rope.freq_base, .* got 500.0, expected 1000",
+        ),
+        (
+            "olmo3",
+            {"attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern'; got .True., expected a flag for",
+        ),
+        (
+            "ministral3",
+            {"attention.temperature_scale": 0.0},
+            "mistral3.attention.temperature_scale is missing or 0, which",
+        ),
+        ("ministral3", {"attention.temperature_scale": None}, "mistral3.attention.temperature_scale is missing or 0"),
+        ("ministral3", {"rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast changes what the model computes"),
+        (
+            "ministral3",
+            {"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0},
+            "of type 'default' are not supported for 'mistral3'; got rope.scaling.type 'none', expected one of yarn",
+        ),
+        ("lfm2", {"attention.sliding_window": 64}, "lfm2.attention.sliding_window changes what the model computes"),
+        ("lfm2", {"attention.head_count_kv": 2}, "got full_attention, expected conv and full_attention, each at least"),
+        (
+            "lfm2",
+            {"attention.head_count_kv": [0, 2, 0, 1]},
+            r"head_count_kv'; got \[0, 2, 0, 1\], expected one number for",
+        ),
+        (
+            "lfm2",
+            {"attention.head_count_kv": [0, 2, 0]},
+            r"got \[0, 2, 0\], expected a whole number for each of 4 layers",
+        ),
+        ("lfm2", {"attention.head_count_kv": [0, 0, 2, 0]}, "'lfm2' is not known to use: blk.1.attn_k.weight"),
+        ("lfm2", {"shortconv.l_cache": 4}, r"shortconv.conv.weight: .* got \[64, 3\], expected \[64, 4\]"),
+        ("lfm2", {"shortconv.l_cache": None}, "no usable 'lfm2.shortconv.l_cache'; got None"),
+        ("qwen3_moe", {"expert_used_count": 5}, "no usable 'num_experts_per_tok'; got 5, expected .* from 1 to 4"),
+        ("qwen3_moe", {"expert_used_count": None}, "no usable 'qwen3moe.expert_used_count'; got None"),
+        ("qwen3_moe", {"expert_count": 3}, r"ffn_gate_inp.weight: .* got \[4, 64\], expected \[3, 64\]"),
+        ("qwen3_moe", {"expert_feed_forward_length": 16}, r"got \[4, 32, 64\], expected \[4, 16, 64\]"),
+        ("qwen3_moe", {"expert_weights_norm": False}, "expert_weights_norm changes what the model computes"),
+        ("qwen3_moe", {"expert_weights_scale": 2.5}, "expert_weights_scale changes what the model computes"),
+        (
+            "olmo3",
+            {"rope.scaling.yarn_attn_factor": 1.2},
+            "yarn_attn_factor changes .* got 1.2.*, expected 1.138.* or no",
+        ),
         ("smollm3", {"attention.sliding_window": 64}, "smollm3.attention.sliding_window changes what"),
+        ("phi3", {"rope.dimension_count": 7}, "the heads do not divide evenly; got .* turn 7, expected .* even widths"),
+        ("phi3", {"rope.dimension_count": 18}, "rope.dimension_count is not the width of a head.* got 18, expected 16"),
+        ("phi3", {"rope.scaling.attn_factor": 1.2}, "rope.scaling.attn_factor changes what the model computes"),
+        (
+            "phi3",
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
+            "of type 'linear' are not supported for 'phi3'; got rope.scaling.type 'linear', expected one of default",
+        ),
     ],
 )
 def test_settings_of_more_families_that_are_not_read_are_refused(
     tmp_path: Path, family: str, keys: dict[str, object], match: str
 ) -> None:
-    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family != "olmo2", changes=SOURCES[family])
-    whole = {f"{family}.{key}": value for key, value in keys.items()}
-    path = edited_gguf(float_gguf(folder, tmp_path / "plain.gguf"), tmp_path / "source.gguf", whole)
+    folder = tiny_model(tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=SOURCES[family])
+    plain = float_gguf(folder, tmp_path / "plain.gguf")
+    architecture = gguf.GGUFReader(plain).fields["general.architecture"].contents()
+    path = edited_gguf(plain, tmp_path / "source.gguf", {f"{architecture}.{key}": one for key, one in keys.items()})
     with pytest.raises(InputError, match=match):
         open_model(str(path)).__enter__()
 
 
-@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2", "mistral3", "phi3", "qwen3moe"])
+# llama.cpp's own defaults, and what other converters write.
+WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
+    "ministral3": ("mistral3", {"rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": None}, {}),
+    "olmo3": ("olmo2", {"attention.sliding_window_pattern": None, "rope.freq_base_swa": 10000.0}, {}),
+    "qwen3_moe": ("qwen3moe", {"expert_feed_forward_length": None}, {"intermediate_size": 64}),
+}
+
+
+@pytest.mark.parametrize("family", sorted(WRITTEN_OTHERWISE))
+def test_what_llama_cpp_assumes_is_read_as_it_computes_it(tmp_path: Path, family: str) -> None:
+    architecture, keys, changes = WRITTEN_OTHERWISE[family]
+    folder = tiny_model(
+        tmp_path / "hf", family, layers=4, tied=family not in UNTIED_ONLY, changes=SOURCES[family] | changes
+    )
+    plain = float_gguf(folder, tmp_path / "plain.gguf")
+    path = edited_gguf(plain, tmp_path / "source.gguf", {f"{architecture}.{key}": one for key, one in keys.items()})
+    with open_model(str(folder)) as own, open_model(str(path)) as read:
+        assert read.decoder == own.decoder
+        (check,) = check_source(read, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-9
+
+
+@pytest.mark.parametrize("family", ["lfm2", "olmo3", "phi3", "qwen3_moe"])
+def test_of_a_large_model_of_these_families_an_excerpt_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(excerpt, "WHOLE_PARAMETERS", 1)
+    path = float_gguf(
+        tiny_model(tmp_path / "hf", family, layers=5, tied=family not in UNTIED_ONLY), tmp_path / "one.gguf"
+    )
+    with open_model(str(path)) as model:
+        (check,) = check_source(model, TOKENS, 1, tmp_path)
+        assert "first and last layer" in check.detail
+        assert float(check.value or 0) < 1e-9
+
+
+@pytest.mark.parametrize("multiplier", [0.5, 2.0])
+def test_any_multiplier_of_yarns_factor_is_read(tmp_path: Path, multiplier: float) -> None:
+    plain = float_gguf(
+        tiny_model(tmp_path / "hf", "ministral3", changes=SOURCES["ministral3"]), tmp_path / "plain.gguf"
+    )
+    path = edited_gguf(plain, tmp_path / "source.gguf", {"mistral3.rope.scaling.yarn_log_multiplier": multiplier})
+    assert checked(path, tmp_path) < 1e-9
+    assert changes_the_function(path, plain)
+
+
+# The converter switches rotary embeddings on in the last, which has none.
+CONVERTED = [
+    name
+    for name, case in CASES.items()
+    if case.family in SOURCES and name != "granitemoehybrid without rotary embeddings"
+]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_file_with_the_converters_keys_is_read(tmp_path: Path, name: str) -> None:
+    folder = make_model(CASES[name], tmp_path / "hf")
+    path = float_gguf(folder, tmp_path / "plain.gguf")
+    path = with_converted_keys(path, tmp_path / "source.gguf", converted()[name])
+    with open_model(str(folder)) as own, open_model(str(path)) as read:
+        # Granite 4 with rotary embeddings is read as Granite 3, which computes the same.
+        assert read.decoder == replace(own.decoder, family=read.decoder.family)
+        assert read.decoder.family == own.decoder.family or own.decoder.family.model_type == "granitemoehybrid"
+        (check,) = check_source(read, TOKENS, 1, tmp_path)
+        assert float(check.value or 0) < 1e-7
+
+
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ONES = np.ones(8, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "match"),
+    [
+        ({}, {LONG: ONES}, f"the tensor {SHORT} is missing; got {LONG}, expected factors for short"),
+        ({}, {LONG: ONES, SHORT: ONES[:7]}, r"short.weight: .* got \[7\], expected \[8"),
+        ({}, {LONG: ONES, SHORT: np.zeros(8, np.float32)}, "config.json"),
+        ({}, {LONG: ONES, SHORT: np.full(8, np.nan, np.float32)}, "the tensor holds NaN or infinity"),
+        (
+            {"phi3.rope.scaling.factor": 2.0}, {LONG: ONES, SHORT: ONES},
+            f"scales its rotary embedding twice, by {SHORT} and by keys; got rope.scaling.type 'linear' with factor 2",
+        ),
+        ({}, {"rope_freqs.weight": ONES}, "a tensor that 'phi3' does not use: rope_freqs.weight"),
+        ({}, {"blk.0.attn_q.weight": np.ones((64, 64), np.float32)}, "'phi3' is not known to use: blk.0.attn_q.weight"),
+        (
+            {}, {"blk.1.attn_qkv.weight": np.ones((192, 64), np.float32)},
+            r"blk.1.attn_qkv.weight: .* got \[192, 64\], expected \[128, 64\]",
+        ),
+        ({}, {"blk.1.ffn_up.weight": np.ones((96, 64), np.float32)}, r"ffn_up.weight: .* got \[96, 64\], expected"),
+    ],
+)  # fmt: skip
+def test_factors_and_fused_matrices_of_phi_3_that_do_not_fit_are_refused(
+    tmp_path: Path, keys: dict[str, object], tensors: dict[str, np.ndarray], match: str
+) -> None:
+    plain = float_gguf(tiny_model(tmp_path / "hf", "phi3"), tmp_path / "plain.gguf")
+    with pytest.raises(InputError, match=match):
+        open_model(str(edited_gguf(plain, tmp_path / "source.gguf", keys, tensors))).__enter__()
+
+
+@pytest.mark.parametrize("architecture", ["gemma4", "granitehybrid", "lfm2moe", "phimoe"])
 def test_files_of_other_families_are_refused_by_name(files: dict[str, Path], tmp_path: Path, architecture: str) -> None:
     path = edited_gguf(files["llama"], tmp_path / "source.gguf", {"general.architecture": architecture})
     said = f"the GGUF architecture '{architecture}' is not supported; expected one of gemma3, .*; give the model as a"
@@ -280,6 +466,7 @@ UNSUPPORTED = "changes what the model computes, in a way that is not supported"
         ({"llama.attention.value_length": 32}, "value_length is not the width of a head.*; got 32, expected 16"),
         ({"llama.attention.key_length": 32}, "is not the width of a head.*; got 16, expected 32"),
         ({"llama.attention.head_count_kv": [2, 1]}, r"no usable 'llama.attention.head_count_kv'; got \[2, 1\]"),
+        ({"llama.block_count": 4_000_000_000}, "llama.block_count is too large; got 4000000000, expected at most 512"),
         ({"llama.feed_forward_length": None}, "no usable 'llama.feed_forward_length'; got None"),
         ({"llama.rope.freq_base": "large"}, "no usable 'llama.rope.freq_base'; got 'large', expected a finite number"),
         ({"llama.rope.freq_base": 0.5}, "rope.freq_base' is not usable; got 0.5"),

@@ -76,7 +76,6 @@ def config_of(config: dict[str, Any], header: "Header") -> None:
         FULL: config["rope_parameters"],
         SLIDING: {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", BASE_WITH_WINDOW)},
     }
-    del config["hidden_act"]
 
 
 def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:

@@ -4,6 +4,7 @@ Gate and up are rows of one tensor. Some models have no rotary embeddings. llama
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -11,10 +12,14 @@ from exporter.foundation.errors import InputError
 from exporter.model.attention_windows import FULL, no_window
 from exporter.model.blocks import Block
 from exporter.model.families.granite import FAMILY as GRANITE
+from exporter.model.families.granite import config_of as config_of_granite
 from exporter.model.families.granite import header_keys as keys_of_granite
 from exporter.model.families.llama import GGUF_TENSORS, MODULES, ONNX_NODES, BlockParts
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration
 from exporter.model.shape import Shape
+
+if TYPE_CHECKING:
+    from exporter.model.gguf_header import Header
 
 
 def block(shape: Shape, layer: int) -> Block:
@@ -70,13 +75,26 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
     return {**keys_of_granite(shape, config), "rope.scaling.finetuned": rotates(config)}
 
 
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """Add the factors to the config.json that a header gives, for a model without rotary embeddings.
+
+    A file of a model with rotary embeddings is read as Granite 3, which computes the same.
+    """
+    config_of_granite(config, header)
+    config |= {
+        "layer_types": [FULL] * config["num_hidden_layers"],
+        "num_local_experts": 0,
+        "position_embedding_type": "nope",
+    }
+
+
 FAMILY = Family(
     model_type="granitemoehybrid",
     title="Granite 4.0 without Mamba layers and experts",
     architecture="GraniteMoeHybridForCausalLM",
     block=block,
     windows=windows,
-    gguf=GgufDeclaration("granite", GGUF_TENSORS, interleaved_rotary=True, keys=header_keys),
+    gguf=GgufDeclaration("granite", GGUF_TENSORS, interleaved_rotary=True, keys=header_keys, config=config_of),
     onnx=OnnxDeclaration("GraniteMoEHybridModel", ONNX_NODES),
     embedding_scale=GRANITE.embedding_scale,
     residual_scale=GRANITE.residual_scale,

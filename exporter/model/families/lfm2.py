@@ -6,6 +6,7 @@ parts follows from several keys of config.json. llama.cpp tells a convolution by
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -16,6 +17,9 @@ from exporter.model.families.llama import GGUF_TENSORS, MODULES, ONNX_NODES, Blo
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration
 from exporter.model.limits import whole_number
 from exporter.model.shape import Shape
+
+if TYPE_CHECKING:
+    from exporter.model.gguf_header import Header
 
 CONVOLUTION = "conv"
 MOST_POSITIONS = 64
@@ -96,6 +100,16 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
     return {"shortconv.l_cache": config.conv_L_cache}
 
 
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """Add the convolutions to the config.json that a header gives: the layers without key-value heads."""
+    by_layer = header.whole_by_layer("attention.head_count_kv", config["num_hidden_layers"])
+    config |= {
+        "layer_types": [FULL if heads else CONVOLUTION for heads in by_layer],
+        "conv_L_cache": header.whole("shortconv.l_cache"),
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
 def shim(config: PretrainedConfig, original: PretrainedConfig) -> None:
     """Show the builder the kinds of layers."""
     config.layer_types = list(original.layer_types)
@@ -110,7 +124,12 @@ FAMILY = Family(
     convolutions=convolutions,
     normalise=normalise,
     gguf=GgufDeclaration(
-        "lfm2", OWN_TENSORS, square_queries=True, final_norm="token_embd_norm.weight", keys=header_keys
+        "lfm2",
+        OWN_TENSORS,
+        square_queries=True,
+        final_norm="token_embd_norm.weight",
+        keys=header_keys,
+        config=config_of,
     ),
     onnx=OnnxDeclaration("LFM2Model", OWN_NODES, shim),
     final_norm="embedding_norm",

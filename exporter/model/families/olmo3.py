@@ -5,6 +5,7 @@ llama-cpp-python 0.3.36.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -15,6 +16,12 @@ from exporter.model.families.olmo2 import refusal as refused_of_olmo2
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, Refusal
 from exporter.model.shape import Shape
 
+if TYPE_CHECKING:
+    from exporter.model.gguf_header import Header
+
+# llama.cpp's default: every fourth layer has no window.
+PERIOD = 4
+
 
 def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderValue]:
     """Return the keys of windows, of which llama.cpp expects none where no layer has one."""
@@ -24,6 +31,26 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
         "attention.sliding_window": config.sliding_window,
         "attention.sliding_window_pattern": [kind == SLIDING for kind in config.layer_types],
     }
+
+
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """Change the config.json that a header gives: windows by layer, and scaled rotary embeddings in the others alone.
+
+    Raises:
+        InputError: layers with a window have another base, which llama.cpp does not compute.
+    """
+    rope = config["rope_parameters"]
+    base = header.number("rope.freq_base_swa", rope["rope_theta"])
+    if base != rope["rope_theta"]:
+        raise header.refused(
+            "rope.freq_base_swa",
+            "is not rope.freq_base, which llama.cpp takes for all layers",
+            base,
+            rope["rope_theta"],
+        )
+    windowed = header.flags("attention.sliding_window_pattern", config["num_hidden_layers"], PERIOD)
+    config["layer_types"] = [SLIDING if one else FULL for one in windowed]
+    config["rope_parameters"] = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": base}}
 
 
 def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
@@ -40,7 +67,9 @@ FAMILY = Family(
     architecture="Olmo3ForCausalLM",
     block=block,
     windows=windows_by_layer,
-    gguf=GgufDeclaration("olmo2", GGUF_TENSORS, square_queries=True, keys=header_keys, refusal=refusal),
+    gguf=GgufDeclaration(
+        "olmo2", GGUF_TENSORS, square_queries=True, keys=header_keys, refusal=refusal, config=config_of
+    ),
     carries_windows=True,
     rotary_kinds=(FULL, SLIDING),
 )

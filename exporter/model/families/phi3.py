@@ -6,6 +6,7 @@ the window of `phi3` files, and so does onnxruntime-genai's model builder.
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -15,6 +16,11 @@ from exporter.model.families.llama import GGUF_TENSORS, ONNX_NODES, BlockParts
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, OnnxDeclaration
 from exporter.model.shape import Shape
 
+if TYPE_CHECKING:
+    from exporter.model.gguf_header import Header
+
+# transformers prefers this key to that of the rotary embedding, and has a default for it.
+ORIGINAL = "original_max_position_embeddings"
 FUSED = MappingProxyType(
     dict.fromkeys(("q", "k", "v"), "attn_qkv.weight") | dict.fromkeys(("gate", "up"), "ffn_up.weight")
 )
@@ -39,6 +45,12 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
     return {"attention.sliding_window": 0}
 
 
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """State the original context of a `longrope` model where transformers reads it."""
+    if ORIGINAL in config["rope_parameters"]:
+        config[ORIGINAL] = config["rope_parameters"][ORIGINAL]
+
+
 FAMILY = Family(
     model_type="phi3",
     title="Phi-3, Phi-3.5-mini, Phi-4-mini, Phi-4",
@@ -50,6 +62,7 @@ FAMILY = Family(
         MappingProxyType({**GGUF_TENSORS, **FUSED}),
         rotary=("default", "longrope"),
         keys=header_keys,
+        config=config_of,
     ),
     onnx=OnnxDeclaration("Phi3MiniModel", ONNX_NODES),
     rotary_names={"su": "longrope", "yarn": "longrope"},

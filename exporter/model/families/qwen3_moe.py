@@ -5,6 +5,7 @@ onnxruntime-genai's model builder does not build it.
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
@@ -15,6 +16,9 @@ from exporter.model.families.llama import GGUF_TENSORS, BlockParts
 from exporter.model.family import Family, GgufDeclaration, HeaderValue, Refusal
 from exporter.model.limits import MAX_EXPERTS, whole_number
 from exporter.model.shape import Experts, Shape
+
+if TYPE_CHECKING:
+    from exporter.model.gguf_header import Header
 
 EXPERT_TENSORS = MappingProxyType(
     {
@@ -68,6 +72,18 @@ def header_keys(shape: Shape, config: PretrainedConfig) -> Mapping[str, HeaderVa
     }
 
 
+def config_of(config: dict[str, Any], header: "Header") -> None:
+    """Add the experts to the config.json that a header gives; llama.cpp always divides their weights by the sum."""
+    used = header.whole("expert_used_count")
+    config |= {
+        "num_experts": header.whole("expert_count"),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": header.whole("expert_feed_forward_length", 0)
+        or config["intermediate_size"] // max(used, 1),
+        "norm_topk_prob": True,
+    }
+
+
 def refusal(shape: Shape, config: PretrainedConfig) -> Refusal | None:
     """Refuse weights of experts that do not sum to one: llama.cpp divides them by their sum."""
     return None if config.norm_topk_prob else Refusal("norm_topk_prob", False, True)
@@ -80,7 +96,11 @@ FAMILY = Family(
     block=block,
     windows=no_window,
     gguf=GgufDeclaration(
-        "qwen3moe", MappingProxyType({**GGUF_TENSORS, **EXPERT_TENSORS}), keys=header_keys, refusal=refusal
+        "qwen3moe",
+        MappingProxyType({**GGUF_TENSORS, **EXPERT_TENSORS}),
+        keys=header_keys,
+        refusal=refusal,
+        config=config_of,
     ),
     experts=experts,
     honoured={
