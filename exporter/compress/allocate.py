@@ -114,19 +114,14 @@ def predicted_choices(
             own = methods.get(group.name)
             sample = _sampled(model, group, rows, statistics, storage.low_rank)
             parts.append((group.name, method if own is None else own.of_rows(rows), sample))
-        found.append(
-            [
-                Choice(
-                    format,
-                    stored_bytes(storage, format),
-                    sum(
-                        part.kl(as_stored if as_stored and model.has_codes(name, format) else by, format)
-                        for name, by, part in parts
-                    ),
-                )
-                for format in storage.formats
-            ]
-        )
+        choices = []
+        for format in storage.formats:
+            kl = 0.0
+            for name, by, part in parts:
+                kept = as_stored if as_stored is not None and model.has_codes(name, format) else by
+                kl += part.kl(kept, format)
+            choices.append(Choice(format, stored_bytes(storage, format), kl))
+        found.append(choices)
     progress(len(storages), len(storages))
     return found
 

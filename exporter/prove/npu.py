@@ -31,8 +31,8 @@ from exporter.targets.opened import OpenedArtifact
 PLACED, ACCURACY, TOKENS = "npu.placed", "npu.accuracy", "npu.tokens"
 NAMES = (PLACED, ACCURACY, TOKENS)
 POSITIONS, WINDOW = 256, 64
-# On the 135M model the emulator's own arithmetic costs 0.0002 nats, ten times that where codes of activations are coarse,
-# and a wrong scale some tenths.
+# On the 135M model the emulator's own arithmetic costs 0.0002 nats, or ten times that where codes of activations are
+# coarse, and a wrong scale some tenths.
 MOST_ADDED_KL = 0.01
 # The largest KL of the original against the emulator, as a multiple of that against the same graph in float products,
 # beyond a negligible one.

@@ -14,6 +14,7 @@ from exporter.compress.method import AS_STORED, load_method
 from exporter.formats.group import Decision
 from exporter.foundation.config_files import impossible
 from exporter.foundation.errors import RequestError
+from exporter.model.model import Model
 from exporter.planning.budget import (
     Budget,
     chosen,
@@ -71,25 +72,12 @@ class Allocate(EncodingStep):
     def draft(self, task: EncodingTask) -> Draft:
         """Return the decisions as they would be if every weight counted the same.
 
-        A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6).
-        Codes of the source lose as little as the most bits: what is left is the rounding of activations to 8 bits.
-
         Raises:
             RequestError: no choice of formats keeps the limits; the nearest one that does is named.
         """
         budget = self._budget(task)
         require_feasible(budget)
-        choices = [
-            [
-                Choice(format, count, size * 4.0 ** (-8 * (most if kept else count) / size))
-                for format in storage.formats
-                for count in [stored_bytes(storage, format)]
-                for kept in [all(task.model.has_codes(group.name, format) for group in storage.groups)]
-            ]
-            for storage in budget.storages
-            for size in [sum(group.size for group in storage.groups)]
-            for most in [max(stored_bytes(storage, format) for format in storage.formats)]
-        ]
+        choices = [_estimated(storage, task.model) for storage in budget.storages]
         codes = self.codes or task.target.default_method
         best = chosen(budget, budget.all_timed(choices))
         decisions = decisions_of(budget, best, task.model, codes, "estimated; build decides from the calibration text")
@@ -145,6 +133,22 @@ class _Allocation(Draft):
         best = chosen(budget, choices)
         decisions = decisions_of(budget, best, given.model, self.codes, "the least predicted loss within the limits")
         return decisions, (*cost_of_speed(budget, choices, best), *kept_codes(decisions))
+
+
+def _estimated(storage: Storage, model: Model) -> list[Choice]:
+    """Return what each format of a storage would cost if every weight counted the same.
+
+    A bit more in each weight makes the squared error of rounding a quarter (Gersho and Gray 1992, section 5.6). Codes
+    of the source lose as little as the most bits: what is left is the rounding of activations to 8 bits.
+    """
+    size = sum(group.size for group in storage.groups)
+    most = max(stored_bytes(storage, format) for format in storage.formats)
+    choices = []
+    for format in storage.formats:
+        taken = stored_bytes(storage, format)
+        kept = all(model.has_codes(group.name, format) for group in storage.groups)
+        choices.append(Choice(format, taken, size * 4.0 ** (-8 * (most if kept else taken) / size)))
+    return choices
 
 
 def _computed(storages: Sequence[Storage], backend: BackendFormats) -> list[Storage]:
