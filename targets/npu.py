@@ -1,6 +1,6 @@
 """The interface through which a target's artifacts are compiled for neural processors, and run on their emulators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +8,8 @@ from typing import Protocol
 from exporter.device.neural import NeuralProcessor
 from exporter.device.profile import DeviceProfile
 from exporter.formats.format import Float32
+from exporter.formats.group import Decision
+from exporter.foundation.errors import MissingDependencyError
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact, optional_part
 
@@ -63,6 +65,9 @@ class Npu(Protocol):
     def products(self, model: Model) -> int:
         """Return the number of matrix multiplications that are to be on the processor."""
 
+    def compiled_bytes(self, decisions: Sequence[Decision]) -> int:
+        """Return the bytes that `compile` is expected to write for the layers' matrices."""
+
     def compile(self, artifact: Artifact, processor: NeuralProcessor) -> Compiled:
         """Compile the artifact's part for a processor, in the artifact's folder; the artifact then uses the result."""
 
@@ -89,3 +94,22 @@ def npu_target(name: str) -> Npu | None:
     """Return the `Npu` of a target, or None if it has none."""
     part = optional_part(name, "npu/proof")
     return None if part is None else part.NPU
+
+
+def compiled_bytes(target: str, device: DeviceProfile, model: Model, decisions: Sequence[Decision]) -> int:
+    """Return the bytes that a build is expected to compile for a device's neural processor; 0 where it compiles none.
+
+    Args:
+        target: The target's name.
+        device: The device.
+        model: The model that the artifact is of.
+        decisions: One for each of its matrices.
+    """
+    npu, processor = npu_target(target), processor_of(device)
+    if npu is None or processor is None or npu.hindrance(processor, model) is not None:
+        return 0
+    try:
+        npu.require_installed()
+    except MissingDependencyError:
+        return 0
+    return npu.compiled_bytes(decisions)

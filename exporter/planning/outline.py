@@ -12,6 +12,7 @@ from exporter.planning.build_footprint import build_peak_bytes, cache_bytes, flo
 from exporter.planning.plan import RecipeDocument
 from exporter.planning.resolve import ResolvedJob
 from exporter.planning.step import Draft
+from exporter.targets.npu import compiled_bytes
 
 # Of the bundle's other files.
 OTHER_FILES_BYTES = 64 << 20
@@ -147,11 +148,12 @@ def needs_of(resolved: ResolvedJob, decisions: list[Decision]) -> BuildNeeds:
     peak = resolved.target.estimated_peak(resolved.model, decisions, job.context).bytes
     # Coded files stand next to the plain ones until the bundle is complete; a GGUF source is checked before that.
     beside = max(file_bytes if recipe.transport else 0, float_copy_bytes(original))
+    compiled = compiled_bytes(resolved.target.name, resolved.device, original, decisions)
     return BuildNeeds(
         file=file_bytes,
         runtime_peak=peak,
         build_peak=build_peak_bytes(original, job, recipe, decisions, file_bytes, peak),
-        disk=file_bytes + beside + OTHER_FILES_BYTES,
+        disk=file_bytes + beside + compiled + OTHER_FILES_BYTES,
         cache=cache_bytes(original, job, recipe),
     )
 

@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 from exporter.device.profile import device_names, load_device
 from exporter.device.profile_writer import profile_toml
 from exporter.foundation.errors import InputError, MissingDependencyError, RequestError
+from exporter.model.sources import open_model
+from exporter.pipeline import plan
+from exporter.planning.job import Job
 from exporter.prove.arm64 import Loss
 from exporter.prove.npu import Continuation, check_accuracy, check_tokens, least_kl
 from exporter.targets.artifact import Artifact
+from exporter.targets.contract import load_target
 from exporter.targets.npu import npu_target
 from exporter.targets.onnx_qdq.intake import INTAKE
 from exporter.targets.onnx_qdq.npu import qualcomm
 from exporter.targets.onnx_qdq.npu.padding import padding_token
 from exporter.targets.onnx_qdq.npu.stages import cache_length
+from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 PROFILE = (ROOT / "devices/galaxy-s24-ultra.toml").read_text()
@@ -152,3 +157,26 @@ def test_least_kl_of_two_tokens_that_change_places(seed: int) -> None:
 
 def test_least_kl_where_the_other_token_is_impossible() -> None:
     assert least_kl(np.array([0.0, -2000.0], np.float32), 0, 1) == pytest.approx(np.log(2))
+
+
+def test_a_plan_counts_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_EXPORTER_CACHE", str(tmp_path / "cache"))
+    source = str(tiny_model(tmp_path / "model"))
+
+    def needed(device: str) -> float:
+        return plan(Job(source, device, "onnx-qdq", context=64)).disk_bytes.value
+
+    def missing() -> None:
+        raise MissingDependencyError("it is not installed", next_step=qualcomm.INSTALL)
+
+    monkeypatch.setattr(qualcomm, "require_installed", missing)
+    without = needed("galaxy-s24-ultra")
+    assert without == needed("raspberry-pi-5")
+    monkeypatch.setattr(qualcomm, "require_installed", lambda: None)
+    with open_model(source) as model:
+        stored = sum(
+            one.stored_bytes
+            for one in load_target("onnx-qdq").decide(model, "a16w8", "rtn")
+            if one.group.layer is not None
+        )
+    assert needed("galaxy-s24-ultra") - without == pytest.approx(2.1 * stored, abs=1)

@@ -17,8 +17,10 @@ import numpy as np
 from exporter.child.process import Child
 from exporter.device.neural import NeuralProcessor
 from exporter.formats.format import Float32
+from exporter.formats.group import Decision
 from exporter.foundation.cache import replacing
 from exporter.foundation.errors import RequestError, RuntimeCrashError
+from exporter.foundation.fitted import fitted_value
 from exporter.model.model import Model
 from exporter.targets.artifact import Artifact, share
 from exporter.targets.npu import Advance, Compiled
@@ -58,6 +60,11 @@ class QualcommNpu:
     def products(self, model: Model) -> int:
         """Return the number of the layers' matrices: each is multiplied by itself."""
         return sum(group.layer is not None for group in model.groups())
+
+    def compiled_bytes(self, decisions: Sequence[Decision]) -> int:
+        """Return the bytes of both stages, which each hold the layers' weights."""
+        layers = sum(one.stored_bytes for one in decisions if one.group.layer is not None)
+        return int(fitted_value("exporter.targets.onnx_qdq", "compiled_copies") * layers)
 
     def compile(self, artifact: Artifact, processor: NeuralProcessor) -> Compiled:
         """Compile context and iterator, and make the pipeline's settings name what is compiled."""
