@@ -165,14 +165,15 @@ def test_named_mixes_are_those_of_llama_cpp(
     assert tensor_digests(ours) == tensor_digests(stock)
 
 
-# Rounded to the nearest. Measured: 0.0079 and 0.0505.
-@pytest.mark.parametrize(("type", "most_kl"), [("a16w8", 0.01), ("a8w8", 0.08)])
+# Rounded to the nearest. Measured: 0.0057 and 0.0446; without products in float16 0.0077 and 0.0483.
+@pytest.mark.parametrize(("type", "most_kl"), [("a16w8", 0.007), ("a8w8", 0.08)])
 def test_static_integers_keep_the_behaviour(
     model: Model, statistics: Statistics, original: Reference, tmp_path: Path, type: str, most_kl: float
 ) -> None:
     target = load_target("onnx-qdq")
     decisions = target.decide(model, type, "rtn")
     changed = target.rewritten(model, statistics, decisions)
+    decisions = target.reconsidered(changed, decisions)
     compressed = Compression(changed.model, decisions, changed.statistics, source=model)
     artifact = lower(target, compressed, type, tmp_path).artifact
     assert measure(original, artifact, f"onnx-qdq {type}").kl_mean < most_kl
