@@ -30,6 +30,10 @@ class Integers:
     bits: int
     block_columns: int
 
+    def hold(self, others: "Integers") -> bool:
+        """Return whether every matrix of the others is one of these: each block has one step, and bits suffice."""
+        return self.bits >= others.bits and others.block_columns % self.block_columns == 0
+
 
 @runtime_checkable
 class HoldsIntegers(Protocol):

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from exporter.formats.format import Bytes, EncodedFactors, WeightFormat
-from exporter.targets.onnx.graph import DOMAIN, DataFile, Product, put_table, register, widened
+from exporter.targets.onnx.graph import DOMAIN, DataFile, Product, put_halves, put_table
 from exporter.targets.onnx.matmulnbits import MatMulNBitsFormat
 
 
@@ -56,9 +55,7 @@ def _product(
     """Return the multiplication by one factor: `MatMulNBits`, or `MatMul` with float16 weights widened at load."""
     name = stem.strip("/").replace("/", ".")
     if not isinstance(format, MatMulNBitsFormat):
-        halves = np.ascontiguousarray(np.ascontiguousarray(data).view(np.float16).T)
-        weight = widened(graph, register(graph, file.append(f"{name}.weight", halves)))
-        return ir.node("MatMul", [given, weight], name=f"{stem}/MatMul")
+        return ir.node("MatMul", [given, put_halves(graph, file, f"{name}.weight", data)], name=f"{stem}/MatMul")
     table = put_table(graph, file, name, format, data, columns)
     attributes = {
         "K": columns,

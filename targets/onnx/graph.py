@@ -186,6 +186,12 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
+def put_halves(graph: ir.Graph, file: DataFile, name: str, data: Bytes) -> ir.Value:
+    """Write rows of float16, uint8 [rows, bytes], in the layout of a `MatMul`; return them widened to float32."""
+    halves = np.ascontiguousarray(np.ascontiguousarray(data).view(np.float16).T)
+    return widened(graph, register(graph, file.append(name, halves)))
+
+
 def widened(graph: ir.Graph, halves: ir.Value) -> ir.Value:
     """Return float16 numbers behind a `Cast` to float32, which ONNX Runtime folds into a constant at load."""
     output = ir.Value(name=f"{halves.name}.float32", shape=halves.shape, type=ir.TensorType(ir.DataType.FLOAT))

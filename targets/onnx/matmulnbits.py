@@ -150,8 +150,8 @@ class MatMulNBitsFormat:
             return np.concatenate(list(pool.map(encode, chunks)))
 
     def holds(self, integers: Integers) -> bool:
-        """Return whether every block has one step, and no more multiples than codes."""
-        return self.bits >= integers.bits and integers.block_columns % self.block_columns == 0
+        """Return whether blocks have one step, and no more multiples than codes."""
+        return Integers(self.bits, self.block_columns).hold(integers)
 
     def exact_rows(self, weight: Float32) -> Bytes | None:
         """Encode weights that are whole multiples of a step; the zero point, stored or not, is the middle code."""

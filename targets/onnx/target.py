@@ -147,20 +147,19 @@ class Onnx(Target):
         """
         found: dict[str, WeightFormat] = {}
         for storage in self.storages(model):
+            formats = list(SYMMETRIC)
             for group in storage.groups:
-                if not any(model.has_codes(group.name, format) for format in SYMMETRIC):
-                    held = model.stored_type(group.name)
+                formats = [one for one in formats if model.has_codes(group.name, one)]
+                if not formats:
                     raise RequestError(
                         "no format of the target holds the codes of the source", where=group.name,
-                        got=held or "floats",
+                        got=model.stored_type(group.name) or "floats",
                         expected="a GGUF file whose types have one scale for each block, without offsets: "
                         "Q4_0, Q5_0 and Q8_0",
                         next_step="choose another type, or the target gguf, which holds every type of a GGUF file",
                     )  # fmt: skip
-            names = [group.name for group in storage.groups]
-            formats = (one for one in SYMMETRIC if all(model.has_codes(name, one) for name in names))
             best = min(formats, key=lambda format: format.stored_bytes(1, storage.groups[0].columns))
-            found |= dict.fromkeys(names, best)
+            found |= {group.name: best for group in storage.groups}
         reason = f"the smallest that holds the codes of the source; {self._rounding.reason}"
         return [Decision(group, AS_STORED, found[group.name], reason) for group in model.groups()]
 

@@ -12,7 +12,7 @@ import numpy as np
 from exporter.calibrate.ranges import ChannelRanges, output_place
 from exporter.calibrate.statistics import Statistics
 from exporter.compress.awq_scaling import Rewritten
-from exporter.compress.method import spread_rows
+from exporter.compress.method import method_kind, spread_rows
 from exporter.formats.floats import FLOAT16
 from exporter.formats.group import Decision
 from exporter.model.model import Model
@@ -21,6 +21,8 @@ from exporter.targets.onnx_qdq.graph import parameters
 LARGEST = float(np.finfo(np.float16).max)
 # Of a matrix, to predict what rounding costs.
 SAMPLED_ROWS = 128
+# What codes of weights cost at most: methods that fit them to the text make it less.
+NEAREST = method_kind("rtn")
 
 
 def in_floats(given: Rewritten, decisions: Sequence[Decision]) -> list[Decision]:
@@ -50,9 +52,7 @@ def _decided(model: Model, statistics: Statistics, decision: Decision) -> Decisi
     weight, sensitivity = model.read_rows(group.name, rows), statistics.sensitivity(group.layer, group.part)[rows]
     steps = [_step(one) for one in (inputs, outputs)]
     variances = (steps[0] ** 2 * (weight.astype(np.float64) ** 2).sum(axis=1) + steps[1] ** 2) / 12
-    planned = decision.format.decode_rows(decision.format.encode_rows(weight, None), group.columns)
-    change = planned - weight
-    lost = np.einsum("ij,jk,ik->i", change, site.second_moment, change, optimize=True)
+    lost = NEAREST.expected_error(weight, decision.format, site, np.zeros(group.columns, np.float32)).outputs
     of_activations, of_weights = float(sensitivity @ variances), float(sensitivity @ lost)
     if of_activations <= of_weights or max(one.largest.max() for one in (inputs, outputs)) > LARGEST / 2:
         return decision

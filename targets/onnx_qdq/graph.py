@@ -8,7 +8,7 @@ import onnx_ir as ir
 from exporter.calibrate.ranges import ChannelRanges
 from exporter.formats.format import Bytes
 from exporter.foundation.fitted import fitted_value
-from exporter.targets.onnx.graph import GATHER, DataFile, Product, output_of, register, widened
+from exporter.targets.onnx.graph import GATHER, DataFile, Product, output_of, put_halves, register
 from exporter.targets.onnx_qdq.per_channel import ChannelFormat
 
 HEADROOM = fitted_value("exporter.targets.onnx_qdq", "headroom")
@@ -122,8 +122,7 @@ def put_float_product(graph: ir.Graph, product: Product, file: DataFile, data: B
     assert weight is not None and weight.name and node.name
     name = f"{node.name.strip('/').replace('/', '.').removesuffix('.MatMul')}.weight"
     del graph.initializers[weight.name]
-    halves = np.ascontiguousarray(np.ascontiguousarray(data).view(np.float16).T)
-    node.replace_input_with(1, widened(graph, register(graph, file.append(name, halves))))
+    node.replace_input_with(1, put_halves(graph, file, name, data))
 
 
 def put_embedding(graph: ir.Graph, file: DataFile, format: ChannelFormat, data: Bytes) -> Table:

@@ -135,9 +135,8 @@ class GgmlFormat:
         return Integers(int(np.log2(len(layout.levels))), self.block_columns)
 
     def holds(self, integers: Integers) -> bool:
-        """Return whether every block has one step, and no more multiples than codes."""
-        own = self._integers
-        return own is not None and own.bits >= integers.bits and integers.block_columns % own.block_columns == 0
+        """Return whether the type is one of integers, and blocks have one step and no more multiples than codes."""
+        return self._integers is not None and self._integers.hold(integers)
 
     def exact_rows(self, weight: Float32) -> Bytes | None:
         """Encode weights that are whole multiples of a step, in the types that hold integers."""
