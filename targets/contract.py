@@ -1,7 +1,7 @@
 """The interface of targets, and how a target is found by name."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -56,7 +56,6 @@ class Target(Protocol):
             differs from its own weights by more than rounding and is refused.
         states_rounding: The files say how activations are rounded. Accuracy is that of this arithmetic; what the
             runtime rounds beyond it by default is measured too, and reported apart.
-        alternatives: The formats that `reconsidered` may give a matrix in place of the one that was decided on.
     """
 
     name: str
@@ -64,7 +63,6 @@ class Target(Protocol):
     default_method: str
     most_rounding_kl: float
     states_rounding: bool = False
-    alternatives: tuple[WeightFormat, ...] = ()
 
     def most_lowering_kl(self, family: Family) -> float:
         """Return the largest mean KL, in nats, of a float32 artifact against its model: of sums in another order."""
@@ -138,8 +136,12 @@ class Target(Protocol):
         """Return an equivalent model in the coordinates that suit the target and decisions like these."""
         return Rewritten(model, statistics)
 
+    def alternatives(self, group: WeightGroup) -> Sequence[WeightFormat]:
+        """Return the formats that `reconsidered` may give a matrix; by default there are none."""
+        return ()
+
     def reconsidered(self, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
-        """Return the decisions with `alternatives` where what was observed of the model asks for them.
+        """Return the decisions with other formats, of `alternatives`, where what was observed asks for them.
 
         Args:
             given: The model in the coordinates of `rewritten`, and its statistics on the calibration text.

@@ -6,7 +6,7 @@ needs for the build is not in it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,8 +21,8 @@ from exporter.foundation.quantities import Count, Document, Sha256, from_json
 
 if TYPE_CHECKING:  # they bring torch along, which those who only read a plan do without
     from exporter.calibrate.windows import Windows
-    from exporter.formats.format import LowRank
-    from exporter.formats.group import Decision
+    from exporter.formats.format import LowRank, WeightFormat
+    from exporter.formats.group import Decision, WeightGroup
     from exporter.planning.step import Draft
 
 # That of 126 layers has 0.6 MB.
@@ -158,8 +158,14 @@ class Plan(Document):
     notes: Annotated[tuple[Sentence, ...], Field(max_length=100)] = ()
     adapter: Annotated[Literal["keep"] | None, Field(exclude_if=lambda use: use is None)] = None
 
-    def decisions(self, draft: "Draft") -> "list[Decision]":
+    def decisions(
+        self, draft: "Draft", alternatives: "Callable[[WeightGroup], Sequence[WeightFormat]]"
+    ) -> "list[Decision]":
         """Return the decisions for the weight groups that the plan's recipe was drafted for.
+
+        Args:
+            draft: What the recipe decides before statistics.
+            alternatives: Returns the formats that the target may give a matrix besides.
 
         Raises:
             InputError: the plan does not decide each matrix once, or decides what its own recipe cannot.
@@ -170,8 +176,8 @@ class Plan(Document):
         formats = {one.group.name: {one.format.name: one.format} for one in draft.decisions}
         for storage in draft.storages:
             formats |= {group.name: {one.name: one for one in storage.formats} for group in storage.groups}
-        for known in formats.values():
-            known |= {one.name: one for one in draft.alternatives}
+        for drafted in draft.decisions:
+            formats[drafted.group.name] |= {format.name: format for format in alternatives(drafted.group)}
         decided = []
         for one, drafted in zip(self.matrices, draft.decisions, strict=True):
             factors, methods = Factors.of(drafted.beside), draft.methods or (drafted.method,)

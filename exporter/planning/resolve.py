@@ -92,12 +92,12 @@ class ResolvedJob:
             InputError: the plan that is repeated does not fit its own recipe.
         """
         task = EncodingTask(self.original, self.model, self.device, self.target, self.backend, self.effort)
-        draft = replace(self.encoding.draft(task), alternatives=self.target.alternatives)
+        draft = self.encoding.draft(task)
         draft = draft.with_adapter(with_adapter(self.target, self.model, draft.decisions))
         self.backend.require(draft.decisions, self.target, self.model)
         check_methods(draft.decisions, self.model)
         if self.job.repeats is not None and (not self.recipe.rewriting or self.shape == "measured"):
-            _repeated(self.job.repeats, draft, self.model)
+            self._repeated(self.job.repeats, draft)
         return draft
 
     def decided(self, draft: Draft, given: Rewritten, progress: StepProgress) -> tuple[list[Decision], tuple[str, ...]]:
@@ -112,7 +112,27 @@ class ResolvedJob:
             decisions, notes = draft.decided(given, progress)
             decisions = self._reconsidered(draft, given, decisions)
             return with_adapter(self.target, given.model, decisions), notes
-        return _repeated(self.job.repeats, draft, self.model), self.job.repeats.notes
+        return self._repeated(self.job.repeats, draft), self.job.repeats.notes
+
+    def _repeated(self, plan: Plan, draft: Draft) -> list[Decision]:
+        """Return the decisions of a plan.
+
+        Raises:
+            InputError: they do not fit the plan's own recipe.
+            RequestError: the model has no such codes.
+        """
+        decisions = plan.decisions(draft, self.target.alternatives)
+        check_methods(decisions, self.model)
+        stored = sum(one.stored_bytes for one in decisions)
+        if stored > draft.most_matrix_bytes:
+            raise InputError(
+                "the plan's formats exceed its own budget",
+                where="matrices",
+                got=f"{stored:,} bytes",
+                expected=f"at most {draft.most_matrix_bytes:,.0f}",
+                next_step="make a new plan with edge-exporter build",
+            )
+        return decisions
 
     def _reconsidered(self, draft: Draft, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
         """Return the decisions as the target reconsiders them, if the backend and the limits allow that."""
@@ -310,23 +330,6 @@ def _require_no_conflict(job: Job, recipe: Recipe | None) -> None:
     alone = {"--recipe", "--type"} & set(named)
     if len(named) > 1 and (alone or {"--max-file-bytes", "--bits"} <= set(named)):
         raise RequestError(f"{' and '.join(named)} contradict each other", next_step="name only one of them")
-
-
-def _repeated(plan: Plan, draft: Draft, model: Model) -> list[Decision]:
-    """Return the decisions of a plan.
-
-    Raises:
-        InputError: they do not fit the plan's own recipe.
-    """
-    decisions = plan.decisions(draft)
-    check_methods(decisions, model)
-    stored = sum(one.stored_bytes for one in decisions)
-    if stored > draft.most_matrix_bytes:
-        raise InputError(
-            "the plan's formats exceed its own budget", where="matrices", got=f"{stored:,} bytes",
-            expected=f"at most {draft.most_matrix_bytes:,.0f}", next_step="make a new plan with edge-exporter build",
-        )  # fmt: skip
-    return decisions
 
 
 def _require_same(plan: Plan, model: Model, device: DeviceProfile) -> None:

@@ -21,7 +21,6 @@ from exporter.compress.effort import Effort
 from exporter.compress.method import MatrixMethod, method_kind
 from exporter.compress.prune import planned_widths
 from exporter.device.profile import DeviceProfile
-from exporter.formats.format import WeightFormat
 from exporter.formats.group import Decision
 from exporter.foundation.quantities import Document
 from exporter.model.decoder import Decoder
@@ -142,8 +141,6 @@ class Draft:
         storages: The formats that `decided` chooses from; empty where it has no choice.
         most_file_bytes: The most bytes that the model files may take.
         most_matrix_bytes: The most that all matrices in them may take.
-        methods: The methods that `decided` chooses from; empty where it has no choice.
-        alternatives: Formats that the target may choose instead, once statistics are there.
     """
 
     decisions: list[Decision]
@@ -151,8 +148,11 @@ class Draft:
     storages: Sequence[Storage] = ()
     most_file_bytes: float = inf
     most_matrix_bytes: float = inf
-    methods: Sequence[str] = ()
-    alternatives: Sequence[WeightFormat] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that `decided` chooses from; empty where it has no choice."""
+        return ()
 
     def with_adapter(self, decisions: list[Decision]) -> Self:
         """Return the draft with these decisions in place of its own, which lack the factors of an adapter."""

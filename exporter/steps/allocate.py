@@ -81,8 +81,7 @@ class Allocate(EncodingStep):
         codes = self.codes or task.target.default_method
         best = chosen(budget, budget.all_timed(choices))
         decisions = decisions_of(budget, best, task.model, codes, "estimated; build decides from the calibration text")
-        methods = codes, AS_STORED
-        draft = Draft(decisions, budget.scheme, budget.storages, budget.file_bytes, budget.limits.bytes, methods)
+        draft = Draft(decisions, budget.scheme, budget.storages, budget.file_bytes, budget.limits.bytes)
         return _Allocation(**vars(draft), codes=codes, effort=task.effort, budget=budget)
 
     def _budget(self, task: EncodingTask) -> Budget:
@@ -121,6 +120,11 @@ class _Allocation(Draft):
     codes: str = field(kw_only=True)
     effort: Effort = field(kw_only=True)
     budget: Budget = field(kw_only=True)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The method that chooses codes, and that of matrices that keep the source's."""
+        return self.codes, AS_STORED
 
     def decided(self, given: Rewritten, progress: Progress) -> tuple[list[Decision], tuple[str, ...]]:
         """Return the decisions with the least predicted loss on the calibration text that suit the preference."""

@@ -1,6 +1,6 @@
 """The target `onnx-qdq`: a decoder with static integer matrix multiplications, for NPUs and XNNPACK."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -93,7 +93,6 @@ class OnnxQdq(Onnx):
     base_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     factor_formats: Mapping[int, WeightFormat] = MappingProxyType({})
     graph_bytes_per_layer = 16896
-    alternatives = (FLOAT16,)
 
     def __init__(
         self,
@@ -150,6 +149,10 @@ class OnnxQdq(Onnx):
     def rewritten(self, model: Model, statistics: Statistics, decisions: list[Decision]) -> Rewritten:
         """Return the model with equalised channels."""
         return equalised(model, statistics, ALPHA, EQUALISED)
+
+    def alternatives(self, group: WeightGroup) -> Sequence[WeightFormat]:
+        """Return float16 for a matrix of a layer."""
+        return () if group.layer is None else (FLOAT16,)
 
     def reconsidered(self, given: Rewritten, decisions: list[Decision]) -> list[Decision]:
         """Return the decisions with float16 for matrices whose activations no codes hold well."""

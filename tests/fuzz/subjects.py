@@ -560,7 +560,7 @@ def plans(folder: Path) -> Attempt:
         resolved = resolve(Job("model").repeating(read_plan(path)), model)
         assert resolved.job.repeats is not None
         resolved.job.repeats.require_text("calibration", text)
-        resolved.job.repeats.decisions(resolved.draft())
+        resolved.job.repeats.decisions(resolved.draft(), resolved.target.alternatives)
         return True
 
     def planned(model: Model, **options: Any) -> bytes:

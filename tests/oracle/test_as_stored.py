@@ -240,18 +240,21 @@ def test_a_budget_keeps_codes_where_that_pays(source: Path, share: float, tmp_pa
         fixed = load_target("gguf").fixed_bytes(model)
         held = sum(one.stored_bytes for one in load_target("gguf").decide(model, "as-stored", "ldlq"))
         count = len(model.groups())
-    bundle = build(
-        Job(
-            str(source), "raspberry-pi-5", "gguf", max_file_bytes=fixed + int(share * held), prefer="accuracy",
-            effort="fast", calibration=text, evaluation=text, window=64, context=64, evaluation_windows=4,
-            output=tmp_path / "bundle",
-        )
+    job = Job(
+        str(source), "raspberry-pi-5", "gguf", max_file_bytes=fixed + int(share * held), prefer="accuracy",
+        effort="fast", calibration=text, evaluation=text, window=64, context=64, evaluation_windows=4,
+        output=tmp_path / "bundle",
     )  # fmt: skip
+    bundle = build(job)
     kept = [row for row in bundle.report.tensors if row.method == "as-stored"]
     # Not all of them at their own size either: some pay for formats whose activations are rounded in smaller blocks.
     assert count / 2 < len(kept) if share == 1.0 else 0 < len(kept) < count
     assert {row.output_error for row in kept} == {0.0}
     assert f"{len(kept)} of {count} matrices keep the codes of the source" in bundle.report.recipe.remarks
+    with open_model(str(source)) as model:
+        resolved = resolve(Job(str(source)).repeating(bundle.plan), model)
+        again = bundle.plan.decisions(resolved.draft(), resolved.target.alternatives)
+    assert {one.group.name: one.method for one in again} == {row.name: row.method for row in bundle.report.tensors}
 
 
 @pytest.mark.parametrize(("recipe", "method"), [("rate", "entropy-constrained-int8"), ("double", "coarse-int8")])

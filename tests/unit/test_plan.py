@@ -163,6 +163,25 @@ def test_a_plan_that_was_edited_is_one_sentence(
     assert [found.name for found in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_plan_keeps_floats_where_the_target_may_choose_them(given: Given, folder: Path, tmp_path: Path) -> None:
+    """Static integers may leave a matrix of a layer in float16, and neither embedding nor head."""
+    bundle = pipeline.build(given(target="onnx-qdq", type="a16w8", method="rtn", output=tmp_path / "first"))
+    path = tmp_path / "plan.json"
+    names = [one.name for one in bundle.plan.matrices]
+    said = "decides what its own recipe cannot; got F16 by rtn, expected int8-channel"
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        document = json.loads(to_json(bundle.plan))
+        path.write_text(json.dumps(edited(document, f"matrices.{names.index(name)}.format", "F16")), "utf-8")
+        with pytest.raises(InputError, match=said):
+            pipeline.build(again(folder, path, output=tmp_path / "out"))
+    document = json.loads(to_json(bundle.plan))
+    down = "model.layers.1.mlp.down_proj.weight"
+    path.write_text(json.dumps(edited(document, f"matrices.{names.index(down)}.format", "F16")), "utf-8")
+    made = pipeline.build(again(folder, path, output=tmp_path / "out"))
+    assert {row.name: row.format for row in made.report.tensors}[down] == "F16"
+    assert all(check.status == "passed" for check in made.report.checks)
+
+
 def test_a_plan_of_more_bytes_than_its_budget_is_refused(
     given: Given, folder: Path, plan: Path, tmp_path: Path
 ) -> None:
